@@ -1,0 +1,65 @@
+"""Images: from the decoder's range to [0, 1], to bytes, and laid out on a sheet."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+
+class _Saturate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, images: Tensor) -> Tensor:
+        ctx.save_for_backward(images)  # type: ignore[attr-defined]
+        return images.clamp(0.0, 1.0)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad_output: Tensor) -> Tensor:  # type: ignore[override]
+        (images,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        # Descent moves a pixel against its gradient: above 1 a positive gradient brings it back,
+        # below 0 a negative one does. Everything else would only push it further out of range.
+        outward = ((images > 1.0) & (grad_output < 0.0)) | ((images < 0.0) & (grad_output > 0.0))
+        return grad_output.masked_fill(outward, 0.0)
+
+
+def saturate(images: Tensor) -> Tensor:
+    """Clamp images to [0, 1] without killing the gradient that leads back into the range.
+
+    A plain clamp has no gradient at saturated pixels, so a picture that was once driven to white
+    or black stays there. Here a saturated pixel keeps the part of the gradient of a *loss* (to be
+    minimised) that moves it back; the part that would drive it further out is dropped, since the
+    reward never sees it.
+
+    Args:
+        images: Shape (B, 3, H, W), nominally in [0, 1], may exceed it.
+
+    Returns:
+        images in [0, 1], same shape and dtype. Differentiable inside the range; one-sided outside.
+    """
+    return _Saturate.apply(images)  # type: ignore[no-any-return]
+
+
+def from_decoder(decoded: Tensor) -> Tensor:
+    """Map the decoder's range [-1, 1] to [0, 1] in float32, saturating as `saturate` says.
+
+    Args:
+        decoded: Output of the VAE decoder, shape (B, 3, H, W), nominally in [-1, 1].
+
+    Returns:
+        images, shape (B, 3, H, W), float32 (float64 stays float64), in [0, 1].
+    """
+    decoded = decoded if decoded.dtype == torch.float64 else decoded.float()
+    return saturate(decoded / 2.0 + 0.5)
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Round images in [0, 1] to bytes.
+
+    Args:
+        images: Shape (B, 3, H, W), float, in [0, 1]; values outside are clamped.
+
+    Returns:
+        Shape (B, H, W, 3), uint8, on the CPU. Not differentiable.
+    """
+    scaled = images.detach().float().clamp(0.0, 1.0).mul(255.0).round()
+    return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()

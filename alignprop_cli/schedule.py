@@ -1,0 +1,107 @@
+"""The noise level before and after every step of a sampling chain.
+
+Notation used by the whole package: a noisy sample is `latents = alpha * x0 + sigma * epsilon`.
+A variance preserving diffusion has alpha^2 + sigma^2 = 1; a rectified flow has alpha + sigma = 1.
+A step takes (alpha, sigma) to (alpha_next, sigma_next).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from torch import Tensor
+
+PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of the chain.
+
+    Args:
+        timestep: What the network is told, in the units of the scheduler (0 to 999 for diffusion).
+        alpha: Scale of the signal before the step, in [0, 1].
+        sigma: Scale of the noise before the step, in [0, 1].
+        alpha_next: Scale of the signal after the step, in (0, 1].
+        sigma_next: Scale of the noise after the step, in [0, 1].
+    """
+
+    timestep: float
+    alpha: float
+    sigma: float
+    alpha_next: float
+    sigma_next: float
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """All steps of a chain, first (noisiest) to last, and what the network predicts.
+
+    The coefficients are Python floats: using them never waits for an accelerator.
+
+    Args:
+        steps: The steps in the order in which they are taken.
+        prediction_type: `epsilon`, `v_prediction` (alpha epsilon - sigma x0), `sample` (x0) or
+            `flow` (epsilon - x0, the velocity of a rectified flow).
+
+    Raises:
+        ValueError: If there is no step, the prediction type is unknown, or the noise is predicted
+            where no signal is left (alpha = 0): x0 cannot be recovered from it.
+    """
+
+    steps: tuple[Step, ...]
+    prediction_type: PredictionType
+
+    def __post_init__(self) -> None:
+        if self.prediction_type not in get_args(PredictionType):
+            raise ValueError(
+                f"unknown prediction_type {self.prediction_type!r}; "
+                f"expected one of {get_args(PredictionType)}"
+            )
+        if not self.steps:
+            raise ValueError("a schedule needs at least one step, got none")
+        if self.prediction_type == "epsilon" and self.steps[0].alpha == 0.0:
+            raise ValueError(
+                "epsilon prediction is undefined at alpha = 0 (a zero terminal SNR schedule); "
+                "use a model with v_prediction, or timesteps that start below the last one"
+            )
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+
+def diffusion_schedule(
+    alphas_cumprod: Tensor,
+    timesteps: Sequence[int],
+    final_alpha_cumprod: float,
+    prediction_type: PredictionType,
+) -> NoiseSchedule:
+    """Build the schedule of DDIM sampling for a variance preserving diffusion.
+
+    alpha_t = sqrt(alphas_cumprod[t]), sigma_t = sqrt(1 - alphas_cumprod[t]). The level after a
+    step at t is the one at t - N // T (N training timesteps, T steps), which is DDIM's rule and
+    need not be the next timestep in the list; below 0 it is `final_alpha_cumprod`.
+
+    Args:
+        alphas_cumprod: Cumulative product of 1 - beta, shape (N,), in [0, 1], decreasing.
+        timesteps: T distinct training timesteps, decreasing, each in [0, N).
+        final_alpha_cumprod: alphas_cumprod at the clean end, 1 or alphas_cumprod[0].
+        prediction_type: What the network predicts.
+
+    Returns:
+        The schedule with T steps. Not differentiable.
+
+    Source: Song et al. 2021, arXiv:2010.02502, eq. 12, where their alpha_t is `alphas_cumprod[t]`.
+    """
+    cumprod = [float(a) for a in alphas_cumprod.double().tolist()]
+    stride = len(cumprod) // max(len(timesteps), 1)
+
+    def levels(timestep: int) -> tuple[float, float]:
+        value = cumprod[timestep] if timestep >= 0 else float(final_alpha_cumprod)
+        return math.sqrt(value), math.sqrt(1.0 - value)
+
+    steps = tuple(Step(int(t), *levels(int(t)), *levels(int(t) - stride)) for t in timesteps)
+    return NoiseSchedule(steps, prediction_type)
