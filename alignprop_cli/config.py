@@ -6,11 +6,12 @@ each with the place it came from. No torch here: configurations are read before 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from alignprop_cli.errors import ConfigError, Problem, did_you_mean
 
@@ -127,7 +128,7 @@ class RewardConfig(BaseModel):
 
     @property
     def options(self) -> dict[str, Any]:
-        """Return what belongs to the reward itself, unchecked: see rewards/registry.py."""
+        """Return what belongs to the reward itself; rewards/registry.py checks it."""
         return dict(self.model_extra or {})
 
 
@@ -201,6 +202,13 @@ class Config(Section):
     eval: EvalConfig = Field(default_factory=EvalConfig)  # pyright: ignore[reportArgumentType]
     output: OutputConfig = Field(default_factory=OutputConfig)  # pyright: ignore[reportArgumentType]
 
+    @field_validator("reward", mode="before")
+    @classmethod
+    def _name_alone_means_defaults(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {name: {} if member is None else member for name, member in value.items()}
+
 
 def parse(
     values: Mapping[str, Any],
@@ -223,16 +231,14 @@ def parse(
     """
     origins = origins or {}
     problems = list(extra_problems)
-    config: Config | None = None
-    try:
-        config = Config.model_validate(values)
-    except ValidationError as error:
-        problems += [_problem(details, origins) for details in error.errors(include_url=False)]
+    config, wrong = _validate(values)
+    problems += [_problem(details, origins) for details in wrong]
     if config is not None:
         problems += [
             Problem(p.key, p.message, origin_of(p.key, origins)) for p in _impossible(config)
         ]
     if problems or config is None:
+        problems = list({problem.key: problem for problem in reversed(problems)}.values())[::-1]
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise ConfigError(
             f"{source}: {count}",
@@ -254,6 +260,30 @@ def origin_of(key: str, origins: Mapping[str, str]) -> str | None:
 def dump(config: Config) -> str:
     """Return the complete configuration as YAML that `parse` reads back unchanged."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _validate(values: Mapping[str, Any]) -> tuple[Config | None, list[Any]]:
+    """Return the configuration and what pydantic refuses.
+
+    Where something is refused, what remains without it is still returned, if it is valid, so that
+    impossible combinations are found in the same pass.
+    """
+    try:
+        return Config.model_validate(values), []
+    except ValidationError as error:
+        wrong = error.errors(include_url=False)
+    rest = copy.deepcopy(dict(values))
+    for details in wrong:
+        node: Any = rest
+        path = [p for p in details["loc"] if p not in _UNION_TAGS]
+        for part in path[:-1]:
+            node = node.get(part) if isinstance(node, dict) else None
+        if isinstance(node, dict):
+            cast(dict[Any, Any], node).pop(path[-1], None)
+    try:
+        return Config.model_validate(rest), wrong
+    except ValidationError:
+        return None, wrong
 
 
 def _section(path: tuple[str | int, ...]) -> type[BaseModel] | None:
@@ -288,7 +318,7 @@ def _impossible(config: Config) -> Iterable[Problem]:
     """Yield what each section allows by itself but the whole cannot be."""
     steps, gradient, train = config.sample.num_inference_steps, config.gradient, config.train
     if not config.reward:
-        yield Problem("reward", "no reward is given; name one, for instance --reward clip")
+        yield Problem("reward", "no reward is given; name one, for instance --set reward.clip.model=tiny")
     if gradient.method == "last_k" and gradient.k > steps:
         yield Problem("gradient.k", f"{gradient.k} is more than sample.num_inference_steps ({steps})")
     if gradient.method == "random_k":

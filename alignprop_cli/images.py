@@ -63,3 +63,28 @@ def to_uint8(images: Tensor) -> Tensor:
     """
     scaled = images.detach().float().clamp(0.0, 1.0).mul(255.0).round()
     return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
+
+
+def resize_and_crop(images: Tensor, size: int) -> Tensor:
+    """Resize the short edge to `size` and crop the centre, as image models are fed.
+
+    Bicubic with antialiasing, the nearest in tensors to Pillow's bicubic; overshoot is not clamped.
+
+    Args:
+        images: Shape (B, 3, H, W), any float dtype; the work is done in float32 at least, since
+            half precision has no antialiased kernel on the CPU.
+        size: Pixels of the square result.
+
+    Returns:
+        Shape (B, 3, size, size), float32 (float64 stays float64). Differentiable in images.
+    """
+    images = images if images.dtype == torch.float64 else images.float()
+    height, width = images.shape[-2:]
+    if min(height, width) != size:
+        scale = size / min(height, width)
+        target = (max(size, round(height * scale)), max(size, round(width * scale)))
+        images = torch.nn.functional.interpolate(
+            images, target, mode="bicubic", antialias=True, align_corners=False
+        )
+    top, left = (images.shape[-2] - size) // 2, (images.shape[-1] - size) // 2
+    return images[..., top : top + size, left : left + size]

@@ -1,0 +1,96 @@
+"""The command line: four commands, and the one place where errors become exit codes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from alignprop_cli import __version__
+from alignprop_cli.commands import evaluate, score, soup, train
+from alignprop_cli.console import Console
+from alignprop_cli.errors import AlignPropError, RunError
+
+ISSUES = "please report it with the output of --debug"
+
+app = typer.Typer(
+    name="alignprop",
+    help="Fine-tune text-to-image diffusion models by backpropagating a reward through sampling.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("train")(train.train)
+app.command("evaluate")(evaluate.evaluate)
+app.command("soup")(soup.soup)
+app.command("score")(score.score)
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"alignprop {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="print the version"),
+    ] = False,
+) -> None:
+    """Fine-tune text-to-image diffusion models by backpropagating a reward through sampling."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with its code.
+
+    Args:
+        args: The arguments; None takes those of the process.
+    """
+    arguments = list(sys.argv[1:] if args is None else args)
+    debug = "--debug" in arguments
+    if not debug:
+        _quieten_libraries()
+    console = Console()
+    try:
+        app(arguments)
+    except AlignPropError as error:
+        if debug:
+            traceback.print_exc()
+        console.error(error)
+        raise SystemExit(error.exit_code) from error
+    except KeyboardInterrupt as error:
+        console.error(AlignPropError("interrupted"))
+        raise SystemExit(130) from error
+    except Exception as error:  # noqa: BLE001  the last resort: no traceback without --debug
+        if debug:
+            traceback.print_exc()
+        known = _known(error)
+        console.error(known)
+        raise SystemExit(known.exit_code) from error
+
+
+def _known(error: Exception) -> AlignPropError:
+    """Return the error to show for one that nothing else has caught."""
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        where = f" while writing {error.filename}" if error.filename else ""
+        return RunError(
+            f"the disk is full{where}",
+            hint="checkpoints already written are whole; free some space and use --resume auto",
+        )
+    return AlignPropError(f"unexpected {type(error).__name__}: {error}", hint=f"this is a bug; {ISSUES}")
+
+
+def _quieten_libraries() -> None:
+    """Keep the libraries' own warnings and bars out of our output, before they are imported."""
+    warnings.simplefilter("ignore")
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY", "HF_HUB_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

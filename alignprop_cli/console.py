@@ -1,0 +1,128 @@
+"""The only printer: results go to standard output, everything for people to standard error."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+from rich.console import Console as RichConsole
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from alignprop_cli.errors import AlignPropError
+
+
+class Bar:
+    """One progress bar; `advance` moves it, with a text such as the smoothed reward beside it."""
+
+    def __init__(self, progress: Progress | None, total: int, label: str) -> None:
+        self._progress = progress
+        self._task = None if progress is None else progress.add_task(label, total=total, note="")
+
+    def advance(self, count: int = 1, note: str | None = None) -> None:
+        """Move on by `count`; `note` replaces the text at the end of the line."""
+        if self._progress is not None and self._task is not None:
+            fields = {} if note is None else {"note": escape(note)}
+            self._progress.update(self._task, advance=count, **fields)
+
+
+class Console:
+    """Prints for people, or one JSON object, or nothing but errors.
+
+    Args:
+        as_json: The result is one JSON object on standard output, nothing else is printed there.
+        quiet: No progress, no notes; results, warnings and errors remain.
+    """
+
+    def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
+        self.as_json = as_json
+        self.quiet = quiet
+        # Plain text where it is not a terminal: no escape codes and no wrapping at 80 columns.
+        self._out = RichConsole(highlight=False, soft_wrap=True)
+        self._err = RichConsole(stderr=True, highlight=False, soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        """Tell people something on standard error, unless quiet."""
+        if not self.quiet:
+            self._err.print(escape(text))
+
+    def warn(self, text: str) -> None:
+        """Warn on standard error."""
+        self._err.print(f"[yellow]warning:[/] {escape(text)}")
+
+    def error(self, error: AlignPropError) -> None:
+        """Print a known error and what to do about it on standard error."""
+        self._err.print(f"[red]error:[/] {escape(error.message)}")
+        if error.hint:
+            self._err.print(f"[cyan]hint:[/] {escape(error.hint)}")
+
+    def text(self, text: str) -> None:
+        """Print a result as it is on standard output."""
+        self._out.print(escape(text))
+
+    def result(self, schema: str, values: Mapping[str, Any], human: Sequence[Any] = ()) -> None:
+        """Print the result of a command: one JSON object, or tables and lines for people.
+
+        Args:
+            schema: Name and version of the object, such as alignprop.train/1.
+            values: The object; non-finite numbers become null.
+            human: Texts and tables to print instead when not in JSON mode.
+        """
+        if self.as_json:
+            # Not through rich, which would wrap or colour it.
+            text = json.dumps({"schema": schema, **_plain(values)}, ensure_ascii=False)
+            self._out.file.write(text + "\n")
+            return
+        for part in human:
+            self._out.print(escape(part) if isinstance(part, str) else part)
+
+    @contextmanager
+    def bar(self, total: int, label: str) -> Iterator[Bar]:
+        """Show a progress bar with rate and time left on standard error while the block runs."""
+        if self.quiet or self.as_json or not self._err.is_terminal:
+            yield Bar(None, total, label)
+            return
+        columns = (
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("<"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=self._err, transient=True) as progress:
+            yield Bar(progress, total, label)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
+    """Return a plain table: the first column left, the others right."""
+    made = Table(title=escape(title), title_justify="left", box=None, pad_edge=False)
+    for index, column in enumerate(columns):
+        made.add_column(escape(column), justify="left" if index == 0 else "right")
+    for row in rows:
+        made.add_row(*map(escape, row))
+    return made
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _plain(v) for k, v in cast(Mapping[Any, Any], value).items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in cast(Sequence[Any], value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,1 @@
+"""Adapters to the base models: the only importer of diffusers."""

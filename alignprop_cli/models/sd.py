@@ -1,0 +1,333 @@
+"""Stable Diffusion 1.x and 2.x, and everything else in the StableDiffusionPipeline format."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from alignprop_cli import images, lora
+from alignprop_cli.config import ModelConfig
+from alignprop_cli.errors import AlignPropError, AssetError, ConfigError
+from alignprop_cli.models.base import Conditioning
+from alignprop_cli.models.registry import resolve_dtype
+from alignprop_cli.sampling import Denoise, guide
+from alignprop_cli.schedule import NoiseSchedule, diffusion_schedule
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+
+_ELSEWHERE = "set model.id to a local folder or file; `--preset tiny` works without any download"
+
+
+class StableDiffusion:
+    """Adapter of a StableDiffusionPipeline to `DiffusionModel`.
+
+    Args:
+        pipeline: Loaded, on its device, frozen here.
+        model_id: What the user called it.
+    """
+
+    def __init__(self, pipeline: StableDiffusionPipeline, model_id: str) -> None:
+        self.id = model_id
+        self.pipeline = pipeline
+        self.network = pipeline.unet
+        self._scheduler_config = dict(pipeline.scheduler.config)
+        self._embeds: dict[str, Tensor] = {}
+        for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+            module.requires_grad_(False)
+            module.eval()
+        self.fingerprint = _fingerprint(pipeline.unet)
+
+    @property
+    def device(self) -> torch.device:
+        """Return where the weights are."""
+        return self.network.device
+
+    def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
+        """Return (C, h, w); see `DiffusionModel`."""
+        factor = self.pipeline.vae_scale_factor
+        own = self.network.config.sample_size
+        own_height, own_width = (own, own) if isinstance(own, int) else own
+        # The network halves its input at every level but the last.
+        unit = factor * 2 ** (len(self.network.config.block_out_channels) - 1)
+        sizes: list[int] = []
+        for name, pixels, default in (
+            ("height", height, own_height * factor),
+            ("width", width, own_width * factor),
+        ):
+            if pixels is not None and pixels % unit and pixels != default:
+                raise ConfigError(
+                    f"sample.{name}: {pixels} is not a multiple of {unit}, which {self.id} needs; "
+                    f"nearest: {max(unit, round(pixels / unit) * unit)}"
+                )
+            sizes.append((pixels or default) // factor)
+        return self.network.config.in_channels, sizes[0], sizes[1]
+
+    def schedule(self, num_inference_steps: int) -> NoiseSchedule:
+        """Return the levels of DDIM with the model's own betas and spacing."""
+        # Latents are never clipped, as in diffusers' own pipeline.
+        scheduler = DDIMScheduler.from_config(self._scheduler_config, clip_sample=False)
+        total = scheduler.config.num_train_timesteps
+        if num_inference_steps > total:
+            raise ConfigError(
+                f"sample.num_inference_steps: {num_inference_steps} is more than the "
+                f"{total} timesteps {self.id} was trained with"
+            )
+        scheduler.set_timesteps(num_inference_steps)
+        try:
+            return diffusion_schedule(
+                scheduler.alphas_cumprod,
+                scheduler.timesteps.tolist(),
+                float(scheduler.final_alpha_cumprod),
+                scheduler.config.prediction_type,
+            )
+        except ValueError as error:
+            raise ConfigError(f"model.id: {self.id}: {error}") from error
+
+    @torch.no_grad()
+    def _embed(self, prompt: str) -> Tensor:
+        if prompt not in self._embeds:
+            tokenizer, encoder = self.pipeline.tokenizer, self.pipeline.text_encoder
+            tokens = tokenizer(
+                prompt,
+                padding="max_length",
+                max_length=tokenizer.model_max_length,
+                truncation=True,
+                return_tensors="pt",
+            )
+            self._embeds[prompt] = encoder(tokens.input_ids.to(self.device))[0][0]
+        return self._embeds[prompt]
+
+    def encode_prompts(self, prompts: Sequence[str], negative_prompt: str = "") -> Conditioning:
+        """Encode prompts, each text once; see `DiffusionModel`."""
+        text = torch.stack([self._embed(prompt) for prompt in prompts])
+        return Conditioning(text, self._embed(negative_prompt).expand_as(text))
+
+    def denoiser(self, conditioning: Conditioning, guidance_scale: float) -> Denoise:
+        """Return the guided network call; see `DiffusionModel`."""
+        network = self.network
+        if guidance_scale == 1.0:
+            embeds = conditioning.prompt_embeds
+        else:
+            embeds = torch.cat([conditioning.negative_prompt_embeds, conditioning.prompt_embeds])
+
+        def denoise(latents: Tensor, timestep: float) -> Tensor:
+            inputs = latents if guidance_scale == 1.0 else torch.cat([latents, latents])
+            timesteps = torch.full((len(inputs),), timestep, device=inputs.device)
+            noise_pred: Tensor = network(
+                inputs.to(network.dtype), timesteps, embeds, return_dict=False
+            )[0]
+            noise_pred = noise_pred.to(latents.dtype)
+            if guidance_scale == 1.0:
+                return noise_pred
+            return guide(*noise_pred.chunk(2), guidance_scale)
+
+        return denoise
+
+    def decode(self, latents: Tensor, *, use_checkpoint: bool = False) -> Tensor:
+        """Decode to images in [0, 1]; see `DiffusionModel`."""
+        vae = self.pipeline.vae
+        if use_checkpoint:
+            vae.enable_gradient_checkpointing()
+        else:
+            vae.disable_gradient_checkpointing()
+        decoded = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)
+        return images.from_decoder(decoded[0])
+
+    def load_lora(self, path: Path) -> None:
+        """Add a LoRA made here or elsewhere (diffusers, peft or kohya format)."""
+        file = path / LORA_FILE if path.is_dir() else path
+        if not file.is_file():
+            raise AssetError(f"no LoRA at {path}: {file.name} is missing")
+        try:
+            state, alphas, metadata = StableDiffusionPipeline.lora_state_dict(
+                str(file.parent),
+                weight_name=file.name,
+                return_lora_metadata=True,
+                unet_config=self.network.config,
+            )
+        except (SafetensorError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
+            raise AssetError(f"{file}: cannot be read as a LoRA: {first_line(error)}") from error
+        if not any("lora" in name for name in state):
+            raise AssetError(f"{file}: holds no LoRA weights")
+        self._check_fits(state, file)
+        try:
+            StableDiffusionPipeline.load_lora_into_unet(
+                state,
+                network_alphas=alphas,
+                unet=self.network,
+                adapter_name=lora.ADAPTER,
+                metadata=metadata,
+                _pipeline=self.pipeline,
+            )
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise _foreign(file, self.id, first_line(error)) from error
+        if not lora.is_present(self.network):
+            raise _foreign(file, self.id, "it changes no layer of this model's network")
+
+    def _check_fits(self, state: Mapping[str, Tensor], file: Path) -> None:
+        """Refuse a LoRA whose layers are not this network's, before anything is changed."""
+        shapes = {
+            name.removesuffix(".weight").removesuffix(".base_layer"): tuple(p.shape)
+            for name, p in self.network.named_parameters()
+        }
+        for name, value in state.items():
+            if not name.startswith("unet.") or not name.endswith(
+                ("lora_A.weight", "lora.down.weight")
+            ):
+                continue
+            layer = name.removeprefix("unet.").rpartition(".lora")[0]
+            if layer not in shapes:
+                raise _foreign(file, self.id, f"it has a layer {layer}, which this model lacks")
+            if shapes[layer][1] != value.shape[1]:
+                raise _foreign(
+                    file,
+                    self.id,
+                    f"{layer} takes {shapes[layer][1]} channels here, {value.shape[1]} there",
+                )
+
+    def save_lora(
+        self, directory: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str]
+    ) -> Path:
+        """Write pytorch_lora_weights.safetensors, readable by plain diffusers."""
+        adapter = {f"unet.{k}": v for k, v in lora.adapter_metadata(self.network).items()}
+        header = {
+            "format": "pt",
+            **metadata,
+            "lora_adapter_metadata": json.dumps(adapter, indent=2, sort_keys=True),
+        }
+
+        def save(state: dict[str, Tensor], filename: str) -> None:
+            save_file({k: v.contiguous() for k, v in state.items()}, filename, metadata=header)
+
+        StableDiffusionPipeline.save_lora_weights(
+            directory,
+            unet_lora_layers=convert_state_dict_to_diffusers(dict(weights)),
+            save_function=save,
+        )
+        return directory / LORA_FILE
+
+
+def load(config: ModelConfig, path: Path | None, device: torch.device) -> StableDiffusion:
+    """Load a pipeline from a folder, a single file, or the hub.
+
+    Args:
+        config: The `model` section.
+        path: The local folder or file; None means that `config.id` is a hub id.
+        device: Where the weights go.
+
+    Raises:
+        AssetError: If something is missing, damaged, gated or out of reach; says which.
+        ConfigError: If the network takes more than latents (inpainting, upscaling).
+    """
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    common: dict[str, Any] = {
+        "torch_dtype": resolve_dtype(config.dtype, device),
+        "safety_checker": None,
+        "requires_safety_checker": False,
+        "feature_extractor": None,
+    }
+    try:
+        if path is not None and path.is_file():
+            if config.config is not None:
+                common["config"] = config.config
+            pipeline = StableDiffusionPipeline.from_single_file(str(path), **common)
+        else:
+            pipeline = StableDiffusionPipeline.from_pretrained(
+                str(path or config.id),
+                revision=config.revision,
+                variant=config.variant,
+                image_encoder=None,
+                **common,
+            )
+    except _LOADING as error:
+        raise _explain(config, path, error) from error
+    channels = pipeline.unet.config.in_channels
+    if channels != pipeline.vae.config.latent_channels:
+        raise ConfigError(
+            f"model.id: the network of {config.id} takes {channels} channels, its latents have "
+            f"{pipeline.vae.config.latent_channels}: inpainting and upscaling models cannot be trained"
+        )
+    return StableDiffusion(pipeline.to(device), config.id)
+
+
+_LOADING = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    HfHubHTTPError,
+    SafetensorError,
+    pickle.UnpicklingError,
+)
+
+
+def _explain(config: ModelConfig, path: Path | None, error: BaseException) -> AlignPropError:
+    """Say in one message what could not be loaded and what to do."""
+    text = first_line(error)
+    if path is not None:
+        return AssetError(f"model.id: cannot load {path}: {text}", hint=_ELSEWHERE)
+    causes = _causes(error)
+    if any(isinstance(c, GatedRepoError) for c in causes):
+        return AssetError(
+            f"model.id: {config.id} is gated: its licence has to be accepted first",
+            hint=f"accept it at https://huggingface.co/{config.id}, then `hf auth login`; "
+            f"or {_ELSEWHERE}",
+        )
+    if any(isinstance(c, RevisionNotFoundError) for c in causes):
+        return AssetError(f"model.revision: {config.id} has no revision {config.revision!r}")
+    if any(isinstance(c, RepositoryNotFoundError) for c in causes):
+        return AssetError(f"model.id: the hub has no model {config.id}", hint=_ELSEWHERE)
+    if any(isinstance(c, (OfflineModeIsEnabled, LocalEntryNotFoundError)) for c in causes):
+        reason = "it is not in the cache and the hub cannot be reached"
+        return AssetError(f"model.id: {config.id}: {reason} (model_index.json)", hint=_ELSEWHERE)
+    return AssetError(f"model.id: cannot load {config.id} from the hub: {text}", hint=_ELSEWHERE)
+
+
+def _causes(error: BaseException | None) -> list[BaseException]:
+    chain: list[BaseException] = []
+    while error is not None and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    return chain
+
+
+def _foreign(file: Path, model_id: str, why: str) -> ConfigError:
+    return ConfigError(
+        f"{file}: this LoRA does not belong to model {model_id}: {why}",
+        hint="give the model it was trained on with --model",
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its type where there is none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _fingerprint(network: torch.nn.Module) -> str:
+    lines = sorted(f"{name} {tuple(p.shape)}" for name, p in network.named_parameters())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

@@ -1,0 +1,76 @@
+"""The contract of a reward, and the check that every reward's answer goes through."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from alignprop_cli.errors import ConfigError, RunError
+
+
+class Reward(Protocol):
+    """A differentiable measure of images.
+
+    A plain function with this signature is a reward. Sign, scale and target are not its business:
+    they live in `losses.py`. An object may have `to(device)`, which is called once.
+    """
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Measure a batch of images.
+
+        Args:
+            images: Shape (B, 3, H, W), float32, in [0, 1], any H and W.
+            prompts: B texts, the prompt of each image.
+
+        Returns:
+            rewards, shape (B,), float32, higher is better. Differentiable in images.
+        """
+        ...
+
+
+def check_inputs(name: str, images: Tensor, prompts: Sequence[str]) -> None:
+    """Refuse what no reward can measure.
+
+    Raises:
+        ConfigError: If the shape is not (B, 3, H, W) with B > 0 or the prompts are not B.
+        RunError: If an image holds NaN or infinity.
+    """
+    if images.ndim != 4 or images.shape[1] != 3 or not len(images):
+        raise ConfigError(
+            f"reward '{name}': expected images of shape (B, 3, H, W), got {tuple(images.shape)}"
+        )
+    if len(prompts) != len(images):
+        raise ConfigError(f"reward '{name}': got {len(prompts)} prompts for {len(images)} images")
+    bad = ~torch.isfinite(images.detach()).flatten(1).all(dim=1)
+    if bool(bad.any()):
+        index = int(bad.nonzero()[0])
+        raise RunError(
+            f"reward '{name}': image {index} of the batch holds NaN or infinity, "
+            f"prompt {prompts[index]!r}"
+        )
+
+
+def check_rewards(name: str, rewards: object, prompts: Sequence[str]) -> Tensor:
+    """Return rewards as float32 of shape (B,), or refuse them.
+
+    Raises:
+        ConfigError: If it is not a tensor of shape (B,).
+        RunError: If a value is NaN or infinite; names the prompt.
+    """
+    if not isinstance(rewards, Tensor) or tuple(rewards.shape) != (len(prompts),):
+        got = tuple(rewards.shape) if isinstance(rewards, Tensor) else type(rewards).__name__
+        raise ConfigError(
+            f"reward '{name}': expected a tensor of shape ({len(prompts)},), got {got}",
+            hint="a reward takes (images, prompts) and returns one number per image",
+        )
+    finite = torch.isfinite(rewards.detach())
+    if not bool(finite.all()):
+        index = int((~finite).nonzero()[0])
+        raise RunError(
+            f"reward '{name}' returned {float(rewards.detach()[index])} for image {index} of the "
+            f"batch, prompt {prompts[index]!r}"
+        )
+    return rewards if rewards.dtype == torch.float64 else rewards.float()

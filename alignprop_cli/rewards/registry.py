@@ -1,0 +1,133 @@
+"""Rewards by name: the shipped ones, installed ones, and a user's own.
+
+A name is one of
+  clip, brightness, ...            shipped, listed below
+  package.module:attribute         a function, or a class that is built with the given options
+  path/to/file.py:attribute        the same from a file
+  any name in the entry point group `alignprop.rewards` of an installed package.
+
+The options of the shipped rewards are listed here so that they can be checked without loading
+anything; a test keeps the list equal to the signatures.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, cast
+
+from alignprop_cli.errors import AssetError, ConfigError, did_you_mean
+from alignprop_cli.rewards.base import Reward
+
+GROUP = "alignprop.rewards"
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Where a shipped reward lives, what it measures, and the options it takes."""
+
+    target: str
+    summary: str
+    options: tuple[str, ...] = ()
+
+
+SHIPPED: Mapping[str, Spec] = {
+    "clip": Spec(
+        "alignprop_cli.rewards.clip:ClipReward",
+        "agreement of picture and prompt, cosine of an open_clip model",
+        ("model", "pretrained"),
+    ),
+    "brightness": Spec("alignprop_cli.rewards.pixel:brightness", "mean luma, 0 to 1"),
+    "redness": Spec("alignprop_cli.rewards.pixel:redness", "red above green and blue, -1 to 1"),
+    "contrast": Spec("alignprop_cli.rewards.pixel:contrast", "deviation of luma, 0 to 0.5"),
+    "colourfulness": Spec("alignprop_cli.rewards.pixel:colourfulness", "spread of colours, 0 to 1"),
+    "symmetry": Spec("alignprop_cli.rewards.pixel:symmetry", "likeness to the mirror image, -1 to 0"),
+}
+
+
+def names() -> list[str]:
+    """Return the names of all shipped and installed rewards, sorted."""
+    return sorted({*SHIPPED, *(point.name for point in entry_points(group=GROUP))})
+
+
+def check(name: str, options: Mapping[str, Any]) -> None:
+    """Refuse an unknown name or option, without loading anything.
+
+    Raises:
+        ConfigError: With the nearest known name or option.
+    """
+    if name in SHIPPED:
+        spec = SHIPPED[name]
+        for option in options:
+            if option not in spec.options:
+                known = ("weight", "loss", *spec.options)
+                raise ConfigError(
+                    f"reward.{name}: unknown option '{option}'.{did_you_mean(option, known)}"
+                )
+    elif ":" not in name and name not in names():
+        raise ConfigError(
+            f"reward: unknown reward '{name}'.{did_you_mean(name, names())}",
+            hint="a reward of your own is named file.py:attribute or package.module:attribute",
+        )
+
+
+def build(name: str, options: Mapping[str, Any]) -> Reward:
+    """Load a reward and build it with its options.
+
+    Raises:
+        ConfigError: If the name or an option is unknown, or the attribute is no reward.
+        AssetError: If its module, file or weights are missing.
+    """
+    check(name, options)
+    target = _import(name)
+    if not callable(target):
+        raise ConfigError(f"reward '{name}': {target!r} is not a function or a class")
+    if not inspect.isclass(target):
+        if options:
+            raise ConfigError(f"reward '{name}' is a function and takes no options, got {dict(options)}")
+        return cast(Reward, target)
+    try:
+        inspect.signature(target).bind(**options)
+    except TypeError as error:
+        raise ConfigError(f"reward '{name}': {error}") from error
+    return cast(Callable[..., Reward], target)(**options)
+
+
+def _import(name: str) -> Any:
+    """Return the object that a name stands for."""
+    if name in SHIPPED:
+        name = SHIPPED[name].target
+    elif ":" not in name:
+        point = next(p for p in entry_points(group=GROUP) if p.name == name)
+        return point.load()
+    place, _, attribute = name.rpartition(":")
+    try:
+        module = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    except ImportError as error:
+        raise AssetError(f"reward '{name}': cannot import {place}: {error}") from error
+    if not hasattr(module, attribute):
+        public = [n for n in vars(module) if not n.startswith("_")]
+        raise ConfigError(
+            f"reward '{name}': {place} has no '{attribute}'.{did_you_mean(attribute, public)}"
+        )
+    return getattr(module, attribute)
+
+
+def _from_file(path: Path) -> Any:
+    """Run a Python file as a module of its own."""
+    if not path.is_file():
+        raise AssetError(f"reward: no such file: {path}")
+    name = f"alignprop_user_reward_{abs(hash(path.resolve()))}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise AssetError(f"reward: cannot import {path}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
