@@ -22,6 +22,8 @@ from alignprop_cli.errors import ConfigError
 from alignprop_cli.models.base import DiffusionModel
 from alignprop_cli.rewards.composite import Mixture
 from alignprop_cli.sampling import sample
+from alignprop_cli.tiny.checker import check
+from alignprop_cli.tiny.data import is_language
 
 Floats = NDArray[np.float64]
 
@@ -181,3 +183,31 @@ def compare(pictures: Sequence[Picture], base: Floats, tuned: Floats, *, seed: i
         wins=float((difference > 0).mean()),
         ties=float((difference == 0).mean()),
     )
+
+
+def check_pair(base: Drawn, tuned: Drawn) -> dict[str, tuple[float, float]]:
+    """Read pictures of the embedded model back with its checker, before and after.
+
+    Returns:
+        For background, colour, shape, count and all of them the shares in [0, 1] that are right;
+        empty where a prompt is not of the embedded model's language.
+    """
+    shares = [check_shares(drawn) for drawn in (base, tuned)]
+    return {name: (shares[0][name], shares[1][name]) for name in shares[0]}
+
+
+def check_shares(drawn: Drawn) -> dict[str, float]:
+    """Return the shares of pictures that the checker reads as their prompt says.
+
+    Returns:
+        By name, in [0, 1]; empty where a prompt is not of the embedded model's language.
+    """
+    prompts = [picture.prompt for picture in drawn.pictures]
+    if not all(is_language(prompt) for prompt in prompts):
+        return {}
+    checks = check(drawn.images, prompts)
+    names = ("background", "colour", "shape", "count", "all_right")
+    return {
+        name.replace("_right", ""): float(np.mean([getattr(c, name) for c in checks]))
+        for name in names
+    }

@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import yaml
 
+from alignprop_cli.config import Config, parse
 from alignprop_cli.errors import AssetError, ConfigError, Problem, did_you_mean
 
 Tree = dict[str, Any]
@@ -124,6 +125,37 @@ def override(layers: Layers, assignments: Iterable[str]) -> None:
             problems.append(Problem(key, f"cannot read the value {raw!r}; quote it"))
     if problems:
         raise ConfigError("--set: cannot be read", problems)
+
+
+def resolve(
+    *,
+    preset: str | None = None,
+    config: Path | None = None,
+    assignments: Iterable[str] = (),
+    flags: Mapping[str, Any] | None = None,
+) -> Config:
+    """Return the complete configuration from everything the command line was given.
+
+    Args:
+        preset: Name of a shipped preset.
+        config: File of the user's own, read after the preset.
+        assignments: `--set` texts.
+        flags: Dotted key to value of the named flags; None values were not given.
+
+    Raises:
+        ConfigError, AssetError: As `read`, `override` and `config.parse`.
+    """
+    layers = Layers()
+    if preset is not None:
+        read(preset_path(preset), layers)
+    if config is not None:
+        read(config, layers)
+    override(layers, assignments)
+    for key, value in (flags or {}).items():
+        if value is not None:
+            layers.set(key, value, f"--{key.rpartition('.')[2] if key != 'model.id' else 'model'}")
+    source = f"preset {preset}" if config is None and preset else str(config or "command line")
+    return parse(layers.values, layers.origins, source=source)
 
 
 def _merge(base: Tree, other: Mapping[str, Any]) -> None:

@@ -1,7 +1,175 @@
-"""`alignprop train`."""
+"""`alignprop train`: teach a model a reward."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Annotated
 
-def train() -> None:
-    """Not written yet."""
+import typer
+
+from alignprop_cli.commands import (
+    ConfigOption,
+    DebugOption,
+    JsonOption,
+    ModelOption,
+    OutputOption,
+    PresetOption,
+    QuietOption,
+    SeedOption,
+    SetOption,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from alignprop_cli.config import Config
+    from alignprop_cli.console import Console
+
+
+def train(
+    preset: PresetOption = None,
+    config: ConfigOption = None,
+    sets: SetOption = None,
+    model: ModelOption = None,
+    output: OutputOption = None,
+    steps: Annotated[int | None, typer.Option("--steps", help="optimiser steps")] = None,
+    seed: SeedOption = None,
+    resume: Annotated[
+        str | None,
+        typer.Option("--resume", help="run folder to go on with, or auto for the newest one"),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="print what would be done and stop")
+    ] = False,
+    list_presets: Annotated[
+        bool, typer.Option("--list-presets", help="list the shipped presets and stop")
+    ] = False,
+    show_preset: Annotated[
+        bool, typer.Option("--show-preset", help="print the complete configuration and stop")
+    ] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Teach a model a reward, into a LoRA.
+
+    Examples:
+
+      alignprop train --preset tiny
+
+      alignprop train --preset tiny --steps 5 --output runs/first --seed 1
+
+      alignprop train --resume runs/first --steps 10
+    """
+    from alignprop_cli import presets
+    from alignprop_cli.console import Console, table
+    from alignprop_cli.errors import ConfigError
+
+    console = Console(as_json=as_json, quiet=quiet)
+    if list_presets:
+        rows = [(name, presets.summary(name)) for name in presets.names()]
+        listing = table("Presets", ("name", "what it does"), rows, right=False)
+        console.result("alignprop.presets/1", {"presets": dict(rows)}, [listing])
+        return
+    flags = {"model.id": model, "train.steps": steps, "train.seed": seed, "output.dir": output}
+    run: Path | None = None
+    if resume is not None:
+        run, settings = _resumed(resume, preset, config, sets or [], flags)
+        name = run.name
+    elif preset is None and config is None:
+        raise ConfigError(
+            "train: nothing to do: give --preset or --config",
+            hint="`alignprop train --preset tiny` works at once; --list-presets lists the others",
+        )
+    else:
+        settings = _settings(preset, config, sets or [], flags)
+        name = _run_name(preset, config)
+    if show_preset:
+        _show(console, settings)
+        return
+
+    from alignprop_cli.commands.training import describe, run_training
+
+    if dry_run:
+        describe(settings, console)
+        return
+    run_training(settings, console, name=name, resume=run)
+
+
+def _settings(
+    preset: str | None, config: str | None, sets: list[str], flags: dict[str, object]
+) -> Config:
+    """Resolve the configuration and check the names of the rewards in it."""
+    from pathlib import Path
+
+    from alignprop_cli import presets
+
+    return presets.resolve(
+        preset=preset,
+        config=Path(config).expanduser() if config else None,
+        assignments=sets,
+        flags=flags,
+    )
+
+
+def _resumed(
+    resume: str,
+    preset: str | None,
+    config: str | None,
+    sets: list[str],
+    flags: dict[str, object],
+) -> tuple[Path, Config]:
+    """Return the run to go on with and its configuration, with what the command line changes."""
+    from pathlib import Path
+
+    from alignprop_cli.errors import AssetError, ConfigError
+
+    if preset is not None and resume != "auto":
+        raise ConfigError("--resume and --preset exclude each other: a run has its own config.yaml")
+    if config is not None:
+        raise ConfigError("--resume and --config exclude each other: a run has its own config.yaml")
+    if flags["output.dir"] is not None and resume != "auto":
+        raise ConfigError("--resume and --output exclude each other: a run goes on where it is")
+    if resume == "auto":
+        output = flags.pop("output.dir")
+        runs = [Path(str(output))] if output else _newest_runs(preset)
+        if not runs:
+            raise AssetError("--resume auto: there is no run with a checkpoint below runs/")
+        run = runs[0]
+    else:
+        run = Path(resume).expanduser()
+    settings_file = run / "config.yaml"
+    if not settings_file.is_file():
+        raise AssetError(
+            f"--resume: {run} is not a run: config.yaml is missing",
+            hint="give the folder that `alignprop train` printed, such as runs/tiny",
+        )
+    return run, _settings(None, str(settings_file), sets, flags)
+
+
+def _newest_runs(preset: str | None) -> list[Path]:
+    """Return the runs below runs/ that have a checkpoint, newest first."""
+    from pathlib import Path
+
+    found = [
+        path.parent
+        for path in Path("runs").glob("*/checkpoints")
+        if any(path.glob("step-*")) and (preset is None or path.parent.name.startswith(preset))
+    ]
+    return sorted(found, key=lambda run: (run / "checkpoints").stat().st_mtime, reverse=True)
+
+
+def _run_name(preset: str | None, config: str | None) -> str:
+    from pathlib import Path
+
+    if config is None:
+        return str(preset)
+    path = Path(config)
+    return path.parent.name if path.name == "config.yaml" and path.parent.name else path.stem
+
+
+def _show(console: Console, settings: Config) -> None:
+    from alignprop_cli.config import dump
+
+    console.result(
+        "alignprop.config/1", {"config": settings.model_dump(mode="json")}, [dump(settings).rstrip()]
+    )

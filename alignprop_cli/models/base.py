@@ -13,6 +13,9 @@ from torch import Tensor
 from alignprop_cli.sampling import Denoise
 from alignprop_cli.schedule import NoiseSchedule
 
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""The name diffusers gives a LoRA file in a folder."""
+
 
 @dataclass(frozen=True)
 class Conditioning:

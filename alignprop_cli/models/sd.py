@@ -29,12 +29,10 @@ from torch import Tensor
 from alignprop_cli import images, lora
 from alignprop_cli.config import ModelConfig
 from alignprop_cli.errors import AlignPropError, AssetError, ConfigError
-from alignprop_cli.models.base import Conditioning
+from alignprop_cli.models.base import LORA_FILE, Conditioning
 from alignprop_cli.models.registry import resolve_dtype
 from alignprop_cli.sampling import Denoise, guide
 from alignprop_cli.schedule import NoiseSchedule, diffusion_schedule
-
-LORA_FILE = "pytorch_lora_weights.safetensors"
 
 _ELSEWHERE = "set model.id to a local folder or file; `--preset tiny` works without any download"
 

@@ -1,0 +1,175 @@
+"""The run folder: what is in it, written whole or not at all, and read back.
+
+    runs/<name>/config.yaml            resolved; `train --config` on it repeats the run
+                metrics.jsonl          one line per optimiser step
+                checkpoints/step-000020/pytorch_lora_weights.safetensors   the adapter, for everyone
+                                        optimizer.safetensors              AdamW's moments
+                                        state.json                         counters
+                samples/               fixed prompts and seeds over time
+                before_after.png  summary.json
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from alignprop_cli.errors import AssetError, ConfigError, RunError
+from alignprop_cli.models.base import LORA_FILE
+
+_STEP = re.compile(r"step-(\d{6,})$")
+
+
+@dataclass(frozen=True)
+class State:
+    """What a run needs to go on, besides its LoRA weights.
+
+    Args:
+        step: Optimiser steps done.
+        images_seen: Images drawn for training so far.
+        optimizer: AdamW's tensors, named `<parameter number>.<name>`.
+    """
+
+    step: int
+    images_seen: int
+    optimizer: dict[str, Tensor]
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary folder beside `path`, then give it its name in one move.
+
+    After an interruption or on a full disk there is either the old folder, the new one, or none.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        write(temporary)
+        temporary.chmod(0o755)
+        if path.exists():
+            shutil.rmtree(path)
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(run: Path, state: State, save_lora: Callable[[Path], object], *, keep: int | None) -> Path:
+    """Write the checkpoint of a step and drop the oldest beyond `keep`.
+
+    Args:
+        run: The run folder.
+        state: Counters and optimiser.
+        save_lora: Writes the adapter into a folder.
+        keep: How many checkpoints stay; None keeps them all.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    path = run / "checkpoints" / f"step-{state.step:06d}"
+
+    def write(folder: Path) -> None:
+        save_lora(folder)
+        save_file(state.optimizer, folder / "optimizer.safetensors")
+        counters = {"step": state.step, "images_seen": state.images_seen}
+        (folder / "state.json").write_text(json.dumps(counters) + "\n", encoding="utf-8")
+
+    write_whole(path, write)
+    if keep is not None:
+        for old in checkpoints(run)[:-keep]:
+            shutil.rmtree(old)
+    return path
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Return the checkpoints of a run, oldest first."""
+    found = [p for p in (run / "checkpoints").glob("step-*") if _STEP.search(p.name)]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+
+
+def latest(run: Path) -> Path:
+    """Return the newest checkpoint of a run.
+
+    Raises:
+        AssetError: If the run does not exist or has none.
+    """
+    found = checkpoints(run)
+    if not found:
+        what = "has no checkpoint" if run.is_dir() else "does not exist"
+        raise AssetError(f"{run}: {what}", hint="`ls runs/` shows the runs there are")
+    return found[-1]
+
+
+def load(path: Path) -> State:
+    """Read a checkpoint's counters and optimiser.
+
+    Raises:
+        RunError: If it is damaged.
+    """
+    try:
+        counters: Mapping[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        optimizer = load_file(path / "optimizer.safetensors")
+        return State(int(counters["step"]), int(counters["images_seen"]), optimizer)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise RunError(
+            f"{path}: damaged checkpoint: {type(error).__name__}: {error}",
+            hint="remove this folder to go on from the checkpoint before it",
+        ) from error
+
+
+def load_lora(path: Path) -> dict[str, Tensor]:
+    """Read the adapter of a checkpoint, named as `lora.weights` names it.
+
+    Raises:
+        RunError: If the file is damaged or missing.
+    """
+    try:
+        state = load_file(path / LORA_FILE)
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{path / LORA_FILE}: damaged checkpoint: {error}") from error
+    return {name.removeprefix("unet."): value for name, value in state.items()}
+
+
+def new_run(wanted: str | None, name: str) -> Path:
+    """Choose the folder of a new run.
+
+    Args:
+        wanted: What the user asked for; None is runs/<name>, numbered where it exists.
+        name: Of the preset or the config file.
+
+    Raises:
+        ConfigError: If the wanted folder exists and is not empty.
+    """
+    if wanted is not None:
+        run = Path(wanted).expanduser()
+        if run.exists() and (not run.is_dir() or any(run.iterdir())):
+            raise ConfigError(
+                f"--output: {run} exists and is not empty",
+                hint="choose another folder, remove it, or go on with it by --resume",
+            )
+        return run
+    number = 1
+    while (run := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
+        number += 1
+    return run

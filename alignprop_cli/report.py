@@ -1,0 +1,208 @@
+"""Pictures for people: a sheet of them with prompts and scores, and single files with metadata."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+Pixels = NDArray[np.uint8]
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+# Pixels of the sheet.
+_TILE = 192
+_MARGIN = 24
+_PAIR_GAP = 8
+_CELL_GAP = 28
+_WIDTH = 1680
+_PROMPT_LINES = 3
+_CAPTION_LINES = 3
+
+_PAPER = (255, 255, 255)
+_INK = (24, 24, 27)
+_GREY = (110, 110, 118)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One prompt on a contact sheet.
+
+    Args:
+        prompt: Wrapped under the pictures.
+        images: One per title of the sheet, each of shape (H, W, 3), uint8.
+        captions: The text under each picture, such as its rewards.
+    """
+
+    prompt: str
+    images: tuple[Pixels, ...]
+    captions: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A font and the height of one line of it."""
+
+    font: Font
+    line: int
+
+    @classmethod
+    def of_size(cls, size: int) -> _Text:
+        return cls(ImageFont.load_default(size=size), round(size * 1.35))
+
+
+def contact_sheet(cells: Sequence[Cell], path: Path, *, titles: Sequence[str]) -> None:
+    """Write a PNG with all cells, a few to a row, all pictures of a cell side by side.
+
+    Args:
+        cells: At least one, each with as many images and captions as there are titles.
+        path: The file; its folder exists.
+        titles: What the pictures of a cell are, such as ("base", "tuned").
+
+    Raises:
+        ValueError: If there is no cell, or the numbers of images, captions and titles differ.
+    """
+    if not cells:
+        raise ValueError("a contact sheet needs at least one cell")
+    for index, cell in enumerate(cells):
+        if not len(cell.images) == len(cell.captions) == len(titles):
+            raise ValueError(
+                f"cell {index} has {len(cell.images)} images and {len(cell.captions)} captions "
+                f"for {len(titles)} titles"
+            )
+    heading, body, small = _Text.of_size(17), _Text.of_size(14), _Text.of_size(12)
+    cell_width = len(titles) * (_TILE + _PAIR_GAP) - _PAIR_GAP
+    fitting = (_WIDTH - 2 * _MARGIN + _CELL_GAP) // (cell_width + _CELL_GAP)
+    columns = max(1, min(len(cells), fitting))
+    rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
+    heights = [_row_height(row, body, small, cell_width) for row in rows]
+    top = _MARGIN + heading.line + _PAIR_GAP
+    width = 2 * _MARGIN + columns * (cell_width + _CELL_GAP) - _CELL_GAP
+    height = top + sum(heights) + _CELL_GAP * (len(rows) - 1) + _MARGIN
+    sheet = Image.new("RGB", (width, height), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for column in range(columns):
+        for index, title in enumerate(titles):
+            left = _left(column, cell_width) + index * (_TILE + _PAIR_GAP)
+            draw.text((left, _MARGIN), _one_line(title), fill=_INK, font=heading.font)
+    for row, row_height in zip(rows, heights, strict=True):
+        for column, cell in enumerate(row):
+            _draw_cell(sheet, cell, (_left(column, cell_width), top), body, small, cell_width)
+        top += row_height + _CELL_GAP
+    sheet.save(path, format="PNG", optimize=True)
+
+
+def save_picture(image: Pixels, path: Path, metadata: Mapping[str, str]) -> None:
+    """Write one picture as PNG with text chunks.
+
+    Args:
+        image: Shape (H, W, 3), uint8.
+        path: The file; its folder exists.
+        metadata: Keys of 1 to 79 Latin characters, texts of any kind.
+    """
+    info = PngInfo()
+    for key, value in metadata.items():
+        # NUL ends a text inside a PNG.
+        info.add_text(key, value.replace("\0", ""))
+    Image.fromarray(image).save(path, format="PNG", pnginfo=info)
+
+
+def _left(column: int, cell_width: int) -> int:
+    return _MARGIN + column * (cell_width + _CELL_GAP)
+
+
+def _fit(image: Pixels) -> Image.Image:
+    """Return a picture that fills a tile along its longer side."""
+    picture = Image.fromarray(image)
+    scale = _TILE / max(picture.size)
+    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+    # Small pictures are shown pixel by pixel, as they are.
+    return picture.resize(size, Image.Resampling.NEAREST if scale >= 2.0 else Image.Resampling.LANCZOS)
+
+
+def _row_height(row: Sequence[Cell], body: _Text, small: _Text, cell_width: int) -> int:
+    """Return the pixels that the highest cell of a row needs."""
+    return max(
+        _TILE + _caption_height(cell, small) + len(_prompt_lines(cell, body, cell_width)) * body.line
+        for cell in row
+    )
+
+
+def _prompt_lines(cell: Cell, body: _Text, cell_width: int) -> list[str]:
+    return _wrap(cell.prompt, body.font, cell_width, _PROMPT_LINES)
+
+
+def _caption_height(cell: Cell, small: _Text) -> int:
+    lines = max(len(_wrap(text, small.font, _TILE, _CAPTION_LINES)) for text in cell.captions)
+    return 5 + lines * small.line + 3
+
+
+def _draw_cell(
+    sheet: Image.Image,
+    cell: Cell,
+    corner: tuple[int, int],
+    body: _Text,
+    small: _Text,
+    cell_width: int,
+) -> None:
+    """Draw pictures, the caption under each, and the prompt under all of them."""
+    left, top = corner
+    draw = ImageDraw.Draw(sheet)
+    for index, (image, caption) in enumerate(zip(cell.images, cell.captions, strict=True)):
+        picture = _fit(image)
+        x = left + index * (_TILE + _PAIR_GAP)
+        # Pictures that are not square stand on the caption, in the middle of their tile.
+        sheet.paste(picture, (x + (_TILE - picture.width) // 2, top + _TILE - picture.height))
+        for number, line in enumerate(_wrap(caption, small.font, _TILE, _CAPTION_LINES)):
+            place = (x, top + _TILE + 5 + number * small.line)
+            draw.text(place, line, fill=_GREY, font=small.font)
+    below = top + _TILE + _caption_height(cell, small)
+    for number, line in enumerate(_prompt_lines(cell, body, cell_width)):
+        draw.text((left, below + number * body.line), line, fill=_INK, font=body.font)
+
+
+def _one_line(text: str) -> str:
+    """Return a text without line breaks and unprintable characters."""
+    return "".join(c if c.isprintable() else " " for c in text).strip()
+
+
+def _wrap(text: str, font: Font, width: int, most: int) -> list[str]:
+    """Break a text into at most `most` lines of `width` pixels, with an ellipsis where it is cut.
+
+    Words that are too long for a line are broken.
+    """
+    lines: list[str] = []
+    line = ""
+    for word in _one_line(text).split():
+        candidate = f"{line} {word}" if line else word
+        if font.getlength(candidate) <= width:
+            line = candidate
+            continue
+        if line:
+            lines.append(line)
+        while len(lines) <= most and font.getlength(word) > width:
+            head = _longest_start(word, font, width)
+            lines.append(head)
+            word = word[len(head) :]
+        line = word
+        if len(lines) > most:
+            break
+    lines += [line] if line else []
+    if len(lines) <= most:
+        return lines
+    last = lines[most - 1]
+    while last and font.getlength(last + "...") > width:
+        last = last[:-1]
+    return [*lines[: most - 1], last.rstrip() + "..."]
+
+
+def _longest_start(word: str, font: Font, width: int) -> str:
+    """Return as many first characters of a word as fit, at least one."""
+    end = 1
+    while end < len(word) and font.getlength(word[: end + 1]) <= width:
+        end += 1
+    return word[:end]

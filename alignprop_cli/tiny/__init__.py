@@ -1,0 +1,1 @@
+"""The embedded model: a small Stable Diffusion that draws coloured shapes, made by build.py."""
