@@ -79,7 +79,11 @@ def contact_sheet(cells: Sequence[Cell], path: Path, *, titles: Sequence[str]) -
     fitting = (_WIDTH - 2 * _MARGIN + _CELL_GAP) // (cell_width + _CELL_GAP)
     columns = max(1, min(len(cells), fitting))
     rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
-    heights = [_row_height(row, body, small, cell_width) for row in rows]
+    captions = [_caption_height(row, small) for row in rows]
+    heights = [
+        _TILE + caption + body.line * max(len(_prompt_lines(c, body, cell_width)) for c in row)
+        for row, caption in zip(rows, captions, strict=True)
+    ]
     top = _MARGIN + heading.line + _PAIR_GAP
     width = 2 * _MARGIN + columns * (cell_width + _CELL_GAP) - _CELL_GAP
     height = top + sum(heights) + _CELL_GAP * (len(rows) - 1) + _MARGIN
@@ -89,9 +93,12 @@ def contact_sheet(cells: Sequence[Cell], path: Path, *, titles: Sequence[str]) -
         for index, title in enumerate(titles):
             left = _left(column, cell_width) + index * (_TILE + _PAIR_GAP)
             draw.text((left, _MARGIN), _one_line(title), fill=_INK, font=heading.font)
-    for row, row_height in zip(rows, heights, strict=True):
+    for row, caption, row_height in zip(rows, captions, heights, strict=True):
         for column, cell in enumerate(row):
-            _draw_cell(sheet, cell, (_left(column, cell_width), top), body, small, cell_width)
+            left, below = _left(column, cell_width), top + _TILE + caption
+            _draw_pictures(sheet, cell, (left, top), small)
+            for number, line in enumerate(_prompt_lines(cell, body, cell_width)):
+                draw.text((left, below + number * body.line), line, fill=_INK, font=body.font)
         top += row_height + _CELL_GAP
     sheet.save(path, format="PNG", optimize=True)
 
@@ -121,14 +128,8 @@ def _fit(image: Pixels) -> Image.Image:
     scale = _TILE / max(picture.size)
     size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     # Small pictures are shown pixel by pixel, as they are.
-    return picture.resize(size, Image.Resampling.NEAREST if scale >= 2.0 else Image.Resampling.LANCZOS)
-
-
-def _row_height(row: Sequence[Cell], body: _Text, small: _Text, cell_width: int) -> int:
-    """Return the pixels that the highest cell of a row needs."""
-    return max(
-        _TILE + _caption_height(cell, small) + len(_prompt_lines(cell, body, cell_width)) * body.line
-        for cell in row
+    return picture.resize(
+        size, Image.Resampling.NEAREST if scale >= 2.0 else Image.Resampling.LANCZOS
     )
 
 
@@ -136,20 +137,15 @@ def _prompt_lines(cell: Cell, body: _Text, cell_width: int) -> list[str]:
     return _wrap(cell.prompt, body.font, cell_width, _PROMPT_LINES)
 
 
-def _caption_height(cell: Cell, small: _Text) -> int:
-    lines = max(len(_wrap(text, small.font, _TILE, _CAPTION_LINES)) for text in cell.captions)
+def _caption_height(row: Sequence[Cell], small: _Text) -> int:
+    """Return the pixels between the pictures of a row and its prompts."""
+    texts = [text for cell in row for text in cell.captions]
+    lines = max(len(_wrap(text, small.font, _TILE, _CAPTION_LINES)) for text in texts)
     return 5 + lines * small.line + 3
 
 
-def _draw_cell(
-    sheet: Image.Image,
-    cell: Cell,
-    corner: tuple[int, int],
-    body: _Text,
-    small: _Text,
-    cell_width: int,
-) -> None:
-    """Draw pictures, the caption under each, and the prompt under all of them."""
+def _draw_pictures(sheet: Image.Image, cell: Cell, corner: tuple[int, int], small: _Text) -> None:
+    """Draw the pictures of a cell side by side, the caption under each."""
     left, top = corner
     draw = ImageDraw.Draw(sheet)
     for index, (image, caption) in enumerate(zip(cell.images, cell.captions, strict=True)):
@@ -160,9 +156,6 @@ def _draw_cell(
         for number, line in enumerate(_wrap(caption, small.font, _TILE, _CAPTION_LINES)):
             place = (x, top + _TILE + 5 + number * small.line)
             draw.text(place, line, fill=_GREY, font=small.font)
-    below = top + _TILE + _caption_height(cell, small)
-    for number, line in enumerate(_prompt_lines(cell, body, cell_width)):
-        draw.text((left, below + number * body.line), line, fill=_INK, font=body.font)
 
 
 def _one_line(text: str) -> str:
