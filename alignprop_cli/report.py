@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,8 @@ def contact_sheet(cells: Sequence[Cell], path: Path, *, titles: Sequence[str]) -
     heading, body, small = _Text.of_size(17), _Text.of_size(14), _Text.of_size(12)
     cell_width = len(titles) * (_TILE + _PAIR_GAP) - _PAIR_GAP
     fitting = (_WIDTH - 2 * _MARGIN + _CELL_GAP) // (cell_width + _CELL_GAP)
-    columns = max(1, min(len(cells), fitting))
+    # As even as possible: eight cells where seven fit are two rows of four.
+    columns = math.ceil(len(cells) / math.ceil(len(cells) / max(1, fitting)))
     rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
     captions = [_caption_height(row, small) for row in rows]
     heights = [
@@ -89,7 +91,7 @@ def contact_sheet(cells: Sequence[Cell], path: Path, *, titles: Sequence[str]) -
     height = top + sum(heights) + _CELL_GAP * (len(rows) - 1) + _MARGIN
     sheet = Image.new("RGB", (width, height), _PAPER)
     draw = ImageDraw.Draw(sheet)
-    for column in range(columns):
+    for column in range(columns if len(titles) > 1 else 1):
         for index, title in enumerate(titles):
             left = _left(column, cell_width) + index * (_TILE + _PAIR_GAP)
             draw.text((left, _MARGIN), _one_line(title), fill=_INK, font=heading.font)

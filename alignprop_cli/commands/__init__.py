@@ -19,10 +19,12 @@ SetOption = Annotated[
 ModelOption = Annotated[
     str | None, typer.Option("--model", "-m", help="tiny, a local folder or file, or a hub id")
 ]
-OutputOption = Annotated[
-    str | None, typer.Option("--output", "-o", help="folder or file to write")
-]
+OutputOption = Annotated[str | None, typer.Option("--output", "-o", help="folder or file to write")]
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="replace what is already at --output")
 ]
 SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="of all random numbers")]
+RewardOption = Annotated[
+    list[str] | None,
+    typer.Option("--reward", "-r", help="reward to measure, repeatable or with commas"),
+]

@@ -1,7 +1,172 @@
-"""`alignprop evaluate`."""
+"""`alignprop evaluate`: what a LoRA changed, on the same prompts and noise as the base model."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Annotated
 
-def evaluate() -> None:
-    """Not written yet."""
+import typer
+
+from alignprop_cli.commands import (
+    ConfigOption,
+    DebugOption,
+    JsonOption,
+    ModelOption,
+    OutputOption,
+    OverwriteOption,
+    PresetOption,
+    QuietOption,
+    RewardOption,
+    SeedOption,
+    SetOption,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from alignprop_cli.adapter import Located
+
+BASE = "base"
+"""What the base model alone is called; a folder of that name is ./base."""
+
+OURS = ("results.json", "sheet.png", "images")
+"""What is in an evaluation's folder."""
+
+
+def evaluate(
+    target: Annotated[
+        str,
+        typer.Argument(metavar="TARGET", help="run, checkpoint, LoRA file or folder, or base"),
+    ],
+    preset: PresetOption = None,
+    config: ConfigOption = None,
+    sets: SetOption = None,
+    model: ModelOption = None,
+    reward: RewardOption = None,
+    prompts: Annotated[
+        str | None, typer.Option("--prompts", help="prompt set, or .txt, .jsonl or .csv file")
+    ] = None,
+    images: Annotated[
+        int | None, typer.Option("--images", "-n", min=1, help="pictures drawn with each model")
+    ] = None,
+    seed: SeedOption = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option("--batch-size", min=1, help="pictures drawn at once; changes no picture"),
+    ] = None,
+    output: OutputOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Draw the same pictures with the base model and with the LoRA, and compare their rewards.
+
+    A run and its checkpoints bring their configuration; of a run the newest checkpoint is taken.
+    A LoRA that was trained elsewhere needs --preset, --config or --model. `base` draws the base
+    model alone.
+
+    Examples:
+
+      alignprop evaluate runs/tiny
+
+      alignprop evaluate runs/tiny --reward clip,brightness --images 64 --seed 1
+
+      alignprop evaluate my_lora.safetensors --preset tiny --prompts prompts.txt
+    """
+    from pathlib import Path
+
+    from alignprop_cli import adapter
+    from alignprop_cli.commands import settings
+    from alignprop_cli.commands.outputs import check_output
+    from alignprop_cli.console import Console
+    from alignprop_cli.prompts import load_prompts
+    from alignprop_cli.rewards import registry
+
+    console = Console(as_json=as_json, quiet=quiet)
+    located = None if target == BASE else adapter.locate(target)
+    flags = {
+        "model.id": ("--model", model),
+        "eval.prompts": ("--prompts", prompts),
+        "eval.images": ("--images", images),
+        "eval.seed": ("--seed", seed),
+        "eval.batch_size": ("--batch-size", batch_size),
+    }
+    header = {} if located is None else adapter.read_header(located.file)
+    own, header_values = _own_settings(
+        located, header, given=preset is not None or config is not None, model=model
+    )
+    resolved = settings.build(
+        preset=preset,
+        config=Path(config).expanduser() if config else own,
+        header=header_values,
+        assignments=sets or [],
+        rewards=settings.reward_names(reward),
+        flags=flags,
+        source=str(own or target),
+    )
+    for name, member in resolved.reward.items():
+        registry.check(name, member.options)
+    chosen = load_prompts(resolved.eval.prompts)
+    folder = Path(output).expanduser() if output else _default_folder(located)
+    check_output(folder, overwrite=overwrite, ours=OURS)
+
+    from alignprop_cli.commands.evaluation import run_evaluation
+
+    run_evaluation(resolved, console, located, chosen, folder)
+
+
+def _own_settings(
+    located: Located | None, header: dict[str, str], *, given: bool, model: str | None
+) -> tuple[Path | None, dict[str, object]]:
+    """Return the configuration that comes with the weights: a run's file, or a header's values.
+
+    Args:
+        located: The weights; None is the base model.
+        header: Of their file.
+        given: Whether the command line names a preset or a configuration, which then counts.
+        model: What the command line names as the base model.
+
+    Raises:
+        AssetError: If the configuration in the header is damaged.
+        ConfigError: If there is no configuration and nothing says what the base model is.
+    """
+    import json
+
+    from alignprop_cli.errors import AssetError, ConfigError
+
+    if given:
+        return None, {}
+    if located is not None and located.run is not None:
+        return located.run / "config.yaml", {}
+    if "alignprop.config" in header:
+        try:
+            values = json.loads(header["alignprop.config"])
+            return None, dict(values)
+        except (ValueError, TypeError) as error:
+            raise AssetError(
+                f"{located.file if located else ''}: alignprop.config in its header is damaged",
+                hint="say how to draw with --preset or --config",
+            ) from error
+    if "alignprop.base_model" in header:
+        return None, {"model": {"id": header["alignprop.base_model"]}}
+    if model is None:
+        what = "base" if located is None else str(located.file)
+        raise ConfigError(
+            f"{what}: nothing says which base model to draw with",
+            hint=f"give --preset, --config or --model: alignprop evaluate {what} --preset tiny",
+        )
+    return None, {}
+
+
+def _default_folder(located: Located | None) -> Path:
+    """Return <run>/evaluation, or evaluation-<name> here for what is not in a run."""
+    from pathlib import Path
+
+    if located is None:
+        return Path("evaluation-base")
+    if located.run is not None:
+        return located.run / ("evaluation" + (f"-{located.step}" if located.step else ""))
+    file = located.file.resolve()
+    from alignprop_cli.models.base import LORA_FILE
+
+    return Path(f"evaluation-{file.parent.name if file.name == LORA_FILE else file.stem}")
