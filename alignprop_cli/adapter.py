@@ -44,6 +44,14 @@ class Located:
     run: Path | None = None
     step: str | None = None
 
+    @property
+    def label(self) -> str:
+        """Return a short name for folders: that of the run and checkpoint, folder, or file."""
+        if self.run is not None:
+            return self.run.resolve().name + (f"-{self.step}" if self.step else "")
+        file = self.file.resolve()
+        return file.parent.name if file.name == LORA_FILE else file.stem
+
 
 @dataclass(frozen=True)
 class Adapter:

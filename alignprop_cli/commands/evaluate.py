@@ -166,7 +166,4 @@ def _default_folder(located: Located | None) -> Path:
         return Path("evaluation-base")
     if located.run is not None:
         return located.run / ("evaluation" + (f"-{located.step}" if located.step else ""))
-    file = located.file.resolve()
-    from alignprop_cli.models.base import LORA_FILE
-
-    return Path(f"evaluation-{file.parent.name if file.name == LORA_FILE else file.stem}")
+    return Path(f"evaluation-{located.label}")

@@ -50,17 +50,32 @@ def build(
     if config is not None:
         presets.read(config, layers)
     presets.override(layers, assignments)
-    known = layers.values.get("reward")
-    known = known if isinstance(known, dict) else {}
-    names = list(rewards) or ([] if known else ["clip"])
-    if names:
-        # Set directly: a name may hold dots, as file.py:attribute does.
-        layers.values["reward"] = {name: known.get(name) for name in names}
-        layers.origins["reward"] = "--reward"
+    if rewards:
+        _choose_rewards(layers, rewards)
+    elif not layers.values.get("reward"):
+        layers.values["reward"] = {"clip": None}
     for key, (flag, value) in (flags or {}).items():
         if value is not None:
             layers.set(key, value, flag)
     return parse(layers.values, layers.origins, source=source)
+
+
+def _choose_rewards(layers: presets.Layers, names: Sequence[str]) -> None:
+    """Keep the options of the named rewards, and drop all other rewards.
+
+    Raises:
+        ConfigError: If `--set` changes a reward that is not named.
+    """
+    found = layers.values.get("reward")
+    known: dict[str, Any] = found if isinstance(found, dict) else {}
+    for key, origin in layers.origins.items():
+        section, _, rest = key.partition(".")
+        name = rest.partition(".")[0]
+        if origin == "--set" and section == "reward" and name in known and name not in names:
+            raise ConfigError(f"--set: {key}: {name} is not measured, --reward names others")
+    # Set directly: a name may hold dots, as file.py:attribute does.
+    layers.values["reward"] = {name: known.get(name) for name in names}
+    layers.origins["reward"] = "--reward"
 
 
 def only_rewards(assignments: Sequence[str]) -> None:

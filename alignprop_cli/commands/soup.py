@@ -66,11 +66,13 @@ def soup(
     names, coefficients = (first, second), (coef, 1.0 - coef)
     if all(name in BASE for name in names):
         raise ConfigError("soup: A and B are both the base model: there is nothing to mix")
-    folder = Path(output).expanduser() if output else Path(_default_name(names, coef))
+    located = [None if name in BASE else adapter.locate(name) for name in names]
+    labels = ["base" if found is None else found.label for found in located]
+    folder = Path(output or f"soup-{labels[0]}-{labels[1]}-{coef:g}").expanduser()
     check_output(folder, overwrite=overwrite, ours=(LORA_FILE,))
     if not 0.0 <= coef <= 1.0:
         console.note(f"--coef {coef:g} is outside 0 to 1: this goes on beyond a member")
-    adapters = [None if n in BASE else adapter.read(adapter.locate(n).file) for n in names]
+    adapters = [None if found is None else adapter.read(found.file) for found in located]
     _mix(console, folder, names, adapters, coefficients)
 
 
@@ -173,10 +175,3 @@ def _header(adapters: list[Adapter], members: list[dict[str, Any]]) -> dict[str,
         }
         header["alignprop.config"] = json.dumps(kept, sort_keys=True)
     return header
-
-
-def _default_name(names: tuple[str, str], coef: float) -> str:
-    from pathlib import Path
-
-    short = ["base" if name in BASE else Path(name).expanduser().resolve().stem for name in names]
-    return f"soup-{short[0]}-{short[1]}-{coef:g}"

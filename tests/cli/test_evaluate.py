@@ -1,0 +1,194 @@
+"""`alignprop evaluate` from the command line, on a small model with random weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from alignprop_cli import lora
+from alignprop_cli.cli import main
+from alignprop_cli.config import ModelConfig
+from alignprop_cli.models.base import LORA_FILE
+from alignprop_cli.models.registry import load_model
+from tests.factories import fill_lora_b, small_pipeline
+
+
+def run(capsys, *args):
+    """Return the exit code, standard output and standard error of `alignprop evaluate`."""
+    with pytest.raises(SystemExit) as ended:
+        main(["evaluate", *map(str, args)])
+    captured = capsys.readouterr()
+    return ended.value.code or 0, captured.out, captured.err
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """Return the folder of a small pipeline."""
+    return small_pipeline(tmp_path_factory.mktemp("evaluate") / "base")
+
+
+@pytest.fixture(scope="module")
+def trained(base, tmp_path_factory):
+    """Return a run folder with two checkpoints, as training leaves it."""
+    run_folder = tmp_path_factory.mktemp("evaluate") / "run"
+    prompts = run_folder.parent / "prompts.txt"
+    prompts.write_text("a cat\na dog\n<b>../fish</b>\n")
+    config = {
+        "model": {"id": str(base)},
+        "sample": {"num_inference_steps": 2, "guidance_scale": 2.0},
+        "gradient": {"k_max": 2},
+        "reward": {"brightness": {}},
+        "eval": {"prompts": str(prompts), "images": 4, "batch_size": 3},
+    }
+    model = load_model(ModelConfig(id=str(base)), torch.device("cpu"))
+    lora.inject(model.network, rank=2, alpha=4, target_modules=("to_q", "to_v"), seed=0)
+    for step in (1, 2):
+        fill_lora_b(model.network, seed=step, scale=2.0)
+        folder = run_folder / "checkpoints" / f"step-{step:06d}"
+        folder.mkdir(parents=True)
+        header = {
+            "alignprop.base_model": str(base),
+            "alignprop.base_fingerprint": model.fingerprint,
+            "alignprop.config": json.dumps(config),
+        }
+        model.save_lora(folder, lora.weights(model.network), header)
+    # JSON is YAML.
+    (run_folder / "config.yaml").write_text(json.dumps(config))
+    return run_folder
+
+
+def pixels(path):
+    return np.asarray(Image.open(path))
+
+
+def test_a_run_is_compared_with_its_base_model(capsys, trained, tmp_path):
+    folder = tmp_path / "out"
+    code, out, err = run(capsys, trained, "--reward", "brightness,contrast", "-o", folder)
+    assert code == 0, err
+    assert "4 pictures" in out
+    assert "contrast" in out
+    results = json.loads((folder / "results.json").read_text())
+    assert results["schema"] == "alignprop.evaluate/1"
+    assert results["adapter"]["file"].endswith(f"step-000002/{LORA_FILE}")
+    assert results["checker"] == {}
+    figures = results["rewards"]["brightness"]
+    assert figures["low"] <= figures["difference"] <= figures["high"]
+    assert figures["tuned"] - figures["base"] == pytest.approx(figures["difference"])
+    # The figures are those of the pictures that were written.
+    for which in ("base", "tuned"):
+        written = sorted((folder / "images" / which).iterdir())
+        assert [p.name for p in written] == [f"{i:04d}.png" for i in range(4)]
+        luma = [(pixels(p) / 255.0 @ [0.299, 0.587, 0.114]).mean() for p in written]
+        assert np.mean(luma) == pytest.approx(figures[which], abs=0.02)
+    assert (
+        pixels(folder / "images/base/0000.png") != pixels(folder / "images/tuned/0000.png")
+    ).any()
+    assert Image.open(folder / "sheet.png").width > 300
+
+
+def test_pictures_say_how_they_were_drawn_and_prompts_are_no_file_names(capsys, trained, tmp_path):
+    code, _, _ = run(capsys, trained, "--seed", "5", "-o", tmp_path / "out", "-q")
+    assert code == 0
+    texts = Image.open(tmp_path / "out" / "images" / "tuned" / "0002.png").info
+    assert texts["prompt"] == "<b>../fish</b>"
+    assert texts["seed"] == "5"
+    assert "brightness" in json.loads(texts["rewards"])
+    assert len(texts["adapter_sha256"]) == 64
+
+
+def test_batch_size_changes_no_picture_and_seed_changes_all(capsys, trained, tmp_path):
+    for name, *args in (("a", "--batch-size", 1), ("b", "--batch-size", 4), ("c", "--seed", 1)):
+        assert run(capsys, trained, *args, "-o", tmp_path / name)[0] == 0
+    for number in range(4):
+        a, b, c = (
+            pixels(tmp_path / n / "images/tuned" / f"{number:04d}.png").astype(int) for n in "abc"
+        )
+        assert abs(a - b).max() <= 1
+        assert abs(a - c).max() > 1
+
+
+def test_the_base_model_alone_draws_the_same_base_pictures(capsys, trained, tmp_path):
+    assert run(capsys, trained, "-o", tmp_path / "pair")[0] == 0
+    code, out, _ = run(
+        capsys, "base", "--config", trained / "config.yaml", "-o", tmp_path / "base", "--json"
+    )
+    values = json.loads(out)
+    assert code == 0
+    assert values["adapter"] is None
+    assert set(values["rewards"]["brightness"]) == {"base", "base_std"}
+    assert [p.name for p in (tmp_path / "base" / "images").iterdir()] == ["base"]
+    for number in range(4):
+        name = f"images/base/{number:04d}.png"
+        np.testing.assert_array_equal(
+            pixels(tmp_path / "base" / name), pixels(tmp_path / "pair" / name)
+        )
+
+
+def test_output_is_in_the_run_and_is_not_replaced_unasked(capsys, trained, tmp_path):
+    copy = shutil.copytree(trained, tmp_path / "run")
+    assert run(capsys, copy, "-n", 1)[0] == 0
+    assert (copy / "evaluation" / "results.json").is_file()
+    code, _, err = run(capsys, copy, "-n", 1)
+    assert code == 2
+    assert "--overwrite" in err
+    assert run(capsys, copy, "-n", 2, "--overwrite")[0] == 0
+    assert len(list((copy / "evaluation" / "images" / "base").iterdir())) == 2
+    checkpoint = copy / "checkpoints" / "step-000001"
+    code, out, _ = run(capsys, checkpoint, "-n", 1, "--json")
+    assert code == 0
+    assert json.loads(out)["output"] == str(copy / "evaluation-step-000001")
+
+
+def test_a_bare_file_is_drawn_as_its_header_says(capsys, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(trained / "checkpoints/step-000002" / LORA_FILE, tmp_path / "mine.safetensors")
+    code, out, err = run(capsys, "mine.safetensors", "-n", 1, "--json")
+    values = json.loads(out)
+    assert code == 0, err
+    assert values["sample"]["num_inference_steps"] == 2
+    assert values["output"] == str(tmp_path / "evaluation-mine")
+
+
+def test_a_soup_is_evaluated_like_any_lora(capsys, trained, tmp_path):
+    steps = [trained / "checkpoints" / f"step-{n:06d}" for n in (1, 2)]
+    with pytest.raises(SystemExit):
+        main(["soup", *map(str, steps), "--coef", "0", "-o", str(tmp_path / "soup"), "-q"])
+    capsys.readouterr()
+    assert run(capsys, tmp_path / "soup", "-o", tmp_path / "a")[0] == 0
+    assert run(capsys, trained, "-o", tmp_path / "b")[0] == 0
+    # No share of the first is the second.
+    a, b = (json.loads((tmp_path / n / "results.json").read_text())["rewards"] for n in "ab")
+    assert a["brightness"] == pytest.approx(b["brightness"], abs=1e-5)
+
+
+def test_a_lora_of_another_model_is_refused(capsys, trained, tmp_path):
+    other = small_pipeline(tmp_path / "other", block_out_channels=(16, 32), attention_head_dim=2)
+    code, _, err = run(capsys, trained, "--model", other, "-o", tmp_path / "out")
+    assert code == 2
+    assert "trained on" in err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "words"),
+    [
+        (["base"], 2, "--preset"),
+        (["/none"], 3, "no such file or folder"),
+        (["RUN", "--reward", "brightnes"], 2, "Did you mean 'brightness'"),
+        (["RUN", "--prompts", "animal"], 2, "Did you mean 'animals'"),
+        (["RUN", "--prompts", "none.txt"], 3, "cannot read none.txt"),
+        (["RUN", "--set", "sample.etta=1"], 2, "Did you mean 'eta'"),
+        (["RUN", "--model", "./none"], 3, "no such file or folder"),
+    ],
+)
+def test_mistakes_are_explained(capsys, trained, tmp_path, args, code, words):
+    given = [trained if arg == "RUN" else arg for arg in args]
+    found, out, err = run(capsys, *given, "-o", tmp_path / "out")
+    assert (found, out) == (code, "")
+    assert words in " ".join(err.split())
+    assert not (tmp_path / "out").exists()
