@@ -1,0 +1,203 @@
+"""Builders of small models with random weights, in the formats of diffusers and open_clip.
+
+They are not trained: tests that use them compare numbers, never look at pictures.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+TEXT_WIDTH = 32
+"""Width of the text embeddings of `small_pipeline`."""
+
+PICTURE_PX = 16
+"""Height and width of a picture of `small_pipeline`; its latents are (4, 8, 8)."""
+
+SD1_BETAS = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+}
+"""The noise of Stable Diffusion 1.x, as arguments of a scheduler of diffusers."""
+
+
+def generator(seed: int) -> torch.Generator:
+    """Return a generator of its own, so that no test depends on another."""
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Return standard normal numbers that are a function of the seed and the shape."""
+    return torch.randn(shape, generator=generator(seed), dtype=dtype)
+
+
+def _build(seed: int, builder: Callable[[], Any]) -> Any:
+    """Run a builder that takes its random weights from the global generator, and put that back."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return builder()
+
+
+def small_tokenizer(path: Path) -> CLIPTokenizer:
+    """Write a CLIP tokenizer that reads single letters, and return it."""
+    letters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    merges = ["a t</w>", "o g</w>", "c at</w>", "d og</w>"]
+    tokens = [*letters, *(letter + "</w>" for letter in letters)]
+    tokens += [merge.replace(" ", "") for merge in merges] + [start, end]
+    path.mkdir(parents=True, exist_ok=True)
+    vocab = {token: number for number, token in enumerate(tokens)}
+    (path / "vocab.json").write_text(json.dumps(vocab), encoding="utf-8")
+    (path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
+    return CLIPTokenizer(
+        str(path / "vocab.json"),
+        str(path / "merges.txt"),
+        unk_token=end,
+        bos_token=start,
+        eos_token=end,
+        pad_token=end,
+        model_max_length=16,
+    )
+
+
+def small_pipeline(
+    path: Path, *, prediction_type: str = "epsilon", seed: int = 0, **overrides: Any
+) -> Path:
+    """Write a StableDiffusionPipeline with random weights: latents (4, 8, 8), pictures 16 x 16.
+
+    Args:
+        path: Folder to write.
+        prediction_type: Of the scheduler's configuration.
+        seed: Of the weights.
+        **overrides: Options of the network (`in_channels`, `block_out_channels`, ...), and with a
+            prefix `scheduler_` or `vae_` those of the other parts.
+
+    Returns:
+        The folder.
+    """
+    unet_options: dict[str, Any] = {
+        "sample_size": 8,
+        "in_channels": 4,
+        "out_channels": 4,
+        "block_out_channels": (32, 32),
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": TEXT_WIDTH,
+        "attention_head_dim": 4,
+        "norm_num_groups": 8,
+    }
+    scheduler_options: dict[str, Any] = {
+        **SD1_BETAS,
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+        "prediction_type": prediction_type,
+    }
+    vae_options: dict[str, Any] = {
+        "in_channels": 3,
+        "out_channels": 3,
+        "latent_channels": 4,
+        "block_out_channels": (16, 16),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "sample_size": PICTURE_PX,
+        "scaling_factor": 0.18215,
+    }
+    for key, value in overrides.items():
+        if key.startswith("scheduler_"):
+            scheduler_options[key.removeprefix("scheduler_")] = value
+        elif key.startswith("vae_"):
+            vae_options[key.removeprefix("vae_")] = value
+        else:
+            unet_options[key] = value
+
+    def build() -> StableDiffusionPipeline:
+        tokenizer = small_tokenizer(path / "tokenizer")
+        end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+        text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=end + 1,
+                hidden_size=TEXT_WIDTH,
+                intermediate_size=2 * TEXT_WIDTH,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                max_position_embeddings=16,
+                projection_dim=TEXT_WIDTH,
+                bos_token_id=end - 1,
+                eos_token_id=end,
+                pad_token_id=end,
+            )
+        )
+        vae = AutoencoderKL(**vae_options)
+        # Keep pictures inside [-1, 1], where clamping does nothing.
+        torch.nn.init.zeros_(vae.decoder.conv_out.bias)
+        vae.decoder.conv_out.weight.data.mul_(0.5)
+        return StableDiffusionPipeline(
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            unet=UNet2DConditionModel(**unet_options),
+            scheduler=DDIMScheduler(**scheduler_options),
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+
+    _build(seed, build).save_pretrained(path)
+    return path
+
+
+def small_clip(path: Path, *, seed: int = 0) -> Path:
+    """Write an image-text model with random weights in open_clip's format, pictures 16 x 16.
+
+    Its tokenizer is the one that open_clip ships.
+
+    Returns:
+        The folder, to be named `local-dir:<folder>` to open_clip.
+    """
+    config = {
+        "embed_dim": 16,
+        "vision_cfg": {
+            "image_size": 16,
+            "patch_size": 4,
+            "width": 32,
+            "head_width": 8,
+            "layers": 2,
+        },
+        "text_cfg": {
+            "context_length": 77,
+            "vocab_size": 49408,
+            "width": 16,
+            "heads": 2,
+            "layers": 1,
+        },
+    }
+    model = _build(seed, lambda: open_clip.CLIP(**config))
+    path.mkdir(parents=True, exist_ok=True)
+    preprocess = {"mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28]}
+    (path / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}), encoding="utf-8"
+    )
+    save_file(model.state_dict(), path / "open_clip_model.safetensors")
+    return path
+
+
+def fill_lora_b(network: torch.nn.Module, seed: int, scale: float = 0.3) -> None:
+    """Give the B matrices of an injected LoRA random values: a fresh LoRA changes nothing."""
+    named = sorted((name, p) for name, p in network.named_parameters() if ".lora_B." in name)
+    for index, (_, parameter) in enumerate(named):
+        draw = randn(seed + index, *parameter.shape, dtype=torch.float32)
+        parameter.data.copy_(scale * draw)
