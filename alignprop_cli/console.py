@@ -108,11 +108,13 @@ class Console:
             yield Bar(progress, total, label)
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Return a plain table: the first column left, the others right."""
+def table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = True
+) -> Table:
+    """Return a plain table; where the columns hold numbers, all but the first are set right."""
     made = Table(title=escape(title), title_justify="left", box=None, pad_edge=False)
     for index, column in enumerate(columns):
-        made.add_column(escape(column), justify="left" if index == 0 else "right")
+        made.add_column(escape(column), justify="right" if numbers and index else "left")
     for row in rows:
         made.add_row(*map(escape, row))
     return made

@@ -67,7 +67,7 @@ def train(
     console = Console(as_json=as_json, quiet=quiet)
     if list_presets:
         rows = [(name, presets.summary(name)) for name in presets.names()]
-        listing = table("Presets", ("name", "what it does"), rows, right=False)
+        listing = table("Presets", ("name", "what it does"), rows, numbers=False)
         console.result("alignprop.presets/1", {"presets": dict(rows)}, [listing])
         return
     flags = {"model.id": model, "train.steps": steps, "train.seed": seed, "output.dir": output}

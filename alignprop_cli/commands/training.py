@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,7 +31,7 @@ from alignprop_cli.plan import Plan, make_plan
 from alignprop_cli.prompts import load_prompts
 from alignprop_cli.rewards import registry
 from alignprop_cli.rewards.composite import Mixture, build_mixture
-from alignprop_cli.trainer import StepRecord, Trainer, train
+from alignprop_cli.trainer import StepRecord, Trainer, peak_memory_gib, train
 
 _SMOOTHING = 0.8
 """Share of the past in the smoothed reward beside the progress bar."""
@@ -313,6 +313,7 @@ def _save(session: Session) -> None:
 def _finish(session: Session, base: Drawn, tuned: Drawn, seconds: float) -> None:
     """Write the before/after sheet and the summary, and print where everything is."""
     run, config = session.run, session.config
+    peak = peak_memory_gib(session.model.device)
     paired = {
         name: evaluator.compare(base.pictures, base.rewards[name], tuned.rewards[name])
         for name in session.mixture.names
@@ -335,7 +336,7 @@ def _finish(session: Session, base: Drawn, tuned: Drawn, seconds: float) -> None
         "steps": session.trainer.step_number,
         "images_seen": session.trainer.images_seen,
         "seconds": seconds,
-        "peak_memory_gib": session.trainer.peak_memory_gib(),
+        "peak_memory_gib": peak,
         "held_out": {
             "prompts": config.eval.prompts,
             "images": len(base.pictures),
@@ -360,7 +361,7 @@ def _finish(session: Session, base: Drawn, tuned: Drawn, seconds: float) -> None
             f"adapter  {last / checkpoint.LORA_FILE}",
             f"pictures {sheet}",
             f"{session.trainer.step_number} steps, {session.trainer.images_seen} images, "
-            f"{seconds:.0f} s, at most {session.trainer.peak_memory_gib():.2f} GiB",
+            f"{seconds:.0f} s, at most {peak:.2f} GiB",
             f"next: {next_command}",
         ],
     )

@@ -241,7 +241,7 @@ def load(config: ModelConfig, path: Path | None, device: torch.device) -> Stable
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     common: dict[str, Any] = {
-        "torch_dtype": resolve_dtype(config.dtype, device),
+        "dtype": resolve_dtype(config.dtype, device),
         "safety_checker": None,
         "requires_safety_checker": False,
         "feature_extractor": None,

@@ -34,6 +34,7 @@ def scheduler() -> DDIMScheduler:
         clip_sample=False,
         set_alpha_to_one=True,
         prediction_type="v_prediction",
+        steps_offset=1,
         timestep_spacing="trailing",
         rescale_betas_zero_snr=True,
     )
