@@ -1,0 +1,48 @@
+"""The checks, one session each: `nox` runs the first three, `nox -s lowest` the oldest versions."""
+
+import nox
+from packaging.requirements import Requirement
+
+nox.options.sessions = ["lint", "types", "tests"]
+nox.options.reuse_existing_virtualenvs = True
+
+PROJECT = nox.project.load_toml("pyproject.toml")["project"]
+TOOLS = {
+    Requirement(requirement).name: requirement
+    for requirement in PROJECT["optional-dependencies"]["dev"]
+}
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    session.install(".[test]")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    session.install(TOOLS["ruff"], TOOLS["codespell"])
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+    session.run("codespell")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    session.install(".[dev]")
+    session.run("pyright")
+
+
+@nox.session
+def lowest(session: nox.Session) -> None:
+    """Run the tests with the oldest version of each dependency that we say we support."""
+    oldest = [requirement.replace(">=", "==") for requirement in PROJECT["dependencies"]]
+    session.install(*oldest, ".[test]")
+    session.run("pytest", *session.posargs)
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """Build the wheel from the source archive and check what is in it."""
+    session.install(".[test]", TOOLS["build"], TOOLS["hatchling"])
+    session.run("pytest", "-m", "slow", "tests/test_packaging.py")

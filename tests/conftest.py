@@ -1,0 +1,77 @@
+"""What holds for every test: no network, deterministic arithmetic, this checkout's code."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+# Read when the libraries are imported, and inherited by the processes that tests start.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # it warns in every forked process
+os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # deterministic algorithms on a GPU ask for it
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")])
+)
+# Help and tables look the same on a terminal, in a pipe and in continuous integration.
+os.environ["NO_COLOR"] = "1"
+os.environ["COLUMNS"] = "100"
+for name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS"):  # each makes typer use colours
+    os.environ.pop(name, None)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
+
+torch.use_deterministic_algorithms(True)
+
+settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+settings.load_profile("repeatable")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, with a reason, what this machine cannot run."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+@pytest.fixture(autouse=True)
+def no_network(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[list[str]]:
+    """Fail the test that reaches for another machine, even when its caller hides the error.
+
+    Yields:
+        The addresses refused so far. Tests marked `network` are let through.
+    """
+    refused: list[str] = []
+    if not request.node.get_closest_marker("network"):
+
+        def guarded(connect: Any) -> Any:
+            def call(self: socket.socket, address: Any) -> Any:
+                if self.family in {socket.AF_INET, socket.AF_INET6} and not _is_local(address[0]):
+                    refused.append(f"{address[0]}:{address[1]}")
+                    raise OSError(f"tests have no network; refused {refused[-1]}")
+                return connect(self, address)
+
+            return call
+
+        for method in ("connect", "connect_ex"):
+            monkeypatch.setattr(socket.socket, method, guarded(getattr(socket.socket, method)))
+    yield refused
+    if refused:
+        pytest.fail(f"the test reached for the network: {', '.join(refused)}")
+
+
+def _is_local(host: str) -> bool:
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

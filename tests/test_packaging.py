@@ -1,0 +1,71 @@
+"""What reaches the user: the files inside the source archive's wheel."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import zipfile
+from email.parser import Parser
+from pathlib import Path
+
+import pytest
+
+from alignprop_cli import __version__
+
+ROOT = Path(__file__).parent.parent
+DIST_INFO = f"alignprop-{__version__}.dist-info"
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
+    """The wheel built from the source archive, as an installer from source would build it."""
+    pytest.importorskip("build", reason="needs the `dev` extra")
+    pytest.importorskip("hatchling", reason="needs the `dev` extra")
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return zipfile.ZipFile(next(folder.glob("*.whl")))
+
+
+@pytest.fixture(scope="module")
+def names(wheel: zipfile.ZipFile) -> set[str]:
+    return set(wheel.namelist())
+
+
+def test_wheel_holds_every_source_file_and_the_embedded_model(names: set[str]):
+    package = ROOT / "alignprop_cli"
+    kinds = {".py", ".typed", ".safetensors", ".json", ".txt", ".png", ".md"}
+    wanted = {
+        path.relative_to(ROOT).as_posix()
+        for path in package.rglob("*")
+        if path.suffix in kinds or path.name == "py.typed"
+    }
+    assert "alignprop_cli/py.typed" in wanted
+    assert any(name.endswith(".safetensors") for name in wanted)
+    assert not wanted - names
+
+
+def test_wheel_holds_the_presets_inside_the_package(names: set[str]):
+    wanted = {f"alignprop_cli/_presets/{path.name}" for path in (ROOT / "presets").glob("*.yaml")}
+    assert "alignprop_cli/_presets/tiny.yaml" in wanted
+    assert {name for name in names if "presets/" in name} == wanted
+
+
+def test_wheel_holds_nothing_else(names: set[str]):
+    assert {name.split("/")[0] for name in names} == {"alignprop_cli", DIST_INFO}
+    assert not {name for name in names if name.endswith((".pyc", ".pt", ".ckpt"))}
+    assert not {name for name in names if "test" in Path(name).name}
+
+
+def test_wheel_carries_its_command_and_its_licence(wheel: zipfile.ZipFile, names: set[str]):
+    entry_points = wheel.read(f"{DIST_INFO}/entry_points.txt").decode()
+    assert "alignprop = alignprop_cli.cli:main" in entry_points
+    assert f"{DIST_INFO}/licenses/LICENSE" in names
+
+    metadata = Parser().parsestr(wheel.read(f"{DIST_INFO}/METADATA").decode())
+    assert metadata["Version"] == __version__
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Requires-Python"] == ">=3.11"
