@@ -109,6 +109,23 @@ def read_header(file: Path) -> dict[str, str]:
         raise AssetError(f"{file}: cannot be read: {error}") from error
 
 
+def recorded_config(header: Mapping[str, str], file: Path) -> dict[str, Any] | None:
+    """Return the configuration that training put into a header, None where there is none.
+
+    Raises:
+        AssetError: If it is damaged.
+    """
+    if "alignprop.config" not in header:
+        return None
+    try:
+        return dict(json.loads(header["alignprop.config"]))
+    except (ValueError, TypeError) as error:
+        raise AssetError(
+            f"{file}: alignprop.config in its header is damaged",
+            hint="take the file from its run again",
+        ) from error
+
+
 def sha256(file: Path) -> str:
     """Return the hexadecimal SHA-256 of a file."""
     with file.open("rb") as opened:
@@ -139,7 +156,10 @@ def read(file: Path) -> Adapter:
             raise AssetError(
                 f"{file}: layer {layer}: {tuple(up.shape)} and {tuple(down.shape)} share no rank"
             )
-        alpha = _alpha(settings, layer, rank)
+        try:
+            alpha = _alpha(settings, layer, rank)
+        except (AttributeError, TypeError, ValueError, re.error) as error:
+            raise AssetError(f"{file}: alpha of layer {layer} cannot be read: {error}") from error
         if f"{key}.alpha" in alphas:
             alpha = float(alphas[f"{key}.alpha"])
         stabilised = bool(settings.get("use_rslora"))

@@ -123,3 +123,12 @@ def test_what_does_not_exist_is_said(tmp_path):
         adapter.locate(str(tmp_path / "none"))
     with pytest.raises(AssetError, match="holds no LoRA"):
         adapter.locate(str(tmp_path))
+
+
+def test_a_damaged_header_is_said(tmp_path):
+    path = save(tmp_path / "a.safetensors", {"lora_alpha": "many"})
+    with pytest.raises(AssetError, match=r"alpha of layer x\.to_q"):
+        adapter.read(path)
+    with pytest.raises(AssetError, match=r"alignprop\.config"):
+        adapter.recorded_config({"alignprop.config": "{"}, path)
+    assert adapter.recorded_config({}, path) is None

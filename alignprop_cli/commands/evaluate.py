@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from alignprop_cli.adapter import Located
+    from alignprop_cli.config import Config
 
 BASE = "base"
 """What the base model alone is called; a folder of that name is ./base."""
@@ -76,13 +77,10 @@ def evaluate(
     from pathlib import Path
 
     from alignprop_cli import adapter
-    from alignprop_cli.commands import settings
     from alignprop_cli.commands.outputs import check_output
     from alignprop_cli.console import Console
     from alignprop_cli.prompts import load_prompts
-    from alignprop_cli.rewards import registry
 
-    console = Console(as_json=as_json, quiet=quiet)
     located = None if target == BASE else adapter.locate(target)
     flags = {
         "model.id": ("--model", model),
@@ -91,28 +89,47 @@ def evaluate(
         "eval.seed": ("--seed", seed),
         "eval.batch_size": ("--batch-size", batch_size),
     }
-    header = {} if located is None else adapter.read_header(located.file)
-    own, header_values = _own_settings(
-        located, header, given=preset is not None or config is not None, model=model
-    )
-    resolved = settings.build(
-        preset=preset,
-        config=Path(config).expanduser() if config else own,
-        header=header_values,
-        assignments=sets or [],
-        rewards=settings.reward_names(reward),
-        flags=flags,
-        source=str(own or target),
-    )
-    for name, member in resolved.reward.items():
-        registry.check(name, member.options)
+    resolved = _configuration(target, located, preset, config, sets or [], reward, flags)
     chosen = load_prompts(resolved.eval.prompts)
     folder = Path(output).expanduser() if output else _default_folder(located)
     check_output(folder, overwrite=overwrite, ours=OURS)
 
     from alignprop_cli.commands.evaluation import run_evaluation
 
-    run_evaluation(resolved, console, located, chosen, folder)
+    run_evaluation(resolved, Console(as_json=as_json, quiet=quiet), located, chosen, folder)
+
+
+def _configuration(
+    target: str,
+    located: Located | None,
+    preset: str | None,
+    config: str | None,
+    sets: list[str],
+    reward: list[str] | None,
+    flags: dict[str, tuple[str, Any]],
+) -> Config:
+    """Return the complete configuration, its rewards' names and options checked."""
+    from pathlib import Path
+
+    from alignprop_cli import adapter
+    from alignprop_cli.commands import settings
+    from alignprop_cli.rewards import registry
+
+    header = {} if located is None else adapter.read_header(located.file)
+    given = preset is not None or config is not None
+    own, values = _own_settings(located, header, given=given, model=flags["model.id"][1])
+    resolved = settings.build(
+        preset=preset,
+        config=Path(config).expanduser() if config else own,
+        header=values,
+        assignments=sets,
+        rewards=settings.reward_names(reward),
+        flags=flags,
+        source=str(own or target),
+    )
+    for name, member in resolved.reward.items():
+        registry.check(name, member.options)
+    return resolved
 
 
 def _own_settings(
@@ -130,23 +147,17 @@ def _own_settings(
         AssetError: If the configuration in the header is damaged.
         ConfigError: If there is no configuration and nothing says what the base model is.
     """
-    import json
-
-    from alignprop_cli.errors import AssetError, ConfigError
+    from alignprop_cli.adapter import recorded_config
+    from alignprop_cli.errors import ConfigError
 
     if given:
         return None, {}
     if located is not None and located.run is not None:
         return located.run / "config.yaml", {}
-    if "alignprop.config" in header:
-        try:
-            values = json.loads(header["alignprop.config"])
-            return None, dict(values)
-        except (ValueError, TypeError) as error:
-            raise AssetError(
-                f"{located.file if located else ''}: alignprop.config in its header is damaged",
-                hint="say how to draw with --preset or --config",
-            ) from error
+    if located is not None:
+        recorded = recorded_config(header, located.file)
+        if recorded is not None:
+            return None, recorded
     if "alignprop.base_model" in header:
         return None, {"model": {"id": header["alignprop.base_model"]}}
     if model is None:

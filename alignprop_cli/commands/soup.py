@@ -156,6 +156,7 @@ def _header(adapters: list[Adapter], members: list[dict[str, Any]]) -> dict[str,
     import json
 
     from alignprop_cli import __version__
+    from alignprop_cli.adapter import recorded_config
 
     header = {
         "alignprop.version": __version__,
@@ -164,14 +165,10 @@ def _header(adapters: list[Adapter], members: list[dict[str, Any]]) -> dict[str,
     for key in ("alignprop.base_model", "alignprop.base_fingerprint"):
         known = [a.header[key] for a in adapters if a.header.get(key)]
         header |= {key: known[0]} if known else {}
-    config = next(
-        (a.header["alignprop.config"] for a in adapters if "alignprop.config" in a.header), None
-    )
+    configs = [recorded_config(a.header, a.file) for a in adapters]
+    config = next((c for c in configs if c is not None), None)
     if config is not None:
         # A soup was not trained, so only what evaluation needs stays true of it.
-        settings: dict[str, Any] = json.loads(config)
-        kept = {
-            k: settings[k] for k in ("model", "sample", "reward", "loss", "eval") if k in settings
-        }
+        kept = {k: config[k] for k in ("model", "sample", "reward", "loss", "eval") if k in config}
         header["alignprop.config"] = json.dumps(kept, sort_keys=True)
     return header
