@@ -1,0 +1,118 @@
+"""Prompt sets: built-in, from files, and which image gets which."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from alignprop_cli.errors import AssetError, ConfigError
+from alignprop_cli.prompts import ANIMALS, ANIMALS_EVAL, BUILT_IN, PromptStream, load_prompts
+
+
+def write(path: Path, text: str) -> str:
+    path.write_bytes(text.encode())
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("p.txt", "a cat\n\n  two dogs \n"),
+        ("p.txt", "\ufeffa cat\r\ntwo dogs"),
+        ("p.jsonl", '"a cat"\n\n{"id": 1, "prompt": "two dogs"}\n'),
+        ("p.jsonl", '{"text": "a cat"}\n{"caption": "two dogs"}'),
+        ("p.csv", "id,prompt\n1,a cat\n2,two dogs\n3,\n"),
+        ("p.csv", "caption\r\na cat\r\n  two dogs\r\n"),
+    ],
+)
+def test_prompts_are_read_from_files(tmp_path: Path, name: str, text: str) -> None:
+    assert load_prompts(write(tmp_path / name, text)) == ["a cat", "two dogs"]
+
+
+def test_a_quoted_field_of_a_table_may_hold_commas(tmp_path: Path) -> None:
+    path = write(tmp_path / "p.csv", 'prompt,id\n"a cat, a ""big"" dog",1\n')
+    assert load_prompts(path) == ['a cat, a "big" dog']
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("p.txt", "\n \n", "holds no prompt"),
+        ("p.jsonl", '"a"\n{broken', r"p\.jsonl:2: not JSON"),
+        ("p.jsonl", '"a"\n\n{"title": "b"}', r"p\.jsonl:3: expected a text"),
+        ("p.jsonl", "3", r"p\.jsonl:1: expected a text"),
+        ("p.csv", "id,title\n1,a\n", "no column named prompt, text or caption"),
+        ("p.csv", "", "no column named"),
+        ("p.csv", "prompt\n", "holds no prompt"),
+    ],
+)
+def test_a_file_that_cannot_be_understood_is_refused_with_its_place(
+    tmp_path: Path, name: str, text: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_prompts(write(tmp_path / name, text))
+
+
+def test_a_missing_or_unreadable_file_is_reported(tmp_path: Path) -> None:
+    with pytest.raises(AssetError, match=r"nothing\.txt"):
+        load_prompts(str(tmp_path / "nothing.txt"))
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    with pytest.raises(AssetError, match=r"latin\.txt"):
+        load_prompts(str(tmp_path / "latin.txt"))
+
+
+def test_an_unknown_set_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(ConfigError, match="Did you mean 'animals'"):
+        load_prompts("animal")
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("animals", 45), ("animals-eval", 6), ("shapes", 800), ("shapes-heldout", 160)],
+)
+def test_built_in_sets_have_their_size_and_no_repeats(name: str, size: int) -> None:
+    prompts = load_prompts(name)
+    assert len(prompts) == len(set(prompts)) == size
+
+
+def test_what_is_held_out_is_not_trained_on() -> None:
+    assert set(BUILT_IN) == {"animals", "animals-eval", "shapes", "shapes-heldout"}
+    assert not set(load_prompts("animals")) & set(load_prompts("animals-eval"))
+    assert not set(load_prompts("shapes")) & set(load_prompts("shapes-heldout"))
+
+
+@pytest.mark.parametrize(
+    ("file", "prompts"),
+    [("simple_animals.txt", ANIMALS), ("eval_simple_animals.txt", ANIMALS_EVAL)],
+)
+def test_the_animals_are_those_of_the_published_lists(file: str, prompts: tuple[str, ...]) -> None:
+    beside = Path(__file__).parents[2] / "shared" / "data"
+    path = Path(os.environ.get("ALIGNPROP_SHARED_DATA", beside)) / file
+    if not path.is_file():
+        pytest.skip(f"{file} is not here; set ALIGNPROP_SHARED_DATA to its folder")
+    assert list(prompts) == [line.strip() for line in path.read_text().splitlines() if line.strip()]
+
+
+def test_every_prompt_comes_once_per_epoch_and_epochs_differ() -> None:
+    prompts = [str(i) for i in range(20)]
+    stream = PromptStream(prompts, seed=0)
+    epochs = [[stream.prompt(20 * epoch + i) for i in range(20)] for epoch in range(5)]
+    for epoch in epochs:
+        assert Counter(epoch) == Counter(prompts)
+    assert len({tuple(epoch) for epoch in epochs}) == 5
+
+
+def test_a_prompt_is_a_function_of_the_image_number_alone() -> None:
+    prompts = [str(i) for i in range(7)]
+    forward = [PromptStream(prompts, seed=1).prompt(i) for i in range(50)]
+    stream = PromptStream(prompts, seed=1)
+    backward = [stream.prompt(i) for i in reversed(range(50))][::-1]
+    assert forward == backward
+    assert forward != [PromptStream(prompts, seed=2).prompt(i) for i in range(50)]
+
+
+def test_one_prompt_is_enough() -> None:
+    assert {PromptStream(["a cat"], seed=0).prompt(i) for i in range(5)} == {"a cat"}
