@@ -55,7 +55,10 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         write(temporary)
+        # Temporary folders and safetensors files are private to their owner otherwise.
         temporary.chmod(0o755)
+        for file in temporary.iterdir():
+            file.chmod(0o644)
         if path.exists():
             shutil.rmtree(path)
         temporary.rename(path)

@@ -49,9 +49,11 @@ class Console:
     def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json = as_json
         self.quiet = quiet
-        # Plain text where it is not a terminal: no escape codes and no wrapping at 80 columns.
-        self._out = RichConsole(highlight=False, soft_wrap=True)
-        self._err = RichConsole(stderr=True, highlight=False, soft_wrap=True)
+        self._out = RichConsole(highlight=False, emoji=False, soft_wrap=True)
+        self._err = RichConsole(stderr=True, highlight=False, emoji=False, soft_wrap=True)
+        if not self._out.is_terminal:
+            # In a file or a pipe a table is as wide as it needs to be.
+            self._out.width = 200
 
     def note(self, text: str) -> None:
         """Tell people something on standard error, unless quiet."""

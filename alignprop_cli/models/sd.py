@@ -13,7 +13,6 @@ import diffusers
 import torch
 import transformers
 from diffusers import DDIMScheduler, StableDiffusionPipeline
-from diffusers.utils.state_dict_utils import convert_state_dict_to_diffusers
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -207,7 +206,7 @@ class StableDiffusion:
     def save_lora(
         self, directory: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str]
     ) -> Path:
-        """Write pytorch_lora_weights.safetensors, readable by plain diffusers."""
+        """Write pytorch_lora_weights.safetensors with peft's names, as plain diffusers reads them."""
         adapter = {f"unet.{k}": v for k, v in lora.adapter_metadata(self.network).items()}
         header = {
             "format": "pt",
@@ -220,7 +219,7 @@ class StableDiffusion:
 
         StableDiffusionPipeline.save_lora_weights(
             directory,
-            unet_lora_layers=convert_state_dict_to_diffusers(dict(weights)),
+            unet_lora_layers=dict(weights),
             save_function=save,
         )
         return directory / LORA_FILE

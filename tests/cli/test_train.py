@@ -1,0 +1,286 @@
+"""`alignprop train` from the command line, on the embedded model."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+from alignprop_cli import rng
+from alignprop_cli.cli import main
+from alignprop_cli.models.base import LORA_FILE
+from alignprop_cli.models.registry import TINY
+
+FAST = (
+    "--set=sample.num_inference_steps=2",
+    "--set=gradient.k_max=2",
+    "--set=train.batch_size=2",
+    "--set=train.micro_batch=2",
+    "--set=eval.images=2",
+    "--set=eval.sample_images=2",
+)
+NOT_REPEATABLE = ("seconds", "peak_memory_gib")
+
+
+@pytest.fixture
+def run(capsys, tmp_path, monkeypatch):
+    """Return a function that runs `alignprop train` in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*args):
+        with pytest.raises(SystemExit) as ended:
+            main(["train", *map(str, args)])
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return ended.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+def metrics(folder):
+    """Return the lines of metrics.jsonl without what no two runs share."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in NOT_REPEATABLE} for line in lines]
+
+
+def adapter(folder, step):
+    return load_file(folder / "checkpoints" / f"step-{step:06d}" / LORA_FILE)
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_leaves_everything_it_promises_and_json_is_all_that_is_printed(run) -> None:
+    code, out, _ = run("--preset", "tiny", "--steps", 2, "--output", "r", "--json", *FAST)
+    assert code == 0
+    result = json.loads(out)
+    assert result["schema"] == "alignprop.train/1"
+    assert result["steps"] == 2
+    assert result["images_seen"] == 4
+    assert result["held_out"]["rewards"]["clip"].keys() >= {"base", "tuned", "low", "high"}
+    assert set(result["held_out"]["checker"]) == {"background", "colour", "shape", "count", "all"}
+    folder = Path("r")
+    assert Path(result["adapter"]).is_file()
+    assert [line["step"] for line in metrics(folder)] == [1, 2]
+    assert Image.open(folder / "before_after.png").width > 400
+    assert (folder / "samples" / "step-000000.png").is_file()
+    assert json.loads((folder / "summary.json").read_text())["steps"] == 2
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    assert settings["gradient"]["window_group"] == 2
+
+
+def test_three_steps_and_three_more_equal_six_bit_for_bit(run) -> None:
+    shared = ("--preset", "tiny", "--set=eval.every=2", "--quiet", *FAST)
+    assert run(*shared, "--steps", 6, "--output", "whole")[0] == 0
+    assert run(*shared, "--steps", 3, "--output", "parts")[0] == 0
+    assert run("--resume", "parts", "--steps", 6, "--quiet")[0] == 0
+    whole, parts = Path("whole"), Path("parts")
+    assert metrics(whole) == metrics(parts)
+    assert same(adapter(whole, 6), adapter(parts, 6))
+    last = Path("checkpoints") / "step-000006"
+    optimizers = [load_file(folder / last / "optimizer.safetensors") for folder in (whole, parts)]
+    assert same(*optimizers)
+    counters = [(folder / last / "state.json").read_text() for folder in (whole, parts)]
+    assert counters[0] == counters[1]
+
+
+def test_the_written_config_repeats_the_run_and_evaluation_changes_no_number(run) -> None:
+    assert run("--preset", "tiny", "--steps", 2, "--output", "a", "-q", *FAST)[0] == 0
+    assert run("--config", "a/config.yaml", "--output", "b", "-q")[0] == 0
+    never = ("--set=eval.every=0", "--set=eval.images=1", "--set=eval.seed=9")
+    assert run("--config", "a/config.yaml", "--output", "c", "-q", *never)[0] == 0
+    assert run("--config", "a/config.yaml", "--output", "d", "-q", "--seed", 1)[0] == 0
+    a, b, c, d = (adapter(Path(name), 2) for name in "abcd")
+    assert same(a, b)
+    assert same(a, c)
+    assert not same(a, d)
+    assert metrics(Path("a")) == metrics(Path("b"))
+
+
+def test_the_adapter_draws_the_same_pictures_in_plain_diffusers(run) -> None:
+    code, out, _ = run(
+        "--preset", "tiny", "--steps", 2, "--output", "r", "--json", *FAST,
+        "--set=train.learning_rate=0.02", "--set=eval.images=3",
+    )  # fmt: skip
+    assert code == 0
+    summary = json.loads(out)
+    pipeline = StableDiffusionPipeline.from_pretrained(TINY, safety_checker=None)
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.load_lora_weights(Path(summary["adapter"]).parent)
+    pipeline.set_progress_bar_config(disable=True)
+
+    from alignprop_cli import evaluator, lora, presets
+    from alignprop_cli.models.registry import load_model
+    from alignprop_cli.rewards.composite import build_mixture
+
+    config = presets.resolve(config=Path("r/config.yaml"))
+    model = load_model(config.model, torch.device("cpu"))
+    model.load_lora(Path(summary["adapter"]))
+    assert lora.is_present(model.network)
+    mixture = build_mixture(config.reward, config.loss, torch.device("cpu"))
+    from alignprop_cli.prompts import load_prompts
+
+    pictures = evaluator.choose(load_prompts("shapes-heldout"), 3)
+    ours = evaluator.draw(model, pictures, mixture, config.sample, seed=0, batch_size=2)
+    keys = [(p.prompt_index, p.image_index) for p in pictures]
+    latents = rng.image_noise(0, "eval_noise", keys, model.latent_shape(None, None))
+    theirs = pipeline(
+        [p.prompt for p in pictures],
+        latents=latents,
+        num_inference_steps=config.sample.num_inference_steps,
+        guidance_scale=config.sample.guidance_scale,
+        output_type="np",
+    ).images
+    # Bytes against floats: half a step of rounding, and the 1e-3 that is asked for.
+    assert np.abs(theirs - ours.images / 255.0).max() < 0.5 / 255.0 + 1e-3
+    pipeline.unload_lora_weights()
+    plain = pipeline(
+        [p.prompt for p in pictures],
+        latents=latents,
+        num_inference_steps=config.sample.num_inference_steps,
+        guidance_scale=config.sample.guidance_scale,
+        output_type="np",
+    ).images
+    assert np.abs(theirs - plain).max() > 0.02
+
+
+def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path) -> None:
+    command = [sys.executable, "-m", "alignprop_cli", "train", "--preset", "tiny", *FAST]
+    command += ["--steps", "10000", "--output", "r"]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=dict(os.environ)
+    )
+    lines = tmp_path / "r" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (lines.is_file() and lines.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert "alignprop train --resume r" in err
+    saved = sorted((tmp_path / "r" / "checkpoints").iterdir())
+    assert len(saved) == 1
+    step = int(saved[0].name.removeprefix("step-"))
+    assert len(lines.read_text().splitlines()) == step
+
+
+BAD = [
+    # arguments, exit code, what the message says
+    (("--set", "train.stpes=3"), 2, ["train.stpes: unknown key", "Did you mean 'steps'?", "--set"]),
+    (("--set", "lora.rank=many"), 2, ["lora.rank", "valid integer", "'many'"]),
+    (("--set", "reward.clpi.weight=2"), 2, ["unknown reward 'clpi'", "Did you mean 'clip'?"]),
+    (("--set", "reward.clip.modle=x"), 2, ["unknown option 'modle'", "Did you mean 'model'?"]),
+    (("--model", "./nowhere"), 3, ["no such file or folder: ./nowhere", "--preset tiny"]),
+    (("--model", "owner/name"), 3, ["owner/name", "local folder", "--preset tiny"]),
+    (("--set", "train.prompts=none.txt"), 3, ["none.txt"]),
+    (("--set", "train.prompts=empty.txt"), 2, ["empty.txt holds no prompt"]),
+    (("--set", "train.prompts=shpaes"), 2, ["'shpaes'", "Did you mean 'shapes'?"]),
+    (("--output", "full"), 2, ["full exists and is not empty"]),
+    (("--set", "gradient.k_max=-1"), 2, ["gradient.k_max", "got -1"]),
+    (("--set", "gradient.k_max=21"), 2, ["21 is more than sample.num_inference_steps (20)"]),
+    (("--set", "gradient.method=last_k", "--set", "gradient.k=0"), 2, ["gradient.k", "got 0"]),
+    (("--set", "reward={nan.py:nan: {}}"), 4, ["reward 'nan.py:nan' returned nan", "prompt"]),
+    (("--set", "reward={nan.py:wrong: {}}"), 2, ["expected a tensor of shape"]),
+    (("--set", "reward={nan.py:none: {}}"), 2, ["has no 'none'"]),
+    (("--set", "lora.target_modules=[nope]"), 2, ["no layer of the model ends with", "nope"]),
+    (("--set", "lora.init=other"), 3, ["other"]),
+    (("--resume", "nowhere"), 2, ["exclude each other"]),
+    (("--config", "broken.yaml"), 2, ["broken.yaml", "not valid YAML"]),
+    (("--config", "missing.yaml"), 3, ["missing.yaml", "cannot read"]),
+    (("--config", "twice.yaml"), 2, ["twice.yaml:3", "given twice"]),
+    (("--set", "sample.height=50"), 2, ["sample.height: 50 is not a multiple of 8"]),
+]
+
+
+@pytest.mark.parametrize(("arguments", "code", "parts"), BAD, ids=[" ".join(b[0]) for b in BAD])
+def test_bad_input_gets_one_message_and_the_documented_exit_code(
+    run, arguments, code, parts
+) -> None:
+    Path("empty.txt").write_text("\n\n")
+    Path("full").mkdir()
+    Path("full/mine.txt").write_text("keep me")
+    Path("nan.py").write_text(
+        "def nan(images, prompts):\n    return images.mean(dim=(1, 2, 3)) * float('nan')\n"
+        "def wrong(images, prompts):\n    return images.mean()\n"
+    )
+    Path("broken.yaml").write_text("train: [1, 2\n")
+    Path("twice.yaml").write_text("train:\n  steps: 1\n  steps: 2\n")
+    fast = [f for f in FAST if "k_max" not in f and "inference" not in f]
+    result, out, err = run("--preset", "tiny", "--steps", 1, *fast, *arguments)
+    assert result == code, err
+    assert out == ""
+    assert err.startswith(("error:", "alignprop"))
+    # A message is one paragraph; long ones may be wrapped.
+    flat = " ".join(err.split())
+    for part in parts:
+        assert part in flat
+    assert Path("full/mine.txt").read_text() == "keep me"
+
+
+def test_all_problems_are_reported_together(run) -> None:
+    sets = ("--set=train.stpes=3", "--set=lora.rank=0", "--set=gradient.k_max=30")
+    code, _, err = run("--preset", "tiny", *sets)
+    assert code == 2
+    assert "3 problems" in err
+    for key in ("train.stpes", "lora.rank", "gradient.k_max"):
+        assert key in err
+
+
+def test_a_damaged_checkpoint_is_said_to_be_damaged(run) -> None:
+    assert run("--preset", "tiny", "--steps", 1, "--output", "r", "-q", *FAST)[0] == 0
+    Path("r/checkpoints/step-000001/optimizer.safetensors").write_bytes(b"short")
+    code, _, err = run("--resume", "r", "--steps", 2, "-q")
+    assert code == 4
+    assert "damaged checkpoint" in err
+
+
+def test_resuming_with_another_rank_is_refused(run) -> None:
+    assert run("--preset", "tiny", "--steps", 1, "--output", "r", "-q", *FAST)[0] == 0
+    code, _, err = run("--resume", "r", "--steps", 2, "--set", "lora.rank=2")
+    assert code == 2
+    assert "does not fit this run" in err
+
+
+def test_resume_auto_finds_the_newest_run(run) -> None:
+    assert run("--preset", "tiny", "--steps", 1, "-q", *FAST)[0] == 0
+    assert run("--preset", "tiny", "--steps", 1, "-q", *FAST)[0] == 0
+    assert run("--resume", "auto", "--steps", 2, "-q")[0] == 0
+    assert len(metrics(Path("runs/tiny-2"))) == 2
+    assert len(metrics(Path("runs/tiny"))) == 1
+
+
+def test_dry_run_prints_the_plan_and_writes_nothing(run) -> None:
+    code, out, _ = run("--preset", "tiny", "--dry-run")
+    assert code == 0
+    assert "16 images a step" in out
+    assert not list(Path().iterdir())
+
+
+def test_presets_are_listed_and_shown(run) -> None:
+    code, out, _ = run("--list-presets", "--json")
+    assert code == 0
+    assert {"tiny", "tiny_k1"} <= json.loads(out)["presets"].keys()
+    code, out, _ = run("--preset", "tiny_k1", "--show-preset", "--seed", 7)
+    assert code == 0
+    shown = yaml.safe_load(out)
+    assert shown["gradient"]["k"] == 1
+    assert shown["train"]["seed"] == 7
+
+
+def test_without_a_preset_the_way_on_is_said(run) -> None:
+    code, _, err = run()
+    assert code == 2
+    assert "--preset tiny" in err

@@ -1,0 +1,156 @@
+"""The laws of a training step, on the embedded model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from alignprop_cli import lora
+from alignprop_cli.config import Config, parse
+from alignprop_cli.errors import RunError
+from alignprop_cli.models.registry import load_model
+from alignprop_cli.plan import make_plan
+from alignprop_cli.prompts import load_prompts
+from alignprop_cli.rewards.composite import Member, Mixture, build_mixture
+from alignprop_cli.trainer import Trainer
+
+SMALL = {
+    "sample": {"num_inference_steps": 4, "guidance_scale": 3.0, "eta": 0.5},
+    "gradient": {"method": "random_k", "window_group": 8, "checkpoint_network": False},
+    "reward": {"clip": {"model": "tiny"}},
+    "train": {"prompts": "shapes", "batch_size": 8, "micro_batch": 8, "learning_rate": 1.0e-3},
+}
+
+
+def small_config(**sections: dict[str, object]) -> Config:
+    values = {name: dict(section) for name, section in SMALL.items()}
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section}
+    return parse(values)
+
+
+def make_trainer(config: Config, mixture: Mixture | None = None) -> Trainer:
+    accelerator = Accelerator(cpu=True)
+    model = load_model(config.model, accelerator.device)
+    lora.inject(
+        model.network,
+        rank=config.lora.rank,
+        alpha=config.lora.rank,
+        target_modules=config.lora.target_modules,
+        seed=config.train.seed,
+    )
+    # B is zero at first, and so would be A's gradient.
+    for index, parameter in enumerate(lora.trainable(model.network)):
+        generator = torch.Generator().manual_seed(index)
+        parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    mixture = mixture or build_mixture(config.reward, config.loss, accelerator.device)
+    plan = make_plan(config, processes=1, device_type="cpu")
+    return Trainer(config, plan, model, mixture, load_prompts("shapes"), accelerator)
+
+
+def gradient_of_a_step(config: Config) -> torch.Tensor:
+    trainer = make_trainer(config)
+    trainer.optimizer.step = lambda: None  # type: ignore[method-assign]
+    trainer.step()
+    return torch.cat([p.grad.flatten() for p in trainer.parameters if p.grad is not None])
+
+
+def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def test_dividing_the_batch_into_micro_batches_does_not_change_the_gradient() -> None:
+    # No clipping: it would hide a wrong scale.
+    whole = gradient_of_a_step(small_config(train={"micro_batch": 8, "max_grad_norm": None}))
+    assert float(whole.norm()) > 1e-4
+    for micro_batch in (4, 1):
+        train = {"micro_batch": micro_batch, "max_grad_norm": None}
+        divided = gradient_of_a_step(small_config(train=train))
+        # float32, other order of summation
+        assert relative_difference(divided, whole) < 1e-5
+
+
+def test_recomputation_does_not_change_the_gradient_bit_for_bit() -> None:
+    stored = gradient_of_a_step(small_config())
+    both = {"checkpoint_network": True, "checkpoint_decoder": True}
+    recomputed = gradient_of_a_step(small_config(gradient=both))
+    assert torch.equal(stored, recomputed)
+
+
+def test_the_same_seed_gives_the_same_step_and_another_seed_another_one() -> None:
+    first = make_trainer(small_config())
+    again = make_trainer(small_config())
+    other = make_trainer(small_config(train={"seed": 1}))
+    records = [trainer.step() for trainer in (first, again, other)]
+    assert records[0].loss == records[1].loss
+    assert records[0].loss != records[2].loss
+    for a, b in zip(first.parameters, again.parameters, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_restored_trainer_continues_bit_for_bit() -> None:
+    config = small_config(sample={"num_inference_steps": 2}, train={"batch_size": 8})
+    straight = make_trainer(config)
+    straight.step()
+    state, weights = straight.state(), lora.weights(straight.model.network)
+    expected = straight.step()
+
+    resumed = make_trainer(config)
+    lora.set_weights(resumed.model.network, weights)
+    resumed.load_state(state)
+    record = resumed.step()
+    assert (record.loss, record.grad_norm, record.step) == (
+        expected.loss,
+        expected.grad_norm,
+        expected.step,
+    )
+    for a, b in zip(resumed.parameters, straight.parameters, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_reward_that_is_not_finite_stops_the_step_before_anything_is_updated() -> None:
+    def broken(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        return images.mean(dim=(1, 2, 3)) / 0.0 * 0.0
+
+    config = small_config(sample={"num_inference_steps": 2})
+    trainer = make_trainer(config, Mixture([Member("broken", broken, 1.0, config.loss)]))
+    before = lora.weights(trainer.model.network)
+    with pytest.raises(RunError, match="reward 'broken' returned nan"):
+        trainer.step()
+    after = lora.weights(trainer.model.network)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert trainer.step_number == 0
+
+
+def test_a_gradient_that_is_not_finite_stops_the_step_before_anything_is_updated() -> None:
+    class Explode(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, images: torch.Tensor) -> torch.Tensor:
+            return images.mean(dim=(1, 2, 3))
+
+        @staticmethod
+        def backward(ctx: object, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            return torch.full((len(grad), 3, 48, 48), float("inf"))
+
+    config = small_config(sample={"num_inference_steps": 2})
+    member = Member("inf", lambda images, prompts: Explode.apply(images), 1.0, config.loss)
+    trainer = make_trainer(config, Mixture([member]))
+    before = lora.weights(trainer.model.network)
+    with pytest.raises(RunError, match="step 1: the gradient is not finite"):
+        trainer.step()
+    after = lora.weights(trainer.model.network)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_toy_reward_rises() -> None:
+    config = small_config(
+        sample={"num_inference_steps": 3, "eta": 0.0},
+        gradient={"method": "last_k", "k": 2},
+        reward={"brightness": {}},
+        train={"learning_rate": 3.0e-3},
+    )
+    config = config.model_copy(update={"reward": {"brightness": config.reward["brightness"]}})
+    trainer = make_trainer(config)
+    means = [trainer.step().rewards["brightness"].mean for _ in range(8)]
+    assert means[-1] > means[0] + 0.02
