@@ -1,12 +1,12 @@
 """The run folder: what is in it, written whole or not at all, and read back.
 
-    runs/<name>/config.yaml            resolved; `train --config` on it repeats the run
-                metrics.jsonl          one line per optimiser step
-                checkpoints/step-000020/pytorch_lora_weights.safetensors   the adapter, for everyone
-                                        optimizer.safetensors              AdamW's moments
-                                        state.json                         counters
-                samples/               fixed prompts and seeds over time
-                before_after.png  summary.json
+runs/<name>/config.yaml            resolved; `train --config` on it repeats the run
+            metrics.jsonl          one line per optimiser step
+            checkpoints/step-000020/pytorch_lora_weights.safetensors   the adapter, for everyone
+                                    optimizer.safetensors              AdamW's moments
+                                    state.json                         counters
+            samples/               fixed prompts and seeds over time
+            before_after.png  summary.json
 """
 
 from __future__ import annotations

@@ -69,7 +69,7 @@ def main(args: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt as error:
         console.error(AlignPropError("interrupted"))
         raise SystemExit(130) from error
-    except Exception as error:  # noqa: BLE001  the last resort: no traceback without --debug
+    except Exception as error:
         if debug:
             traceback.print_exc()
         known = _known(error)
@@ -85,7 +85,9 @@ def _known(error: Exception) -> AlignPropError:
             f"the disk is full{where}",
             hint="checkpoints already written are whole; free some space and use --resume auto",
         )
-    return AlignPropError(f"unexpected {type(error).__name__}: {error}", hint=f"this is a bug; {ISSUES}")
+    return AlignPropError(
+        f"unexpected {type(error).__name__}: {error}", hint=f"this is a bug; {ISSUES}"
+    )
 
 
 def _quieten_libraries() -> None:

@@ -30,20 +30,23 @@ class ModelConfig(Section):
     """The base model that the LoRA is trained on."""
 
     id: str = Field(
-        "tiny",
+        default="tiny",
         min_length=1,
-        description="`tiny` (the embedded model), a folder in diffusers format, a single .safetensors "
-        "or .ckpt file, or a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5.",
+        description="`tiny` (the embedded model), a folder in diffusers format, a single "
+        ".safetensors or .ckpt file, or a hub id such as "
+        "stable-diffusion-v1-5/stable-diffusion-v1-5.",
     )
-    revision: str | None = Field(None, description="Branch, tag or commit of a hub id.")
-    variant: str | None = Field(None, description="Weight variant of a hub id, such as fp16.")
+    revision: str | None = Field(default=None, description="Branch, tag or commit of a hub id.")
+    variant: str | None = Field(
+        default=None, description="Weight variant of a hub id, such as fp16."
+    )
     config: str | None = Field(
-        None,
-        description="Folder in diffusers format with the configs and the tokenizer that belong to a "
-        "single-file checkpoint; null reads them from the hub.",
+        default=None,
+        description="Folder in diffusers format with the configs and the tokenizer that belong to "
+        "a single-file checkpoint; null reads them from the hub.",
     )
     dtype: Dtype = Field(
-        "auto",
+        default="auto",
         description="Precision of the frozen weights; auto is bfloat16 on a GPU that has it, "
         "float16 on an older one, float32 on the CPU. LoRA weights are always float32.",
     )
@@ -52,58 +55,68 @@ class ModelConfig(Section):
 class LoraConfig(Section):
     """The trained low-rank weights: W + (alpha / rank) B A."""
 
-    rank: PositiveInt = Field(4, description="Rank of B A; higher can change more, costs memory.")
-    alpha: PositiveFloat | None = Field(None, description="Numerator of the scaling; null is rank.")
+    rank: PositiveInt = Field(
+        default=4, description="Rank of B A; higher can change more, costs memory."
+    )
+    alpha: PositiveFloat | None = Field(
+        default=None, description="Numerator of the scaling; null is rank."
+    )
     target_modules: tuple[str, ...] = Field(
-        ("to_q", "to_k", "to_v", "to_out.0"),
+        default=("to_q", "to_k", "to_v", "to_out.0"),
         min_length=1,
         description="Name endings of the layers of the network that get a LoRA.",
     )
     init: str | None = Field(
-        None, description="LoRA folder or file to start from instead of a fresh one."
+        default=None, description="LoRA folder or file to start from instead of a fresh one."
     )
 
 
 class SampleConfig(Section):
     """How pictures are drawn, in training and in evaluation alike."""
 
-    num_inference_steps: PositiveInt = Field(50, description="T, network calls of one chain.")
+    num_inference_steps: PositiveInt = Field(
+        default=50, description="T, network calls of one chain."
+    )
     guidance_scale: float = Field(
-        7.5, ge=0.0, description="Classifier-free guidance; 1 means none and halves the cost."
+        default=7.5,
+        ge=0.0,
+        description="Classifier-free guidance; 1 means none and halves the cost.",
     )
     eta: float = Field(
-        0.0, ge=0.0, le=1.0, description="Fresh noise per step, 0 deterministic to 1 DDPM."
+        default=0.0, ge=0.0, le=1.0, description="Fresh noise per step, 0 deterministic to 1 DDPM."
     )
-    height: PositiveInt | None = Field(None, description="Pixels; null is the model's own.")
-    width: PositiveInt | None = Field(None, description="Pixels; null is the model's own.")
-    negative_prompt: str = Field("", description="What the unconditional branch is given.")
+    height: PositiveInt | None = Field(default=None, description="Pixels; null is the model's own.")
+    width: PositiveInt | None = Field(default=None, description="Pixels; null is the model's own.")
+    negative_prompt: str = Field(default="", description="What the unconditional branch is given.")
 
 
 class GradientConfig(Section):
     """Which network calls of the chain carry gradient."""
 
     method: Literal["full", "last_k", "random_k", "gaussian_k"] = Field(
-        "random_k", description="The estimator, see README."
+        default="random_k", description="The estimator, see README."
     )
-    k: PositiveInt = Field(1, description="last_k: number of calls, counted from the image.")
-    k_min: PositiveInt = Field(1, description="random_k: smallest number of calls.")
-    k_max: PositiveInt | None = Field(None, description="random_k: largest; null is all T.")
+    k: PositiveInt = Field(
+        default=1, description="last_k: number of calls, counted from the image."
+    )
+    k_min: PositiveInt = Field(default=1, description="random_k: smallest number of calls.")
+    k_max: PositiveInt | None = Field(default=None, description="random_k: largest; null is all T.")
     mean: float = Field(
-        0.84, gt=0.0, lt=1.0, description="gaussian_k: mean first call, fraction of T."
+        default=0.84, gt=0.0, lt=1.0, description="gaussian_k: mean first call, fraction of T."
     )
     std: float = Field(
-        0.1, ge=0.0, description="gaussian_k: deviation of the first call, fraction of T."
+        default=0.1, ge=0.0, description="gaussian_k: deviation of the first call, fraction of T."
     )
     window_group: PositiveInt | None = Field(
-        None,
+        default=None,
         description="Images that share one draw of the window; null is micro-batch x processes "
         "of the first plan, which is then written to the run's config.",
     )
     checkpoint_network: bool = Field(
-        True, description="Recompute network calls during backward instead of storing them."
+        default=True, description="Recompute network calls during backward instead of storing them."
     )
     checkpoint_decoder: bool = Field(
-        True, description="Recompute the blocks of the VAE decoder during backward."
+        default=True, description="Recompute the blocks of the VAE decoder during backward."
     )
 
 
@@ -111,11 +124,13 @@ class LossConfig(Section):
     """How a reward becomes a loss."""
 
     kind: Literal["maximise", "target", "hinge"] = Field(
-        "maximise",
+        default="maximise",
         description="maximise: -r; target: |r - target|; hinge: max(0, target - r).",
     )
-    target: float | None = Field(None, description="For target and hinge, in the reward's units.")
-    scale: PositiveFloat = Field(1.0, description="Factor on the loss.")
+    target: float | None = Field(
+        default=None, description="For target and hinge, in the reward's units."
+    )
+    scale: PositiveFloat = Field(default=1.0, description="Factor on the loss.")
 
 
 class RewardConfig(BaseModel):
@@ -123,8 +138,12 @@ class RewardConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
 
-    weight: float = Field(1.0, description="Factor on this member's loss; negative minimises it.")
-    loss: LossConfig | None = Field(None, description="This member's loss; null is the `loss` section.")
+    weight: float = Field(
+        default=1.0, description="Factor on this member's loss; negative minimises it."
+    )
+    loss: LossConfig | None = Field(
+        default=None, description="This member's loss; null is the `loss` section."
+    )
 
     @property
     def options(self) -> dict[str, Any]:
@@ -136,78 +155,89 @@ class TrainConfig(Section):
     """The optimisation."""
 
     prompts: str = Field(
-        "animals", description="Built-in prompt set or a .txt, .jsonl or .csv file."
+        default="animals", description="Built-in prompt set or a .txt, .jsonl or .csv file."
     )
-    steps: PositiveInt = Field(20, description="Optimiser steps.")
+    steps: PositiveInt = Field(default=20, description="Optimiser steps.")
     batch_size: PositiveInt = Field(
-        128, description="Images per optimiser step, over all processes and accumulation."
+        default=128, description="Images per optimiser step, over all processes and accumulation."
     )
     micro_batch: PositiveInt | Literal["auto"] = Field(
-        "auto", description="Images in memory at once in one process."
+        default="auto", description="Images in memory at once in one process."
     )
-    learning_rate: PositiveFloat = Field(1.0e-3, description="AdamW's.")
+    learning_rate: PositiveFloat = Field(default=1.0e-3, description="AdamW's.")
     warmup_steps: Annotated[int, Field(ge=0)] = Field(
-        0, description="Optimiser steps over which the learning rate rises linearly."
+        default=0, description="Optimiser steps over which the learning rate rises linearly."
     )
-    adam_beta1: float = Field(0.9, ge=0.0, lt=1.0, description="AdamW's first moment decay.")
-    adam_beta2: float = Field(0.999, ge=0.0, lt=1.0, description="AdamW's second moment decay.")
-    adam_epsilon: PositiveFloat = Field(1.0e-8, description="AdamW's denominator offset.")
-    weight_decay: float = Field(1.0e-4, ge=0.0, description="AdamW's, on the LoRA weights.")
+    adam_beta1: float = Field(
+        default=0.9, ge=0.0, lt=1.0, description="AdamW's first moment decay."
+    )
+    adam_beta2: float = Field(
+        default=0.999, ge=0.0, lt=1.0, description="AdamW's second moment decay."
+    )
+    adam_epsilon: PositiveFloat = Field(default=1.0e-8, description="AdamW's denominator offset.")
+    weight_decay: float = Field(default=1.0e-4, ge=0.0, description="AdamW's, on the LoRA weights.")
     max_grad_norm: PositiveFloat | None = Field(
-        1.0, description="The gradient is scaled down to this L2 norm; null leaves it."
+        default=1.0, description="The gradient is scaled down to this L2 norm; null leaves it."
     )
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="Of everything random in training.")
+    seed: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="Of everything random in training."
+    )
 
 
 class EvalConfig(Section):
     """What is drawn and measured before, during and after training, never seen by training."""
 
-    prompts: str = Field("animals-eval", description="Prompt set or file, held out.")
+    prompts: str = Field(default="animals-eval", description="Prompt set or file, held out.")
     images: PositiveInt = Field(
-        32, description="Pictures drawn before and after training; prompts repeat with new noise."
+        default=32,
+        description="Pictures drawn before and after training; prompts repeat with new noise.",
     )
     every: Annotated[int, Field(ge=0)] = Field(
-        5, description="Draw sample pictures every so many steps; 0 never."
+        default=5, description="Draw sample pictures every so many steps; 0 never."
     )
-    sample_images: PositiveInt = Field(8, description="Pictures drawn each time.")
-    batch_size: PositiveInt = Field(8, description="Pictures drawn at once; changes no picture.")
-    seed: Annotated[int, Field(ge=0)] = Field(0, description="Of the evaluation's noise.")
+    sample_images: PositiveInt = Field(default=8, description="Pictures drawn each time.")
+    batch_size: PositiveInt = Field(
+        default=8, description="Pictures drawn at once; changes no picture."
+    )
+    seed: Annotated[int, Field(ge=0)] = Field(default=0, description="Of the evaluation's noise.")
 
 
 class OutputConfig(Section):
     """Where a run is written."""
 
-    dir: str | None = Field(None, description="Run folder; null is runs/<preset>-<number>.")
+    dir: str | None = Field(default=None, description="Run folder; null is runs/<preset>-<number>.")
     save_every: Annotated[int, Field(ge=0)] = Field(
-        10, description="Steps between checkpoints; 0 only the last one."
+        default=10, description="Steps between checkpoints; 0 only the last one."
     )
     keep_last: PositiveInt | None = Field(
-        None, description="Checkpoints kept; null keeps them all."
+        default=None, description="Checkpoints kept; null keeps them all."
     )
 
 
 class Config(Section):
     """Everything that decides a run."""
 
-    model: ModelConfig = Field(default_factory=ModelConfig)  # pyright: ignore[reportArgumentType]
-    lora: LoraConfig = Field(default_factory=LoraConfig)  # pyright: ignore[reportArgumentType]
-    sample: SampleConfig = Field(default_factory=SampleConfig)  # pyright: ignore[reportArgumentType]
-    gradient: GradientConfig = Field(default_factory=GradientConfig)  # pyright: ignore[reportArgumentType]
+    model: ModelConfig = ModelConfig()
+    lora: LoraConfig = LoraConfig()
+    sample: SampleConfig = SampleConfig()
+    gradient: GradientConfig = GradientConfig()
     reward: dict[str, RewardConfig] = Field(
         default_factory=dict[str, RewardConfig],
         description="Rewards by name; several are a weighted mixture.",
     )
-    loss: LossConfig = Field(default_factory=LossConfig)  # pyright: ignore[reportArgumentType]
-    train: TrainConfig = Field(default_factory=TrainConfig)  # pyright: ignore[reportArgumentType]
-    eval: EvalConfig = Field(default_factory=EvalConfig)  # pyright: ignore[reportArgumentType]
-    output: OutputConfig = Field(default_factory=OutputConfig)  # pyright: ignore[reportArgumentType]
+    loss: LossConfig = LossConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    output: OutputConfig = OutputConfig()
 
     @field_validator("reward", mode="before")
     @classmethod
     def _name_alone_means_defaults(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
-        return {name: {} if member is None else member for name, member in value.items()}
+        members = cast(dict[Any, Any], value)
+        empty: dict[str, Any] = {}
+        return {name: empty if member is None else member for name, member in members.items()}
 
 
 def parse(
@@ -243,7 +273,7 @@ def parse(
         raise ConfigError(
             f"{source}: {count}",
             problems,
-            hint="`alignprop train --preset NAME --show-preset` prints every key a preset resolves to",
+            hint="`alignprop train --preset NAME --show-preset` prints every key of a preset",
         )
     return config
 
@@ -277,7 +307,7 @@ def _validate(values: Mapping[str, Any]) -> tuple[Config | None, list[Any]]:
         node: Any = rest
         path = [p for p in details["loc"] if p not in _UNION_TAGS]
         for part in path[:-1]:
-            node = node.get(part) if isinstance(node, dict) else None
+            node = cast(dict[Any, Any], node).get(part) if isinstance(node, dict) else None
         if isinstance(node, dict):
             cast(dict[Any, Any], node).pop(path[-1], None)
     try:
@@ -294,7 +324,9 @@ def _section(path: tuple[str | int, ...]) -> type[BaseModel] | None:
         return {2: RewardConfig, 3: LossConfig}.get(len(path))
     field = Config.model_fields.get(str(path[0]))
     kind = field.annotation if field is not None else None
-    return kind if len(path) == 1 and isinstance(kind, type) and issubclass(kind, BaseModel) else None
+    return (
+        kind if len(path) == 1 and isinstance(kind, type) and issubclass(kind, BaseModel) else None
+    )
 
 
 def _problem(details: Any, origins: Mapping[str, str]) -> Problem:
@@ -318,9 +350,13 @@ def _impossible(config: Config) -> Iterable[Problem]:
     """Yield what each section allows by itself but the whole cannot be."""
     steps, gradient, train = config.sample.num_inference_steps, config.gradient, config.train
     if not config.reward:
-        yield Problem("reward", "no reward is given; name one, for instance --set reward.clip.model=tiny")
+        yield Problem(
+            "reward", "no reward is given; name one, for instance --set reward.clip.model=tiny"
+        )
     if gradient.method == "last_k" and gradient.k > steps:
-        yield Problem("gradient.k", f"{gradient.k} is more than sample.num_inference_steps ({steps})")
+        yield Problem(
+            "gradient.k", f"{gradient.k} is more than sample.num_inference_steps ({steps})"
+        )
     if gradient.method == "random_k":
         k_max = gradient.k_max or steps
         if k_max > steps:
@@ -328,18 +364,24 @@ def _impossible(config: Config) -> Iterable[Problem]:
                 "gradient.k_max", f"{k_max} is more than sample.num_inference_steps ({steps})"
             )
         if gradient.k_min > k_max:
-            yield Problem("gradient.k_min", f"{gradient.k_min} is more than gradient.k_max ({k_max})")
+            yield Problem(
+                "gradient.k_min", f"{gradient.k_min} is more than gradient.k_max ({k_max})"
+            )
     if gradient.method == "gaussian_k" and steps < 2:
-        yield Problem("gradient.method", "gaussian_k needs sample.num_inference_steps of at least 2")
+        yield Problem(
+            "gradient.method", "gaussian_k needs sample.num_inference_steps of at least 2"
+        )
     micro_batch = train.micro_batch if isinstance(train.micro_batch, int) else 1
     if train.batch_size % micro_batch:
         yield Problem(
-            "train.micro_batch", f"{micro_batch} does not divide train.batch_size ({train.batch_size})"
+            "train.micro_batch",
+            f"{micro_batch} does not divide train.batch_size ({train.batch_size})",
         )
     group = gradient.window_group
     if group is not None and train.batch_size % group:
         yield Problem(
-            "gradient.window_group", f"{group} does not divide train.batch_size ({train.batch_size})"
+            "gradient.window_group",
+            f"{group} does not divide train.batch_size ({train.batch_size})",
         )
     if group is not None and group % micro_batch:
         yield Problem(

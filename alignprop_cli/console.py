@@ -34,8 +34,9 @@ class Bar:
     def advance(self, count: int = 1, note: str | None = None) -> None:
         """Move on by `count`; `note` replaces the text at the end of the line."""
         if self._progress is not None and self._task is not None:
-            fields = {} if note is None else {"note": escape(note)}
-            self._progress.update(self._task, advance=count, **fields)
+            self._progress.update(self._task, advance=count)
+            if note is not None:
+                self._progress.update(self._task, note=escape(note))
 
 
 class Console:

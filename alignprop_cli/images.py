@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
@@ -15,7 +17,7 @@ class _Saturate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad_output: Tensor) -> Tensor:  # type: ignore[override]
-        (images,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        (images,) = cast(tuple[Tensor], ctx.saved_tensors)  # type: ignore[attr-defined]
         # Descent moves a pixel against its gradient: above 1 a positive gradient brings it back,
         # below 0 a negative one does. Everything else would only push it further out of range.
         outward = ((images > 1.0) & (grad_output < 0.0)) | ((images < 0.0) & (grad_output > 0.0))

@@ -108,7 +108,9 @@ def set_weights(network: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
     have = {name: tuple(value.shape) for name, value in weights(network).items()}
     given = {name: tuple(value.shape) for name, value in state.items()}
     if have != given:
-        odd = sorted(name for name in have.keys() | given.keys() if have.get(name) != given.get(name))
+        odd = sorted(
+            name for name in have.keys() | given.keys() if have.get(name) != given.get(name)
+        )
         raise ConfigError(
             f"the LoRA in the checkpoint does not fit this run: {len(odd)} tensors differ, "
             f"first {odd[0]}: {given.get(odd[0])} in the file, {have.get(odd[0])} in the run",
@@ -135,7 +137,7 @@ def is_present(network: torch.nn.Module) -> bool:
 
 
 @contextmanager
-def disabled(network: torch.nn.Module):  # noqa: ANN201
+def disabled(network: torch.nn.Module):
     """Switch the LoRA off inside the block: the base model's output, exactly."""
     layers = [m for m in network.modules() if isinstance(m, BaseTunerLayer)]
     try:

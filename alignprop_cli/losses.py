@@ -1,4 +1,4 @@
-"""From rewards to a loss. The only place where the sign, the scale and the target of a reward live."""
+"""From rewards to a loss: where the sign, the scale and the target of a reward live."""
 
 from __future__ import annotations
 

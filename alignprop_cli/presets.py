@@ -169,7 +169,7 @@ def _merge(base: Tree, other: Mapping[str, Any]) -> None:
 def _compose(text: str, path: Path) -> yaml.MappingNode | None:
     """Parse to nodes, which know their lines."""
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        root = cast(Any, yaml).compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
         place = " ".join(str(error).split())
         raise ConfigError(f"{path}: not valid YAML: {place}") from error
@@ -187,12 +187,14 @@ def _convert(root: yaml.MappingNode, path: Path) -> tuple[Tree, dict[str, int]]:
             key = prefix + str(key_node.value)
             line = key_node.start_mark.line + 1
             if key in lines:
-                raise ConfigError(f"{path}:{line}: {key} is given twice, first on line {lines[key]}")
+                raise ConfigError(
+                    f"{path}:{line}: {key} is given twice, first on line {lines[key]}"
+                )
             lines[key] = line
             if isinstance(value_node, yaml.MappingNode):
                 walk(value_node, f"{key}.")
 
     walk(root, "")
     loader = yaml.SafeLoader("")
-    tree = loader.construct_document(root)
+    tree = cast(Any, loader).construct_document(root)
     return cast(Tree, tree), lines

@@ -14,11 +14,15 @@ from alignprop_cli import rng
 from alignprop_cli.errors import AssetError, ConfigError, did_you_mean
 
 # The 45 common animals on which DDPO and AlignProp train, and the 6 on which AlignProp evaluates.
-ANIMALS = tuple(
-    """cat dog horse monkey rabbit zebra spider bird sheep deer cow goat lion tiger bear raccoon fox
-    wolf lizard beetle ant butterfly fish shark whale dolphin squirrel mouse rat snake turtle frog
-    chicken duck goose bee pig turkey fly llama camel bat gorilla hedgehog kangaroo""".split()
+# fmt: off
+ANIMALS = (
+    "cat", "dog", "horse", "monkey", "rabbit", "zebra", "spider", "bird", "sheep", "deer",
+    "cow", "goat", "lion", "tiger", "bear", "raccoon", "fox", "wolf", "lizard", "beetle",
+    "ant", "butterfly", "fish", "shark", "whale", "dolphin", "squirrel", "mouse", "rat",
+    "snake", "turtle", "frog", "chicken", "duck", "goose", "bee", "pig", "turkey", "fly",
+    "llama", "camel", "bat", "gorilla", "hedgehog", "kangaroo",
 )
+# fmt: on
 ANIMALS_EVAL = ("snail", "hippopotamus", "cheetah", "crocodile", "lobster", "octopus")
 
 BUILT_IN = ("animals", "animals-eval", "shapes", "shapes-heldout")

@@ -13,7 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Purpose = Literal["noise", "eta", "window", "prompts", "lora", "eval_noise", "eval_eta", "bootstrap"]
+Purpose = Literal[
+    "noise", "eta", "window", "prompts", "lora", "eval_noise", "eval_eta", "bootstrap"
+]
 
 
 def key(seed: int, purpose: Purpose, *counters: int) -> int:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
 from alignprop_cli.schedule import NoiseSchedule, PredictionType, Step
 from alignprop_cli.truncation import GradWindow

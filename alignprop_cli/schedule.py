@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 from torch import Tensor
 
@@ -96,7 +96,7 @@ def diffusion_schedule(
 
     Source: Song et al. 2021, arXiv:2010.02502, eq. 12, where their alpha_t is `alphas_cumprod[t]`.
     """
-    cumprod = [float(a) for a in alphas_cumprod.double().tolist()]
+    cumprod = cast(list[float], alphas_cumprod.double().tolist())  # pyright: ignore[reportUnknownMemberType]
     stride = len(cumprod) // max(len(timesteps), 1)
 
     def levels(timestep: int) -> tuple[float, float]:

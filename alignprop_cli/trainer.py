@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -261,11 +262,10 @@ class Trainer:
     def _finish_gradients(self) -> float:
         """Sum over processes, undo the loss scale, clip; return the norm before clipping."""
         for parameter in self.parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             if self.plan.processes > 1:
-                parameter.grad = self.accelerator.reduce(parameter.grad, "sum")
-            parameter.grad.div_(self._loss_scale)
+                gradient = cast(Tensor, self.accelerator.reduce(gradient, "sum"))
+            parameter.grad = gradient / self._loss_scale
         limit = self.config.train.max_grad_norm or math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(self.parameters, limit))
         if not math.isfinite(norm):
@@ -281,7 +281,7 @@ class Trainer:
         """Return the values of all images of the step on every process, float64 on the CPU."""
         joined = torch.cat(values)
         if self.plan.processes > 1:
-            joined = self.accelerator.gather(joined)
+            joined = cast(Tensor, self.accelerator.gather(joined))
         return joined.double().cpu()
 
 

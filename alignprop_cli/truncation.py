@@ -49,7 +49,9 @@ class Truncation(Protocol):
 
 def _last(k: int, num_inference_steps: int) -> GradWindow:
     if not 1 <= k <= num_inference_steps:
-        raise ValueError(f"k must be between 1 and num_inference_steps={num_inference_steps}, got {k}")
+        raise ValueError(
+            f"k must be between 1 and num_inference_steps={num_inference_steps}, got {k}"
+        )
     return GradWindow(num_inference_steps - k, num_inference_steps)
 
 
@@ -91,8 +93,8 @@ class RandomK:
         k_min: Smallest k, at least 1.
         k_max: Largest k, at most T; None means T.
 
-    Source: Prabhudesai et al. 2023, arXiv:2310.03739 (randomised truncation; their U(0, 50) includes
-        the empty window, which has no gradient and is left out here).
+    Source: Prabhudesai et al. 2023, arXiv:2310.03739 (randomised truncation; their U(0, 50)
+        includes the empty window, which has no gradient and is left out here).
     """
 
     k_min: int = 1

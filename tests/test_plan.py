@@ -31,7 +31,9 @@ def test_an_automatic_micro_batch_keeps_a_given_window_group() -> None:
 
 
 def test_a_batch_that_cannot_be_divided_names_the_nearest_that_can() -> None:
-    with pytest.raises(ConfigError, match="10 is not a multiple of 4 processes; nearest that is: 8"):
+    with pytest.raises(
+        ConfigError, match="10 is not a multiple of 4 processes; nearest that is: 8"
+    ):
         make_plan(config(batch_size=10), processes=4, device_type="cpu")
 
 

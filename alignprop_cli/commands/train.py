@@ -171,5 +171,7 @@ def _show(console: Console, settings: Config) -> None:
     from alignprop_cli.config import dump
 
     console.result(
-        "alignprop.config/1", {"config": settings.model_dump(mode="json")}, [dump(settings).rstrip()]
+        "alignprop.config/1",
+        {"config": settings.model_dump(mode="json")},
+        [dump(settings).rstrip()],
     )

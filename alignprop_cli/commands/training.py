@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from alignprop_cli import __version__, checkpoint, evaluator, lora, report
 from alignprop_cli import config as configuration
 from alignprop_cli.config import Config
-from alignprop_cli.console import Bar, Console, table
+from alignprop_cli.console import Console, table
 from alignprop_cli.errors import ConfigError, InterruptedRun
 from alignprop_cli.evaluator import Drawn, Paired, Picture
 from alignprop_cli.models.base import DiffusionModel

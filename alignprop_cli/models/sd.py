@@ -206,7 +206,7 @@ class StableDiffusion:
     def save_lora(
         self, directory: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str]
     ) -> Path:
-        """Write pytorch_lora_weights.safetensors with peft's names, as plain diffusers reads them."""
+        """Write pytorch_lora_weights.safetensors, readable by plain diffusers."""
         adapter = {f"unet.{k}": v for k, v in lora.adapter_metadata(self.network).items()}
         header = {
             "format": "pt",
@@ -264,7 +264,8 @@ def load(config: ModelConfig, path: Path | None, device: torch.device) -> Stable
     if channels != pipeline.vae.config.latent_channels:
         raise ConfigError(
             f"model.id: the network of {config.id} takes {channels} channels, its latents have "
-            f"{pipeline.vae.config.latent_channels}: inpainting and upscaling models cannot be trained"
+            f"{pipeline.vae.config.latent_channels}: inpainting and upscaling models "
+            "cannot be trained"
         )
     return StableDiffusion(pipeline.to(device), config.id)
 

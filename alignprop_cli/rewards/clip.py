@@ -83,7 +83,9 @@ class ClipReward:
         missing = sorted({p for p in prompts if p not in self._texts})
         if missing:
             tokens = self._tokenizer(missing).to(self._mean.device)
-            features = torch.nn.functional.normalize(self._model.encode_text(tokens).float(), dim=-1)
+            features = torch.nn.functional.normalize(
+                self._model.encode_text(tokens).float(), dim=-1
+            )
             self._texts |= dict(zip(missing, features, strict=True))
         return torch.stack([self._texts[prompt] for prompt in prompts])
 

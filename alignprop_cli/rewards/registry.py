@@ -47,7 +47,9 @@ SHIPPED: Mapping[str, Spec] = {
     "redness": Spec("alignprop_cli.rewards.pixel:redness", "red above green and blue, -1 to 1"),
     "contrast": Spec("alignprop_cli.rewards.pixel:contrast", "deviation of luma, 0 to 0.5"),
     "colourfulness": Spec("alignprop_cli.rewards.pixel:colourfulness", "spread of colours, 0 to 1"),
-    "symmetry": Spec("alignprop_cli.rewards.pixel:symmetry", "likeness to the mirror image, -1 to 0"),
+    "symmetry": Spec(
+        "alignprop_cli.rewards.pixel:symmetry", "likeness to the mirror image, -1 to 0"
+    ),
 }
 
 
@@ -90,7 +92,9 @@ def build(name: str, options: Mapping[str, Any]) -> Reward:
         raise ConfigError(f"reward '{name}': {target!r} is not a function or a class")
     if not inspect.isclass(target):
         if options:
-            raise ConfigError(f"reward '{name}' is a function and takes no options, got {dict(options)}")
+            raise ConfigError(
+                f"reward '{name}' is a function and takes no options, got {dict(options)}"
+            )
         return cast(Reward, target)
     try:
         inspect.signature(target).bind(**options)
@@ -108,7 +112,9 @@ def _import(name: str) -> Any:
         return point.load()
     place, _, attribute = name.rpartition(":")
     try:
-        module = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+        module = (
+            _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+        )
     except ImportError as error:
         raise AssetError(f"reward '{name}': cannot import {place}: {error}") from error
     if not hasattr(module, attribute):

@@ -155,7 +155,9 @@ def train(vae: AutoencoderKL, work: Path, device: torch.device, steps: int) -> o
         step += 1
         if step % 100 == 0:
             seconds = time.perf_counter() - started
-            print(f"aligner step {step} loss {np.mean(losses[-100:]):.4f} {seconds:.0f} s", flush=True)
+            print(
+                f"aligner step {step} loss {np.mean(losses[-100:]):.4f} {seconds:.0f} s", flush=True
+            )
         if step % 500 == 0 or step == steps:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
             torch.save(state, kept)

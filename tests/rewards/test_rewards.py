@@ -1,0 +1,235 @@
+"""The reward contract, held by every shipped reward, and how rewards are named and mixed."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from alignprop_cli.config import LossConfig, RewardConfig
+from alignprop_cli.errors import AssetError, ConfigError, RunError
+from alignprop_cli.rewards import pixel, registry
+from alignprop_cli.rewards.base import Reward
+from alignprop_cli.rewards.clip import ClipReward
+from alignprop_cli.rewards.composite import Member, Mixture, build_mixture
+from tests.factories import generator, small_clip
+
+PIXEL = ("brightness", "redness", "contrast", "colourfulness", "symmetry")
+PROMPTS = ["a cat", "two dogs", "a boat"]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="module")
+def clip(clip_folder: Path) -> ClipReward:
+    return ClipReward(str(clip_folder))
+
+
+@pytest.fixture(params=["clip", *PIXEL])
+def reward(request: pytest.FixtureRequest, clip: ClipReward) -> Reward:
+    return clip if request.param == "clip" else registry.build(request.param, {})
+
+
+def pictures(height: int = 20, width: int = 16, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.rand((3, 3, height, width), generator=generator(0), dtype=dtype)
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 16), (20, 16), (12, 31)])
+def test_a_reward_is_one_finite_number_per_image_with_a_gradient_for_each(
+    reward: Reward, height: int, width: int
+) -> None:
+    images = pictures(height, width).requires_grad_()
+    rewards = reward(images, PROMPTS)
+    assert rewards.shape == (3,)
+    assert rewards.dtype == torch.float32
+    assert torch.isfinite(rewards).all()
+    (gradient,) = torch.autograd.grad(rewards.sum(), [images])
+    assert torch.isfinite(gradient).all()
+    assert (gradient.flatten(1).norm(dim=1) > 1e-6).all()
+
+
+def test_a_reward_is_the_same_alone_and_in_a_batch(reward: Reward) -> None:
+    images = pictures()
+    together = reward(images, PROMPTS)
+    alone = torch.cat([reward(images[i : i + 1], PROMPTS[i : i + 1]) for i in range(3)])
+    # float32 sums in another order.
+    torch.testing.assert_close(alone, together, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", PIXEL)
+def test_pixel_rewards_pass_gradcheck(name: str) -> None:
+    images = pictures(4, 5, torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: registry.build(name, {})(x, PROMPTS), [images])
+
+
+def test_the_clip_reward_has_the_gradient_of_central_differences(clip_folder: Path) -> None:
+    reward = ClipReward(str(clip_folder))
+    images = pictures(12, 12).requires_grad_()
+    (gradient,) = torch.autograd.grad(reward(images, PROMPTS).sum(), [images])
+    direction = gradient / gradient.norm()
+    width = 0.02
+    with torch.no_grad():
+        ahead, behind = (reward(images + s * width * direction, PROMPTS).sum() for s in (1.0, -1.0))
+    # float32 rewards of 1e-7 precision over a difference of about 1e-2, and a curved function.
+    assert float((ahead - behind) / (2.0 * width)) == pytest.approx(
+        float(gradient.norm()), rel=1e-2
+    )
+
+
+def test_the_clip_reward_is_the_cosine_with_the_own_prompt(clip: ClipReward) -> None:
+    images = pictures()
+    rewards = clip(images, PROMPTS)
+    features, texts = clip.image_features(images), clip.text_features(PROMPTS)
+    torch.testing.assert_close(features.norm(dim=1), torch.ones(3))
+    torch.testing.assert_close(rewards, (features @ texts.T).diagonal())
+    assert not torch.allclose(rewards, clip(images, PROMPTS[::-1]))
+
+
+def test_pixel_rewards_have_their_values_on_plain_pictures() -> None:
+    def plain(red: float, green: float, blue: float) -> Tensor:
+        return (
+            torch.tensor([red, green, blue], dtype=torch.float32)
+            .view(1, 3, 1, 1)
+            .expand(1, 3, 6, 6)
+        )
+
+    assert float(pixel.brightness(plain(1, 1, 1), [""])) == pytest.approx(1.0)
+    assert float(pixel.brightness(plain(0, 1, 0), [""])) == pytest.approx(0.587)
+    assert float(pixel.redness(plain(1, 0, 0), [""])) == pytest.approx(1.0)
+    assert float(pixel.redness(plain(0.5, 0.5, 0.5), [""])) == pytest.approx(0.0)
+    halves = torch.cat([torch.zeros(1, 3, 4, 2), torch.ones(1, 3, 4, 2)], dim=-1)
+    assert float(pixel.contrast(halves, [""])) == pytest.approx(0.5, abs=1e-5)
+    assert float(pixel.symmetry(halves, [""])) == pytest.approx(-1.0)
+    assert float(pixel.symmetry(plain(0.2, 0.4, 0.6), [""])) == 0.0
+    assert float(pixel.colourfulness(plain(0.3, 0.3, 0.3), [""])) == pytest.approx(0.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("name", PIXEL)
+def test_a_flat_picture_has_a_finite_gradient(name: str) -> None:
+    images = torch.full((1, 3, 4, 4), 0.5, requires_grad=True)
+    registry.build(name, {})(images, [""]).sum().backward()
+    assert images.grad is not None
+    assert torch.isfinite(images.grad).all()
+
+
+# --- Names ---
+
+
+def test_the_table_of_options_equals_the_signatures() -> None:
+    for spec in registry.SHIPPED.values():
+        module, _, attribute = spec.target.partition(":")
+        target = getattr(importlib.import_module(module), attribute)
+        options = tuple(inspect.signature(target).parameters) if inspect.isclass(target) else ()
+        assert spec.options == options
+
+
+def test_unknown_names_and_options_are_refused_with_the_nearest_one() -> None:
+    with pytest.raises(ConfigError, match="Did you mean 'brightness'"):
+        registry.build("brightnes", {})
+    with pytest.raises(ConfigError, match="Did you mean 'model'"):
+        registry.check("clip", {"modle": "tiny"})
+
+
+def test_a_reward_of_the_users_own_comes_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "def red(images, prompts):\n    return images[:, 0].mean(dim=(1, 2))\n\n\n"
+        "class Scaled:\n    def __init__(self, factor=1.0):\n        self.factor = factor\n\n"
+        "    def __call__(self, images, prompts):\n"
+        "        return self.factor * images.mean(dim=(1, 2, 3))\n\n\nNUMBER = 3\n"
+    )
+    images = pictures()
+    red = registry.build(f"{file}:red", {})
+    torch.testing.assert_close(red(images, PROMPTS), images[:, 0].mean(dim=(1, 2)))
+    scaled = registry.build(f"{file}:Scaled", {"factor": 2.0})
+    torch.testing.assert_close(scaled(images, PROMPTS), 2.0 * images.mean(dim=(1, 2, 3)))
+    with pytest.raises(ConfigError, match="Did you mean 'red'"):
+        registry.build(f"{file}:reed", {})
+    with pytest.raises(ConfigError, match="is not a function or a class"):
+        registry.build(f"{file}:NUMBER", {})
+    with pytest.raises(ConfigError, match="takes no options"):
+        registry.build(f"{file}:red", {"factor": 2.0})
+    with pytest.raises(ConfigError, match="faktor"):
+        registry.build(f"{file}:Scaled", {"faktor": 2.0})
+    with pytest.raises(AssetError, match="no such file"):
+        registry.build(f"{tmp_path}/other.py:red", {})
+    with pytest.raises(AssetError, match="cannot import"):
+        registry.build("no_such_package_anywhere:red", {})
+
+
+def test_a_clip_model_that_is_not_there_is_reported(tmp_path: Path, clip_folder: Path) -> None:
+    with pytest.raises(AssetError, match="no such folder"):
+        ClipReward(str(tmp_path / "nothing"))
+    with pytest.raises(ConfigError, match="Did you mean 'ViT-B-32"):
+        ClipReward("ViT-B-33")
+    with pytest.raises(ConfigError, match="openai"):
+        ClipReward("ViT-B-32")
+    (tmp_path / "open_clip_config.json").write_bytes(
+        (clip_folder / "open_clip_config.json").read_bytes()
+    )
+    (tmp_path / "open_clip_model.safetensors").write_bytes(b"cut")
+    with pytest.raises(AssetError, match="cannot load"):
+        ClipReward(str(tmp_path))
+
+
+# --- Mixtures ---
+
+
+def test_a_mixture_sums_weighted_losses_and_keeps_each_reward_apart() -> None:
+    mixture = build_mixture(
+        {
+            "brightness": RewardConfig(weight=2.0, loss=None),
+            "redness": RewardConfig(
+                weight=-0.5, loss=LossConfig(kind="target", target=0.25, scale=4.0)
+            ),
+        },
+        LossConfig(kind="maximise", target=None, scale=3.0),
+        CPU,
+    )
+    images = pictures()
+    scores = mixture.score(images, PROMPTS)
+    assert list(scores) == ["brightness", "redness"]
+    bright, red = pixel.brightness(images, PROMPTS), pixel.redness(images, PROMPTS)
+    assert torch.equal(scores["brightness"], bright)
+    assert torch.equal(scores["redness"], red)
+    expected = 2.0 * (-3.0 * bright) - 0.5 * (4.0 * (red - 0.25).abs())
+    torch.testing.assert_close(mixture.losses(scores), expected)
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "match"),
+    [
+        (lambda images: images.mean(), ConfigError, "shape"),
+        (lambda images: 1.0, ConfigError, "float"),
+        (lambda images: images.mean(dim=(1, 2, 3)) / 0.0, RunError, "image 0.*'a cat'"),
+    ],
+)
+def test_a_wrong_answer_of_a_reward_is_refused(
+    answer: object, error: type[Exception], match: str
+) -> None:
+    reward = lambda images, prompts: answer(images)  # type: ignore[operator]  # noqa: E731
+    loss = LossConfig(kind="maximise", target=None, scale=1.0)
+    mixture = Mixture([Member("mine", reward, 1.0, loss)])
+    with pytest.raises(error, match=match):
+        mixture.score(pictures(), PROMPTS)
+
+
+def test_images_that_cannot_be_measured_are_refused() -> None:
+    loss = LossConfig(kind="maximise", target=None, scale=1.0)
+    mixture = build_mixture({"brightness": RewardConfig(weight=1.0, loss=None)}, loss, CPU)
+    broken = pictures()
+    broken[1, 0, 0, 0] = float("nan")
+    with pytest.raises(RunError, match=r"image 1.*'two dogs'"):
+        mixture.score(broken, PROMPTS)
+    with pytest.raises(ConfigError, match="2 prompts for 3 images"):
+        mixture.score(pictures(), PROMPTS[:2])
+    with pytest.raises(ConfigError, match="expected images of shape"):
+        mixture.score(pictures()[:, :1], PROMPTS)
