@@ -32,7 +32,7 @@ def test_values_and_gradients_are_those_of_the_formula(
 @pytest.mark.parametrize("kind", ["maximise", "target", "hinge"])
 def test_every_loss_passes_gradcheck_away_from_its_target(kind: str) -> None:
     rewards = randn(0, 6).requires_grad_()
-    assert float((rewards - 0.25).abs().min()) > 1e-3
+    assert (rewards - 0.25).abs().min().item() > 1e-3
     assert torch.autograd.gradcheck(
         lambda r: reward_loss(r, kind, target=0.25, scale=3.0),  # type: ignore[arg-type]
         [rewards],
