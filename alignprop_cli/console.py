@@ -14,14 +14,27 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     SpinnerColumn,
+    Task,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from alignprop_cli.errors import AlignPropError
+
+
+class _Rate(ProgressColumn):
+    """How long one takes, or how many a second there are."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        if not speed:
+            return Text("")
+        return Text(f"{speed:.1f}/s" if speed >= 1.0 else f"{1.0 / speed:.1f} s each")
 
 
 class Bar:
@@ -105,6 +118,7 @@ class Console:
             TimeElapsedColumn(),
             TextColumn("<"),
             TimeRemainingColumn(),
+            _Rate(),
             TextColumn("{task.fields[note]}"),
         )
         with Progress(*columns, console=self._err, transient=True) as progress:

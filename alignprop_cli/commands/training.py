@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 
 from alignprop_cli import __version__, checkpoint, evaluator, lora, report
 from alignprop_cli import config as configuration
@@ -96,7 +97,9 @@ def run_training(config: Config, console: Console, *, name: str, resume: Path | 
         config, processes=accelerator.num_processes, device_type=accelerator.device.type
     )
     config = _with_window_group(config, plan)
-    run = resume or checkpoint.new_run(config.output.dir, name)
+    if not accelerator.is_main_process:
+        console = Console(quiet=True)
+    run = resume or _new_run(config, name, accelerator)
     found = checkpoint.latest(run) if resume else None
 
     console.note(f"alignprop {__version__}: {config.model.id} on {accelerator.device}")
@@ -126,6 +129,15 @@ def run_training(config: Config, console: Console, *, name: str, resume: Path | 
     tuned = _draw(session, session.held_out, "tuned model")
     if accelerator.is_main_process:
         _finish(session, base, tuned, time.perf_counter() - started)
+
+
+def _new_run(config: Config, name: str, accelerator: Accelerator) -> Path:
+    """Choose the run folder once for all processes: the first one makes it."""
+    if accelerator.is_main_process:
+        run = checkpoint.new_run(config.output.dir, name)
+    else:
+        run = Path()
+    return Path(broadcast_object_list([str(run)])[0])
 
 
 def _deterministic() -> None:
