@@ -133,11 +133,9 @@ def run_training(config: Config, console: Console, *, name: str, resume: Path | 
 
 def _new_run(config: Config, name: str, accelerator: Accelerator) -> Path:
     """Choose the run folder once for all processes: the first one makes it."""
-    if accelerator.is_main_process:
-        run = checkpoint.new_run(config.output.dir, name)
-    else:
-        run = Path()
-    return Path(broadcast_object_list([str(run)])[0])
+    first = accelerator.is_main_process
+    chosen = [str(checkpoint.new_run(config.output.dir, name)) if first else ""]
+    return Path(broadcast_object_list(chosen)[0])
 
 
 def _deterministic() -> None:

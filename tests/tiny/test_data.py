@@ -64,9 +64,14 @@ def blurred(pictures, sigma):
 
 @pytest.mark.parametrize(
     "spoil",
-    [lambda p: p, lambda p: noisy(p, 10), lambda p: blurred(p, 0.7), lambda p: noisy(blurred(p, 0.6), 8)],
+    [
+        lambda pictures: pictures,
+        lambda pictures: noisy(pictures, 10),
+        lambda pictures: blurred(pictures, 0.7),
+        lambda pictures: noisy(blurred(pictures, 0.6), 8),
+    ],
     ids=["clean", "noise", "blur", "blur and noise"],
-)  # fmt: skip
+)
 def test_the_checker_reads_at_least_98_percent_of_drawings_right(drawings, spoil) -> None:
     pictures, prompts = drawings
     right = [c.all_right for c in check(spoil(pictures), prompts)]
