@@ -285,6 +285,14 @@ class Trainer:
         return joined.double().cpu()
 
 
+def make_accelerator() -> Accelerator:
+    """Return the device and the processes of this run.
+
+    Without a GPU the CPU has to be asked for: only then do several processes join up on it.
+    """
+    return Accelerator(cpu=not torch.accelerator.is_available())
+
+
 def peak_memory_gib(device: torch.device) -> float:
     """Return the largest memory so far in GiB: allocated on CUDA, resident set otherwise."""
     if device.type == "cuda":

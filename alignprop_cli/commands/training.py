@@ -32,7 +32,7 @@ from alignprop_cli.plan import Plan, make_plan
 from alignprop_cli.prompts import load_prompts
 from alignprop_cli.rewards import registry
 from alignprop_cli.rewards.composite import Mixture, build_mixture
-from alignprop_cli.trainer import StepRecord, Trainer, peak_memory_gib, train
+from alignprop_cli.trainer import StepRecord, Trainer, make_accelerator, peak_memory_gib, train
 
 _SMOOTHING = 0.8
 """Share of the past in the smoothed reward beside the progress bar."""
@@ -58,7 +58,7 @@ def describe(config: Config, console: Console) -> None:
 
     Runs the same checks as a real run, short of loading weights.
     """
-    accelerator = Accelerator()
+    accelerator = make_accelerator()
     _check(config)
     plan = make_plan(
         config, processes=accelerator.num_processes, device_type=accelerator.device.type
@@ -91,7 +91,7 @@ def run_training(config: Config, console: Console, *, name: str, resume: Path | 
     """
     started = time.perf_counter()
     train_prompts, eval_prompts = _check(config)
-    accelerator = Accelerator()
+    accelerator = make_accelerator()
     _deterministic()
     plan = make_plan(
         config, processes=accelerator.num_processes, device_type=accelerator.device.type
