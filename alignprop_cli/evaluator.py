@@ -7,7 +7,7 @@ differ picture by picture only in what they have learned.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +23,7 @@ from alignprop_cli.models.base import DiffusionModel
 from alignprop_cli.rewards.composite import Mixture
 from alignprop_cli.sampling import sample
 from alignprop_cli.tiny.checker import check
-from alignprop_cli.tiny.data import is_language
+from alignprop_cli.tiny.data import SIZE_PX, is_language
 
 Floats = NDArray[np.float64]
 
@@ -50,6 +50,10 @@ class Drawn:
     pictures: tuple[Picture, ...]
     images: NDArray[np.uint8]
     rewards: dict[str, Floats]
+
+    def caption(self, index: int) -> str:
+        """Return the rewards of one picture in words."""
+        return "  ".join(f"{name} {values[index]:.3f}" for name, values in self.rewards.items())
 
 
 @dataclass(frozen=True)
@@ -185,29 +189,26 @@ def compare(pictures: Sequence[Picture], base: Floats, tuned: Floats, *, seed: i
     )
 
 
-def check_pair(base: Drawn, tuned: Drawn) -> dict[str, tuple[float, float]]:
-    """Read pictures of the embedded model back with its checker, before and after.
+def check_shares(drawn: Mapping[str, Drawn]) -> dict[str, dict[str, float]]:
+    """Read pictures back with the embedded model's checker.
+
+    Args:
+        drawn: By name the pictures of a model, all of the same prompts.
 
     Returns:
-        For background, colour, shape, count and all of them the shares in [0, 1] that are right;
-        empty where a prompt is not of the embedded model's language.
+        For background, colour, shape, count and all of them together: by name the share in [0, 1]
+        that is right. Empty where the pictures are not of the embedded model's language and size.
     """
-    shares = [check_shares(drawn) for drawn in (base, tuned)]
-    return {name: (shares[0][name], shares[1][name]) for name in shares[0]}
-
-
-def check_shares(drawn: Drawn) -> dict[str, float]:
-    """Return the shares of pictures that the checker reads as their prompt says.
-
-    Returns:
-        By name, in [0, 1]; empty where a prompt is not of the embedded model's language.
-    """
-    prompts = [picture.prompt for picture in drawn.pictures]
-    if not all(is_language(prompt) for prompt in prompts):
+    first = next(iter(drawn.values()))
+    prompts = [picture.prompt for picture in first.pictures]
+    if first.images.shape[1:3] != (SIZE_PX, SIZE_PX) or not all(map(is_language, prompts)):
         return {}
-    checks = check(drawn.images, prompts)
-    names = ("background", "colour", "shape", "count", "all_right")
+    checks = {name: check(one.images, prompts) for name, one in drawn.items()}
+    parts = ("background", "colour", "shape", "count", "all_right")
     return {
-        name.replace("_right", ""): float(np.mean([getattr(c, name) for c in checks]))
-        for name in names
+        part.removesuffix("_right"): {
+            name: float(np.mean([getattr(c, part) for c in found]))
+            for name, found in checks.items()
+        }
+        for part in parts
     }

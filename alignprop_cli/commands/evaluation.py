@@ -12,18 +12,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from accelerate import Accelerator
-
 from alignprop_cli import __version__, adapter, checkpoint, evaluator, lora, report
 from alignprop_cli.adapter import Located
+from alignprop_cli.commands.drawing import draw
 from alignprop_cli.config import Config
 from alignprop_cli.console import Console, table
 from alignprop_cli.errors import ConfigError
-from alignprop_cli.evaluator import Drawn, Paired, Picture
+from alignprop_cli.evaluator import Drawn, Paired
 from alignprop_cli.models.base import DiffusionModel
 from alignprop_cli.models.registry import load_model
-from alignprop_cli.rewards.composite import Mixture, build_mixture
-from alignprop_cli.tiny import data
+from alignprop_cli.rewards.composite import build_mixture
+from alignprop_cli.trainer import make_accelerator
 
 _SHEET_CELLS = 60
 """More would make the sheet too large to look at; all pictures are in the folder."""
@@ -69,23 +68,23 @@ def run_evaluation(
         AlignPropError: Whatever is wrong with the model, the LoRA, the rewards or the pictures.
     """
     started = time.perf_counter()
-    device = Accelerator().device
+    device = make_accelerator().device
     model = load_model(config.model, device)
     if located is not None:
         _load_lora(console, model, located)
     mixture = build_mixture(config.reward, config.loss, device)
     pictures = evaluator.choose(prompts, config.eval.images)
     with lora.disabled(model.network):
-        drawn = {"base": _draw(config, console, model, mixture, pictures, "base model")}
+        drawn = {"base": draw(config, console, model, mixture, pictures, "base model")}
     if located is not None:
-        drawn["tuned"] = _draw(config, console, model, mixture, pictures, "with the LoRA")
+        drawn["tuned"] = draw(config, console, model, mixture, pictures, "with the LoRA")
     result = Evaluation(
         config,
         {"id": model.id, "fingerprint": model.fingerprint},
         {} if located is None else _identity(located.file),
         drawn,
         _compare(drawn),
-        _check(drawn),
+        evaluator.check_shares(drawn),
         time.perf_counter() - started,
     )
     checkpoint.write_whole(folder, lambda made: _write(result, made))
@@ -112,34 +111,6 @@ def _load_lora(console: Console, model: DiffusionModel, located: Located) -> Non
     model.load_lora(located.file)
 
 
-def _draw(
-    config: Config,
-    console: Console,
-    model: DiffusionModel,
-    mixture: Mixture,
-    pictures: list[Picture],
-    label: str,
-) -> Drawn:
-    """Draw pictures with a progress bar."""
-    with console.bar(len(pictures), label) as bar:
-        done = 0
-
-        def on_batch(now: int) -> None:
-            nonlocal done
-            bar.advance(now - done)
-            done = now
-
-        return evaluator.draw(
-            model,
-            pictures,
-            mixture,
-            config.sample,
-            seed=config.eval.seed,
-            batch_size=config.eval.batch_size,
-            on_batch=on_batch,
-        )
-
-
 def _compare(drawn: Mapping[str, Drawn]) -> dict[str, Paired]:
     if "tuned" not in drawn:
         return {}
@@ -148,15 +119,6 @@ def _compare(drawn: Mapping[str, Drawn]) -> dict[str, Paired]:
         name: evaluator.compare(base.pictures, values, tuned.rewards[name])
         for name, values in base.rewards.items()
     }
-
-
-def _check(drawn: Mapping[str, Drawn]) -> dict[str, dict[str, float]]:
-    """Return the checker's shares, by part of the prompt and by what was drawn."""
-    # The checker knows the embedded model's size only.
-    if drawn["base"].images.shape[1:3] != (data.SIZE_PX, data.SIZE_PX):
-        return {}
-    shares = {name: evaluator.check_shares(one) for name, one in drawn.items()}
-    return {part: {name: shares[name][part] for name in shares} for part in shares["base"]}
 
 
 def _write(result: Evaluation, folder: Path) -> None:
@@ -172,17 +134,13 @@ def _write(result: Evaluation, folder: Path) -> None:
         report.Cell(
             picture.prompt,
             tuple(result.drawn[name].images[i] for name in titles),
-            tuple(_caption(result.drawn[name], i) for name in titles),
+            tuple(result.drawn[name].caption(i) for name in titles),
         )
         for i, picture in enumerate(result.drawn["base"].pictures[:_SHEET_CELLS])
     ]
     report.contact_sheet(cells, folder / "sheet.png", titles=titles)
     text = json.dumps({"schema": "alignprop.evaluate/1", **_values(result)}, indent=2)
     checkpoint.write_text(folder / "results.json", text + "\n")
-
-
-def _caption(drawn: Drawn, index: int) -> str:
-    return "  ".join(f"{name} {values[index]:.3f}" for name, values in drawn.rewards.items())
 
 
 def _metadata(result: Evaluation, name: str, drawn: Drawn, index: int) -> dict[str, str]:

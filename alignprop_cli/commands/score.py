@@ -115,18 +115,17 @@ def _run(
     target: Path | None,
 ) -> None:
     """Measure everything, writing rows as they come, and print the summary."""
-    from accelerate import Accelerator
-
     from alignprop_cli import scorer
     from alignprop_cli.errors import RunError
     from alignprop_cli.rewards.composite import build_mixture
+    from alignprop_cli.trainer import make_accelerator
 
     if not found:
         raise RunError(
             "nothing was measured: no pictures were found",
             hint=f"folders are searched for {', '.join(scorer.SUFFIXES)}",
         )
-    device = Accelerator().device
+    device = make_accelerator().device
     mixture = build_mixture(config.reward, config.loss, device)
     values: dict[str, list[float]] = {name: [] for name in mixture.names}
     shown: list[Scored] = []

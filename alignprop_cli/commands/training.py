@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from accelerate.utils import broadcast_object_list
 
 from alignprop_cli import __version__, checkpoint, evaluator, lora, report
 from alignprop_cli import config as configuration
+from alignprop_cli.commands.drawing import draw
 from alignprop_cli.config import Config
 from alignprop_cli.console import Console, table
 from alignprop_cli.errors import ConfigError, InterruptedRun
@@ -124,9 +125,9 @@ def run_training(config: Config, console: Console, *, name: str, resume: Path | 
     if accelerator.is_main_process:
         _open_run(session, found)
     with lora.disabled(model.network):
-        base = _draw(session, session.held_out, "base model")
+        base = draw(config, console, model, mixture, session.held_out, "base model")
     _train(session)
-    tuned = _draw(session, session.held_out, "tuned model")
+    tuned = draw(config, console, model, mixture, session.held_out, "tuned model")
     if accelerator.is_main_process:
         _finish(session, base, tuned, time.perf_counter() - started)
 
@@ -188,28 +189,6 @@ def _open_run(session: Session, found: Path | None) -> None:
     checkpoint.write_text(metrics, "".join(f"{line}\n" for line in kept))
     if found is not None:
         session.console.note(f"going on from {found}")
-
-
-def _draw(session: Session, pictures: Sequence[Picture], label: str) -> Drawn:
-    """Draw pictures with a progress bar."""
-    config = session.config
-    with session.console.bar(len(pictures), label) as bar:
-        done = 0
-
-        def on_batch(now: int) -> None:
-            nonlocal done
-            bar.advance(now - done)
-            done = now
-
-        return evaluator.draw(
-            session.model,
-            pictures,
-            session.mixture,
-            config.sample,
-            seed=config.eval.seed,
-            batch_size=config.eval.batch_size,
-            on_batch=on_batch,
-        )
 
 
 def _train(session: Session) -> None:
@@ -275,28 +254,25 @@ def _append(path: Path, line: dict[str, Any]) -> None:
 
 def _sample(session: Session) -> dict[str, float]:
     """Draw the fixed sample prompts, keep the sheet, and return the mean rewards."""
-    drawn = evaluator.draw(
+    # No bar of its own: it would push the training's aside.
+    drawn = draw(
+        session.config,
+        Console(quiet=True),
         session.model,
-        session.samples,
         session.mixture,
-        session.config.sample,
-        seed=session.config.eval.seed,
-        batch_size=session.config.eval.batch_size,
+        session.samples,
+        "samples",
     )
     step = session.trainer.step_number
     if session.accelerator.is_main_process:
         cells = [
-            report.Cell(picture.prompt, (image,), (_caption(drawn, i),))
+            report.Cell(picture.prompt, (image,), (drawn.caption(i),))
             for i, (picture, image) in enumerate(zip(drawn.pictures, drawn.images, strict=True))
         ]
         path = session.run / "samples" / f"step-{step:06d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         report.contact_sheet(cells, path, titles=(f"step {step}",))
     return {name: float(values.mean()) for name, values in drawn.rewards.items()}
-
-
-def _caption(drawn: Drawn, index: int) -> str:
-    return "  ".join(f"{name} {values[index]:.3f}" for name, values in drawn.rewards.items())
 
 
 def _save(session: Session) -> None:
@@ -328,9 +304,9 @@ def _finish(session: Session, base: Drawn, tuned: Drawn, seconds: float) -> None
         name: evaluator.compare(base.pictures, base.rewards[name], tuned.rewards[name])
         for name in session.mixture.names
     }
-    checks = evaluator.check_pair(base, tuned)
+    checks = evaluator.check_shares({"base": base, "tuned": tuned})
     cells = [
-        report.Cell(picture.prompt, (before, after), (_caption(base, i), _caption(tuned, i)))
+        report.Cell(picture.prompt, (before, after), (base.caption(i), tuned.caption(i)))
         for i, (picture, before, after) in enumerate(
             zip(base.pictures, base.images, tuned.images, strict=True)
         )
@@ -387,6 +363,7 @@ def _reward_row(name: str, result: Paired) -> tuple[str, ...]:
     )
 
 
-def _check_row(item: tuple[str, tuple[float, float]]) -> tuple[str, ...]:
-    name, (before, after) = item
+def _check_row(item: tuple[str, dict[str, float]]) -> tuple[str, ...]:
+    name, shares = item
+    before, after = shares["base"], shares["tuned"]
     return (f"{name} right", f"{before:.0%}", f"{after:.0%}", f"{after - before:+.0%}", "")
