@@ -53,6 +53,9 @@ class StableDiffusion:
         for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
             module.requires_grad_(False)
             module.eval()
+        # Convolutions are faster so, on the CPU and on tensor cores; the numbers are the same.
+        pipeline.unet.to(memory_format=torch.channels_last)
+        pipeline.vae.to(memory_format=torch.channels_last)
         self.fingerprint = _fingerprint(pipeline.unet)
 
     @property

@@ -65,7 +65,9 @@ def save_pipeline(pipeline: StableDiffusionPipeline, words: Path, directory: Pat
         shutil.copy(words / name, directory / "tokenizer" / name)
     # transformers follows the config's dtype where none is asked for; diffusers takes float32.
     config = directory / "text_encoder" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2))
+    config.write_text(
+        json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n"
+    )
 
 
 def write_card(output: Path, work: Path) -> None:
