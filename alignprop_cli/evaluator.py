@@ -80,18 +80,18 @@ class Paired:
 
 
 def choose(prompts: Sequence[str], count: int) -> list[Picture]:
-    """Choose `count` pictures spread evenly over a prompt set.
+    """Choose `count` pictures of a prompt set, always the same ones.
 
-    Where there are fewer prompts than pictures, prompts repeat with new noise; where there are
-    more, every n-th prompt is taken.
+    Where there are fewer prompts than pictures, prompts repeat with new noise. Where there are
+    more, some are picked at random: sets are often sorted, and every n-th would be of one kind.
     """
     if count >= len(prompts):
         return [
             Picture(prompts[i % len(prompts)], i % len(prompts), i // len(prompts))
             for i in range(count)
         ]
-    chosen = [i * len(prompts) // count for i in range(count)]
-    return [Picture(prompts[i], i) for i in chosen]
+    order = np.random.default_rng(count).permutation(len(prompts))
+    return [Picture(prompts[i], int(i)) for i in sorted(order[:count])]
 
 
 @torch.no_grad()
