@@ -90,8 +90,8 @@ def choose(prompts: Sequence[str], count: int) -> list[Picture]:
             Picture(prompts[i % len(prompts)], i % len(prompts), i // len(prompts))
             for i in range(count)
         ]
-    order = np.random.default_rng(count).permutation(len(prompts))
-    return [Picture(prompts[i], int(i)) for i in sorted(order[:count])]
+    order: list[int] = np.random.default_rng(count).permutation(len(prompts)).tolist()
+    return [Picture(prompts[i], i) for i in sorted(order[:count])]
 
 
 @torch.no_grad()
