@@ -190,7 +190,7 @@ BAD = [
     (("--set", "train.prompts=shpaes"), 2, ["'shpaes'", "Did you mean 'shapes'?"]),
     (("--output", "full"), 2, ["full exists and is not empty"]),
     (("--set", "gradient.k_max=-1"), 2, ["gradient.k_max", "got -1"]),
-    (("--set", "gradient.k_max=21"), 2, ["21 is more than sample.num_inference_steps (20)"]),
+    (("--set", "gradient.k_max=21"), 2, ["21 is more than sample.num_inference_steps (8)"]),
     (("--set", "gradient.method=last_k", "--set", "gradient.k=0"), 2, ["gradient.k", "got 0"]),
     (("--set", "reward={nan.py:nan: {}}"), 4, ["reward 'nan.py:nan' returned nan", "prompt"]),
     (("--set", "reward={nan.py:wrong: {}}"), 2, ["expected a tensor of shape"]),
@@ -265,7 +265,7 @@ def test_resume_auto_finds_the_newest_run(run) -> None:
 def test_dry_run_prints_the_plan_and_writes_nothing(run) -> None:
     code, out, _ = run("--preset", "tiny", "--dry-run")
     assert code == 0
-    assert "16 images a step" in out
+    assert "32 images a step" in out
     assert not list(Path().iterdir())
 
 
@@ -291,7 +291,10 @@ def test_two_processes_compute_what_one_does(tmp_path) -> None:
     shared += ["--set=gradient.window_group=2", *(f for f in FAST if "micro" not in f)]
     train = ["-m", "alignprop_cli", "train", *shared]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for launcher, output in (([], "one"), (["-m", "torch.distributed.run", "--nproc=2"], "two")):
+    for launcher, output in (
+        ([], "one"),
+        (["-m", "torch.distributed.run", "--nproc-per-node=2"], "two"),
+    ):
         command = [sys.executable, *launcher, *train, f"--output={output}"]
         subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
     one, two = (adapter(tmp_path / name, 2) for name in ("one", "two"))
