@@ -39,6 +39,8 @@ def main() -> None:
     words = tokenizer.save(work / "tokenizer")
     if stage in ("autoencoder", "all"):
         vae = autoencoder.train(work, device, STEPS["autoencoder"])
+        # Latents of another autoencoder would be of no use to the network.
+        (work / "latents.pt").unlink(missing_ok=True)
         torch.save(vae.state_dict(), work / "autoencoder.pt")
     vae = load_autoencoder(work, device)
     if stage in ("aligner", "all"):
