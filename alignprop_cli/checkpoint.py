@@ -155,14 +155,14 @@ def load_lora(path: Path) -> dict[str, Tensor]:
 
 
 def new_run(wanted: str | None, name: str) -> Path:
-    """Choose the folder of a new run.
+    """Choose the folder of a new run and make it.
 
     Args:
         wanted: What the user asked for; None is runs/<name>, numbered where it exists.
         name: Of the preset or the config file.
 
     Raises:
-        ConfigError: If the wanted folder exists and is not empty.
+        ConfigError: If the wanted folder exists and is not empty, or cannot be made.
     """
     if wanted is not None:
         run = Path(wanted).expanduser()
@@ -171,8 +171,16 @@ def new_run(wanted: str | None, name: str) -> Path:
                 f"--output: {run} exists and is not empty",
                 hint="choose another folder, remove it, or go on with it by --resume",
             )
-        return run
+        return _made(run)
     number = 1
     while (run := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
         number += 1
+    return _made(run)
+
+
+def _made(run: Path) -> Path:
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output: cannot make the folder {run}: {error}") from error
     return run

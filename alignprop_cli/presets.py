@@ -36,7 +36,10 @@ class Layers:
         *parents, last = key.split(".")
         node = self.values
         for parent in parents:
-            child = node.setdefault(parent, {})
+            child = node.get(parent)
+            if child is None:
+                # A bare name, such as that of a reward with its defaults.
+                child = node[parent] = {}
             if not isinstance(child, dict):
                 raise ConfigError(f"{origin}: {key}: '{parent}' is a value, not a section")
             node = cast(Tree, child)
@@ -121,7 +124,7 @@ def override(layers: Layers, assignments: Iterable[str]) -> None:
             continue
         try:
             layers.set(key.strip(), yaml.safe_load(raw), "--set")
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):
             problems.append(Problem(key, f"cannot read the value {raw!r}; quote it"))
     if problems:
         raise ConfigError("--set: cannot be read", problems)
@@ -196,5 +199,9 @@ def _convert(root: yaml.MappingNode, path: Path) -> tuple[Tree, dict[str, int]]:
 
     walk(root, "")
     loader = yaml.SafeLoader("")
-    tree = cast(Any, loader).construct_document(root)
+    try:
+        tree = cast(Any, loader).construct_document(root)
+    except (yaml.YAMLError, ValueError) as error:
+        place = " ".join(str(error).split())
+        raise ConfigError(f"{path}: a value cannot be read: {place}") from error
     return cast(Tree, tree), lines

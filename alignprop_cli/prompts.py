@@ -102,7 +102,10 @@ def _read_csv(text: str, path: Path) -> list[str]:
         raise ConfigError(
             f"prompts: {path}: no column named prompt, text or caption, got {rows.fieldnames}"
         )
-    return [row[column] or "" for row in rows]
+    try:
+        return [row[column] or "" for row in rows]
+    except csv.Error as error:
+        raise ConfigError(f"prompts: {path}: not a table: {error}") from error
 
 
 class PromptStream:

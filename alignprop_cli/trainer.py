@@ -22,7 +22,7 @@ from torch import Tensor
 from alignprop_cli import lora, rng
 from alignprop_cli.checkpoint import State
 from alignprop_cli.config import Config, GradientConfig
-from alignprop_cli.errors import RunError
+from alignprop_cli.errors import ConfigError, RunError
 from alignprop_cli.models.base import DiffusionModel
 from alignprop_cli.plan import Plan
 from alignprop_cli.prompts import PromptStream
@@ -218,6 +218,13 @@ class Trainer:
         )
         images = self.model.decode(latents, use_checkpoint=self.plan.checkpoint_decoder)
         scores = self.mixture.score(images, prompts)
+        for name, values in scores.items():
+            if not values.requires_grad:
+                raise ConfigError(
+                    f"reward '{name}' has no gradient: its answer does not depend on the images "
+                    "in a differentiable way, so there is nothing to train on",
+                    hint="it must not detach, round, or leave torch",
+                )
         return scores, self.mixture.losses(scores)
 
     def state(self) -> State:

@@ -25,7 +25,7 @@ from alignprop_cli import config as configuration
 from alignprop_cli.commands.drawing import draw
 from alignprop_cli.config import Config
 from alignprop_cli.console import Console, table
-from alignprop_cli.errors import ConfigError, InterruptedRun
+from alignprop_cli.errors import ConfigError, InterruptedRun, RunError
 from alignprop_cli.evaluator import Drawn, Paired, Picture
 from alignprop_cli.models.base import DiffusionModel
 from alignprop_cli.models.registry import load_model
@@ -181,12 +181,18 @@ def _restore(trainer: Trainer, found: Path, steps: int) -> None:
 def _open_run(session: Session, found: Path | None) -> None:
     """Write the configuration and cut the metrics to where the run goes on from."""
     run = session.run
-    checkpoint.write_text(run / "config.yaml", configuration.dump(session.config))
     metrics = run / "metrics.jsonl"
     done = session.trainer.step_number
     lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
-    kept = [line for line in lines if json.loads(line)["step"] <= done]
+    if lines and not lines[-1].endswith("}"):
+        # Half a line, from a run that was killed while writing it.
+        lines.pop()
+    try:
+        kept = [line for line in lines if json.loads(line)["step"] <= done]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{metrics}: damaged: {error}", hint="remove the damaged line") from error
     checkpoint.write_text(metrics, "".join(f"{line}\n" for line in kept))
+    checkpoint.write_text(run / "config.yaml", configuration.dump(session.config))
     if found is not None:
         session.console.note(f"going on from {found}")
 

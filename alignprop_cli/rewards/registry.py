@@ -117,6 +117,10 @@ def _import(name: str) -> Any:
         )
     except ImportError as error:
         raise AssetError(f"reward '{name}': cannot import {place}: {error}") from error
+    except SyntaxError as error:
+        raise ConfigError(
+            f"reward '{name}': {error.filename}:{error.lineno}: {error.msg}"
+        ) from error
     if not hasattr(module, attribute):
         public = [n for n in vars(module) if not n.startswith("_")]
         raise ConfigError(

@@ -195,6 +195,10 @@ BAD = [
     (("--set", "reward={nan.py:nan: {}}"), 4, ["reward 'nan.py:nan' returned nan", "prompt"]),
     (("--set", "reward={nan.py:wrong: {}}"), 2, ["expected a tensor of shape"]),
     (("--set", "reward={nan.py:none: {}}"), 2, ["has no 'none'"]),
+    (("--set", "reward={nan.py:blind: {}}"), 2, ["'nan.py:blind' has no gradient"]),
+    (("--set", "reward={bad.py:x: {}}"), 2, ["bad.py", "bad.py:1"]),
+    (("--output", "full/mine.txt/run"), 2, ["cannot make the folder"]),
+    (("--config", "tagged.yaml"), 2, ["tagged.yaml", "cannot be read"]),
     (("--set", "lora.target_modules=[nope]"), 2, ["no layer of the model ends with", "nope"]),
     (("--set", "lora.init=other"), 3, ["other"]),
     (("--resume", "nowhere"), 2, ["exclude each other"]),
@@ -215,7 +219,10 @@ def test_bad_input_gets_one_message_and_the_documented_exit_code(
     Path("nan.py").write_text(
         "def nan(images, prompts):\n    return images.mean(dim=(1, 2, 3)) * float('nan')\n"
         "def wrong(images, prompts):\n    return images.mean()\n"
+        "def blind(images, prompts):\n    return images.detach().mean(dim=(1, 2, 3))\n"
     )
+    Path("bad.py").write_text("def x(:\n")
+    Path("tagged.yaml").write_text("model:\n  id: !env HOME\n")
     Path("broken.yaml").write_text("train: [1, 2\n")
     Path("twice.yaml").write_text("train:\n  steps: 1\n  steps: 2\n")
     fast = [f for f in FAST if "k_max" not in f and "inference" not in f]
@@ -245,6 +252,14 @@ def test_a_damaged_checkpoint_is_said_to_be_damaged(run) -> None:
     code, _, err = run("--resume", "r", "--steps", 2, "-q")
     assert code == 4
     assert "damaged checkpoint" in err
+
+
+def test_half_a_line_of_metrics_does_not_stop_a_resume(run) -> None:
+    assert run("--preset", "tiny", "--steps", 1, "--output", "r", "-q", *FAST)[0] == 0
+    with Path("r/metrics.jsonl").open("a") as file:
+        file.write('{"step": 2, "ima')
+    assert run("--resume", "r", "--steps", 2, "-q")[0] == 0
+    assert [line["step"] for line in metrics(Path("r"))] == [1, 2]
 
 
 def test_resuming_with_another_rank_is_refused(run) -> None:
