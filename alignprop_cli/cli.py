@@ -85,6 +85,14 @@ def _known(error: Exception) -> AlignPropError:
             f"the disk is full{where}",
             hint="checkpoints already written are whole; free some space and use --resume auto",
         )
+    # By name: naming torch's own class would import torch.
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        lines = str(error).strip().splitlines() or ["no detail"]
+        return RunError(
+            f"out of memory: {lines[0]}",
+            hint="set train.micro_batch=1, gradient.checkpoint_network=true and "
+            "gradient.checkpoint_decoder=true, or a smaller gradient.k_max",
+        )
     return AlignPropError(
         f"unexpected {type(error).__name__}: {error}", hint=f"this is a bug; {ISSUES}"
     )
