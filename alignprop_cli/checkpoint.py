@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -49,7 +49,8 @@ class State:
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a temporary folder beside `path`, then give it its name in one move.
 
-    After an interruption or on a full disk there is either the old folder, the new one, or none.
+    After an interruption or on a full disk there is the old folder or the new one. What may lie
+    beside it then starts with a dot; `sweep` removes it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
@@ -59,12 +60,20 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         temporary.chmod(0o755)
         for file in temporary.iterdir():
             file.chmod(0o644)
+        old = temporary.with_name(f"{temporary.name}.old")
         if path.exists():
-            shutil.rmtree(path)
+            path.rename(old)
         temporary.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def sweep(run: Path) -> None:
+    """Remove what a killed run left half-written among its checkpoints."""
+    for folder in (run / "checkpoints").glob(".step-*"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -154,15 +163,28 @@ def load_lora(path: Path) -> dict[str, Tensor]:
     return {name.removeprefix("unet."): value for name, value in state.items()}
 
 
+def header(path: Path) -> dict[str, str]:
+    """Return the texts in the header of a checkpoint's adapter: what made it, and on what base.
+
+    Raises:
+        RunError: If the file is damaged or missing.
+    """
+    try:
+        with safe_open(path / LORA_FILE, "pt") as file:
+            return dict(file.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{path / LORA_FILE}: damaged checkpoint: {error}") from error
+
+
 def new_run(wanted: str | None, name: str) -> Path:
-    """Choose the folder of a new run and make it.
+    """Choose the folder of a new run; `make_run` makes it.
 
     Args:
         wanted: What the user asked for; None is runs/<name>, numbered where it exists.
         name: Of the preset or the config file.
 
     Raises:
-        ConfigError: If the wanted folder exists and is not empty, or cannot be made.
+        ConfigError: If the wanted folder exists and is not empty.
     """
     if wanted is not None:
         run = Path(wanted).expanduser()
@@ -171,16 +193,20 @@ def new_run(wanted: str | None, name: str) -> Path:
                 f"--output: {run} exists and is not empty",
                 hint="choose another folder, remove it, or go on with it by --resume",
             )
-        return _made(run)
+        return run
     number = 1
     while (run := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
         number += 1
-    return _made(run)
+    return run
 
 
-def _made(run: Path) -> Path:
+def make_run(run: Path) -> None:
+    """Make the folder of a new run.
+
+    Raises:
+        ConfigError: If it cannot be made.
+    """
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--output: cannot make the folder {run}: {error}") from error
-    return run

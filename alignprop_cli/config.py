@@ -11,7 +11,14 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, cast
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 
 from alignprop_cli.errors import ConfigError, Problem, did_you_mean
 
@@ -24,6 +31,17 @@ class Section(BaseModel):
     """A frozen group of options that refuses unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic reads `steps: true` as one step.
+        if (
+            isinstance(value, bool)
+            and cls.model_fields[str(info.field_name)].annotation is not bool
+        ):
+            raise ValueError("expected no true or false here")
+        return value
 
 
 class ModelConfig(Section):
@@ -165,6 +183,11 @@ class TrainConfig(Section):
         default="auto", description="Images in memory at once in one process."
     )
     learning_rate: PositiveFloat = Field(default=1.0e-3, description="AdamW's.")
+    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant",
+        description="Course of the learning rate after the warmup; linear and cosine end at 0 "
+        "after train.steps.",
+    )
     warmup_steps: Annotated[int, Field(ge=0)] = Field(
         default=0, description="Optimiser steps over which the learning rate rises linearly."
     )
@@ -185,7 +208,7 @@ class TrainConfig(Section):
 
 
 class EvalConfig(Section):
-    """What is drawn and measured before, during and after training, never seen by training."""
+    """What is drawn and measured before, during and after training; it changes no training."""
 
     prompts: str = Field(default="animals-eval", description="Prompt set or file, held out.")
     images: PositiveInt = Field(
@@ -276,6 +299,19 @@ def parse(
             hint="`alignprop train --preset NAME --show-preset` prints every key of a preset",
         )
     return config
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the dotted keys at which two nested mappings differ, with both values."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            inner = differences(cast(Mapping[str, Any], before), cast(Mapping[str, Any], after))
+            found |= {f"{key}.{name}": values for name, values in inner.items()}
+        elif before != after:
+            found[key] = (before, after)
+    return found
 
 
 def origin_of(key: str, origins: Mapping[str, str]) -> str | None:

@@ -33,7 +33,7 @@ class Layers:
         Raises:
             ConfigError: If the key passes through a value that is not a section.
         """
-        *parents, last = key.split(".")
+        *parents, last = _parts(key)
         node = self.values
         for parent in parents:
             child = node.get(parent)
@@ -45,6 +45,15 @@ class Layers:
             node = cast(Tree, child)
         node[last] = value
         self.origins[key] = origin
+
+
+def _parts(key: str) -> list[str]:
+    """Split a dotted key; the name of a reward of one's own, `file.py:attribute`, stays whole."""
+    place, colon, rest = key.partition(":")
+    if not colon or not place.startswith("reward."):
+        return key.split(".")
+    attribute, *options = rest.split(".")
+    return ["reward", f"{place.removeprefix('reward.')}:{attribute}", *options]
 
 
 def directory() -> Path:

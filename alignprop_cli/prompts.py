@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -73,12 +74,13 @@ def _built_in(name: str) -> list[str]:
 
 
 def _read_txt(text: str, path: Path) -> list[str]:
-    return text.splitlines()
+    # Not splitlines(), which also breaks at characters that may stand in a prompt, as U+2028.
+    return text.split("\n")
 
 
 def _read_jsonl(text: str, path: Path) -> list[str]:
     found: list[str] = []
-    for number, line in enumerate(text.splitlines(), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -96,7 +98,7 @@ def _read_jsonl(text: str, path: Path) -> list[str]:
 
 
 def _read_csv(text: str, path: Path) -> list[str]:
-    rows = csv.DictReader(text.splitlines(keepends=True))
+    rows = csv.DictReader(io.StringIO(text, newline=""))
     column = next((c for c in _COLUMNS if c in (rows.fieldnames or ())), None)
     if column is None:
         raise ConfigError(

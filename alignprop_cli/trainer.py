@@ -21,7 +21,7 @@ from torch import Tensor
 
 from alignprop_cli import lora, rng
 from alignprop_cli.checkpoint import State
-from alignprop_cli.config import Config, GradientConfig
+from alignprop_cli.config import Config, GradientConfig, TrainConfig
 from alignprop_cli.errors import ConfigError, RunError
 from alignprop_cli.models.base import DiffusionModel
 from alignprop_cli.plan import Plan
@@ -80,6 +80,23 @@ def make_truncation(config: GradientConfig) -> Truncation:
     if config.method == "random_k":
         return RandomK(config.k_min, config.k_max)
     return GaussianK(config.mean, config.std)
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Return AdamW's learning rate in a step, counted from 0; a function of the step alone.
+
+    It rises over `warmup_steps`, then stays, or falls to 0 where `steps` ends: to continue a run
+    with more steps than it was begun with is another course than all of them at once.
+    """
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / (config.warmup_steps + 1)
+    length = max(config.steps - config.warmup_steps, 1)
+    done = min((step - config.warmup_steps) / length, 1.0)
+    if config.lr_schedule == "linear":
+        return config.learning_rate * (1.0 - done)
+    if config.lr_schedule == "cosine":
+        return config.learning_rate * (0.5 + 0.5 * math.cos(math.pi * done))
+    return config.learning_rate
 
 
 class Trainer:
@@ -155,7 +172,7 @@ class Trainer:
 
         # 2. Sum over processes, clip, check, update.
         grad_norm = self._finish_gradients()
-        learning_rate = self._set_learning_rate()
+        rate = self._set_learning_rate()
         self.optimizer.step()
         self.step_number += 1
         self.images_seen += plan.batch_size
@@ -172,7 +189,7 @@ class Trainer:
             },
             grad_norm=grad_norm,
             lora_norm=lora.norm(self.model.network),
-            learning_rate=learning_rate,
+            learning_rate=rate,
             backprop_steps=backprop_steps / plan.accumulation,
             seconds=time.perf_counter() - started,
             peak_memory_gib=peak_memory_gib(self.model.device),
@@ -250,7 +267,8 @@ class Trainer:
                 if name.startswith(prefix)
             }
             moments = [value for name, value in found.items() if name != "step"]
-            if any(value.shape != parameter.shape for value in moments):
+            complete = found.keys() == {"step", "exp_avg", "exp_avg_sq"}
+            if not complete or any(value.shape != parameter.shape for value in moments):
                 raise RunError("the checkpoint's optimiser does not fit the LoRA of this run")
             # The counter of steps stays on the CPU, where AdamW keeps it.
             self.optimizer.state[parameter] = {
@@ -260,11 +278,10 @@ class Trainer:
         self.step_number, self.images_seen = state.step, state.images_seen
 
     def _set_learning_rate(self) -> float:
-        train = self.config.train
-        warmup = min(1.0, (self.step_number + 1) / (train.warmup_steps + 1))
+        rate = learning_rate(self.config.train, self.step_number)
         for group in self.optimizer.param_groups:
-            group["lr"] = train.learning_rate * warmup
-        return train.learning_rate * warmup
+            group["lr"] = rate
+        return rate
 
     def _finish_gradients(self) -> float:
         """Sum over processes, undo the loss scale, clip; return the norm before clipping."""

@@ -10,7 +10,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from alignprop_cli.config import Config, LossConfig, RewardConfig, dump, origin_of, parse
+from alignprop_cli.config import (
+    Config,
+    LossConfig,
+    RewardConfig,
+    differences,
+    dump,
+    origin_of,
+    parse,
+)
 from alignprop_cli.errors import ConfigError
 
 MINIMAL: dict[str, Any] = {"reward": {"clip": None}}
@@ -95,6 +103,27 @@ def test_options_of_a_reward_are_kept_apart_from_its_weight() -> None:
     config = parse({"reward": {"clip": {"model": "tiny", "weight": 0.5}}})
     assert config.reward["clip"].options == {"model": "tiny"}
     assert config.reward["clip"].weight == 0.5
+
+
+@pytest.mark.parametrize(
+    ("section", "key"),
+    [
+        ({"train": {"steps": True}}, "train.steps"),
+        ({"train": {"learning_rate": True}}, "train.learning_rate"),
+        ({"train": {"micro_batch": False}}, "train.micro_batch"),
+        ({"sample": {"height": True}}, "sample.height"),
+    ],
+)
+def test_true_and_false_are_no_numbers(section: dict[str, Any], key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{key}: .*no true or false"):
+        parse({"reward": {"clip": {}}, **section})
+
+
+def test_differences_are_found_by_key_with_both_values() -> None:
+    old = {"a": {"b": 1, "c": {"d": 2}}, "e": [1], "gone": 0}
+    new = {"a": {"b": 1, "c": {"d": 3}}, "e": [1], "new": {"x": 1}}
+    assert differences(old, new) == {"a.c.d": (2, 3), "gone": (0, None), "new": (None, {"x": 1})}
+    assert differences(old, old) == {}
 
 
 def test_a_configuration_cannot_be_changed() -> None:

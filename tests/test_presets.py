@@ -116,6 +116,13 @@ def test_assignments_are_read_as_yaml() -> None:
     assert config.sample.negative_prompt == "a=b"
 
 
+@pytest.mark.parametrize("name", ["file.py:attribute", "./my.rewards/a.py:b", "package.module:c"])
+def test_an_assignment_reaches_a_reward_whose_name_has_dots(name: str) -> None:
+    layers = presets.Layers({"reward": {name: None}})
+    presets.override(layers, [f"reward.{name}.weight=2", f"reward.{name}.loss.kind=hinge"])
+    assert layers.values == {"reward": {name: {"weight": 2, "loss": {"kind": "hinge"}}}}
+
+
 def test_all_unreadable_assignments_are_reported_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         presets.resolve(preset="tiny", assignments=["train.steps", "=3", "lora.rank=[1"])

@@ -32,6 +32,14 @@ def test_prompts_are_read_from_files(tmp_path: Path, name: str, text: str) -> No
     assert load_prompts(write(tmp_path / name, text)) == ["a cat", "two dogs"]
 
 
+def test_only_a_line_feed_ends_a_prompt(tmp_path: Path) -> None:
+    odd = "a cat\u2028and\x0ba dog\u0085"
+    (tmp_path / "p.txt").write_text(f"{odd}\r\na bird\n", encoding="utf-8", newline="")
+    assert load_prompts(str(tmp_path / "p.txt")) == [odd.strip(), "a bird"]
+    (tmp_path / "p.csv").write_text(f"prompt,n\r\n{odd},1\r\na bird,2\r\n", newline="")
+    assert load_prompts(str(tmp_path / "p.csv")) == [odd.strip(), "a bird"]
+
+
 def test_a_quoted_field_of_a_table_may_hold_commas(tmp_path: Path) -> None:
     path = write(tmp_path / "p.csv", 'prompt,id\n"a cat, a ""big"" dog",1\n')
     assert load_prompts(path) == ['a cat, a "big" dog']

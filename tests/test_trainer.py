@@ -14,7 +14,7 @@ from alignprop_cli.plan import make_plan
 from alignprop_cli.prompts import load_prompts
 from alignprop_cli.rewards import pixel
 from alignprop_cli.rewards.composite import Member, Mixture, build_mixture
-from alignprop_cli.trainer import Trainer
+from alignprop_cli.trainer import Trainer, learning_rate
 
 SMALL = {
     "sample": {"num_inference_steps": 4, "guidance_scale": 3.0, "eta": 0.5},
@@ -135,6 +135,31 @@ def test_a_restored_trainer_continues_bit_for_bit() -> None:
     )
     for a, b in zip(resumed.parameters, straight.parameters, strict=True):
         assert torch.equal(a, b)
+
+
+def test_an_optimiser_that_lost_a_part_is_refused() -> None:
+    trainer = make_trainer(small_config(sample={"num_inference_steps": 2}))
+    trainer.step()
+    state = trainer.state()
+    del state.optimizer["0.exp_avg_sq"]
+    with pytest.raises(RunError, match="does not fit"):
+        trainer.load_state(state)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.5, 1.0, 0.75, 0.5, 0.25, 0.0]),
+        ("cosine", [0.5, 1.0, (2.0 + 2.0**0.5) / 4.0, 0.5, (2.0 - 2.0**0.5) / 4.0, 0.0]),
+    ],
+)
+def test_the_learning_rate_rises_and_then_follows_its_schedule(
+    schedule: str, expected: list[float]
+) -> None:
+    train = {"learning_rate": 1.0, "warmup_steps": 1, "steps": 5, "lr_schedule": schedule}
+    config = parse({"reward": {"clip": {}}, "train": train}).train
+    assert [learning_rate(config, step) for step in range(6)] == pytest.approx(expected)
 
 
 def test_a_reward_that_is_not_finite_stops_the_step_before_anything_is_updated() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,6 +20,7 @@ from alignprop_cli.commands import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from alignprop_cli.config import Config
@@ -35,7 +37,9 @@ def train(
     seed: SeedOption = None,
     resume: Annotated[
         str | None,
-        typer.Option("--resume", help="run folder to go on with, or auto for the newest one"),
+        typer.Option(
+            "--resume", help="run folder to go on with, or auto: the newest one, else a new one"
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="print what would be done and stop")
@@ -73,7 +77,11 @@ def train(
     flags = {"model.id": model, "train.steps": steps, "train.seed": seed, "output.dir": output}
     run: Path | None = None
     if resume is not None:
-        run, settings = _resumed(resume, preset, config, sets or [], flags)
+        run = _run_to_resume(resume, preset, config, output)
+    if run is not None:
+        # Where the run is, it stays.
+        flags["output.dir"] = None
+        settings = _settings(None, str(run / "config.yaml"), sets or [], flags)
         name = run.name
     elif preset is None and config is None:
         raise ConfigError(
@@ -90,7 +98,7 @@ def train(
     from alignprop_cli.commands.training import describe, run_training
 
     if dry_run:
-        describe(settings, console)
+        describe(settings, console, name=name, resume=run)
         return
     run_training(settings, console, name=name, resume=run)
 
@@ -111,49 +119,52 @@ def _settings(
     )
 
 
-def _resumed(
-    resume: str,
-    preset: str | None,
-    config: str | None,
-    sets: list[str],
-    flags: dict[str, object],
-) -> tuple[Path, Config]:
-    """Return the run to go on with and its configuration, with what the command line changes."""
+def _run_to_resume(
+    resume: str, preset: str | None, config: str | None, output: str | None
+) -> Path | None:
+    """Return the run to go on with; None where `auto` finds none and a new one can be started."""
     from pathlib import Path
 
     from alignprop_cli.errors import AssetError, ConfigError
 
-    if preset is not None and resume != "auto":
-        raise ConfigError("--resume and --preset exclude each other: a run has its own config.yaml")
-    if config is not None:
-        raise ConfigError("--resume and --config exclude each other: a run has its own config.yaml")
-    if flags["output.dir"] is not None and resume != "auto":
-        raise ConfigError("--resume and --output exclude each other: a run goes on where it is")
     if resume == "auto":
-        output = flags.pop("output.dir")
-        runs = [Path(str(output))] if output else _newest_runs(preset)
-        if not runs:
-            raise AssetError("--resume auto: there is no run with a checkpoint below runs/")
-        run = runs[0]
-    else:
-        run = Path(resume).expanduser()
-    settings_file = run / "config.yaml"
-    if not settings_file.is_file():
+        name = None if preset is None and config is None else _run_name(preset, config)
+        if output is not None:
+            run = Path(output).expanduser()
+            runs = [run] if (run / "config.yaml").is_file() else []
+        else:
+            runs = _resumable(Path("runs").glob("*"))
+        if output is None and name is not None:
+            # As new runs of this name are called.
+            runs = [run for run in runs if re.fullmatch(rf"{re.escape(name)}(-\d+)?", run.name)]
+        if not runs and name is None:
+            raise AssetError(
+                f"--resume auto: there is no run in {output or 'runs/'} to go on with",
+                hint="with --preset or --config a new one is begun",
+            )
+        return runs[0] if runs else None
+    for flag, value in (("--preset", preset), ("--config", config)):
+        if value is not None:
+            raise ConfigError(
+                f"--resume and {flag} exclude each other: a run has its own config.yaml"
+            )
+    if output is not None:
+        raise ConfigError("--resume and --output exclude each other: a run goes on where it is")
+    run = Path(resume).expanduser()
+    if not (run / "config.yaml").is_file():
         raise AssetError(
             f"--resume: {run} is not a run: config.yaml is missing",
             hint="give the folder that `alignprop train` printed, such as runs/tiny",
         )
-    return run, _settings(None, str(settings_file), sets, flags)
+    return run
 
 
-def _newest_runs(preset: str | None) -> list[Path]:
-    """Return the runs below runs/ that have a checkpoint, newest first."""
-    from pathlib import Path
-
+def _resumable(folders: Iterable[Path]) -> list[Path]:
+    """Return those that are runs with a checkpoint, newest first."""
     found = [
-        path.parent
-        for path in Path("runs").glob("*/checkpoints")
-        if any(path.glob("step-*")) and (preset is None or path.parent.name.startswith(preset))
+        folder
+        for folder in folders
+        if (folder / "config.yaml").is_file() and any((folder / "checkpoints").glob("step-*"))
     ]
     return sorted(found, key=lambda run: (run / "checkpoints").stat().st_mtime, reverse=True)
 

@@ -14,18 +14,19 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from torch import Tensor
 
 from alignprop_cli import __version__, checkpoint, evaluator, lora, report
 from alignprop_cli import config as configuration
 from alignprop_cli.commands.drawing import draw
 from alignprop_cli.config import Config
 from alignprop_cli.console import Console, table
-from alignprop_cli.errors import ConfigError, InterruptedRun, RunError
+from alignprop_cli.errors import AssetError, ConfigError, InterruptedRun, Problem, RunError
 from alignprop_cli.evaluator import Drawn, Paired, Picture
 from alignprop_cli.models.base import DiffusionModel
 from alignprop_cli.models.registry import load_model
@@ -54,13 +55,30 @@ class Session:
     samples: list[Picture]
 
 
-def describe(config: Config, console: Console) -> None:
+_MAY_CHANGE = (
+    "train.steps",
+    "train.micro_batch",
+    "gradient.checkpoint_network",
+    "gradient.checkpoint_decoder",
+    "eval.",
+    "output.",
+)
+"""Settings, or beginnings of them, with which a run may be resumed differently: the plan, and what
+is drawn and kept. More steps are the same run as long as the learning rate does not look at them.
+"""
+
+
+def describe(config: Config, console: Console, *, name: str, resume: Path | None) -> None:
     """Print the plan and the complete configuration of a run without doing it.
 
     Runs the same checks as a real run, short of loading weights.
     """
     accelerator = make_accelerator()
     _check(config)
+    if resume is None:
+        checkpoint.new_run(config.output.dir, name)
+    elif (found := _newest(resume)) is not None:
+        _refuse_changes(found, config)
     plan = make_plan(
         config, processes=accelerator.num_processes, device_type=accelerator.device.type
     )
@@ -74,6 +92,8 @@ def _check(config: Config) -> tuple[list[str], list[str]]:
     """Refuse unknown rewards and prompt sets before anything heavy; return the prompts."""
     for name, reward in config.reward.items():
         registry.check(name, reward.options)
+    if config.lora.init is not None:
+        _initial(config.lora.init)
     return load_prompts(config.train.prompts), load_prompts(config.eval.prompts)
 
 
@@ -92,25 +112,33 @@ def run_training(config: Config, console: Console, *, name: str, resume: Path | 
     """
     started = time.perf_counter()
     train_prompts, eval_prompts = _check(config)
+    wanted = config.output.dir
     accelerator = make_accelerator()
     _deterministic()
     plan = make_plan(
         config, processes=accelerator.num_processes, device_type=accelerator.device.type
     )
-    config = _with_window_group(config, plan)
     if not accelerator.is_main_process:
         console = Console(quiet=True)
-    run = resume or _new_run(config, name, accelerator)
-    found = checkpoint.latest(run) if resume else None
+    config = _settled(config, plan)
+    found = None if resume is None else _newest(resume)
+    if found is not None:
+        _refuse_changes(found, config)
+    run = resume or _new_run(wanted, name, accelerator)
 
     console.note(f"alignprop {__version__}: {config.model.id} on {accelerator.device}")
     console.note(f"plan: {plan.describe()}")
+    if both := set(train_prompts) & set(eval_prompts):
+        console.warn(
+            f"{len(both)} of the {len(set(eval_prompts))} prompts of eval.prompts are trained on: "
+            "the evaluation says nothing about new ones"
+        )
     model = load_model(config.model, accelerator.device)
     mixture = build_mixture(config.reward, config.loss, accelerator.device)
-    _prepare_lora(config, model)
+    config = _prepare_lora(config, model, found, console)
     trainer = Trainer(config, plan, model, mixture, train_prompts, accelerator)
     if found is not None:
-        _restore(trainer, found, config.train.steps)
+        _restore(trainer, found, run)
     session = Session(
         config,
         run,
@@ -132,11 +160,53 @@ def run_training(config: Config, console: Console, *, name: str, resume: Path | 
         _finish(session, base, tuned, time.perf_counter() - started)
 
 
-def _new_run(config: Config, name: str, accelerator: Accelerator) -> Path:
+def _new_run(wanted: str | None, name: str, accelerator: Accelerator) -> Path:
     """Choose the run folder once for all processes: the first one makes it."""
-    first = accelerator.is_main_process
-    chosen = [str(checkpoint.new_run(config.output.dir, name)) if first else ""]
-    return Path(broadcast_object_list(chosen)[0])
+    chosen: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            run = checkpoint.new_run(wanted, name)
+            checkpoint.make_run(run)
+            chosen = [str(run)]
+        except ConfigError as error:
+            # Told to the others too, who would wait for the folder forever.
+            chosen = [error]
+    chosen = broadcast_object_list(chosen)
+    if isinstance(chosen[0], ConfigError):
+        raise chosen[0]
+    return Path(chosen[0])
+
+
+def _newest(run: Path) -> Path | None:
+    """Return the newest checkpoint; a run that was stopped before its first one has none."""
+    found = checkpoint.checkpoints(run)
+    return found[-1] if found else None
+
+
+def _refuse_changes(found: Path, config: Config) -> None:
+    """Refuse to go on with a run in a way that would make it another run.
+
+    Raises:
+        ConfigError: With every setting that differs from those of the checkpoint.
+        RunError: If the checkpoint does not say what they were.
+    """
+    try:
+        stored = json.loads(checkpoint.header(found)["alignprop.config"])
+        before = configuration.parse(stored, source=str(found)).model_dump(mode="json")
+    except (KeyError, ValueError) as error:
+        raise RunError(f"{found}: damaged checkpoint: it does not say how it was made") from error
+    after = config.model_dump(mode="json")
+    problems = [
+        Problem(key, f"{old!r} in the run, {new!r} now")
+        for key, (old, new) in configuration.differences(before, after).items()
+        if not key.startswith(_MAY_CHANGE)
+    ]
+    if problems:
+        raise ConfigError(
+            f"--resume: {found.parent.parent}: these settings cannot change within a run",
+            problems,
+            hint=f"a new run from its weights: --set lora.init={found}",
+        )
 
 
 def _deterministic() -> None:
@@ -145,18 +215,48 @@ def _deterministic() -> None:
     torch.use_deterministic_algorithms(mode=True, warn_only=True)
 
 
-def _with_window_group(config: Config, plan: Plan) -> Config:
-    """Fix the window group that the first plan implies, so that other plans compute the same."""
+def _settled(config: Config, plan: Plan) -> Config:
+    """Return the configuration as it is kept with the run.
+
+    The window group is fixed to what the first plan implies, so that other plans compute the same;
+    the folder is left out, since the run may be moved or repeated.
+    """
     gradient = config.gradient.model_copy(update={"window_group": plan.window_group})
-    return config.model_copy(update={"gradient": gradient})
+    output = config.output.model_copy(update={"dir": None})
+    return config.model_copy(update={"gradient": gradient, "output": output})
 
 
-def _prepare_lora(config: Config, model: DiffusionModel) -> None:
-    """Put a fresh LoRA, or the one to start from, into the network."""
+def _initial(path: str) -> Path:
+    """Return the LoRA to start from: a file, a checkpoint, or the newest one of a run.
+
+    Raises:
+        AssetError: If there is none.
+    """
+    place = Path(path).expanduser()
+    if not place.exists():
+        raise AssetError(f"lora.init: no such file or folder: {place}")
+    return checkpoint.latest(place) if (place / "checkpoints").is_dir() else place
+
+
+def _prepare_lora(
+    config: Config, model: DiffusionModel, found: Path | None, console: Console
+) -> Config:
+    """Put a fresh LoRA, the one to start from, or the checkpoint's into the network.
+
+    Returns:
+        The configuration with the rank, alpha and layers that the LoRA has.
+    """
     if config.lora.init is not None:
-        model.load_lora(Path(config.lora.init).expanduser())
+        model.load_lora(found or _initial(config.lora.init))
         lora.make_trainable(model.network)
-        return
+        have = lora.adapter_metadata(model.network)
+        console.note(f"lora.init: rank {have['r']}, alpha {have['lora_alpha']}, as in its file")
+        own = {
+            "rank": have["r"],
+            "alpha": float(have["lora_alpha"]),
+            "target_modules": tuple(have["target_modules"]),
+        }
+        return config.model_copy(update={"lora": config.lora.model_copy(update=own)})
     lora.inject(
         model.network,
         rank=config.lora.rank,
@@ -164,12 +264,21 @@ def _prepare_lora(config: Config, model: DiffusionModel) -> None:
         target_modules=config.lora.target_modules,
         seed=config.train.seed,
     )
+    return config
 
 
-def _restore(trainer: Trainer, found: Path, steps: int) -> None:
+def _restore(trainer: Trainer, found: Path, run: Path) -> None:
     """Continue from a checkpoint."""
+    steps = trainer.config.train.steps
     state = checkpoint.load(found)
-    if state.step >= steps:
+    fingerprint = checkpoint.header(found).get("alignprop.base_fingerprint")
+    if fingerprint != trainer.model.fingerprint:
+        raise ConfigError(
+            f"--resume: {found} was trained on another network than {trainer.model.id} is now: "
+            f"fingerprint {fingerprint}, here {trainer.model.fingerprint}"
+        )
+    # A run that was killed after its last step has no summary of it yet and can still be finished.
+    if state.step > steps or (state.step == steps and _summarised(run) == steps):
         raise ConfigError(
             f"--resume: {found} is at step {state.step} and train.steps is {steps}: nothing to do",
             hint=f"give a larger number, for instance --steps {state.step + steps}",
@@ -178,9 +287,18 @@ def _restore(trainer: Trainer, found: Path, steps: int) -> None:
     trainer.load_state(state)
 
 
+def _summarised(run: Path) -> int | None:
+    """Return the step that the run's summary is about; None where there is no whole one."""
+    try:
+        return int(json.loads((run / "summary.json").read_text(encoding="utf-8"))["steps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def _open_run(session: Session, found: Path | None) -> None:
     """Write the configuration and cut the metrics to where the run goes on from."""
     run = session.run
+    checkpoint.sweep(run)
     metrics = run / "metrics.jsonl"
     done = session.trainer.step_number
     lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
@@ -195,6 +313,8 @@ def _open_run(session: Session, found: Path | None) -> None:
     checkpoint.write_text(run / "config.yaml", configuration.dump(session.config))
     if found is not None:
         session.console.note(f"going on from {found}")
+    elif done == 0 and lines:
+        session.console.note(f"{run} has no checkpoint yet: beginning it again")
 
 
 def _train(session: Session) -> None:
@@ -202,6 +322,7 @@ def _train(session: Session) -> None:
     config, trainer = session.config, session.trainer
     steps = config.train.steps
     smoothed: dict[str, float] = {}
+    saved: list[int] = []
     if trainer.step_number == 0 and config.eval.every:
         _sample(session)
 
@@ -218,18 +339,33 @@ def _train(session: Session) -> None:
         every = config.output.save_every
         if last or (every and record.step % every == 0):
             _save(session)
+            saved.append(record.step)
         bar.advance(1, "  ".join(f"{name} {value:.4f}" for name, value in smoothed.items()))
+
+    def stop() -> bool:
+        return _any_process(session.accelerator, bool(caught))
 
     with _signals(session.console) as caught, session.console.bar(steps, "training") as bar:
         bar.advance(trainer.step_number)
-        finished = train(trainer, steps, after_step=after_step, should_stop=lambda: bool(caught))
+        finished = train(trainer, steps, after_step=after_step, should_stop=stop)
     if not finished:
-        _save(session)
+        if trainer.step_number not in saved:
+            _save(session)
+        # Only one of several processes may have been told.
+        number = caught[0] if caught else signal.SIGTERM
         raise InterruptedRun(
-            f"stopped by signal {caught[0]} after step {trainer.step_number}; it is saved",
-            caught[0],
+            f"stopped by signal {number} after step {trainer.step_number}; it is saved",
+            number,
             hint=f"go on with: alignprop train --resume {session.run}",
         )
+
+
+def _any_process(accelerator: Accelerator, flag: bool) -> bool:
+    """Return whether any process says so: all must leave the loop after the same step."""
+    if accelerator.num_processes == 1:
+        return flag
+    said = torch.tensor([float(flag)], device=accelerator.device)
+    return float(cast(Tensor, accelerator.reduce(said, "sum"))) > 0.0
 
 
 @contextmanager

@@ -66,7 +66,7 @@ class DiffusionModel(Protocol):
         ...
 
     def encode_prompts(self, prompts: Sequence[str], negative_prompt: str = "") -> Conditioning:
-        """Encode prompts. Not differentiable; every text is computed once and cached."""
+        """Encode prompts. Not differentiable; the last 1,024 texts are cached."""
         ...
 
     def denoiser(self, conditioning: Conditioning, guidance_scale: float) -> Denoise:

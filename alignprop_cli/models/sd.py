@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import pickle
@@ -33,6 +34,8 @@ from alignprop_cli.models.registry import resolve_dtype
 from alignprop_cli.sampling import Denoise, guide
 from alignprop_cli.schedule import NoiseSchedule, diffusion_schedule
 
+# 236 kB each for Stable Diffusion 1.x in float32.
+_CACHED_PROMPTS = 1024
 _ELSEWHERE = "set model.id to a local folder or file; `--preset tiny` works without any download"
 
 
@@ -49,7 +52,7 @@ class StableDiffusion:
         self.pipeline = pipeline
         self.network = pipeline.unet
         self._scheduler_config = dict(pipeline.scheduler.config)
-        self._embeds: dict[str, Tensor] = {}
+        self._embed = functools.lru_cache(maxsize=_CACHED_PROMPTS)(self._encode)
         for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
             module.requires_grad_(False)
             module.eval()
@@ -105,18 +108,16 @@ class StableDiffusion:
             raise ConfigError(f"model.id: {self.id}: {error}") from error
 
     @torch.no_grad()
-    def _embed(self, prompt: str) -> Tensor:
-        if prompt not in self._embeds:
-            tokenizer, encoder = self.pipeline.tokenizer, self.pipeline.text_encoder
-            tokens = tokenizer(
-                prompt,
-                padding="max_length",
-                max_length=tokenizer.model_max_length,
-                truncation=True,
-                return_tensors="pt",
-            )
-            self._embeds[prompt] = encoder(tokens.input_ids.to(self.device))[0][0]
-        return self._embeds[prompt]
+    def _encode(self, prompt: str) -> Tensor:
+        tokenizer, encoder = self.pipeline.tokenizer, self.pipeline.text_encoder
+        tokens = tokenizer(
+            prompt,
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        )
+        return encoder(tokens.input_ids.to(self.device))[0][0]
 
     def encode_prompts(self, prompts: Sequence[str], negative_prompt: str = "") -> Conditioning:
         """Encode prompts, each text once; see `DiffusionModel`."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from alignprop_cli.config import LossConfig, RewardConfig
+from alignprop_cli.errors import AlignPropError, RunError
 from alignprop_cli.losses import reward_loss
 from alignprop_cli.rewards import registry
 from alignprop_cli.rewards.base import Reward, check_inputs, check_rewards
@@ -48,14 +49,12 @@ class Mixture:
 
         Raises:
             ConfigError: If a member answers with a wrong shape.
-            RunError: If images or answers are not finite.
+            RunError: If images or answers are not finite, or a member fails.
         """
         scores: dict[str, Tensor] = {}
         for member in self.members:
             check_inputs(member.name, images, prompts)
-            scores[member.name] = check_rewards(
-                member.name, member.reward(images, prompts), prompts
-            )
+            scores[member.name] = check_rewards(member.name, _ask(member, images, prompts), prompts)
         return scores
 
     def losses(self, scores: Mapping[str, Tensor]) -> Tensor:
@@ -71,6 +70,21 @@ class Mixture:
             for member in self.members
         ]
         return torch.stack(parts).sum(dim=0)
+
+
+def _ask(member: Member, images: Tensor, prompts: Sequence[str]) -> object:
+    """Return what a reward answers; a fault in one of the user's own is told as such."""
+    try:
+        return member.reward(images, prompts)
+    except (AlignPropError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if member.name in registry.SHIPPED:
+            raise
+        raise RunError(
+            f"reward '{member.name}' failed: {type(error).__name__}: {error}",
+            hint="--debug shows where",
+        ) from error
 
 
 def build_mixture(

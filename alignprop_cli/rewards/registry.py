@@ -17,12 +17,12 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, cast
 
-from alignprop_cli.errors import AssetError, ConfigError, did_you_mean
+from alignprop_cli.errors import AlignPropError, AssetError, ConfigError, did_you_mean
 from alignprop_cli.rewards.base import Reward
 
 GROUP = "alignprop.rewards"
@@ -34,14 +34,14 @@ class Spec:
 
     target: str
     summary: str
-    options: tuple[str, ...] = ()
+    options: Mapping[str, type] = field(default_factory=dict[str, type])
 
 
 SHIPPED: Mapping[str, Spec] = {
     "clip": Spec(
         "alignprop_cli.rewards.clip:ClipReward",
         "agreement of picture and prompt, cosine of an open_clip model",
-        ("model", "pretrained"),
+        {"model": str, "pretrained": str},
     ),
     "brightness": Spec("alignprop_cli.rewards.pixel:brightness", "mean luma, 0 to 1"),
     "redness": Spec("alignprop_cli.rewards.pixel:redness", "red above green and blue, -1 to 1"),
@@ -66,12 +66,15 @@ def check(name: str, options: Mapping[str, Any]) -> None:
     """
     if name in SHIPPED:
         spec = SHIPPED[name]
-        for option in options:
+        for option, value in options.items():
             if option not in spec.options:
                 known = ("weight", "loss", *spec.options)
                 raise ConfigError(
                     f"reward.{name}: unknown option '{option}'.{did_you_mean(option, known)}"
                 )
+            if value is not None and not isinstance(value, spec.options[option]):
+                kind = spec.options[option].__name__
+                raise ConfigError(f"reward.{name}.{option}: expected a {kind}, got {value!r}")
     elif ":" not in name and name not in names():
         raise ConfigError(
             f"reward: unknown reward '{name}'.{did_you_mean(name, names())}",
@@ -100,7 +103,17 @@ def build(name: str, options: Mapping[str, Any]) -> Reward:
         inspect.signature(target).bind(**options)
     except TypeError as error:
         raise ConfigError(f"reward '{name}': {error}") from error
-    return cast(Callable[..., Reward], target)(**options)
+    try:
+        return cast(Callable[..., Reward], target)(**options)
+    except AlignPropError:
+        raise
+    except Exception as error:
+        if name in SHIPPED:
+            raise
+        raise AssetError(
+            f"reward '{name}': cannot be built: {type(error).__name__}: {error}",
+            hint="--debug shows where",
+        ) from error
 
 
 def _import(name: str) -> Any:
@@ -109,7 +122,7 @@ def _import(name: str) -> Any:
         name = SHIPPED[name].target
     elif ":" not in name:
         point = next(p for p in entry_points(group=GROUP) if p.name == name)
-        return point.load()
+        name = point.value
     place, _, attribute = name.rpartition(":")
     try:
         module = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -193,6 +194,11 @@ BAD = [
     (("--set", "gradient.k_max=21"), 2, ["21 is more than sample.num_inference_steps (8)"]),
     (("--set", "gradient.method=last_k", "--set", "gradient.k=0"), 2, ["gradient.k", "got 0"]),
     (("--set", "reward={nan.py:nan: {}}"), 4, ["reward 'nan.py:nan' returned nan", "prompt"]),
+    (("--set", "reward={nan.py:falls: {}}"), 4, ["'nan.py:falls' failed", "ZeroDivisionError"]),
+    (("--set", "reward={nan.py:Unbuilt: {}}"), 3, ["'nan.py:Unbuilt': cannot be built", "no key"]),
+    (("--set", "reward.nan.py:nan.weigth=2"), 2, ["reward 'nan.py:nan' is a function", "weigth"]),
+    (("--set", "reward.clip.model=5"), 2, ["reward.clip.model: expected a str, got 5"]),
+    (("--set", "train.steps=true"), 2, ["train.steps", "no true or false", "got True"]),
     (("--set", "reward={nan.py:wrong: {}}"), 2, ["expected a tensor of shape"]),
     (("--set", "reward={nan.py:none: {}}"), 2, ["has no 'none'"]),
     (("--set", "reward={nan.py:blind: {}}"), 2, ["'nan.py:blind' has no gradient"]),
@@ -219,6 +225,8 @@ def test_bad_input_gets_one_message_and_the_documented_exit_code(
     Path("nan.py").write_text(
         "def nan(images, prompts):\n    return images.mean(dim=(1, 2, 3)) * float('nan')\n"
         "def wrong(images, prompts):\n    return images.mean()\n"
+        "def falls(images, prompts):\n    return 1 / 0\n"
+        "class Unbuilt:\n    def __init__(self):\n        raise ValueError('no key')\n"
         "def blind(images, prompts):\n    return images.detach().mean(dim=(1, 2, 3))\n"
     )
     Path("bad.py").write_text("def x(:\n")
@@ -262,19 +270,87 @@ def test_half_a_line_of_metrics_does_not_stop_a_resume(run) -> None:
     assert [line["step"] for line in metrics(Path("r"))] == [1, 2]
 
 
-def test_resuming_with_another_rank_is_refused(run) -> None:
+def test_a_resume_that_would_be_another_run_is_refused_with_all_reasons(run) -> None:
     assert run("--preset", "tiny", "--steps", 1, "--output", "r", "-q", *FAST)[0] == 0
-    code, _, err = run("--resume", "r", "--steps", 2, "--set", "lora.rank=2")
+    before = Path("r/config.yaml").read_text()
+    code, _, err = run(
+        "--resume", "r", "--steps", 2, "--seed", 3, "--set=lora.rank=2", "--set=train.batch_size=4"
+    )
     assert code == 2
-    assert "does not fit this run" in err
+    flat = " ".join(err.split())
+    assert "train.seed: 0 in the run, 3 now" in flat
+    assert "lora.rank: 8 in the run, 2 now" in flat
+    assert "train.batch_size: 2 in the run, 4 now" in flat
+    assert "lora.init=r/checkpoints/step-000001" in flat
+    assert Path("r/config.yaml").read_text() == before
+    # Editing the run's own file is no way around.
+    Path("r/config.yaml").write_text(before.replace("learning_rate: 0.001", "learning_rate: 0.1"))
+    code, _, err = run("--resume", "r", "--steps", 2, "--dry-run")
+    assert code == 2
+    assert "train.learning_rate" in err
 
 
-def test_resume_auto_finds_the_newest_run(run) -> None:
-    assert run("--preset", "tiny", "--steps", 1, "-q", *FAST)[0] == 0
-    assert run("--preset", "tiny", "--steps", 1, "-q", *FAST)[0] == 0
-    assert run("--resume", "auto", "--steps", 2, "-q")[0] == 0
-    assert len(metrics(Path("runs/tiny-2"))) == 2
-    assert len(metrics(Path("runs/tiny"))) == 1
+def test_a_run_killed_while_it_measured_can_be_finished_and_then_is_done(run) -> None:
+    assert run("--preset", "tiny", "--steps", 1, "--output", "r", "-q", *FAST)[0] == 0
+    summary = Path("r/summary.json")
+    said = json.loads(summary.read_text())
+    summary.unlink()
+    kept = adapter(Path("r"), 1)
+    assert run("--resume", "r", "-q", "--set=train.micro_batch=1")[0] == 0
+    again = json.loads(summary.read_text())
+    assert again["held_out"] == said["held_out"]
+    assert same(adapter(Path("r"), 1), kept)
+    code, _, err = run("--resume", "r", "-q")
+    assert code == 2
+    assert "nothing to do" in err
+
+
+def test_a_run_stopped_before_its_first_checkpoint_begins_again(run) -> None:
+    assert run("--preset", "tiny", "--steps", 1, "--output", "r", "-q", *FAST)[0] == 0
+    kept = adapter(Path("r"), 1)
+    shutil.rmtree("r/checkpoints")
+    code, _, err = run("--preset", "tiny", "--resume", "auto", "--output", "r")
+    assert code == 0
+    assert "no checkpoint yet" in err
+    assert same(adapter(Path("r"), 1), kept)
+
+
+def test_resume_auto_finds_the_newest_run_of_this_name_or_begins_one(run) -> None:
+    assert run("--resume", "auto")[0] == 3
+    once = ("--steps", 1, "-q", *FAST)
+    assert run("--preset", "tiny", "--resume", "auto", *once)[0] == 0
+    assert run("--preset", "tiny", *once)[0] == 0
+    assert run("--preset", "tiny_k1", *once)[0] == 0
+    assert run("--preset", "tiny", "--resume", "auto", "--steps", 2, "-q")[0] == 0
+    steps = {path.name: len(metrics(path)) for path in Path("runs").iterdir()}
+    assert steps == {"tiny": 1, "tiny-2": 2, "tiny_k1": 1}
+    assert run("--resume", "auto", "--steps", 3, "-q")[0] == 0
+    assert len(metrics(Path("runs/tiny-2"))) == 3
+
+
+def test_a_run_can_start_from_another_runs_lora_and_records_what_that_is(run) -> None:
+    start = ("--preset", "tiny", "--steps", 1, "-q", *FAST)
+    assert run(*start, "--output", "a", "--set=lora.rank=2", "--set=lora.alpha=3")[0] == 0
+    assert (
+        run(*start, "--output", "b", "--set=lora.init=a", "--set=train.learning_rate=1e-9")[0] == 0
+    )
+    settings = yaml.safe_load(Path("b/config.yaml").read_text())["lora"]
+    assert (settings["rank"], settings["alpha"]) == (2, 3.0)
+    a, b = adapter(Path("a"), 1), adapter(Path("b"), 1)
+    assert a.keys() == b.keys()
+    assert all(torch.allclose(a[name], b[name], atol=1e-8, rtol=0.0) for name in a)
+    # What it started from may be gone by then.
+    shutil.rmtree("a")
+    Path("a").mkdir()
+    Path("a", LORA_FILE).write_bytes(b"nothing")
+    assert run("--resume", "b", "--steps", 2, "-q")[0] == 0
+
+
+def test_training_on_the_evaluations_prompts_is_said(run) -> None:
+    args = ("--preset", "tiny", "--steps", 1, "--output", "r", *FAST)
+    code, _, err = run(*args, "--set=eval.prompts=shapes")
+    assert code == 0
+    assert "800 of the 800 prompts of eval.prompts are trained on" in " ".join(err.split())
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(run) -> None:
