@@ -57,6 +57,7 @@ ONLY_IMPORTERS = {
     "accelerate": {"trainer", "commands"},
     "click": set[str](),
     "diffusers": {"models", "tiny"},
+    "kornia": {"rewards"},
     "open_clip": {"rewards", "tiny"},
     "peft": {"lora"},
     "rich": {"console"},

@@ -43,6 +43,31 @@ SHIPPED: Mapping[str, Spec] = {
         "agreement of picture and prompt, cosine of an open_clip model",
         {"model": str, "pretrained": str},
     ),
+    "imagereward": Spec(
+        "alignprop_cli.rewards.imagereward:ImageReward",
+        "how people rate picture and prompt, about -2 to 2",
+        {"weights": str, "tokenizer": str},
+    ),
+    "compressibility": Spec(
+        "alignprop_cli.rewards.jpeg:Compressibility",
+        "minus the size as a JPEG file, estimated, in kB",
+        {"measure": str, "quality": int},
+    ),
+    "incompressibility": Spec(
+        "alignprop_cli.rewards.jpeg:Incompressibility",
+        "the size as a JPEG file, estimated, in kB",
+        {"measure": str, "quality": int},
+    ),
+    "count": Spec(
+        "alignprop_cli.rewards.detect:Count",
+        "log-probability of exactly N objects, at most 0",
+        {"object": str, "number": int, "model": str},
+    ),
+    "remove": Spec(
+        "alignprop_cli.rewards.detect:Remove",
+        "log-probability of no such object, at most 0",
+        {"object": str, "model": str},
+    ),
     "brightness": Spec("alignprop_cli.rewards.pixel:brightness", "mean luma, 0 to 1"),
     "redness": Spec("alignprop_cli.rewards.pixel:redness", "red above green and blue, -1 to 1"),
     "contrast": Spec("alignprop_cli.rewards.pixel:contrast", "deviation of luma, 0 to 0.5"),

@@ -1,0 +1,217 @@
+"""ImageReward: how people would rate a picture for its prompt, by a BLIP with cross-attention.
+
+Published as one state dict of classes that no longer import; here the same network is built of
+transformers' BLIP classes and loaded strictly, with names mapped. Every size is read from the
+shapes of the tensors and from med_config.json.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import (
+    BertTokenizer,
+    BlipTextConfig,
+    BlipTextModel,
+    BlipVisionConfig,
+    BlipVisionModel,
+)
+
+from alignprop_cli.errors import AssetError
+from alignprop_cli.images import resize_and_crop
+from alignprop_cli.rewards.weights import loading, locate
+
+MEAN, STD = 0.16717362830052426, 1.0333394966054072
+"""With which the published code brings its ratings to about mean 0 and deviation 1."""
+
+_TEXT_LENGTH = 35
+_OPTION = "reward.imagereward.weights"
+_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+class ImageReward:
+    """rewards = (MLP(text token of BLIP(picture, prompt)) - MEAN) / STD.
+
+    Most pictures lie between -2 and 2. A vision transformer reads the picture, a BERT reads the
+    prompt (35 tokens, the rest is cut) and looks at the picture in every layer; its first token
+    goes through five linear layers without activations. All of it runs in float32 outside autocast.
+
+    Args:
+        weights: A folder with ImageReward.pt and med_config.json, the .pt file itself (with
+            med_config.json beside it), or a hub id.
+        tokenizer: A folder with the files of a BERT tokenizer, or a hub id.
+
+    Raises:
+        AssetError: If weights, configuration or tokenizer are missing, damaged or do not fit.
+
+    Source: Xu et al. 2023, arXiv:2304.05977; THUDM/ImageReward, `score_gard`.
+    """
+
+    def __init__(
+        self, weights: str = "THUDM/ImageReward", tokenizer: str = "bert-base-uncased"
+    ) -> None:
+        file = locate(weights, "ImageReward.pt", option=_OPTION)
+        beside = str(file.parent) if Path(weights).expanduser().is_file() else weights
+        config_file = locate(beside, "med_config.json", option=_OPTION)
+        with loading(_OPTION, str(file)):
+            state = torch.load(file, map_location="cpu", weights_only=True)
+        with loading(_OPTION, str(config_file)):
+            config = json.loads(config_file.read_text(encoding="utf-8"))
+            sizes = {name: config[name] for name in _TEXT_SIZES}
+        with loading(_OPTION, str(file)):
+            self._vision = _vision(_below(state, "blip.visual_encoder."))
+            width = self._vision.config.hidden_size
+            self._text = _text(_below(state, "blip.text_encoder."), sizes, width)
+            self._head = _head(_below(state, "mlp.layers."), self._text.config.hidden_size)
+        self.image_size = cast(int, self._vision.config.image_size)
+        with loading("reward.imagereward.tokenizer", tokenizer):
+            self._tokenizer: Any = BertTokenizer.from_pretrained(tokenizer)
+        if len(self._tokenizer) > self._text.config.vocab_size:
+            raise AssetError(
+                f"reward.imagereward.tokenizer: {tokenizer} has {len(self._tokenizer)} tokens, the "
+                f"model reads {self._text.config.vocab_size}"
+            )
+        self._mean = torch.tensor(_CLIP_MEAN).view(1, 3, 1, 1)
+        self._std = torch.tensor(_CLIP_STD).view(1, 3, 1, 1)
+
+    def to(self, device: torch.device) -> ImageReward:
+        """Move the model to a device and return self."""
+        for module in (self._vision, self._text, self._head):
+            torch.nn.Module.to(module, device)
+        self._mean, self._std = self._mean.to(device), self._std.to(device)
+        return self
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return the rating of each image for its prompt, shape (B,). Differentiable in images."""
+        tokens = self._tokenizer(
+            list(prompts),
+            padding="max_length",
+            truncation=True,
+            max_length=_TEXT_LENGTH,
+            return_tensors="pt",
+        ).to(images.device)
+        with torch.autocast(images.device.type, enabled=False):
+            seen = self._see(images)
+            read = self._text(
+                input_ids=tokens.input_ids,
+                attention_mask=tokens.attention_mask,
+                encoder_hidden_states=seen,
+                encoder_attention_mask=seen.new_ones(seen.shape[:-1], dtype=torch.long),
+                is_decoder=False,  # no causal mask: the model is an encoder with cross-attention
+            ).last_hidden_state  # (B, 35, D)
+            return (self._head(read[:, 0]).squeeze(-1) - MEAN) / STD
+
+    def _see(self, images: Tensor) -> Tensor:
+        """Return the tokens of each picture, shape (B, 1 + patches, width)."""
+        inputs = resize_and_crop(images, self.image_size)
+        inputs = (inputs - self._mean.to(inputs.dtype)) / self._std.to(inputs.dtype)
+        return self._vision(pixel_values=inputs).last_hidden_state
+
+
+def _vision(state: Mapping[str, Tensor]) -> BlipVisionModel:
+    """Build the vision transformer of a state dict in timm's names."""
+    width, _, patch, _ = state["patch_embed.proj.weight"].shape
+    side = round((state["pos_embed"].shape[1] - 1) ** 0.5)
+    config = BlipVisionConfig(
+        hidden_size=width,
+        intermediate_size=state["blocks.0.mlp.fc1.weight"].shape[0],
+        num_hidden_layers=_depth(state, "blocks."),
+        num_attention_heads=max(1, width // 64),  # heads of vision transformers are 64 wide
+        image_size=side * patch,
+        patch_size=patch,
+        layer_norm_eps=1e-6,  # timm's; 1e-5, the default here, moves the tokens by 5e-5
+    )
+    model = BlipVisionModel(config)
+    _load(model, {_renamed(name): tensor for name, tensor in state.items()})
+    return model
+
+
+def _text(state: Mapping[str, Tensor], sizes: Mapping[str, Any], width: int) -> BlipTextModel:
+    """Build the text model of a state dict and med_config.json, for vision tokens of a width."""
+    # med_config.json says encoder_width 768, which its own code replaces by the vision model's.
+    # is_decoder gives the layers their cross-attention.
+    config = BlipTextConfig(**sizes, encoder_hidden_size=width, is_decoder=True)
+    model = BlipTextModel(config, add_pooling_layer=False)
+    # A constant that older versions of transformers saved.
+    _load(model, {n: t for n, t in state.items() if n != "embeddings.position_ids"})
+    return model
+
+
+_TEXT_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+    "hidden_act",
+    "layer_norm_eps",
+    "pad_token_id",
+)
+
+
+def _head(state: Mapping[str, Tensor], width: int) -> torch.nn.Sequential:
+    """Build the linear layers, named by their place between dropouts that do nothing here."""
+    places = sorted({int(name.split(".")[0]) for name in state})
+    shapes = [tuple(state[f"{place}.weight"].shape) for place in places]
+    if [shape[1] for shape in shapes] + [1] != [width] + [shape[0] for shape in shapes]:
+        raise ValueError(f"the layers mlp.layers.* do not lead from {width} to 1: {shapes}")
+    layers: list[torch.nn.Module] = [torch.nn.Linear(shape[1], shape[0]) for shape in shapes]
+    head = torch.nn.Sequential(OrderedDict(zip(map(str, places), layers, strict=True)))
+    _load(head, state)
+    return head
+
+
+_RENAMED = (
+    (r"^cls_token$", "embeddings.class_embedding"),
+    (r"^pos_embed$", "embeddings.position_embedding"),
+    (r"^patch_embed\.proj\.", "embeddings.patch_embedding."),
+    (r"^blocks\.", "encoder.layers."),
+    (r"\.attn\.proj\.", ".self_attn.projection."),
+    (r"\.attn\.", ".self_attn."),
+    (r"\.norm([12])\.", r".layer_norm\1."),
+    (r"^norm\.", "post_layernorm."),
+)
+
+
+def _renamed(name: str) -> str:
+    """Return transformers' name of a tensor of timm's vision transformer."""
+    for pattern, replacement in _RENAMED:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Return the tensors under a prefix, without it."""
+    found = {
+        name.removeprefix(prefix): tensor
+        for name, tensor in state.items()
+        if name.startswith(prefix)
+    }
+    if not found:
+        raise ValueError(f"it holds no tensor {prefix}*")
+    return found
+
+
+def _depth(state: Mapping[str, Tensor], prefix: str) -> int:
+    """Return how many numbered blocks there are under a prefix."""
+    return len({name.split(".")[1] for name in state if name.startswith(prefix)})
+
+
+def _load(module: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load strictly, in float32, freeze, and set to evaluation."""
+    expected = set(module.state_dict())
+    wrong = sorted(expected ^ set(state))
+    if wrong:
+        kind = "lacks" if wrong[0] in expected else "has an unknown"
+        raise ValueError(f"it {kind} {wrong[0]} ({len(wrong)} names differ)")
+    module.load_state_dict(state, strict=True)
+    module.eval().requires_grad_(False)

@@ -1,0 +1,89 @@
+"""Find the weights of a reward: a local path, or a file of the hub; one message when it fails."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+)
+from safetensors import SafetensorError
+
+from alignprop_cli.errors import AlignPropError, AssetError
+
+_LOADING = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    EOFError,
+    SafetensorError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    pickle.UnpicklingError,
+)
+
+
+@contextmanager
+def loading(option: str, place: str) -> Iterator[None]:
+    """Turn whatever goes wrong inside the block, while weights are found and read, into one error.
+
+    Args:
+        option: The option that names the weights, such as reward.hps.weights.
+        place: Its value: a path or a hub id.
+
+    Raises:
+        AssetError: With the reason, and what to do without a network.
+    """
+    try:
+        yield
+    except AlignPropError:
+        raise
+    except _LOADING as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason, hint = lines[0], f"set {option} to a local copy"
+        if isinstance(error, GatedRepoError):
+            reason = "it is gated: accept its licence on the hub, then `hf auth login`"
+        elif isinstance(error, RepositoryNotFoundError):
+            reason = "the hub has no such repository"
+        elif isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
+            reason = "it is not in the cache and the hub cannot be reached"
+        raise AssetError(f"{option}: cannot load {place}: {reason}", hint=hint) from error
+
+
+def locate(place: str, filename: str, *, option: str) -> Path:
+    """Return a file of weights, downloaded (with a progress bar) where it is not there yet.
+
+    Args:
+        place: A local file, a local folder that holds `filename`, or a hub id OWNER/NAME.
+        filename: Of the file in the folder or the repository.
+        option: The option that names the place, for the messages.
+
+    Raises:
+        AssetError: If there is no such file, or the hub cannot be reached or refuses.
+    """
+    path = Path(place).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        if not (path / filename).is_file():
+            raise AssetError(f"{option}: {path} holds no {filename}")
+        return path / filename
+    if place.count("/") != 1 or place.startswith((".", "~", "/")) or path.suffix in _SUFFIXES:
+        raise AssetError(f"{option}: no such file or folder: {place}")
+    with loading(option, place):
+        return Path(hf_hub_download(place, filename))
+
+
+_SUFFIXES = {".pt", ".pth", ".bin", ".ckpt", ".safetensors"}
