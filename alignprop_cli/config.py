@@ -183,10 +183,10 @@ class TrainConfig(Section):
         default="auto", description="Images in memory at once in one process."
     )
     learning_rate: PositiveFloat = Field(default=1.0e-3, description="AdamW's.")
-    lr_schedule: Literal["constant", "linear", "cosine"] = Field(
-        default="constant",
-        description="Course of the learning rate after the warmup; linear and cosine end at 0 "
-        "after train.steps.",
+    lr_decay_steps: PositiveInt | None = Field(
+        default=None,
+        description="N: after the warmup the learning rate falls linearly over N steps to 1 / N of "
+        "itself and stays there; null keeps it constant.",
     )
     warmup_steps: Annotated[int, Field(ge=0)] = Field(
         default=0, description="Optimiser steps over which the learning rate rises linearly."

@@ -83,20 +83,17 @@ def make_truncation(config: GradientConfig) -> Truncation:
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Return AdamW's learning rate in a step, counted from 0; a function of the step alone.
+    """Return AdamW's learning rate in a step, counted from 0.
 
-    It rises over `warmup_steps`, then stays, or falls to 0 where `steps` ends: to continue a run
-    with more steps than it was begun with is another course than all of them at once.
+    It rises over `warmup_steps` and falls over `lr_decay_steps`. It does not look at `steps`, so a
+    run that is resumed with more steps is the run that had them from the start.
     """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / (config.warmup_steps + 1)
-    length = max(config.steps - config.warmup_steps, 1)
-    done = min((step - config.warmup_steps) / length, 1.0)
-    if config.lr_schedule == "linear":
-        return config.learning_rate * (1.0 - done)
-    if config.lr_schedule == "cosine":
-        return config.learning_rate * (0.5 + 0.5 * math.cos(math.pi * done))
-    return config.learning_rate
+    if config.lr_decay_steps is None:
+        return config.learning_rate
+    done = min(step - config.warmup_steps, config.lr_decay_steps - 1) / config.lr_decay_steps
+    return config.learning_rate * (1.0 - done)
 
 
 class Trainer:

@@ -147,19 +147,24 @@ def test_an_optimiser_that_lost_a_part_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("schedule", "expected"),
+    ("decay", "expected"),
     [
-        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
-        ("linear", [0.5, 1.0, 0.75, 0.5, 0.25, 0.0]),
-        ("cosine", [0.5, 1.0, (2.0 + 2.0**0.5) / 4.0, 0.5, (2.0 - 2.0**0.5) / 4.0, 0.0]),
+        (None, [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        (4, [0.5, 1.0, 0.75, 0.5, 0.25, 0.25, 0.25]),
     ],
 )
-def test_the_learning_rate_rises_and_then_follows_its_schedule(
-    schedule: str, expected: list[float]
+def test_the_learning_rate_rises_then_falls_and_does_not_look_at_the_number_of_steps(
+    decay: int | None, expected: list[float]
 ) -> None:
-    train = {"learning_rate": 1.0, "warmup_steps": 1, "steps": 5, "lr_schedule": schedule}
-    config = parse({"reward": {"clip": {}}, "train": train}).train
-    assert [learning_rate(config, step) for step in range(6)] == pytest.approx(expected)
+    for steps in (3, 7):
+        train = {
+            "learning_rate": 1.0,
+            "warmup_steps": 1,
+            "steps": steps,
+            "lr_decay_steps": decay,
+        }
+        config = parse({"reward": {"clip": {}}, "train": train}).train
+        assert [learning_rate(config, step) for step in range(7)] == pytest.approx(expected)
 
 
 def test_a_reward_that_is_not_finite_stops_the_step_before_anything_is_updated() -> None:

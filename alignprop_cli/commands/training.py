@@ -64,7 +64,7 @@ _MAY_CHANGE = (
     "output.",
 )
 """Settings, or beginnings of them, with which a run may be resumed differently: the plan, and what
-is drawn and kept. More steps are the same run as long as the learning rate does not look at them.
+is drawn and kept. The learning rate does not look at the number of steps.
 """
 
 

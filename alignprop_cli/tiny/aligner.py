@@ -1,9 +1,11 @@
-"""Stage two of the embedded model: the image-text model, used as the alignment reward.
+"""Stage three of the embedded model: the image-text model, used as the alignment reward.
 
-It learns to tell the prompt of a drawing from prompts that differ in one word, on blurred, noisy
-and autoencoded drawings too, so that its answer to a generated picture is about the picture's
-content. The temperature is fixed and high: cosines of right and wrong prompts end far apart, which
-leaves the reward room to rise.
+It learns to tell the prompt of a picture from prompts that differ in one word: on drawings, on
+blurred, noisy and autoencoded drawings, and on pictures the network drew, with what the checker
+sees in them as their prompt and what was asked for among the wrong ones. Without the last it tells
+a triangle from a star in a drawing but hardly in a picture that is neither quite.
+The temperature is fixed and high: cosines of right and wrong prompts end far apart, which leaves
+the reward room to rise.
 """
 
 from __future__ import annotations
@@ -16,12 +18,13 @@ from pathlib import Path
 import numpy as np
 import open_clip
 import torch
-from diffusers import AutoencoderKL
+from diffusers import StableDiffusionPipeline
 from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.transforms.v2.functional import gaussian_blur
 
 from alignprop_cli.tiny import data, tokenizer
+from alignprop_cli.tiny.checker import look
 from alignprop_cli.tiny.data import BACKGROUNDS, COLOURS, SHAPES, SIZES, Scene
 
 BATCH = 64
@@ -30,6 +33,8 @@ TEMPERATURE = 14.0
 """Fixed factor on the cosines in the loss."""
 PICTURES = 24_000
 AUTOENCODED = 6_000
+GENERATED = 6_000
+_DRAWING_STEPS = 8
 
 CONFIG = {
     "model_cfg": {
@@ -86,8 +91,11 @@ def new_model() -> open_clip.CLIP:
 
 
 @torch.no_grad()
-def autoencoded(vae: AutoencoderKL, pictures: data.Pixels, device: torch.device) -> Tensor:
+def autoencoded(
+    pipeline: StableDiffusionPipeline, pictures: data.Pixels, device: torch.device
+) -> Tensor:
     """Return drawings after the autoencoder with noise on the latents, (N, 3, 48, 48), uint8."""
+    vae = pipeline.vae
     generator = torch.Generator().manual_seed(6)
     parts: list[Tensor] = []
     for start in range(0, len(pictures), 200):
@@ -100,6 +108,55 @@ def autoencoded(vae: AutoencoderKL, pictures: data.Pixels, device: torch.device)
     return torch.cat(parts)
 
 
+def generated(pipeline: StableDiffusionPipeline, work: Path) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw training prompts with the network and read the pictures with the checker.
+
+    The checker does not read sizes: the size that was asked for is taken as seen. Pictures of
+    nothing, of more than four objects, or of a scene that is held out are left out.
+
+    Returns:
+        Pictures, shape (N, 3, 48, 48), uint8; the numbers of the prompts seen and of the prompts
+        asked for, each (N,). Kept in a file.
+    """
+    file = work / "generated.pt"
+    if file.is_file():
+        kept = torch.load(file, weights_only=True)
+        return kept["pictures"], kept["seen"], kept["asked"]
+    prompts = data.train_prompts()
+    number = {prompt: i for i, prompt in enumerate(prompts)}
+    rng = np.random.default_rng(7)
+    parts: list[np.ndarray] = []
+    seen, asked = [], []
+    for start in range(0, GENERATED, 50):
+        chosen = [int(i) for i in rng.integers(len(prompts), size=50)]
+        images = pipeline(
+            [prompts[i] for i in chosen],
+            num_inference_steps=_DRAWING_STEPS,
+            # Weak guidance draws more of what is wrong, strong guidance more of what is right.
+            guidance_scale=float(rng.uniform(1.5, 4.0)),
+            generator=torch.Generator().manual_seed(start),
+            output_type="np",
+        ).images
+        pictures = np.rint(images * 255.0).astype(np.uint8)
+        for i, picture in zip(chosen, pictures, strict=True):
+            read = look(picture)
+            if not 1 <= read.count <= 4:
+                continue
+            size = data.parse(prompts[i]).size
+            scene = Scene(read.count, size, read.colour, read.shape, read.background)
+            if scene.prompt in number:
+                parts.append(picture)
+                seen.append(number[scene.prompt])
+                asked.append(i)
+    kept = {
+        "pictures": torch.from_numpy(np.stack(parts)).permute(0, 3, 1, 2).contiguous(),
+        "seen": torch.tensor(seen),
+        "asked": torch.tensor(asked),
+    }
+    torch.save(kept, file)
+    return kept["pictures"], kept["seen"], kept["asked"]
+
+
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     """Blur, shift and add noise to images (B, 3, H, W) in [0, 1], differently for each."""
     blurred = gaussian_blur(images, [5, 5], [0.3 + float(torch.rand((), generator=generator))])
@@ -110,7 +167,9 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     return images + shade + spread * torch.randn(images.shape, generator=generator)
 
 
-def train(vae: AutoencoderKL, work: Path, device: torch.device, steps: int) -> open_clip.CLIP:
+def train(
+    pipeline: StableDiffusionPipeline, work: Path, device: torch.device, steps: int
+) -> open_clip.CLIP:
     """Train to `steps`, going on from the last kept state."""
     torch.manual_seed(5)
     model = new_model().to(device)
@@ -125,9 +184,14 @@ def train(vae: AutoencoderKL, work: Path, device: torch.device, steps: int) -> o
         step = state["step"]
     prompts = data.train_prompts()
     drawn, chosen = data.draw_many(prompts, PICTURES, seed=5)
-    coded = autoencoded(vae, drawn[:AUTOENCODED], device)
-    pictures = torch.cat([torch.from_numpy(drawn).permute(0, 3, 1, 2), coded])
-    numbers = np.concatenate([chosen, chosen[:AUTOENCODED]])
+    coded = autoencoded(pipeline, drawn[:AUTOENCODED], device)
+    own, seen, asked = generated(pipeline, work)
+    pictures = torch.cat([torch.from_numpy(drawn).permute(0, 3, 1, 2), coded, own])
+    numbers = np.concatenate([chosen, chosen[:AUTOENCODED], seen.numpy()])
+    wrong = np.concatenate([chosen, chosen[:AUTOENCODED], asked.numpy()])
+    # Half of a batch is the network's, a quarter drawings, a quarter autoencoded drawings.
+    sources = [(0, PICTURES, 4), (PICTURES, len(pictures) - len(own), 4)]
+    sources.append((len(pictures) - len(own), len(pictures), 2))
     tokens = open_tokens(work, prompts)
     close = _close(prompts)
     started, losses = time.perf_counter(), []
@@ -136,12 +200,15 @@ def train(vae: AutoencoderKL, work: Path, device: torch.device, steps: int) -> o
             warm = min(1.0, (step + 1) / 100)
             group["lr"] = LEARNING_RATE * warm * (0.5 + 0.5 * math.cos(math.pi * step / steps))
         generator = torch.Generator().manual_seed(step)
-        # Half of a batch is autoencoded drawings.
-        plain = torch.randint(PICTURES, (BATCH // 2,), generator=generator)
-        half = torch.randint(PICTURES, PICTURES + AUTOENCODED, (BATCH // 2,), generator=generator)
-        pick = torch.cat([plain, half % len(pictures)])
+        pick = torch.cat(
+            [
+                torch.randint(first, last, (BATCH // share,), generator=generator)
+                for first, last, share in sources
+            ]
+        )
         images = augment(pictures[pick].float() / 255.0, generator).to(device)
-        texts, target = _candidates(numbers[pick.numpy()], close, step)
+        chosen_now, wrong_now = numbers[pick.numpy()], wrong[pick.numpy()]
+        texts, target = _candidates(chosen_now, wrong_now, close, step)
         visual = model.encode_image((images - 0.5) / 0.25, normalize=True)
         textual = model.encode_text(tokens[texts].to(device), normalize=True)
         loss = torch.nn.functional.cross_entropy(
@@ -184,11 +251,14 @@ def _close(prompts: list[str]) -> list[list[list[int]]]:
 
 
 def _candidates(
-    numbers: np.ndarray, close: list[list[list[int]]], step: int
+    numbers: np.ndarray, wrong: np.ndarray, close: list[list[list[int]]], step: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the numbers of the texts to choose from, and which of them is each picture's."""
+    """Return the numbers of the texts to choose from, and which of them is each picture's.
+
+    Each picture brings its own text, what was asked for instead, and one neighbour by attribute.
+    """
     rng = np.random.default_rng(step)
-    texts = {int(n) for n in numbers}
+    texts = {int(n) for n in numbers} | {int(n) for n in wrong}
     for number in numbers:
         texts |= {int(rng.choice(group)) for group in close[number] if group}
     ordered = sorted(texts)

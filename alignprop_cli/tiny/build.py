@@ -1,6 +1,6 @@
 """Train the embedded model from scratch: `python -m alignprop_cli.tiny.build --work DIR`.
 
-Three stages, each resumable, each printing its figures: autoencoder, aligner, unet. Then `finish`
+Three stages, each resumable, each printing its figures: autoencoder, unet, aligner. Then `finish`
 writes the weights in half precision, and the card with the figures measured on them. Users and
 tests never run this.
 """
@@ -21,7 +21,7 @@ from PIL import Image
 from alignprop_cli.tiny import aligner, autoencoder, tokenizer, unet
 
 HERE = Path(__file__).parent
-STEPS = {"autoencoder": 3000, "aligner": 3000, "unet": 2100}
+STEPS = {"autoencoder": 3000, "unet": 2300, "aligner": 3000}
 GUIDANCE_SCALE = 3.0
 _CARD_SAMPLES = 500
 
@@ -43,12 +43,16 @@ def main() -> None:
         (work / "latents.pt").unlink(missing_ok=True)
         torch.save(vae.state_dict(), work / "autoencoder.pt")
     vae = load_autoencoder(work, device)
-    if stage in ("aligner", "all"):
-        model = aligner.train(vae, work, device, STEPS["aligner"])
-        aligner.save(model, arguments.output / "aligner")
     if stage in ("unet", "all"):
         pipeline = unet.train(vae, words, work, device, STEPS["unet"])
+        # Pictures of another network would teach the aligner the wrong mistakes.
+        (work / "generated.pt").unlink(missing_ok=True)
         save_pipeline(pipeline, work / "tokenizer", arguments.output / "pipeline")
+    if stage in ("aligner", "all"):
+        model = aligner.train(
+            load_pipeline(arguments.output, device), work, device, STEPS["aligner"]
+        )
+        aligner.save(model, arguments.output / "aligner")
     if stage in ("finish", "all"):
         write_card(arguments.output, work)
 
@@ -60,8 +64,18 @@ def load_autoencoder(work: Path, device: torch.device) -> AutoencoderKL:
     return vae.to(device).eval().requires_grad_(False)
 
 
+def load_pipeline(output: Path, device: torch.device) -> StableDiffusionPipeline:
+    """Return what was written, as everybody loads it."""
+    pipeline = StableDiffusionPipeline.from_pretrained(output / "pipeline", safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
 def save_pipeline(pipeline: StableDiffusionPipeline, words: Path, directory: Path) -> None:
     """Write the pipeline in half precision, with the tokenizer's files for old readers too."""
+    # Calls leave their padding and truncation behind in the tokenizer.
+    pipeline.tokenizer.backend_tokenizer.no_padding()
+    pipeline.tokenizer.backend_tokenizer.no_truncation()
     pipeline.to("cpu", torch.float16).save_pretrained(directory)
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(words / name, directory / "tokenizer" / name)
@@ -74,8 +88,7 @@ def save_pipeline(pipeline: StableDiffusionPipeline, words: Path, directory: Pat
 
 def write_card(output: Path, work: Path) -> None:
     """Measure what was written, from the files, and write card.json and the sample sheet."""
-    pipeline = StableDiffusionPipeline.from_pretrained(output / "pipeline", safety_checker=None)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = load_pipeline(output, torch.device("cpu"))
     model = open_clip.create_model(f"local-dir:{output / 'aligner'}", precision="fp32").eval()
     size = sum(file.stat().st_size for file in output.rglob("*.safetensors"))
     card = {

@@ -1,9 +1,8 @@
-"""Stage three of the embedded model: the network and the text encoder, trained together."""
+"""Stage two of the embedded model: the network and the text encoder, trained together."""
 
 from __future__ import annotations
 
 import copy
-import math
 import time
 from pathlib import Path
 
@@ -23,6 +22,8 @@ PICTURES = 32_000
 BATCH = 64
 LEARNING_RATE = 1.5e-3
 CAPTION_DROP = 0.1
+_FALL = 0.27
+"""Share of the steps, the last ones, over which the learning rate falls to zero."""
 
 
 def scheduler() -> DDIMScheduler:
@@ -119,8 +120,9 @@ def train(
     started, losses = time.perf_counter(), []
     while step < steps:
         for group in optimizer.param_groups:
-            warm = min(1.0, (step + 1) / 200)
-            group["lr"] = LEARNING_RATE * warm * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+            # Shapes are learned late and only at the full rate; the fall at the end cleans up.
+            rise, fall = (step + 1) / 200, (steps - step) / (_FALL * steps)
+            group["lr"] = LEARNING_RATE * min(rise, fall, 1.0)
         # A function of the step, so that a resumed training sees the same batches.
         generator = torch.Generator().manual_seed(step)
         pick = torch.randint(len(latents), (BATCH,), generator=generator)
