@@ -14,8 +14,9 @@ from typing import Any, cast
 
 import yaml
 
-from alignprop_cli.config import Config, parse
+from alignprop_cli.config import Config
 from alignprop_cli.errors import AssetError, ConfigError, Problem, did_you_mean
+from alignprop_cli.validation import parse
 
 Tree = dict[str, Any]
 

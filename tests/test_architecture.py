@@ -24,7 +24,7 @@ PACKAGE = ROOT / "alignprop_cli"
 # Where each module, or each folder of modules, lives. A new one is placed here first.
 LAYER = {
     "errors": "errors",
-    **dict.fromkeys(["config", "presets", "plan"], "decide"),
+    **dict.fromkeys(["config", "validation", "presets", "plan"], "decide"),
     **dict.fromkeys(
         ["schedule", "sampling", "truncation", "losses", "images", "soup"],
         "maths",
@@ -70,6 +70,7 @@ ONLY_IMPORTERS = {
 THIRD_PARTY = {"root": set[str](), "errors": set[str](), "maths": {"torch"}}
 NO_TORCH = {"root", "errors", "decide", "console", "cli", "main"}
 
+MAY_CATCH_EVERYTHING = {"alignprop_cli/cli.py", "alignprop_cli/rewards/own.py"}
 ATTICS = re.compile(r"(^|_)(utils?|helpers?|common|misc)$")
 MAX_MODULE_LINES = 400
 MAX_FUNCTION_LINES = 80
@@ -198,13 +199,14 @@ def test_only_the_console_prints(module: Module):
 
 
 @each_module
-def test_only_the_command_line_catches_everything(module: Module):
+def test_only_two_places_catch_everything(module: Module):
     broad = [
         node.lineno
         for node in ast.walk(module.tree)
         if isinstance(node, ast.ExceptHandler) and _swallows_everything(node)
     ]
-    allowed = 1 if module.home == "cli" else 0  # the last resort, which hides the traceback
+    # The last resort, which hides the traceback, and the place that runs code of others.
+    allowed = 1 if module.name in MAY_CATCH_EVERYTHING else 0
     assert len(broad) <= allowed, f"{module.name}: broad except on lines {broad}"
 
 

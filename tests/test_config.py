@@ -16,10 +16,9 @@ from alignprop_cli.config import (
     RewardConfig,
     differences,
     dump,
-    origin_of,
-    parse,
 )
 from alignprop_cli.errors import ConfigError
+from alignprop_cli.validation import origin_of, parse
 
 MINIMAL: dict[str, Any] = {"reward": {"clip": None}}
 

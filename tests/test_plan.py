@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from alignprop_cli.config import Config, parse
+from alignprop_cli.config import Config
 from alignprop_cli.errors import ConfigError
 from alignprop_cli.plan import make_plan
+from alignprop_cli.validation import parse
 
 
 def config(**train: object) -> Config:

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from alignprop_cli import lora, rng
-from alignprop_cli.config import Config, parse
+from alignprop_cli.config import Config
 from alignprop_cli.errors import RunError
 from alignprop_cli.models.registry import load_model
 from alignprop_cli.plan import make_plan
@@ -15,6 +15,7 @@ from alignprop_cli.prompts import load_prompts
 from alignprop_cli.rewards import pixel
 from alignprop_cli.rewards.composite import Member, Mixture, build_mixture
 from alignprop_cli.trainer import Trainer, learning_rate
+from alignprop_cli.validation import parse
 
 SMALL = {
     "sample": {"num_inference_steps": 4, "guidance_scale": 3.0, "eta": 0.5},

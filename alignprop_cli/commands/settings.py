@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from alignprop_cli import presets
-from alignprop_cli.config import Config, parse
+from alignprop_cli.config import Config
 from alignprop_cli.errors import ConfigError
+from alignprop_cli.validation import parse
 
 
 def reward_names(values: Sequence[str] | None) -> list[str]:

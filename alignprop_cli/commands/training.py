@@ -9,63 +9,34 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from torch import Tensor
 
 from alignprop_cli import __version__, checkpoint, evaluator, lora, report
 from alignprop_cli import config as configuration
 from alignprop_cli.commands.drawing import draw
+from alignprop_cli.commands.interruption import any_process, signals
+from alignprop_cli.commands.resuming import cut_metrics, newest, refuse_changes, restore
+from alignprop_cli.commands.session import Session
+from alignprop_cli.commands.summary import finish
 from alignprop_cli.config import Config
-from alignprop_cli.console import Console, table
-from alignprop_cli.errors import AssetError, ConfigError, InterruptedRun, Problem, RunError
-from alignprop_cli.evaluator import Drawn, Paired, Picture
+from alignprop_cli.console import Console
+from alignprop_cli.errors import AssetError, ConfigError, InterruptedRun
 from alignprop_cli.models.base import DiffusionModel
 from alignprop_cli.models.registry import load_model
 from alignprop_cli.plan import Plan, make_plan
 from alignprop_cli.prompts import load_prompts
 from alignprop_cli.rewards import registry
-from alignprop_cli.rewards.composite import Mixture, build_mixture
-from alignprop_cli.trainer import StepRecord, Trainer, make_accelerator, peak_memory_gib, train
+from alignprop_cli.rewards.composite import build_mixture
+from alignprop_cli.trainer import StepRecord, Trainer, make_accelerator, train
 
 _SMOOTHING = 0.8
 """Share of the past in the smoothed reward beside the progress bar."""
-
-
-@dataclass
-class Session:
-    """The parts of one run."""
-
-    config: Config
-    run: Path
-    trainer: Trainer
-    model: DiffusionModel
-    mixture: Mixture
-    accelerator: Accelerator
-    console: Console
-    held_out: list[Picture]
-    samples: list[Picture]
-
-
-_MAY_CHANGE = (
-    "train.steps",
-    "train.micro_batch",
-    "gradient.checkpoint_network",
-    "gradient.checkpoint_decoder",
-    "eval.",
-    "output.",
-)
-"""Settings, or beginnings of them, with which a run may be resumed differently: the plan, and what
-is drawn and kept. The learning rate does not look at the number of steps.
-"""
 
 
 def describe(config: Config, console: Console, *, name: str, resume: Path | None) -> None:
@@ -77,8 +48,8 @@ def describe(config: Config, console: Console, *, name: str, resume: Path | None
     _check(config)
     if resume is None:
         checkpoint.new_run(config.output.dir, name)
-    elif (found := _newest(resume)) is not None:
-        _refuse_changes(found, config)
+    elif (found := newest(resume)) is not None:
+        refuse_changes(found, config)
     plan = make_plan(
         config, processes=accelerator.num_processes, device_type=accelerator.device.type
     )
@@ -121,9 +92,9 @@ def run_training(config: Config, console: Console, *, name: str, resume: Path | 
     if not accelerator.is_main_process:
         console = Console(quiet=True)
     config = _settled(config, plan)
-    found = None if resume is None else _newest(resume)
+    found = None if resume is None else newest(resume)
     if found is not None:
-        _refuse_changes(found, config)
+        refuse_changes(found, config)
     run = resume or _new_run(wanted, name, accelerator)
 
     console.note(f"alignprop {__version__}: {config.model.id} on {accelerator.device}")
@@ -138,7 +109,7 @@ def run_training(config: Config, console: Console, *, name: str, resume: Path | 
     config = _prepare_lora(config, model, found, console)
     trainer = Trainer(config, plan, model, mixture, train_prompts, accelerator)
     if found is not None:
-        _restore(trainer, found, run)
+        restore(trainer, found, run)
     session = Session(
         config,
         run,
@@ -157,7 +128,7 @@ def run_training(config: Config, console: Console, *, name: str, resume: Path | 
     _train(session)
     tuned = draw(config, console, model, mixture, session.held_out, "tuned model")
     if accelerator.is_main_process:
-        _finish(session, base, tuned, time.perf_counter() - started)
+        finish(session, base, tuned, time.perf_counter() - started)
 
 
 def _new_run(wanted: str | None, name: str, accelerator: Accelerator) -> Path:
@@ -175,38 +146,6 @@ def _new_run(wanted: str | None, name: str, accelerator: Accelerator) -> Path:
     if isinstance(chosen[0], ConfigError):
         raise chosen[0]
     return Path(chosen[0])
-
-
-def _newest(run: Path) -> Path | None:
-    """Return the newest checkpoint; a run that was stopped before its first one has none."""
-    found = checkpoint.checkpoints(run)
-    return found[-1] if found else None
-
-
-def _refuse_changes(found: Path, config: Config) -> None:
-    """Refuse to go on with a run in a way that would make it another run.
-
-    Raises:
-        ConfigError: With every setting that differs from those of the checkpoint.
-        RunError: If the checkpoint does not say what they were.
-    """
-    try:
-        stored = json.loads(checkpoint.header(found)["alignprop.config"])
-        before = configuration.parse(stored, source=str(found)).model_dump(mode="json")
-    except (KeyError, ValueError) as error:
-        raise RunError(f"{found}: damaged checkpoint: it does not say how it was made") from error
-    after = config.model_dump(mode="json")
-    problems = [
-        Problem(key, f"{old!r} in the run, {new!r} now")
-        for key, (old, new) in configuration.differences(before, after).items()
-        if not key.startswith(_MAY_CHANGE)
-    ]
-    if problems:
-        raise ConfigError(
-            f"--resume: {found.parent.parent}: these settings cannot change within a run",
-            problems,
-            hint=f"a new run from its weights: --set lora.init={found}",
-        )
 
 
 def _deterministic() -> None:
@@ -267,53 +206,16 @@ def _prepare_lora(
     return config
 
 
-def _restore(trainer: Trainer, found: Path, run: Path) -> None:
-    """Continue from a checkpoint."""
-    steps = trainer.config.train.steps
-    state = checkpoint.load(found)
-    fingerprint = checkpoint.header(found).get("alignprop.base_fingerprint")
-    if fingerprint != trainer.model.fingerprint:
-        raise ConfigError(
-            f"--resume: {found} was trained on another network than {trainer.model.id} is now: "
-            f"fingerprint {fingerprint}, here {trainer.model.fingerprint}"
-        )
-    # A run that was killed after its last step has no summary of it yet and can still be finished.
-    if state.step > steps or (state.step == steps and _summarised(run) == steps):
-        raise ConfigError(
-            f"--resume: {found} is at step {state.step} and train.steps is {steps}: nothing to do",
-            hint=f"give a larger number, for instance --steps {state.step + steps}",
-        )
-    lora.set_weights(trainer.model.network, checkpoint.load_lora(found))
-    trainer.load_state(state)
-
-
-def _summarised(run: Path) -> int | None:
-    """Return the step that the run's summary is about; None where there is no whole one."""
-    try:
-        return int(json.loads((run / "summary.json").read_text(encoding="utf-8"))["steps"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 def _open_run(session: Session, found: Path | None) -> None:
     """Write the configuration and cut the metrics to where the run goes on from."""
     run = session.run
     checkpoint.sweep(run)
-    metrics = run / "metrics.jsonl"
     done = session.trainer.step_number
-    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
-    if lines and not lines[-1].endswith("}"):
-        # Half a line, from a run that was killed while writing it.
-        lines.pop()
-    try:
-        kept = [line for line in lines if json.loads(line)["step"] <= done]
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{metrics}: damaged: {error}", hint="remove the damaged line") from error
-    checkpoint.write_text(metrics, "".join(f"{line}\n" for line in kept))
+    began = cut_metrics(run, done)
     checkpoint.write_text(run / "config.yaml", configuration.dump(session.config))
     if found is not None:
         session.console.note(f"going on from {found}")
-    elif done == 0 and lines:
+    elif done == 0 and began:
         session.console.note(f"{run} has no checkpoint yet: beginning it again")
 
 
@@ -343,9 +245,9 @@ def _train(session: Session) -> None:
         bar.advance(1, "  ".join(f"{name} {value:.4f}" for name, value in smoothed.items()))
 
     def stop() -> bool:
-        return _any_process(session.accelerator, bool(caught))
+        return any_process(session.accelerator, bool(caught))
 
-    with _signals(session.console) as caught, session.console.bar(steps, "training") as bar:
+    with signals(session.console) as caught, session.console.bar(steps, "training") as bar:
         bar.advance(trainer.step_number)
         finished = train(trainer, steps, after_step=after_step, should_stop=stop)
     if not finished:
@@ -358,35 +260,6 @@ def _train(session: Session) -> None:
             number,
             hint=f"go on with: alignprop train --resume {session.run}",
         )
-
-
-def _any_process(accelerator: Accelerator, flag: bool) -> bool:
-    """Return whether any process says so: all must leave the loop after the same step."""
-    if accelerator.num_processes == 1:
-        return flag
-    said = torch.tensor([float(flag)], device=accelerator.device)
-    return float(cast(Tensor, accelerator.reduce(said, "sum"))) > 0.0
-
-
-@contextmanager
-def _signals(console: Console) -> Iterator[list[int]]:
-    """Note the first interruption, so that the step is finished and saved; obey the second."""
-    caught: list[int] = []
-    old: dict[int, Any] = {}
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        caught.append(number)
-        console.warn("finishing this step, then saving; once more to stop at once")
-        for each, handler in old.items():
-            signal.signal(each, handler)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        old[number] = signal.signal(number, handle)
-    try:
-        yield caught
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
 
 
 def _append(path: Path, line: dict[str, Any]) -> None:
@@ -436,76 +309,3 @@ def _save(session: Session) -> None:
         model.save_lora(folder, lora.weights(model.network), metadata)
 
     checkpoint.save(session.run, trainer.state(), save_lora, keep=config.output.keep_last)
-
-
-def _finish(session: Session, base: Drawn, tuned: Drawn, seconds: float) -> None:
-    """Write the before/after sheet and the summary, and print where everything is."""
-    run, config = session.run, session.config
-    peak = peak_memory_gib(session.model.device)
-    paired = {
-        name: evaluator.compare(base.pictures, base.rewards[name], tuned.rewards[name])
-        for name in session.mixture.names
-    }
-    checks = evaluator.check_shares({"base": base, "tuned": tuned})
-    cells = [
-        report.Cell(picture.prompt, (before, after), (base.caption(i), tuned.caption(i)))
-        for i, (picture, before, after) in enumerate(
-            zip(base.pictures, base.images, tuned.images, strict=True)
-        )
-    ]
-    sheet = run / "before_after.png"
-    report.contact_sheet(cells, sheet, titles=("base", "tuned"))
-    last = checkpoint.latest(run)
-    next_command = f"alignprop evaluate {run}"
-    values: dict[str, Any] = {
-        "run": str(run.resolve()),
-        "adapter": str((last / checkpoint.LORA_FILE).resolve()),
-        "sheet": str(sheet.resolve()),
-        "steps": session.trainer.step_number,
-        "images_seen": session.trainer.images_seen,
-        "seconds": seconds,
-        "peak_memory_gib": peak,
-        "held_out": {
-            "prompts": config.eval.prompts,
-            "images": len(base.pictures),
-            "rewards": {name: asdict(result) for name, result in paired.items()},
-            "checker": checks,
-        },
-        "next": next_command,
-    }
-    checkpoint.write_text(run / "summary.json", json.dumps(values, indent=2) + "\n")
-    console = session.console
-    title = f"{len(base.pictures)} held-out pictures ({config.eval.prompts}), base and tuned"
-    console.result(
-        "alignprop.train/1",
-        values,
-        [
-            table(
-                title,
-                ("", "base", "tuned", "difference", "95 % interval"),
-                [*map(_reward_row, paired, paired.values()), *map(_check_row, checks.items())],
-            ),
-            "",
-            f"adapter  {last / checkpoint.LORA_FILE}",
-            f"pictures {sheet}",
-            f"{session.trainer.step_number} steps, {session.trainer.images_seen} images, "
-            f"{seconds:.0f} s, at most {peak:.2f} GiB",
-            f"next: {next_command}",
-        ],
-    )
-
-
-def _reward_row(name: str, result: Paired) -> tuple[str, ...]:
-    return (
-        name,
-        f"{result.base:.4f}",
-        f"{result.tuned:.4f}",
-        f"{result.difference:+.4f}",
-        f"{result.low:+.4f} to {result.high:+.4f}",
-    )
-
-
-def _check_row(item: tuple[str, dict[str, float]]) -> tuple[str, ...]:
-    name, shares = item
-    before, after = shares["base"], shares["tuned"]
-    return (f"{name} right", f"{before:.0%}", f"{after:.0%}", f"{after - before:+.0%}", "")

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from alignprop_cli.config import LossConfig, RewardConfig
-from alignprop_cli.errors import AlignPropError, RunError
+from alignprop_cli.errors import RunError
 from alignprop_cli.losses import reward_loss
-from alignprop_cli.rewards import registry
+from alignprop_cli.rewards import own, registry
 from alignprop_cli.rewards.base import Reward, check_inputs, check_rewards
 
 
@@ -74,17 +74,10 @@ class Mixture:
 
 def _ask(member: Member, images: Tensor, prompts: Sequence[str]) -> object:
     """Return what a reward answers; a fault in one of the user's own is told as such."""
-    try:
+    if member.name in registry.SHIPPED:
         return member.reward(images, prompts)
-    except (AlignPropError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        if member.name in registry.SHIPPED:
-            raise
-        raise RunError(
-            f"reward '{member.name}' failed: {type(error).__name__}: {error}",
-            hint="--debug shows where",
-        ) from error
+    with own.faults(RunError, f"reward '{member.name}' failed"):
+        return member.reward(images, prompts)
 
 
 def build_mixture(

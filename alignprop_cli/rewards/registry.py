@@ -22,7 +22,8 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, cast
 
-from alignprop_cli.errors import AlignPropError, AssetError, ConfigError, did_you_mean
+from alignprop_cli.errors import AssetError, ConfigError, did_you_mean
+from alignprop_cli.rewards import own
 from alignprop_cli.rewards.base import Reward
 
 GROUP = "alignprop.rewards"
@@ -128,17 +129,11 @@ def build(name: str, options: Mapping[str, Any]) -> Reward:
         inspect.signature(target).bind(**options)
     except TypeError as error:
         raise ConfigError(f"reward '{name}': {error}") from error
-    try:
-        return cast(Callable[..., Reward], target)(**options)
-    except AlignPropError:
-        raise
-    except Exception as error:
-        if name in SHIPPED:
-            raise
-        raise AssetError(
-            f"reward '{name}': cannot be built: {type(error).__name__}: {error}",
-            hint="--debug shows where",
-        ) from error
+    make = cast(Callable[..., Reward], target)
+    if name in SHIPPED:
+        return make(**options)
+    with own.faults(AssetError, f"reward '{name}': cannot be built"):
+        return make(**options)
 
 
 def _import(name: str) -> Any:

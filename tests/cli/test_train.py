@@ -284,7 +284,9 @@ def test_a_resume_that_would_be_another_run_is_refused_with_all_reasons(run) -> 
     assert "lora.init=r/checkpoints/step-000001" in flat
     assert Path("r/config.yaml").read_text() == before
     # Editing the run's own file is no way around.
-    Path("r/config.yaml").write_text(before.replace("learning_rate: 0.001", "learning_rate: 0.1"))
+    edited = before.replace("learning_rate: 0.002", "learning_rate: 0.1")
+    assert edited != before
+    Path("r/config.yaml").write_text(edited)
     code, _, err = run("--resume", "r", "--steps", 2, "--dry-run")
     assert code == 2
     assert "train.learning_rate" in err

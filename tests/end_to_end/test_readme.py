@@ -89,5 +89,7 @@ def test_every_picture_and_file_the_readme_links_to_exists() -> None:
     text = README.read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
     assert links
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    anchors = {"#" + re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in headings}
     for link in links:
-        assert (README.parent / link).exists(), link
+        assert link in anchors if link[0] == "#" else (README.parent / link).exists(), link
