@@ -132,6 +132,9 @@ class GradientConfig(Section):
     checkpoint_decoder: bool = Field(
         default=True, description="Recompute the blocks of the VAE decoder during backward."
     )
+    checkpoint_reward: bool = Field(
+        default=False, description="Recompute the blocks of the rewards' networks during backward."
+    )
 
 
 class LossConfig(Section):
@@ -147,7 +150,7 @@ class LossConfig(Section):
     scale: PositiveFloat = Field(default=1.0, description="Factor on the loss.")
 
 
-class RewardConfig(BaseModel):
+class RewardConfig(Section):
     """One member of the mixture: its weight, optionally its own loss, and the reward's options."""
 
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
@@ -158,6 +161,21 @@ class RewardConfig(BaseModel):
     loss: LossConfig | None = Field(
         default=None, description="This member's loss; null is the `loss` section."
     )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32",
+        description="Precision of the reward's network; what comes out of it is judged in float32.",
+    )
+    standardise: bool = Field(
+        default=False,
+        description="Subtract the base model's mean and divide by its deviation before the loss, "
+        "so that the weights of a mixture compare.",
+    )
+    base_mean: float | None = Field(
+        default=None,
+        description="For standardise; null is measured on the base model's pictures of `eval` and "
+        "then written to the run's config.",
+    )
+    base_std: PositiveFloat | None = Field(default=None, description="As base_mean.")
 
     @property
     def options(self) -> dict[str, Any]:

@@ -125,7 +125,7 @@ def draw(
     shape = model.latent_shape(config.height, config.width)
     schedule = model.schedule(config.num_inference_steps)
     drawn: list[NDArray[np.uint8]] = []
-    rewards: dict[str, list[Floats]] = {name: [] for name in mixture.names}
+    rewards: dict[str, list[Floats]] = {name: [] for name in mixture.figures}
     for start in range(0, len(pictures), batch_size):
         batch = pictures[start : start + batch_size]
         prompts = [picture.prompt for picture in batch]

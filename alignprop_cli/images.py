@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -67,6 +68,50 @@ def to_uint8(images: Tensor) -> Tensor:
     return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
 
 
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+"""Mean and deviation of the pictures that CLIP was trained on, by channel."""
+
+
+def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Return (images - mean) / std by channel, as networks are fed.
+
+    Args:
+        images: Shape (B, C, H, W), float.
+        mean: C numbers.
+        std: C numbers above 0.
+
+    Returns:
+        Same shape and dtype. Differentiable in images.
+    """
+    shift, scale = (images.new_tensor(list(values)).view(1, -1, 1, 1) for values in (mean, std))
+    return (images - shift) / scale
+
+
+def letterbox(images: Tensor, size: int) -> Tensor:
+    """Resize the long edge to `size` and pad the short one with black on both sides.
+
+    Args:
+        images: Shape (B, 3, H, W), any float dtype.
+        size: Pixels of the square result.
+
+    Returns:
+        Shape (B, 3, size, size), float32 (float64 stays float64). Differentiable in images.
+
+    Source: the preprocessing of tgxs002/HPSv2, `ResizeMaxSize`. Where it pads nothing, the long
+        edge being `size` already, its network refuses the picture; here it is padded.
+    """
+    images = images if images.dtype == torch.float64 else images.float()
+    height, width = images.shape[-2:]
+    if max(height, width) != size:
+        scale = size / max(height, width)
+        target = (max(1, round(height * scale)), max(1, round(width * scale)))
+        images = _bicubic(images, target)
+    rows, columns = size - images.shape[-2], size - images.shape[-1]
+    top, left = rows // 2, columns // 2
+    return torch.nn.functional.pad(images, (left, columns - left, top, rows - top))
+
+
 def resize_and_crop(images: Tensor, size: int) -> Tensor:
     """Resize the short edge to `size` and crop the centre, as image models are fed.
 
@@ -85,8 +130,12 @@ def resize_and_crop(images: Tensor, size: int) -> Tensor:
     if min(height, width) != size:
         scale = size / min(height, width)
         target = (max(size, round(height * scale)), max(size, round(width * scale)))
-        images = torch.nn.functional.interpolate(
-            images, target, mode="bicubic", antialias=True, align_corners=False
-        )
+        images = _bicubic(images, target)
     top, left = (images.shape[-2] - size) // 2, (images.shape[-1] - size) // 2
     return images[..., top : top + size, left : left + size]
+
+
+def _bicubic(images: Tensor, target: tuple[int, int]) -> Tensor:
+    return torch.nn.functional.interpolate(
+        images, target, mode="bicubic", antialias=True, align_corners=False
+    )

@@ -25,6 +25,7 @@ class Plan:
         window_group: Consecutive images that share one gradient window.
         checkpoint_network: Recompute network calls during backward.
         checkpoint_decoder: Recompute the VAE decoder during backward.
+        checkpoint_reward: Recompute the rewards' networks during backward.
     """
 
     micro_batch: int
@@ -33,6 +34,7 @@ class Plan:
     window_group: int
     checkpoint_network: bool
     checkpoint_decoder: bool
+    checkpoint_reward: bool
 
     @property
     def batch_size(self) -> int:
@@ -46,13 +48,14 @@ class Plan:
             for name, on in (
                 ("network", self.checkpoint_network),
                 ("decoder", self.checkpoint_decoder),
+                ("reward", self.checkpoint_reward),
             )
             if on
         ]
         return (
             f"{self.batch_size} images a step = {self.micro_batch} at once x {self.accumulation} "
             f"accumulated x {self.processes} process{'es' if self.processes > 1 else ''}; "
-            f"recomputed in backward: {' and '.join(kept) or 'nothing'}"
+            f"recomputed in backward: {', '.join(kept) or 'nothing'}"
         )
 
 
@@ -123,4 +126,5 @@ def make_plan(config: Config, *, processes: int, device_type: str) -> Plan:
         window_group=group,
         checkpoint_network=gradient.checkpoint_network,
         checkpoint_decoder=gradient.checkpoint_decoder,
+        checkpoint_reward=gradient.checkpoint_reward,
     )

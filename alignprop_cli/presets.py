@@ -140,11 +140,40 @@ def override(layers: Layers, assignments: Iterable[str]) -> None:
         raise ConfigError("--set: cannot be read", problems)
 
 
+def choose_rewards(layers: Layers, rewards: Mapping[str, float | None]) -> None:
+    """Keep the options of the named rewards, and drop all other rewards.
+
+    Args:
+        layers: Changed in place.
+        rewards: Weight of each; None leaves it as it is.
+
+    Raises:
+        ConfigError: If `--set` changes a reward that is not named.
+    """
+    found = layers.values.get("reward")
+    known = cast(Tree, found) if isinstance(found, dict) else {}
+    for key, origin in layers.origins.items():
+        section, _, rest = key.partition(".")
+        name = rest.partition(".")[0]
+        if origin == "--set" and section == "reward" and name in known and name not in rewards:
+            raise ConfigError(f"--set: {key}: {name} is not among those of --reward")
+    # Set directly: a name may hold dots, as file.py:attribute does.
+    chosen: Tree = {name: known.get(name) for name in rewards}
+    for name, weight in rewards.items():
+        if weight is not None:
+            options = chosen[name]
+            before = cast(Tree, options) if isinstance(options, dict) else {}
+            chosen[name] = {**before, "weight": weight}
+    layers.values["reward"] = chosen
+    layers.origins["reward"] = "--reward"
+
+
 def resolve(
     *,
     preset: str | None = None,
     config: Path | None = None,
     assignments: Iterable[str] = (),
+    rewards: Mapping[str, float | None] | None = None,
     flags: Mapping[str, Any] | None = None,
 ) -> Config:
     """Return the complete configuration from everything the command line was given.
@@ -153,6 +182,7 @@ def resolve(
         preset: Name of a shipped preset.
         config: File of the user's own, read after the preset.
         assignments: `--set` texts.
+        rewards: Those of `--reward`, with their weights; see `choose_rewards`.
         flags: Dotted key to value of the named flags; None values were not given.
 
     Raises:
@@ -164,6 +194,8 @@ def resolve(
     if config is not None:
         read(config, layers)
     override(layers, assignments)
+    if rewards:
+        choose_rewards(layers, rewards)
     for key, value in (flags or {}).items():
         if value is not None:
             layers.set(key, value, f"--{key.rpartition('.')[2] if key != 'model.id' else 'model'}")

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
 
-from alignprop_cli import rng
+from alignprop_cli import hub, rng
 from alignprop_cli.errors import AssetError, ConfigError, did_you_mean
 
 # The 45 common animals on which DDPO and AlignProp train, and the 6 on which AlignProp evaluates.
@@ -26,7 +27,46 @@ ANIMALS = (
 # fmt: on
 ANIMALS_EVAL = ("snail", "hippopotamus", "cheetah", "crocodile", "lobster", "octopus")
 
-BUILT_IN = ("animals", "animals-eval", "shapes", "shapes-heldout")
+_COUNTS = ("one dog", "two dogs", "three dogs", "four dogs", "five dogs")
+_DOG_PLACES = ("in a park", "on a beach", "on a street", "in the snow", "on a sofa", "in a garden")
+_DOG_PLACES_EVAL = ("in a forest", "on a bridge", "in a kitchen")
+PLACES = (
+    "a street",
+    "a beach in summer",
+    "a railway station",
+    "a market",
+    "a park bench",
+    "a kitchen",
+    "a classroom",
+    "a library",
+    "a football field",
+    "a bus stop",
+    "an office",
+    "a restaurant",
+    "a stage",
+    "a swimming pool",
+    "a playground",
+    "a hospital corridor",
+    "a museum",
+    "a farm",
+)
+PLACES_EVAL = ("an airport", "a shop", "a ski slope", "a workshop", "a city square", "a cinema")
+
+BUILT_IN = (
+    "animals",
+    "animals-eval",
+    "dogs",
+    "dogs-eval",
+    "places",
+    "places-eval",
+    "shapes",
+    "shapes-heldout",
+)
+
+HPD_STYLES = ("anime", "concept-art", "paintings", "photo")
+"""The benchmark of HPDv2, fetched from the hub: `hpd:anime`, ..., and `hpd` for all four."""
+
+_HPD = "zhwang/HPDv2"
 
 _COLUMNS = ("prompt", "text", "caption")
 
@@ -35,22 +75,25 @@ def load_prompts(name: str) -> list[str]:
     """Return the prompts of a built-in set or a file, in a fixed order.
 
     Args:
-        name: A built-in set (`BUILT_IN`), or a file: .txt with one prompt per line, .jsonl with a
-            text or an object per line, .csv with a header. Objects and headers name the prompt
-            `prompt`, `text` or `caption`. Empty lines are left out.
+        name: A built-in set (`BUILT_IN`), one of the hub (`hpd`, `hpd:photo`), or a file: .txt with
+            one prompt per line, .jsonl with a text or an object per line, .json with a list of
+            such, .csv with a header. Objects and headers name the prompt `prompt`, `text` or
+            `caption`. Empty lines are left out.
 
     Raises:
         ConfigError: If there is no such set, or the file holds no prompt or cannot be understood.
-        AssetError: If the file is missing or cannot be read.
+        AssetError: If the file is missing or cannot be read, or the hub cannot be reached.
     """
     if name in BUILT_IN:
         return _built_in(name)
+    if name.partition(":")[0] == "hpd":
+        return _hpd(name)
     path = Path(name).expanduser()
-    readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".csv": _read_csv}
+    readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}
     if path.suffix not in readers:
         raise ConfigError(
-            f"prompts: unknown prompt set '{name}'.{did_you_mean(name, BUILT_IN)}",
-            hint="a file must end in .txt, .jsonl or .csv",
+            f"prompts: unknown prompt set '{name}'.{did_you_mean(name, (*BUILT_IN, 'hpd'))}",
+            hint="a file must end in .txt, .jsonl, .json or .csv",
         )
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -64,13 +107,36 @@ def load_prompts(name: str) -> list[str]:
 
 
 def _built_in(name: str) -> list[str]:
-    if name == "animals":
-        return list(ANIMALS)
-    if name == "animals-eval":
-        return list(ANIMALS_EVAL)
+    listed = {
+        "animals": ANIMALS,
+        "animals-eval": ANIMALS_EVAL,
+        "dogs": [f"{dogs} {place}" for dogs in _COUNTS for place in _DOG_PLACES],
+        "dogs-eval": [f"{dogs} {place}" for dogs in _COUNTS for place in _DOG_PLACES_EVAL],
+        "places": PLACES,
+        "places-eval": PLACES_EVAL,
+    }
+    if name in listed:
+        return list(listed[name])
     from alignprop_cli.tiny import data
 
     return data.train_prompts() if name == "shapes" else data.heldout_prompts()
+
+
+def _hpd(name: str) -> list[str]:
+    """Return the prompts of one style of HPDv2, or of all, as hpsv2's `benchmark_prompts` does."""
+    style = name.partition(":")[2]
+    if style and style not in HPD_STYLES:
+        raise ConfigError(
+            f"prompts: unknown style '{style}' of hpd.{did_you_mean(style, HPD_STYLES)}",
+            hint=f"styles: {', '.join(HPD_STYLES)}",
+        )
+    found: list[str] = []
+    for each in [style] if style else HPD_STYLES:
+        file = f"benchmark/{each}.json"
+        with hub.loading("prompts", f"{file} of the dataset {_HPD}"):
+            path = Path(hf_hub_download(_HPD, file, repo_type="dataset"))
+        found += _read_json(path.read_text(encoding="utf-8"), path)
+    return found
 
 
 def _read_txt(text: str, path: Path) -> list[str]:
@@ -87,14 +153,27 @@ def _read_jsonl(text: str, path: Path) -> list[str]:
             value: Any = json.loads(line)
         except ValueError as error:
             raise ConfigError(f"prompts: {path}:{number}: not JSON: {error}") from error
-        if isinstance(value, dict):
-            value = next((value[column] for column in _COLUMNS if column in value), None)
-        if not isinstance(value, str):
-            raise ConfigError(
-                f"prompts: {path}:{number}: expected a text or an object with one of {_COLUMNS}"
-            )
-        found.append(value)
+        found.append(_text(value, f"{path}:{number}"))
     return found
+
+
+def _read_json(text: str, path: Path) -> list[str]:
+    try:
+        values: Any = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"prompts: {path}: not JSON: {error}") from error
+    if not isinstance(values, list):
+        raise ConfigError(f"prompts: {path}: expected a list of texts")
+    return [_text(value, f"{path}[{number}]") for number, value in enumerate(values)]
+
+
+def _text(value: Any, place: str) -> str:
+    """Return the prompt of a JSON value, a text or an object."""
+    if isinstance(value, dict):
+        value = next((value[column] for column in _COLUMNS if column in value), None)
+    if not isinstance(value, str):
+        raise ConfigError(f"prompts: {place}: expected a text or an object with one of {_COLUMNS}")
+    return value
 
 
 def _read_csv(text: str, path: Path) -> list[str]:

@@ -265,9 +265,9 @@ def _upwards(folder: Path, root: Path) -> Iterator[Path]:
 
 
 def needs_prompt(name: str) -> bool:
-    """Return whether a reward looks at the prompt; those of pixels alone do not."""
+    """Return whether a reward looks at the prompt; of those of others it is supposed."""
     spec = registry.SHIPPED.get(name)
-    return spec is None or not spec.target.startswith("alignprop_cli.rewards.pixel:")
+    return spec is None or spec.reads_prompt
 
 
 @torch.no_grad()

@@ -50,7 +50,7 @@ class StepRecord:
         step: Counted from 1.
         images_seen: Images drawn for training so far.
         loss: Mean over the global batch.
-        rewards: By member of the mixture, over the global batch.
+        rewards: By member of the mixture, and what members report beside, over the global batch.
         grad_norm: L2 norm before clipping.
         lora_norm: L2 norm of the LoRA's weights after the step.
         learning_rate: Used in this step.
@@ -150,7 +150,7 @@ class Trainer:
         plan = self.plan
         self.optimizer.zero_grad(set_to_none=True)
         losses: list[Tensor] = []
-        scores: dict[str, list[Tensor]] = {name: [] for name in self.mixture.names}
+        scores: dict[str, list[Tensor]] = {name: [] for name in self.mixture.figures}
         backprop_steps = 0
 
         # 1. Draw, decode, score and go back, one micro-batch after the other.
@@ -207,7 +207,7 @@ class Trainer:
             window: The network calls that carry gradient.
 
         Returns:
-            Rewards by member and losses, each (B,). Differentiable in the LoRA's parameters
+            What the mixture measures and losses, each (B,). Differentiable in the LoRA's parameters
             through the window.
         """
         seed, config = self.config.train.seed, self.config.sample
@@ -232,8 +232,8 @@ class Trainer:
         )
         images = self.model.decode(latents, use_checkpoint=self.plan.checkpoint_decoder)
         scores = self.mixture.score(images, prompts)
-        for name, values in scores.items():
-            if not values.requires_grad:
+        for name in self.mixture.names:
+            if not scores[name].requires_grad:
                 raise ConfigError(
                     f"reward '{name}' has no gradient: its answer does not depend on the images "
                     "in a differentiable way, so there is nothing to train on",

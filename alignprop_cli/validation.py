@@ -157,6 +157,9 @@ def _impossible(config: Config) -> Iterable[Problem]:
         yield Problem(
             "train.micro_batch", f"{micro_batch} does not divide gradient.window_group ({group})"
         )
+    for name, reward in config.reward.items():
+        if (reward.base_mean is None) != (reward.base_std is None):
+            yield Problem(f"reward.{name}.base_mean", "give base_mean and base_std, or neither")
     losses = {"loss": config.loss} if any(r.loss is None for r in config.reward.values()) else {}
     losses |= {f"reward.{name}.loss": r.loss for name, r in config.reward.items() if r.loss}
     for key, loss in losses.items():

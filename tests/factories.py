@@ -160,20 +160,14 @@ def small_pipeline(
     return path
 
 
-def small_clip(path: Path, *, seed: int = 0) -> Path:
-    """Write an image-text model with random weights in open_clip's format, pictures 16 x 16.
-
-    Its tokenizer is the one that open_clip ships.
-
-    Returns:
-        The folder, to be named `local-dir:<folder>` to open_clip.
-    """
-    config = {
+def open_clip_config(*, image_size: int = 16, width: int = 32) -> dict[str, Any]:
+    """Return the configuration of a small image-text model of open_clip, with 16 features."""
+    return {
         "embed_dim": 16,
         "vision_cfg": {
-            "image_size": 16,
-            "patch_size": 4,
-            "width": 32,
+            "image_size": image_size,
+            "patch_size": image_size // 4,
+            "width": width,
             "head_width": 8,
             "layers": 2,
         },
@@ -185,6 +179,17 @@ def small_clip(path: Path, *, seed: int = 0) -> Path:
             "layers": 1,
         },
     }
+
+
+def small_clip(path: Path, *, seed: int = 0) -> Path:
+    """Write an image-text model with random weights in open_clip's format, pictures 16 x 16.
+
+    Its tokenizer is the one that open_clip ships.
+
+    Returns:
+        The folder, to be named `local-dir:<folder>` to open_clip.
+    """
+    config = open_clip_config()
     model = _build(seed, lambda: open_clip.CLIP(**config))
     path.mkdir(parents=True, exist_ok=True)
     preprocess = {"mean": [0.48, 0.46, 0.41], "std": [0.27, 0.26, 0.28]}
@@ -193,6 +198,17 @@ def small_clip(path: Path, *, seed: int = 0) -> Path:
     )
     save_file(model.state_dict(), path / "open_clip_model.safetensors")
     return path
+
+
+def aesthetic_head(features: int) -> dict[str, torch.Tensor]:
+    """Return random layers under the names of LAION's published head, smaller ones."""
+    sizes = (features, 24, 16, 12, 8, 1)
+    state: dict[str, torch.Tensor] = {}
+    for place, inputs, outputs in zip((0, 2, 4, 6, 7), sizes[:-1], sizes[1:], strict=True):
+        weight = randn(place, outputs, inputs, dtype=torch.float32)
+        state[f"layers.{place}.weight"] = weight / inputs**0.5
+        state[f"layers.{place}.bias"] = randn(100 + place, outputs, dtype=torch.float32)
+    return state
 
 
 def fill_lora_b(network: torch.nn.Module, seed: int, scale: float = 0.3) -> None:

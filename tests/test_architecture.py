@@ -29,7 +29,9 @@ LAYER = {
         ["schedule", "sampling", "truncation", "losses", "images", "soup"],
         "maths",
     ),
-    **dict.fromkeys(["models", "rewards", "lora", "prompts", "rng", "memory", "tiny"], "parts"),
+    **dict.fromkeys(
+        ["models", "rewards", "hub", "lora", "prompts", "rng", "memory", "tiny"], "parts"
+    ),
     **dict.fromkeys(["trainer", "evaluator", "scorer", "checkpoint", "report", "adapter"], "run"),
     "console": "console",
     "commands": "commands",

@@ -8,7 +8,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from alignprop_cli.images import from_decoder, resize_and_crop, saturate, to_uint8
+from alignprop_cli.images import (
+    from_decoder,
+    letterbox,
+    normalise,
+    resize_and_crop,
+    saturate,
+    to_uint8,
+)
 from tests.factories import generator, randn
 
 
@@ -111,3 +118,38 @@ def test_resizing_works_in_float32_at_least() -> None:
     half = resize_and_crop(images.to(torch.bfloat16), 5)
     assert half.dtype == torch.float32
     torch.testing.assert_close(half, resize_and_crop(images.to(torch.bfloat16).float(), 5))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "inner"), [(40, 80, (16, 32)), (90, 31, (32, 11)), (32, 7, (32, 7))]
+)
+def test_letterboxing_shows_the_whole_picture_between_black(
+    height: int, width: int, inner: tuple[int, int]
+) -> None:
+    images = drawing(height, width)
+    boxed = letterbox(images, 32)
+    assert boxed.shape == (1, 3, 32, 32)
+    top, left = (32 - inner[0]) // 2, (32 - inner[1]) // 2
+    inside = boxed[..., top : top + inner[0], left : left + inner[1]]
+    picture = Image.fromarray(to_uint8(images)[0].numpy())
+    pillow = np.asarray(picture.resize(inner[::-1], Image.Resampling.BICUBIC)) / 255.0
+    # Pillow rounds to bytes twice and clamps overshoot.
+    found = inside[0].permute(1, 2, 0).clamp(0.0, 1.0).numpy()
+    assert np.abs(found - pillow).mean() < 1.0 / 255.0
+    outside = boxed.clone()
+    outside[..., top : top + inner[0], left : left + inner[1]] = 0.0
+    assert not outside.any()
+
+
+def test_letterboxing_passes_gradcheck() -> None:
+    images = randn(0, 1, 3, 9, 5).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: letterbox(x, 6), [images])
+
+
+def test_normalising_gives_each_channel_its_mean_and_deviation() -> None:
+    images = randn(0, 2, 3, 4, 5)
+    mean, std = (0.1, 0.2, 0.3), (1.0, 2.0, 4.0)
+    found = normalise(images, mean, std)
+    for channel in range(3):
+        expected = (images[:, channel] - mean[channel]) / std[channel]
+        torch.testing.assert_close(found[:, channel], expected)

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 from alignprop_cli import presets
+from alignprop_cli.config import RewardConfig
 from alignprop_cli.errors import AssetError, ConfigError
+from alignprop_cli.prompts import BUILT_IN
+from alignprop_cli.rewards import registry
 
 
 def write(path: Path, text: str) -> Path:
@@ -17,8 +20,49 @@ def write(path: Path, text: str) -> Path:
 
 @pytest.mark.parametrize("name", presets.names())
 def test_every_shipped_preset_is_complete_and_says_what_it_is(name: str) -> None:
-    presets.resolve(preset=name)
+    config = presets.resolve(preset=name)
+    for reward, member in config.reward.items():
+        registry.check(reward, member.options)
+    for prompts in (config.train.prompts, config.eval.prompts):
+        assert prompts in (*BUILT_IN, "hpd")
+    header = presets.preset_path(name).read_text(encoding="utf-8").splitlines()
     assert len(presets.summary(name)) > 10
+    assert f"alignprop train --preset {name}" in header[1]
+    assert header[2].startswith("# Needs:")
+    assert any(line.startswith("# Expected:") for line in header[3:8])
+
+
+def test_the_aesthetic_preset_has_the_published_settings() -> None:
+    """Of the reference's first generation; arXiv:2310.03739 and its configuration."""
+    config = presets.resolve(preset="aesthetic")
+    assert (config.sample.num_inference_steps, config.sample.guidance_scale) == (50, 7.5)
+    assert (config.gradient.method, config.gradient.k_min, config.gradient.k_max) == (
+        "random_k",
+        1,
+        50,
+    )
+    assert (config.loss.kind, config.loss.target, config.loss.scale) == ("target", 10.0, 0.01)
+    train = config.train
+    assert (train.batch_size, train.steps, train.learning_rate) == (128, 14, 1e-3)
+    assert (train.adam_beta1, train.adam_beta2) == (0.9, 0.999)
+    assert (train.weight_decay, train.max_grad_norm) == (0.1, 5.0)
+    assert (config.lora.rank, config.lora.alpha) == (4, 4)
+
+
+def test_rewards_of_the_command_line_replace_those_of_the_preset(tmp_path: Path) -> None:
+    def of(**rewards: float | None) -> dict[str, RewardConfig]:
+        return presets.resolve(preset="mix_aesthetic_hps", rewards=rewards).reward
+
+    assert set(of(hps=None)) == {"hps"}
+    assert (of(hps=None)["hps"].weight, of(hps=None)["hps"].standardise) == (0.5, True)
+    assert (of(hps=3.0)["hps"].weight, of(hps=3.0)["hps"].standardise) == (3.0, True)
+    both = of(brightness=-0.1, aesthetic=None)
+    assert list(both) == ["brightness", "aesthetic"]
+    assert both["brightness"].weight == -0.1
+    with pytest.raises(ConfigError, match=r"--set: reward\.hps\.version: hps is not among"):
+        presets.resolve(
+            preset="hps", rewards={"aesthetic": None}, assignments=["reward.hps.version=v2.0"]
+        )
 
 
 def test_an_unknown_preset_is_refused_with_the_nearest_name() -> None:

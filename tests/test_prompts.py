@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+from alignprop_cli import prompts
 from alignprop_cli.errors import AssetError, ConfigError
 from alignprop_cli.prompts import ANIMALS, ANIMALS_EVAL, BUILT_IN, PromptStream, load_prompts
+from alignprop_cli.rewards.detect import number_in
 
 
 def write(path: Path, text: str) -> str:
@@ -24,6 +27,7 @@ def write(path: Path, text: str) -> str:
         ("p.txt", "\ufeffa cat\r\ntwo dogs"),
         ("p.jsonl", '"a cat"\n\n{"id": 1, "prompt": "two dogs"}\n'),
         ("p.jsonl", '{"text": "a cat"}\n{"caption": "two dogs"}'),
+        ("p.json", '["a cat", {"prompt": " two dogs"}, ""]'),
         ("p.csv", "id,prompt\n1,a cat\n2,two dogs\n3,\n"),
         ("p.csv", "caption\r\na cat\r\n  two dogs\r\n"),
     ],
@@ -52,6 +56,9 @@ def test_a_quoted_field_of_a_table_may_hold_commas(tmp_path: Path) -> None:
         ("p.jsonl", '"a"\n{broken', r"p\.jsonl:2: not JSON"),
         ("p.jsonl", '"a"\n\n{"title": "b"}', r"p\.jsonl:3: expected a text"),
         ("p.jsonl", "3", r"p\.jsonl:1: expected a text"),
+        ("p.json", '{"prompt": "a"}', r"p\.json: expected a list of texts"),
+        ("p.json", '["a", 3]', r"p\.json\[1\]: expected a text"),
+        ("p.json", '["a"', r"p\.json: not JSON"),
         ("p.csv", "id,title\n1,a\n", "no column named prompt, text or caption"),
         ("p.csv", "", "no column named"),
         ("p.csv", "prompt\n", "holds no prompt"),
@@ -77,9 +84,43 @@ def test_an_unknown_set_is_refused_with_the_nearest_name() -> None:
         load_prompts("animal")
 
 
+def test_the_styles_of_hpd_are_read_from_the_hub_in_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def download(repository: str, file: str, *, repo_type: str) -> str:
+        asked.append((repository, file, repo_type))
+        return write(
+            tmp_path / Path(file).name, json.dumps([f"{Path(file).stem} {i}" for i in (0, 1)])
+        )
+
+    monkeypatch.setattr(prompts, "hf_hub_download", download)
+    assert load_prompts("hpd:concept-art") == ["concept-art 0", "concept-art 1"]
+    assert asked == [("zhwang/HPDv2", "benchmark/concept-art.json", "dataset")]
+    assert load_prompts("hpd")[::2] == ["anime 0", "concept-art 0", "paintings 0", "photo 0"]
+    with pytest.raises(ConfigError, match="Did you mean 'anime'"):
+        load_prompts("hpd:animes")
+
+
+def test_prompts_of_the_hub_without_a_network_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(AssetError, match=r"cannot load benchmark/photo\.json of the dataset"):
+        load_prompts("hpd:photo")
+
+
 @pytest.mark.parametrize(
     ("name", "size"),
-    [("animals", 45), ("animals-eval", 6), ("shapes", 800), ("shapes-heldout", 160)],
+    [
+        ("animals", 45),
+        ("animals-eval", 6),
+        ("dogs", 30),
+        ("dogs-eval", 15),
+        ("places", 18),
+        ("places-eval", 6),
+        ("shapes", 800),
+        ("shapes-heldout", 160),
+    ],
 )
 def test_built_in_sets_have_their_size_and_no_repeats(name: str, size: int) -> None:
     prompts = load_prompts(name)
@@ -87,9 +128,15 @@ def test_built_in_sets_have_their_size_and_no_repeats(name: str, size: int) -> N
 
 
 def test_what_is_held_out_is_not_trained_on() -> None:
-    assert set(BUILT_IN) == {"animals", "animals-eval", "shapes", "shapes-heldout"}
-    assert not set(load_prompts("animals")) & set(load_prompts("animals-eval"))
-    assert not set(load_prompts("shapes")) & set(load_prompts("shapes-heldout"))
+    pairs = list(zip(BUILT_IN[::2], BUILT_IN[1::2], strict=True))
+    for trained, held_out in pairs:
+        assert held_out.startswith(f"{trained}-")
+        assert not set(load_prompts(trained)) & set(load_prompts(held_out))
+
+
+def test_the_prompts_about_dogs_name_their_number() -> None:
+    numbers = [number_in(prompt, "dog") for prompt in load_prompts("dogs")]
+    assert sorted(set(numbers)) == [1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ _MAY_CHANGE = (
     "train.micro_batch",
     "gradient.checkpoint_network",
     "gradient.checkpoint_decoder",
+    "gradient.checkpoint_reward",
     "eval.",
     "output.",
 )

@@ -127,11 +127,11 @@ def _run(
         )
     device = make_accelerator().device
     mixture = build_mixture(config.reward, config.loss, device)
-    values: dict[str, list[float]] = {name: [] for name in mixture.names}
+    values: dict[str, list[float]] = {name: [] for name in mixture.figures}
     shown: list[Scored] = []
     skipped: list[Skipped] = []
     results = scorer.score(found, mixture, finder, device=device, batch_size=_BATCH_SIZE)
-    with _rows(chosen, target, mixture.names) as write, console.bar(len(found), "scoring") as bar:
+    with _rows(chosen, target, mixture.figures) as write, console.bar(len(found), "scoring") as bar:
         for result in results:
             bar.advance()
             if isinstance(result, scorer.Skipped):

@@ -18,6 +18,26 @@ def reward_names(values: Sequence[str] | None) -> list[str]:
     return list(dict.fromkeys(part for part in parts if part))
 
 
+def reward_weights(values: Sequence[str] | None) -> dict[str, float | None]:
+    """Return the weight of each reward named as NAME or NAME:WEIGHT; None where none is given.
+
+    Raises:
+        ConfigError: If a name comes twice.
+    """
+    found: dict[str, float | None] = {}
+    for text in reward_names(values):
+        name, _, last = text.rpartition(":")
+        try:
+            weight = float(last) if name else None
+        except ValueError:
+            weight = None  # file.py:attribute
+        name = name if weight is not None else text
+        if name in found:
+            raise ConfigError(f"--reward: {name} is given twice")
+        found[name] = weight
+    return found
+
+
 def build(
     *,
     preset: str | None = None,
@@ -52,31 +72,13 @@ def build(
         presets.read(config, layers)
     presets.override(layers, assignments)
     if rewards:
-        _choose_rewards(layers, rewards)
+        presets.choose_rewards(layers, dict.fromkeys(rewards))
     elif not layers.values.get("reward"):
         layers.values["reward"] = {"clip": None}
     for key, (flag, value) in (flags or {}).items():
         if value is not None:
             layers.set(key, value, flag)
     return parse(layers.values, layers.origins, source=source)
-
-
-def _choose_rewards(layers: presets.Layers, names: Sequence[str]) -> None:
-    """Keep the options of the named rewards, and drop all other rewards.
-
-    Raises:
-        ConfigError: If `--set` changes a reward that is not named.
-    """
-    found = layers.values.get("reward")
-    known: dict[str, Any] = found if isinstance(found, dict) else {}
-    for key, origin in layers.origins.items():
-        section, _, rest = key.partition(".")
-        name = rest.partition(".")[0]
-        if origin == "--set" and section == "reward" and name in known and name not in names:
-            raise ConfigError(f"--set: {key}: {name} is not measured, --reward names others")
-    # Set directly: a name may hold dots, as file.py:attribute does.
-    layers.values["reward"] = {name: known.get(name) for name in names}
-    layers.origins["reward"] = "--reward"
 
 
 def only_rewards(assignments: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ def finish(session: Session, base: Drawn, tuned: Drawn, seconds: float) -> None:
     peak = peak_memory_gib(session.model.device)
     paired = {
         name: evaluator.compare(base.pictures, base.rewards[name], tuned.rewards[name])
-        for name in session.mixture.names
+        for name in session.mixture.figures
     }
     checks = evaluator.check_shares({"base": base, "tuned": tuned})
     cells = [

@@ -31,6 +31,10 @@ def train(
     preset: PresetOption = None,
     config: ConfigOption = None,
     sets: SetOption = None,
+    reward: Annotated[
+        list[str] | None,
+        typer.Option("--reward", "-r", help="NAME or NAME:WEIGHT, repeatable or with commas"),
+    ] = None,
     model: ModelOption = None,
     output: OutputOption = None,
     steps: Annotated[int | None, typer.Option("--steps", help="optimiser steps")] = None,
@@ -62,34 +66,35 @@ def train(
 
       alignprop train --preset tiny --steps 5 --output runs/first --seed 1
 
+      alignprop train --preset tiny --reward clip --reward colourfulness:0.1
+
       alignprop train --resume runs/first --steps 10
     """
-    from alignprop_cli import presets
-    from alignprop_cli.console import Console, table
+    from alignprop_cli.commands.settings import reward_weights
+    from alignprop_cli.console import Console
     from alignprop_cli.errors import ConfigError
 
     console = Console(as_json=as_json, quiet=quiet)
     if list_presets:
-        rows = [(name, presets.summary(name)) for name in presets.names()]
-        listing = table("Presets", ("name", "what it does"), rows, numbers=False)
-        console.result("alignprop.presets/1", {"presets": dict(rows)}, [listing])
+        _list(console)
         return
     flags = {"model.id": model, "train.steps": steps, "train.seed": seed, "output.dir": output}
+    rewards = reward_weights(reward)
     run: Path | None = None
     if resume is not None:
         run = _run_to_resume(resume, preset, config, output)
     if run is not None:
         # Where the run is, it stays.
         flags["output.dir"] = None
-        settings = _settings(None, str(run / "config.yaml"), sets or [], flags)
+        settings = _settings(None, str(run / "config.yaml"), sets or [], rewards, flags)
         name = run.name
-    elif preset is None and config is None:
+    elif preset is None and config is None and not (model and rewards):
         raise ConfigError(
-            "train: nothing to do: give --preset or --config",
+            "train: nothing to do: give --preset or --config, or --model and --reward",
             hint="`alignprop train --preset tiny` works at once; --list-presets lists the others",
         )
     else:
-        settings = _settings(preset, config, sets or [], flags)
+        settings = _settings(preset, config, sets or [], rewards, flags)
         name = _run_name(preset, config)
     if show_preset:
         _show(console, settings)
@@ -103,10 +108,23 @@ def train(
     run_training(settings, console, name=name, resume=run)
 
 
+def _list(console: Console) -> None:
+    from alignprop_cli import presets
+    from alignprop_cli.console import table
+
+    rows = [(name, presets.summary(name)) for name in presets.names()]
+    listing = table("Presets", ("name", "what it does"), rows, numbers=False)
+    console.result("alignprop.presets/1", {"presets": dict(rows)}, [listing])
+
+
 def _settings(
-    preset: str | None, config: str | None, sets: list[str], flags: dict[str, object]
+    preset: str | None,
+    config: str | None,
+    sets: list[str],
+    rewards: dict[str, float | None],
+    flags: dict[str, object],
 ) -> Config:
-    """Resolve the configuration and check the names of the rewards in it."""
+    """Resolve the configuration."""
     from pathlib import Path
 
     from alignprop_cli import presets
@@ -115,6 +133,7 @@ def _settings(
         preset=preset,
         config=Path(config).expanduser() if config else None,
         assignments=sets,
+        rewards=rewards,
         flags=flags,
     )
 
@@ -173,7 +192,7 @@ def _run_name(preset: str | None, config: str | None) -> str:
     from pathlib import Path
 
     if config is None:
-        return str(preset)
+        return preset or "run"
     path = Path(config)
     return path.parent.name if path.name == "config.yaml" and path.parent.name else path.stem
 

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -27,6 +28,7 @@ from alignprop_cli.commands.summary import finish
 from alignprop_cli.config import Config
 from alignprop_cli.console import Console
 from alignprop_cli.errors import AssetError, ConfigError, InterruptedRun
+from alignprop_cli.evaluator import Drawn
 from alignprop_cli.models.base import DiffusionModel
 from alignprop_cli.models.registry import load_model
 from alignprop_cli.plan import Plan, make_plan
@@ -63,6 +65,8 @@ def _check(config: Config) -> tuple[list[str], list[str]]:
     """Refuse unknown rewards and prompt sets before anything heavy; return the prompts."""
     for name, reward in config.reward.items():
         registry.check(name, reward.options)
+        if name in registry.SHIPPED and not registry.SHIPPED[name].trainable:
+            raise ConfigError(f"reward.{name}: it has no gradient, so it cannot be trained on")
     if config.lora.init is not None:
         _initial(config.lora.init)
     return load_prompts(config.train.prompts), load_prompts(config.eval.prompts)
@@ -106,6 +110,8 @@ def run_training(config: Config, console: Console, *, name: str, resume: Path | 
         )
     model = load_model(config.model, accelerator.device)
     mixture = build_mixture(config.reward, config.loss, accelerator.device)
+    if plan.checkpoint_reward:
+        mixture.recompute()
     config = _prepare_lora(config, model, found, console)
     trainer = Trainer(config, plan, model, mixture, train_prompts, accelerator)
     if found is not None:
@@ -125,6 +131,7 @@ def run_training(config: Config, console: Console, *, name: str, resume: Path | 
         _open_run(session, found)
     with lora.disabled(model.network):
         base = draw(config, console, model, mixture, session.held_out, "base model")
+    _standardise(session, base)
     _train(session)
     tuned = draw(config, console, model, mixture, session.held_out, "tuned model")
     if accelerator.is_main_process:
@@ -217,6 +224,22 @@ def _open_run(session: Session, found: Path | None) -> None:
         session.console.note(f"going on from {found}")
     elif done == 0 and began:
         session.console.note(f"{run} has no checkpoint yet: beginning it again")
+
+
+def _standardise(session: Session, base: Drawn) -> None:
+    """Measure the rewards that are to be standardised on the base model, once for the run."""
+    rewards = dict(session.config.reward)
+    for name, reward in rewards.items():
+        if reward.standardise and reward.base_mean is None:
+            mean, std = (float(f(base.rewards[name])) for f in (np.mean, np.std))
+            session.mixture.standardise(name, mean, std)
+            rewards[name] = reward.model_copy(update={"base_mean": mean, "base_std": std})
+    if rewards == session.config.reward:
+        return
+    session.config = session.config.model_copy(update={"reward": rewards})
+    if session.accelerator.is_main_process:
+        path = session.run / "config.yaml"
+        checkpoint.write_text(path, configuration.dump(session.config))
 
 
 def _train(session: Session) -> None:

@@ -15,7 +15,9 @@ class Reward(Protocol):
     """A differentiable measure of images.
 
     A plain function with this signature is a reward. Sign, scale and target are not its business:
-    they live in `losses.py`. An object may have `to(device)`, which is called once.
+    they live in `losses.py`. An object may have `to(device)`, which is called once, and `beside`, a
+    mapping from names to functions of images (B, 3, H, W) that return (B,): figures that are
+    recorded beside the reward and never trained on.
     """
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

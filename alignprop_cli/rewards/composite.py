@@ -2,27 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from alignprop_cli.config import LossConfig, RewardConfig
-from alignprop_cli.errors import RunError
+from alignprop_cli.errors import ConfigError, RunError
 from alignprop_cli.losses import reward_loss
 from alignprop_cli.rewards import own, registry
 from alignprop_cli.rewards.base import Reward, check_inputs, check_rewards
+from alignprop_cli.rewards.frozen import FrozenReward
 
 
 @dataclass(frozen=True)
 class Member:
-    """One reward of a mixture, with its weight and its loss."""
+    """One reward of a mixture.
+
+    Args:
+        name: Of the reward.
+        reward: Measures images.
+        weight: Factor on its loss.
+        loss: How it becomes a loss.
+        base: Mean and deviation over pictures of the base model; with them the loss is that of
+            (reward - mean) / deviation, the target moved likewise.
+    """
 
     name: str
     reward: Reward
     weight: float
     loss: LossConfig
+    base: tuple[float, float] | None = None
+
+    def loss_of(self, rewards: Tensor) -> Tensor:
+        """Return the weighted loss of each image, shape (B,). Differentiable in rewards (B,)."""
+        target = self.loss.target
+        if self.base is not None:
+            mean, std = self.base
+            rewards = (rewards - mean) / std
+            target = None if target is None else (target - mean) / std
+        return self.weight * reward_loss(
+            rewards, self.loss.kind, target=target, scale=self.loss.scale
+        )
 
 
 class Mixture:
@@ -30,22 +52,34 @@ class Mixture:
 
     Args:
         members: At least one, with distinct names.
+
+    Attributes:
+        names: Of the members.
+        beside: Figures that members report beside their rewards: functions of images by name.
     """
 
     def __init__(self, members: Sequence[Member]) -> None:
         self.members = tuple(members)
         self.names = tuple(member.name for member in members)
+        self.beside: dict[str, Callable[[Tensor], Tensor]] = {}
+        for member in members:
+            self.beside |= getattr(member.reward, "beside", {})
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """Return the names of everything that `score` measures."""
+        return (*self.names, *self.beside)
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Measure images with every member.
+        """Measure images with every member, and what they report beside.
 
         Args:
             images: Shape (B, 3, H, W), in [0, 1].
             prompts: B texts.
 
         Returns:
-            For each member's name its rewards, shape (B,), float32. Differentiable in images as
-            far as the member is.
+            For each of `figures` a tensor of shape (B,), float32. Those of members are
+            differentiable in images as far as the member is; those beside are not.
 
         Raises:
             ConfigError: If a member answers with a wrong shape.
@@ -55,21 +89,35 @@ class Mixture:
         for member in self.members:
             check_inputs(member.name, images, prompts)
             scores[member.name] = check_rewards(member.name, _ask(member, images, prompts), prompts)
+        for name, measure in self.beside.items():
+            scores[name] = check_rewards(name, measure(images.detach()), prompts).to(images.device)
         return scores
 
     def losses(self, scores: Mapping[str, Tensor]) -> Tensor:
         """Return the loss of each image, shape (B,). Differentiable in the scores."""
-        parts = [
-            member.weight
-            * reward_loss(
-                scores[member.name],
-                member.loss.kind,
-                target=member.loss.target,
-                scale=member.loss.scale,
+        return torch.stack([m.loss_of(scores[m.name]) for m in self.members]).sum(dim=0)
+
+    def standardise(self, name: str, mean: float, std: float) -> None:
+        """Let a member's loss be that of (reward - mean) / std from now on.
+
+        Raises:
+            RunError: If std is 0: all pictures of the base model are worth the same.
+        """
+        if not std > 0.0:
+            raise RunError(
+                f"reward.{name}.standardise: the base model's pictures all have the reward {mean}",
+                hint="draw more with eval.images, or set base_mean and base_std",
             )
+        self.members = tuple(
+            replace(member, base=(mean, std)) if member.name == name else member
             for member in self.members
-        ]
-        return torch.stack(parts).sum(dim=0)
+        )
+
+    def recompute(self) -> None:
+        """Compute the blocks of the members' networks again in backward, to save memory."""
+        for member in self.members:
+            if isinstance(member.reward, FrozenReward):
+                member.reward.recompute()
 
 
 def _ask(member: Member, images: Tensor, prompts: Sequence[str]) -> object:
@@ -93,8 +141,17 @@ def build_mixture(
     members: list[Member] = []
     for name, config in rewards.items():
         reward = registry.build(name, config.options)
-        move = getattr(reward, "to", None)
-        if callable(move):
+        dtype: torch.dtype = getattr(torch, config.dtype)
+        if isinstance(reward, FrozenReward):
+            reward.to(device, dtype)
+        elif dtype != torch.float32:
+            raise ConfigError(f"reward.{name}.dtype: it holds no network that could be {dtype}")
+        elif callable(move := getattr(reward, "to", None)):
             move(device)
-        members.append(Member(name, reward, config.weight, config.loss or loss))
+        base = (
+            None
+            if config.base_mean is None or config.base_std is None or not config.standardise
+            else (config.base_mean, config.base_std)
+        )
+        members.append(Member(name, reward, config.weight, config.loss or loss, base))
     return Mixture(members)

@@ -48,7 +48,9 @@ from transformers import (
 )
 
 from alignprop_cli.errors import ConfigError, did_you_mean
-from alignprop_cli.rewards.weights import loading
+from alignprop_cli.hub import from_pretrained, loading
+from alignprop_cli.images import CLIP_MEAN, CLIP_STD, normalise
+from alignprop_cli.rewards.frozen import FrozenReward, exact
 
 _OVERLAP = 0.5
 _MOST = 100
@@ -56,10 +58,10 @@ _SHARPNESS = 2.0
 _THRESHOLD = {"yolos": 0.5, "owlv2": 0.1}
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-_CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+_CLIP = (CLIP_MEAN, CLIP_STD)
 
 
-class Count:
+class Count(FrozenReward):
     """rewards = log P(the picture holds N objects of a kind), at most 0.
 
     exp(reward) is the detector's probability of exactly N. See the module for the derivation.
@@ -89,11 +91,7 @@ class Count:
             raise ConfigError(f"reward.count.number: expected 0 to {_MOST}, got {number}")
         self.object, self.number = object, number
         self.detector = Detector("count", object, model)
-
-    def to(self, device: torch.device) -> Count:
-        """Move the detector to a device and return self."""
-        self.detector.to(device)
-        return self
+        self.networks = (self.detector.network,)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return log P(K = N), shape (B,). Differentiable in images, also where none is found."""
@@ -109,7 +107,7 @@ class Count:
         return torch.sigmoid(self.detector.places(images)).sum(dim=1)
 
 
-class Remove:
+class Remove(FrozenReward):
     """rewards = log P(the picture holds no object of a kind), at most 0.
 
     `Count` with the number 0: minus the sum over places of log(1 + odds), which is minus the
@@ -125,11 +123,7 @@ class Remove:
 
     def __init__(self, object: str, model: str = "hustvl/yolos-tiny") -> None:
         self.detector = Detector("remove", object, model)
-
-    def to(self, device: torch.device) -> Remove:
-        """Move the detector to a device and return self."""
-        self.detector.to(device)
-        return self
+        self.networks = (self.detector.network,)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return log P(K = 0), shape (B,). Differentiable in images."""
@@ -137,7 +131,7 @@ class Remove:
 
 
 class Detector:
-    """A YOLOS or an OWLv2, asked for one kind of object. Frozen, in float32 outside autocast.
+    """A YOLOS or an OWLv2, asked for one kind of object. Frozen; its answers are float32.
 
     Args:
         reward: Name of the reward, for messages.
@@ -159,27 +153,18 @@ class Detector:
                     f"{model} is a '{config.model_type}'"
                 )
             if config.model_type == "yolos":
-                self._network: Any = _load(YolosForObjectDetection, model)
+                self.network: Any = from_pretrained(YolosForObjectDetection, model, option=option)
                 self._words = None
             else:
-                self._network = _load(Owlv2ForObjectDetection, model)
+                self.network = from_pretrained(Owlv2ForObjectDetection, model, option=option)
                 length = config.text_config.max_position_embeddings
                 self._words = _words(
-                    self._network.owlv2, CLIPTokenizer.from_pretrained(model), object, length
+                    self.network.owlv2, CLIPTokenizer.from_pretrained(model), object, length
                 )
         self._label = _label(config, object, reward, model) if self._words is None else 0
         threshold = _THRESHOLD[config.model_type]
         self._threshold = math.log(threshold / (1.0 - threshold))
-        mean, std = _IMAGENET if self._words is None else _CLIP
-        self._mean = torch.tensor(mean).view(1, 3, 1, 1)
-        self._std = torch.tensor(std).view(1, 3, 1, 1)
-
-    def to(self, device: torch.device) -> Detector:
-        """Move the network to a device and return self."""
-        self._network.to(device)
-        self._mean, self._std = self._mean.to(device), self._std.to(device)
-        self._words = None if self._words is None else self._words.to(device)
-        return self
+        self.mean, self.std = _IMAGENET if self._words is None else _CLIP
 
     def log_odds(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Ask every query of the detector.
@@ -192,21 +177,21 @@ class Detector:
             height) in parts of the picture, shape (B, Q, 4). Differentiable in images. Their
             sigmoid is the library's score.
         """
-        images = images if images.dtype == torch.float64 else images.float()
-        mean, std = self._mean.to(images.dtype), self._std.to(images.dtype)
+        images = images.to(exact(images.dtype))
         sized = self._fitted(images) if self._words is None else self._squared(images)
-        inputs = (sized - mean) / std
+        inputs = normalise(sized, self.mean, self.std).to(self.network.dtype)
         with torch.autocast(images.device.type, enabled=False):
             if self._words is not None:
                 # The steps of its forward, less the words, which are always the same, and a mask
                 # of words that casts to float32.
-                patches, _ = self._network.image_embedder(inputs)
+                patches, _ = self.network.image_embedder(inputs)
                 flat = patches.flatten(1, 2)  # (B, Q, D)
-                words = self._words.to(images.dtype).expand(len(images), 1, -1)
-                logits, _ = self._network.class_predictor(flat, words)
-                return logits[..., 0], self._network.box_predictor(flat, patches)
-            found = self._network(pixel_values=inputs)
-        logits, label = found.logits, self._label
+                words = self._words.to(flat).expand(len(images), 1, -1)
+                logits, _ = self.network.class_predictor(flat, words)
+                boxes = self.network.box_predictor(flat, patches)
+                return logits[..., 0].to(images.dtype), boxes
+            found = self.network(pixel_values=inputs)
+        logits, label = found.logits.to(images.dtype), self._label
         others = torch.cat([logits[..., :label], logits[..., label + 1 :]], dim=-1)
         return logits[..., label] - others.logsumexp(dim=-1), found.pred_boxes
 
@@ -246,7 +231,7 @@ class Detector:
 
     def _fitted(self, images: Tensor) -> Tensor:
         """Resize as YOLOS is fed: to a short edge, within a long edge, in whole patches."""
-        config = self._network.config
+        config = self.network.config
         height, width = images.shape[-2:]
         scale = min(
             min(config.image_size) / min(height, width), max(config.image_size) / max(height, width)
@@ -257,7 +242,7 @@ class Detector:
 
     def _squared(self, images: Tensor) -> Tensor:
         """Pad with black to a square at the bottom and right, and resize, as OWLv2 is fed."""
-        side = self._network.config.vision_config.image_size
+        side = self.network.config.vision_config.image_size
         height, width = images.shape[-2:]
         longest = max(height, width)
         images = pad(images, (0, longest - width, 0, longest - height))
@@ -358,13 +343,3 @@ def _label(config: Any, object: str, reward: str, model: str) -> int:
             hint=f"set reward.{reward}.model to google/owlv2-base-patch16-ensemble for any words",
         )
     return known[object.lower()]
-
-
-def _load(kind: Any, model: str) -> Any:
-    """Return a pretrained network, frozen, or refuse one with tensors missing."""
-    network, report = kind.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
-    # Transformers fills them with random numbers and goes on.
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise ValueError(f"it lacks {missing[0]} ({len(missing)} tensors are missing)")
-    return network.eval().requires_grad_(False)

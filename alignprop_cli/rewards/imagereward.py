@@ -25,24 +25,23 @@ from transformers import (
 )
 
 from alignprop_cli.errors import AssetError
-from alignprop_cli.images import resize_and_crop
-from alignprop_cli.rewards.weights import loading, locate
+from alignprop_cli.hub import loading, locate
+from alignprop_cli.images import CLIP_MEAN, CLIP_STD, normalise, resize_and_crop
+from alignprop_cli.rewards.frozen import FrozenReward, exact
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 """With which the published code brings its ratings to about mean 0 and deviation 1."""
 
 _TEXT_LENGTH = 35
 _OPTION = "reward.imagereward.weights"
-_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-class ImageReward:
+class ImageReward(FrozenReward):
     """rewards = (MLP(text token of BLIP(picture, prompt)) - MEAN) / STD.
 
     Most pictures lie between -2 and 2. A vision transformer reads the picture, a BERT reads the
     prompt (35 tokens, the rest is cut) and looks at the picture in every layer; its first token
-    goes through five linear layers without activations. All of it runs in float32 outside autocast.
+    goes through five linear layers without activations.
 
     Args:
         weights: A folder with ImageReward.pt and med_config.json, the .pt file itself (with
@@ -79,15 +78,7 @@ class ImageReward:
                 f"reward.imagereward.tokenizer: {tokenizer} has {len(self._tokenizer)} tokens, the "
                 f"model reads {self._text.config.vocab_size}"
             )
-        self._mean = torch.tensor(_CLIP_MEAN).view(1, 3, 1, 1)
-        self._std = torch.tensor(_CLIP_STD).view(1, 3, 1, 1)
-
-    def to(self, device: torch.device) -> ImageReward:
-        """Move the model to a device and return self."""
-        for module in (self._vision, self._text, self._head):
-            torch.nn.Module.to(module, device)
-        self._mean, self._std = self._mean.to(device), self._std.to(device)
-        return self
+        self.networks, self.heads = (self._vision, self._text), (self._head,)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the rating of each image for its prompt, shape (B,). Differentiable in images."""
@@ -107,13 +98,12 @@ class ImageReward:
                 encoder_attention_mask=seen.new_ones(seen.shape[:-1], dtype=torch.long),
                 is_decoder=False,  # no causal mask: the model is an encoder with cross-attention
             ).last_hidden_state  # (B, 35, D)
-            return (self._head(read[:, 0]).squeeze(-1) - MEAN) / STD
+            return (self._head(read[:, 0].to(exact(read.dtype))).squeeze(-1) - MEAN) / STD
 
     def _see(self, images: Tensor) -> Tensor:
         """Return the tokens of each picture, shape (B, 1 + patches, width)."""
-        inputs = resize_and_crop(images, self.image_size)
-        inputs = (inputs - self._mean.to(inputs.dtype)) / self._std.to(inputs.dtype)
-        return self._vision(pixel_values=inputs).last_hidden_state
+        inputs = normalise(resize_and_crop(images, self.image_size), CLIP_MEAN, CLIP_STD)
+        return self._vision(pixel_values=inputs.to(self.dtype)).last_hidden_state
 
 
 def _vision(state: Mapping[str, Tensor]) -> BlipVisionModel:

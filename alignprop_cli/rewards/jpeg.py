@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, pad
 
 from alignprop_cli.errors import AssetError, ConfigError, did_you_mean
+from alignprop_cli.images import to_uint8
 
 _QUALITY = {"size": 95, "round_trip": 80}
 """Quality that each measure is published with: DDPO's and DRaFT's."""
@@ -54,10 +55,7 @@ class Compressibility:
 
     def __init__(self, measure: str = "size", quality: int | None = None) -> None:
         self._size = _measure("compressibility", measure, quality)
-
-    def to(self, device: torch.device) -> Compressibility:
-        """Return self: there are no weights."""
-        return self
+        self.beside = {"jpeg_kilobytes": _true_size}
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return minus the size or the error, shape (B,). Differentiable in images."""
@@ -73,10 +71,7 @@ class Incompressibility:
 
     def __init__(self, measure: str = "size", quality: int | None = None) -> None:
         self._size = _measure("incompressibility", measure, quality)
-
-    def to(self, device: torch.device) -> Incompressibility:
-        """Return self: there are no weights."""
-        return self
+        self.beside = {"jpeg_kilobytes": _true_size}
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the size or the error, shape (B,). Differentiable in images."""
@@ -108,6 +103,11 @@ def _measure(reward: str, measure: str, quality: int | None) -> Callable[[Tensor
         return (images - jpeg_codec_differentiable(images, at)).square().mean(dim=(1, 2, 3))
 
     return error_of
+
+
+def _true_size(images: Tensor) -> Tensor:
+    """Return the size of the files, by DDPO's definition, whatever the measure is."""
+    return jpeg_kilobytes(to_uint8(images))
 
 
 def jpeg_kilobytes(images_uint8: Tensor, quality: int = 95) -> Tensor:

@@ -22,6 +22,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, cast
 
+from alignprop_cli.config import RewardConfig
 from alignprop_cli.errors import AssetError, ConfigError, did_you_mean
 from alignprop_cli.rewards import own
 from alignprop_cli.rewards.base import Reward
@@ -31,11 +32,25 @@ GROUP = "alignprop.rewards"
 
 @dataclass(frozen=True)
 class Spec:
-    """Where a shipped reward lives, what it measures, and the options it takes."""
+    """Where a shipped reward lives, what it measures, and the options it takes.
+
+    Args:
+        target: module:attribute.
+        summary: One line for people.
+        options: Name and type of each.
+        reads_prompt: Whether the prompt matters.
+        trainable: Whether it has a gradient.
+    """
 
     target: str
     summary: str
     options: Mapping[str, type] = field(default_factory=dict[str, type])
+    reads_prompt: bool = True
+    trainable: bool = True
+
+
+def _pixel(name: str, summary: str) -> Spec:
+    return Spec(f"alignprop_cli.rewards.pixel:{name}", summary, reads_prompt=False)
 
 
 SHIPPED: Mapping[str, Spec] = {
@@ -43,6 +58,33 @@ SHIPPED: Mapping[str, Spec] = {
         "alignprop_cli.rewards.clip:ClipReward",
         "agreement of picture and prompt, cosine of an open_clip model",
         {"model": str, "pretrained": str},
+    ),
+    "clip_count": Spec(
+        "alignprop_cli.rewards.clip_count:ClipCount",
+        "log-probability of the prompt's number of things, by an open_clip model, at most 0",
+        {"model": str, "pretrained": str, "most": int},
+    ),
+    "aesthetic": Spec(
+        "alignprop_cli.rewards.aesthetic:AestheticReward",
+        "how people rate a picture without its prompt, about 1 to 10",
+        {"head": str, "model": str},
+        reads_prompt=False,
+    ),
+    "hps": Spec(
+        "alignprop_cli.rewards.hps:HpsReward",
+        "human preference score v2.1 or v2.0, a cosine, about 0.2 to 0.35",
+        {"version": str, "weights": str},
+    ),
+    "hps-official": Spec(
+        "alignprop_cli.rewards.hps_official:OfficialHps",
+        "the same by the hpsv2 package itself; measures, cannot be trained on",
+        {"version": str, "weights": str},
+        trainable=False,
+    ),
+    "pickscore": Spec(
+        "alignprop_cli.rewards.pickscore:PickScore",
+        "which picture people pick for a prompt, about 18 to 24",
+        {"model": str, "tokenizer": str},
     ),
     "imagereward": Spec(
         "alignprop_cli.rewards.imagereward:ImageReward",
@@ -53,11 +95,13 @@ SHIPPED: Mapping[str, Spec] = {
         "alignprop_cli.rewards.jpeg:Compressibility",
         "minus the size as a JPEG file, estimated, in kB",
         {"measure": str, "quality": int},
+        reads_prompt=False,
     ),
     "incompressibility": Spec(
         "alignprop_cli.rewards.jpeg:Incompressibility",
         "the size as a JPEG file, estimated, in kB",
         {"measure": str, "quality": int},
+        reads_prompt=False,
     ),
     "count": Spec(
         "alignprop_cli.rewards.detect:Count",
@@ -68,14 +112,13 @@ SHIPPED: Mapping[str, Spec] = {
         "alignprop_cli.rewards.detect:Remove",
         "log-probability of no such object, at most 0",
         {"object": str, "model": str},
+        reads_prompt=False,
     ),
-    "brightness": Spec("alignprop_cli.rewards.pixel:brightness", "mean luma, 0 to 1"),
-    "redness": Spec("alignprop_cli.rewards.pixel:redness", "red above green and blue, -1 to 1"),
-    "contrast": Spec("alignprop_cli.rewards.pixel:contrast", "deviation of luma, 0 to 0.5"),
-    "colourfulness": Spec("alignprop_cli.rewards.pixel:colourfulness", "spread of colours, 0 to 1"),
-    "symmetry": Spec(
-        "alignprop_cli.rewards.pixel:symmetry", "likeness to the mirror image, -1 to 0"
-    ),
+    "brightness": _pixel("brightness", "mean luma, 0 to 1"),
+    "redness": _pixel("redness", "red above green and blue, -1 to 1"),
+    "contrast": _pixel("contrast", "deviation of luma, 0 to 0.5"),
+    "colourfulness": _pixel("colourfulness", "spread of colours, 0 to 1"),
+    "symmetry": _pixel("symmetry", "likeness to the mirror image, -1 to 0"),
 }
 
 
@@ -94,11 +137,12 @@ def check(name: str, options: Mapping[str, Any]) -> None:
         spec = SHIPPED[name]
         for option, value in options.items():
             if option not in spec.options:
-                known = ("weight", "loss", *spec.options)
+                known = (*RewardConfig.model_fields, *spec.options)
                 raise ConfigError(
                     f"reward.{name}: unknown option '{option}'.{did_you_mean(option, known)}"
                 )
-            if value is not None and not isinstance(value, spec.options[option]):
+            # Not isinstance: True would be an int.
+            if value is not None and type(value) is not spec.options[option]:
                 kind = spec.options[option].__name__
                 raise ConfigError(f"reward.{name}.{option}: expected a {kind}, got {value!r}")
     elif ":" not in name and name not in names():

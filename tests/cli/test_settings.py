@@ -5,13 +5,26 @@ from __future__ import annotations
 import pytest
 
 from alignprop_cli.commands.outputs import check_output
-from alignprop_cli.commands.settings import build, reward_names
+from alignprop_cli.commands.settings import build, reward_names, reward_weights
 from alignprop_cli.errors import ConfigError
 
 
 def test_names_are_split_and_come_once():
     assert reward_names(["clip, brightness", "clip", ""]) == ["clip", "brightness"]
     assert reward_names(None) == []
+
+
+def test_weights_follow_names_which_may_hold_colons_themselves():
+    given = ["clip", "hps:2,dir/mine.py:best", "a.b:c:-0.5", "brightness:1e-3"]
+    assert reward_weights(given) == {
+        "clip": None,
+        "hps": 2.0,
+        "dir/mine.py:best": None,
+        "a.b:c": -0.5,
+        "brightness": 0.001,
+    }
+    with pytest.raises(ConfigError, match="--reward: clip is given twice"):
+        reward_weights(["clip", "clip:2"])
 
 
 def test_without_any_reward_it_is_clip():
@@ -30,7 +43,7 @@ def test_named_rewards_replace_others_and_keep_their_own_options(tmp_path):
 
 
 def test_an_option_of_a_reward_that_is_not_measured_is_refused():
-    with pytest.raises(ConfigError, match="clip is not measured"):
+    with pytest.raises(ConfigError, match="clip is not among those of --reward"):
         build(rewards=["contrast"], assignments=["reward.clip.model=tiny"])
 
 

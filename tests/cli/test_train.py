@@ -348,6 +348,30 @@ def test_a_run_can_start_from_another_runs_lora_and_records_what_that_is(run) ->
     assert run("--resume", "b", "--steps", 2, "-q")[0] == 0
 
 
+def test_a_standardised_mixture_measures_the_base_model_once_and_resumes_with_it(run) -> None:
+    mix = ("--reward=clip:0.5,compressibility:0.5", "--set=reward.clip.standardise=true")
+    assert run("--preset", "tiny", "--steps", 2, "--output", "six", "-q", *FAST, *mix)[0] == 0
+    assert run("--preset", "tiny", "--steps", 1, "--output", "r", "-q", *FAST, *mix)[0] == 0
+    member = yaml.safe_load(Path("r/config.yaml").read_text())["reward"]["clip"]
+    summary = json.loads(Path("r/summary.json").read_text())
+    assert member["base_mean"] == summary["held_out"]["rewards"]["clip"]["base"]
+    assert member["base_std"] > 0.0
+    # The training's evaluation may change; what was measured stays.
+    assert run("--resume", "r", "--steps", 2, "-q", "--set=eval.images=3")[0] == 0
+    assert same(adapter(Path("r"), 2), adapter(Path("six"), 2))
+    # The true size is recorded beside the estimate.
+    line = metrics(Path("r"))[-1]["rewards"]
+    assert list(line) == ["clip", "compressibility", "jpeg_kilobytes"]
+    assert 0.6 < line["jpeg_kilobytes"]["mean"] < 3.0
+
+
+def test_a_reward_without_a_gradient_is_refused_before_anything_is_loaded(run) -> None:
+    code, _, err = run("--preset", "tiny", "--reward", "hps-official")
+    assert code == 2
+    assert "cannot be trained on" in err
+    assert not Path("runs").exists()
+
+
 def test_training_on_the_evaluations_prompts_is_said(run) -> None:
     args = ("--preset", "tiny", "--steps", 1, "--output", "r", *FAST)
     code, _, err = run(*args, "--set=eval.prompts=shapes")

@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from alignprop_cli.errors import AssetError, ConfigError
+from alignprop_cli.images import normalise
 from alignprop_cli.rewards.detect import Count, Detector, Remove, log_probability, number_in
 from tests.factories import generator, randn, small_tokenizer
 
@@ -197,7 +198,7 @@ def test_the_same_alone_and_in_a_batch(folder: str) -> None:
 def test_gradcheck(folder: str) -> None:
     images = pictures(8, 9, torch.float64)[:1].requires_grad_()
     for reward in (Count("cat", 2, folder), Remove("cat", folder)):
-        reward.detector._network.double()
+        reward.to(torch.device("cpu"), torch.float64)
         assert torch.autograd.gradcheck(
             lambda x, reward=reward: reward(x, [""]), [images], fast_mode=True
         )
@@ -218,8 +219,8 @@ def test_yolos_scores_are_those_of_the_librarys_post_processing(folders: dict[st
         ]
     )  # (classes, B, Q)
     detector = Detector("count", "cat", str(folders["yolos"]))
-    mean, std = detector._mean, detector._std
-    output = detector._network(pixel_values=(detector._fitted(images) - mean) / std)
+    inputs = normalise(detector._fitted(images), detector.mean, detector.std)
+    output = detector.network(pixel_values=inputs)
     library = YolosImageProcessor().post_process_object_detection(output, threshold=0.0)
     seen = 0
     for index, result in enumerate(library):
@@ -242,7 +243,7 @@ def test_owlv2_scores_are_those_of_the_librarys_post_processing(folders: dict[st
         tokenizer=CLIPTokenizer.from_pretrained(folders["owlv2"], model_max_length=24),
     )
     inputs = processor(text=[["a photo of a cat"]] * 3, images=list(images), return_tensors="pt")
-    output = detector._network(**inputs)
+    output = detector.network(**inputs)
     torch.testing.assert_close(boxes, output.pred_boxes)
     library = processor.image_processor.post_process_object_detection(output, threshold=0.0)
     for mine, result in zip(log_odds, library, strict=True):
@@ -259,7 +260,7 @@ def test_yolos_is_fed_as_the_library_does(
         size={"shortest_edge": 32, "longest_edge": 48}, do_rescale=False, do_pad=False
     )
     library = processor(images=list(images), return_tensors="pt").pixel_values
-    fitted = (detector._fitted(images) - detector._mean) / detector._std
+    fitted = normalise(detector._fitted(images), detector.mean, detector.std)
     torch.testing.assert_close(fitted, library, rtol=0.0, atol=1e-4)
 
 
@@ -278,7 +279,7 @@ def test_an_answer_at_the_librarys_threshold_counts_half(
 
 def test_there_is_a_gradient_where_nothing_is_detected(folder: str) -> None:
     reward = Count("cat", 2, folder)
-    network = reward.detector._network
+    network = reward.detector.network
     if network.config.model_type == "yolos":
         network.class_labels_classifier.layers[-1].bias.data[-1] += 30.0  # "no object"
     else:
@@ -331,8 +332,8 @@ def test_overlapping_answers_are_one_place() -> None:
 
 def test_it_is_frozen_in_evaluation_and_runs_in_float32_under_autocast(folder: str) -> None:
     reward = Count("cat", 1, folder)
-    assert not any(part.training for part in reward.detector._network.modules())
-    assert not any(p.requires_grad for p in reward.detector._network.parameters())
+    assert not any(part.training for part in reward.detector.network.modules())
+    assert not any(p.requires_grad for p in reward.detector.network.parameters())
     images = pictures(32, 32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         under = reward(images, PROMPTS)

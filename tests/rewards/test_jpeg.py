@@ -74,7 +74,7 @@ def test_one_finite_number_per_image_with_a_gradient_for_each(
     kind: type[Compressibility | Incompressibility], measure: str, height: int, width: int
 ) -> None:
     images = noise(height, width).requires_grad_()
-    rewards = kind(measure).to(torch.device("cpu"))(images, TEXTS)
+    rewards = kind(measure)(images, TEXTS)
     assert rewards.shape == (3,)
     assert rewards.dtype == torch.float32
     assert torch.isfinite(rewards).all()

@@ -136,6 +136,8 @@ def test_unknown_names_and_options_are_refused_with_the_nearest_one() -> None:
         registry.build("brightnes", {})
     with pytest.raises(ConfigError, match="Did you mean 'model'"):
         registry.check("clip", {"modle": "tiny"})
+    with pytest.raises(ConfigError, match="Did you mean 'standardise'"):
+        registry.check("clip", {"standardize": True})
 
 
 def test_a_reward_of_the_users_own_comes_from_a_file(tmp_path: Path) -> None:
@@ -202,6 +204,55 @@ def test_a_mixture_sums_weighted_losses_and_keeps_each_reward_apart() -> None:
     assert torch.equal(scores["redness"], red)
     expected = 2.0 * (-3.0 * bright) - 0.5 * (4.0 * (red - 0.25).abs())
     torch.testing.assert_close(mixture.losses(scores), expected)
+
+
+def test_a_standardised_member_is_measured_in_the_base_models_deviations() -> None:
+    target = LossConfig(kind="hinge", target=0.6)
+    mixture = build_mixture(
+        {
+            "brightness": RewardConfig(weight=2.0, standardise=True, base_mean=0.4, base_std=0.1),
+            "contrast": RewardConfig(standardise=True, loss=target),
+            "redness": RewardConfig(base_mean=0.1, base_std=0.2),
+        },
+        LossConfig(),
+        CPU,
+    )
+    mixture.standardise("contrast", 0.2, 0.05)
+    images = pictures()
+    scores = mixture.score(images, PROMPTS)
+    expected = -2.0 * (scores["brightness"] - 0.4) / 0.1
+    expected = expected + (0.6 - scores["contrast"]).clamp(min=0.0) / 0.05
+    expected = expected - scores["redness"]  # not asked to be
+    torch.testing.assert_close(mixture.losses(scores), expected)
+    with pytest.raises(RunError, match=r"reward\.redness\.standardise: .* all have the reward 0.5"):
+        mixture.standardise("redness", 0.5, 0.0)
+
+
+def test_figures_beside_a_reward_are_measured_and_never_trained_on() -> None:
+    class Reward:
+        beside = {"area": lambda images: images.sum(dim=(1, 2, 3))}  # noqa: RUF012
+
+        def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+            return images.mean(dim=(1, 2, 3))
+
+    mixture = Mixture([Member("mine", Reward(), 1.0, LossConfig())])
+    assert (mixture.names, mixture.figures) == (("mine",), ("mine", "area"))
+    images = pictures().requires_grad_()
+    scores = mixture.score(images, PROMPTS)
+    torch.testing.assert_close(scores["area"], images.detach().sum(dim=(1, 2, 3)))
+    assert not scores["area"].requires_grad
+    torch.testing.assert_close(mixture.losses(scores), -scores["mine"])
+
+
+def test_a_precision_without_a_network_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"reward\.brightness\.dtype: it holds no network"):
+        build_mixture({"brightness": RewardConfig(dtype="bfloat16")}, LossConfig(), CPU)
+
+
+@pytest.mark.parametrize("value", [True, 3.0, "three"])
+def test_an_option_of_another_type_is_refused(value: object) -> None:
+    with pytest.raises(ConfigError, match=r"reward\.count\.number: expected a int"):
+        registry.check("count", {"object": "cat", "number": value})
 
 
 @pytest.mark.parametrize(

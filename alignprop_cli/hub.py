@@ -1,4 +1,4 @@
-"""Find the weights of a reward: a local path, or a file of the hub; one message when it fails."""
+"""Published weights and files: a local path or a file of the hub; one message when it fails."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -36,12 +38,13 @@ _LOADING = (
 
 
 @contextmanager
-def loading(option: str, place: str) -> Iterator[None]:
+def loading(option: str, place: str, *, alternative: str = "") -> Iterator[None]:
     """Turn whatever goes wrong inside the block, while weights are found and read, into one error.
 
     Args:
         option: The option that names the weights, such as reward.hps.weights.
         place: Its value: a path or a hub id.
+        alternative: What else the option may be set to.
 
     Raises:
         AssetError: With the reason, and what to do without a network.
@@ -53,6 +56,7 @@ def loading(option: str, place: str) -> Iterator[None]:
     except _LOADING as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         reason, hint = lines[0], f"set {option} to a local copy"
+        hint += f", or {alternative}" if alternative else ""
         if isinstance(error, GatedRepoError):
             reason = "it is gated: accept its licence on the hub, then `hf auth login`"
         elif isinstance(error, RepositoryNotFoundError):
@@ -87,3 +91,23 @@ def locate(place: str, filename: str, *, option: str) -> Path:
 
 
 _SUFFIXES = {".pt", ".pth", ".bin", ".ckpt", ".safetensors"}
+
+
+def from_pretrained(kind: Any, place: str, *, option: str) -> Any:
+    """Return a network of transformers, frozen, in float32.
+
+    Args:
+        kind: Its class.
+        place: A folder or a hub id.
+        option: The option that names the place, for the messages.
+
+    Raises:
+        AssetError: If it cannot be had, or tensors are missing: transformers would fill them with
+            random numbers and go on.
+    """
+    with loading(option, place):
+        network, report = kind.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
+        missing = sorted(report["missing_keys"])
+        if missing:
+            raise ValueError(f"it lacks {missing[0]} ({len(missing)} tensors are missing)")
+    return network.eval().requires_grad_(False)

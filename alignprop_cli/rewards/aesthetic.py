@@ -1,0 +1,93 @@
+"""LAION's aesthetic score: how people rate a picture, from its CLIP features. Reads no prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import CLIPVisionModelWithProjection
+
+from alignprop_cli.hub import from_pretrained, loading, locate
+from alignprop_cli.images import CLIP_MEAN, CLIP_STD, normalise, resize_and_crop
+from alignprop_cli.rewards.frozen import FrozenReward, unit
+
+_FILE = "aesthetic-model.pth"
+_OPTION = "reward.aesthetic.head"
+# The linear layers among the dropouts of the published head.
+_LAYERS = (0, 2, 4, 6, 7)
+
+
+class AestheticReward(FrozenReward):
+    """rewards = w . e + b, e the features of unit length of CLIP ViT-L/14; people rate 1 to 10.
+
+    The published head is five linear layers with nothing but dropout between them, so it is one
+    affine map, and is computed as that. Pictures of Stable Diffusion 1.5 lie between 5 and 6.5;
+    above 8 look at them.
+
+    Args:
+        head: The head's file, a folder that holds aesthetic-model.pth, or a hub id.
+        model: A folder or a hub id of CLIP ViT-L/14 in transformers' format.
+
+    Raises:
+        AssetError: If head or model are missing or damaged, do not fit each other, or the hub
+            cannot be reached.
+
+    Source: christophschuhmann/improved-aesthetic-predictor, sac+logos+ava1-l14-linearMSE.
+    """
+
+    def __init__(
+        self,
+        head: str = "trl-lib/ddpo-aesthetic-predictor",
+        model: str = "openai/clip-vit-large-patch14",
+    ) -> None:
+        file = locate(head, _FILE, option=_OPTION)
+        with loading(_OPTION, str(file)):
+            weight, bias = affine(torch.load(file, map_location="cpu", weights_only=True))
+        self._model: Any = from_pretrained(
+            CLIPVisionModelWithProjection, model, option="reward.aesthetic.model"
+        )
+        width = self._model.config.projection_dim
+        with loading(_OPTION, str(file)):
+            if len(weight) != width:
+                raise ValueError(f"it reads {len(weight)} features, {model} has {width}")
+            self._head = torch.nn.Linear(width, 1)
+            self._head.load_state_dict({"weight": weight[None], "bias": bias[None]})
+        self._head.eval().requires_grad_(False)
+        self.networks, self.heads = (self._model,), (self._head,)
+        self.image_size: int = self._model.config.image_size
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return the score of each image, shape (B,). Differentiable in images."""
+        inputs = normalise(resize_and_crop(images, self.image_size), CLIP_MEAN, CLIP_STD)
+        with torch.autocast(images.device.type, enabled=False):
+            seen = self._model(pixel_values=inputs.to(self.dtype)).image_embeds
+            return self._head(unit(seen)).squeeze(-1)
+
+
+def affine(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the affine map that the layers of a published head are together.
+
+    Args:
+        state: `layers.N.weight` and `layers.N.bias` for N = 0, 2, 4, 6, 7.
+
+    Returns:
+        w, shape (D,), and b, shape (), both float64.
+
+    Raises:
+        ValueError: If tensors are missing, unknown, or do not lead to one number.
+    """
+    expected = {f"layers.{place}.{part}" for place in _LAYERS for part in ("weight", "bias")}
+    wrong = sorted(expected ^ state.keys())
+    if wrong:
+        kind = "lacks" if wrong[0] in expected else "has an unknown"
+        raise ValueError(f"it {kind} {wrong[0]} ({len(wrong)} names differ)")
+    weight = torch.eye(state["layers.0.weight"].shape[1], dtype=torch.float64)
+    bias = weight.new_zeros(len(weight))
+    for place in _LAYERS:
+        layer, shift = (state[f"layers.{place}.{part}"].double() for part in ("weight", "bias"))
+        weight, bias = layer @ weight, layer @ bias + shift
+    if len(weight) != 1:
+        raise ValueError(f"it gives {len(weight)} numbers in place of one")
+    return weight[0], bias[0]

@@ -1,0 +1,87 @@
+"""The number of things that a prompt asks for, by a CLIP that compares numbers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from alignprop_cli.errors import ConfigError
+from alignprop_cli.rewards.clip import ClipReward
+
+
+class ClipCount(ClipReward):
+    """rewards = log P(the prompt's number | image) among prompts that differ in the number alone.
+
+    The prompt is read with `one`, `two`, ... up to `most` in place of its first number word, its
+    noun in singular or plural, and the cosines with these, times the model's learned scale, go
+    through a softmax. At most 0. As it only compares numbers it pays for nothing else, and fades
+    once the number is clear. Published CLIP models count poorly; the embedded one was trained to.
+
+    Args:
+        model: As in `ClipReward`.
+        pretrained: As in `ClipReward`.
+        most: Largest number that is told apart, 2 to 10.
+
+    Raises:
+        ConfigError, AssetError: As `ClipReward`; ConfigError too where a prompt names no number.
+    """
+
+    def __init__(self, model: str = "tiny", pretrained: str | None = None, most: int = 4) -> None:
+        if not 2 <= most <= len(_NUMBERS):
+            raise ConfigError(f"reward.clip_count.most: expected 2 to {len(_NUMBERS)}, got {most}")
+        super().__init__(model, pretrained)
+        self.most = most
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return the log-probabilities, shape (B,). Differentiable in images."""
+        numbers: list[int] = []
+        texts: list[str] = []
+        for prompt in prompts:
+            number, others = other_numbers(prompt, self.most)
+            numbers.append(number - 1)
+            texts += others
+        read = self.text_features(texts).unflatten(0, (len(prompts), self.most))  # (B, N, D)
+        cosines = torch.einsum("bd,bnd->bn", self.image_features(images), read)
+        scale = self._model.logit_scale.detach().to(cosines.dtype).exp()
+        chosen = torch.tensor(numbers, device=cosines.device)[:, None]
+        return (scale * cosines).log_softmax(dim=1).gather(1, chosen)[:, 0]
+
+
+_NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+# A number word, what follows it up to a preposition, a comma or the end, and the last word of that.
+_COUNTED = re.compile(
+    rf"\b(?P<number>{'|'.join(_NUMBERS)})\b(?P<between>(?:\s+[\w-]+)*?\s+)(?P<noun>[\w-]+)"
+    r"(?=\s+(?:on|in|at|of|with|and|under|near|over|by|beside|from|to)\b|\s*[,.;:]|\s*$)",
+    re.IGNORECASE,
+)
+
+
+def other_numbers(prompt: str, most: int) -> tuple[int, list[str]]:
+    """Return the number a prompt asks for, and the prompt with each number from one to `most`.
+
+    Args:
+        prompt: Such as "two small cats on a bench". Plurals are those that end in s.
+        most: The largest number.
+
+    Raises:
+        ConfigError: If there is no number word followed by a noun, or it is above `most`.
+    """
+    match = _COUNTED.search(prompt)
+    number = _NUMBERS.index(match["number"].lower()) + 1 if match else 0
+    if match is None or number > most:
+        raise ConfigError(
+            f"reward.clip_count: the prompt {prompt!r} asks for no number of things from one to "
+            f"{_NUMBERS[most - 1]}",
+            hint="write it as in 'two small cats on a bench'",
+        )
+    noun = match["noun"]
+    single = noun.removesuffix("s") if number > 1 else noun
+    return number, [
+        prompt[: match.start()]
+        + f"{word}{match['between']}{single if value == 1 else single + 's'}"
+        + prompt[match.end() :]
+        for value, word in enumerate(_NUMBERS[:most], start=1)
+    ]

@@ -1,0 +1,80 @@
+"""The human preference score by its authors' own package: to measure beside ours, not to train on.
+
+The wheel hpsv2 1.2.0 lacks the vocabulary of its tokenizer and pins old versions of other packages,
+which is why it is an extra and never what training uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from alignprop_cli.errors import AssetError, ConfigError
+from alignprop_cli.hub import loading, locate
+from alignprop_cli.images import to_uint8
+from alignprop_cli.rewards.hps import ARCHITECTURE, FILES
+
+
+class OfficialHps:
+    """rewards = the score of `hpsv2.score`, without reading its checkpoint again for each picture.
+
+    It sees bytes and has no gradient. On a GPU the package runs in float16.
+
+    Args:
+        version: `v2.1` or `v2.0`.
+        weights: As those of `hps`.
+
+    Raises:
+        ConfigError: If the version is unknown.
+        AssetError: If the package, its vocabulary or the checkpoint is missing.
+
+    Source: the package hpsv2, `img_score.score`.
+    """
+
+    def __init__(self, version: str = "v2.1", weights: str = "xswu/HPSv2") -> None:
+        if version not in FILES:
+            raise ConfigError(
+                f"reward.hps-official.version: unknown version '{version}'",
+                hint=f"known: {', '.join(FILES)}",
+            )
+        try:
+            from hpsv2.src import open_clip  # type: ignore[import-not-found]
+        except (ImportError, FileNotFoundError) as error:
+            raise AssetError(
+                f"reward.hps-official: the package hpsv2 does not load: {error}",
+                hint="pip install --no-deps hpsv2, and copy bpe_simple_vocab_16e6.txt.gz from the "
+                "folder of open_clip to hpsv2/src/open_clip",
+            ) from error
+        file = locate(weights, FILES[version], option="reward.hps-official.weights")
+        self._model: Any
+        self._model, _, self._prepare = open_clip.create_model_and_transforms(
+            ARCHITECTURE, precision="fp32", light_augmentation=True, output_dict=True
+        )
+        with loading("reward.hps-official.weights", str(file)):
+            state = torch.load(file, map_location="cpu", weights_only=True)
+            self._model.load_state_dict(state["state_dict"])
+        self._model.eval()
+        self._tokenizer: Any = open_clip.get_tokenizer(ARCHITECTURE)
+        self._device = torch.device("cpu")
+
+    def to(self, device: torch.device) -> OfficialHps:
+        """Move the model to a device and return self."""
+        self._model.to(device)
+        self._device = device
+        return self
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return the score of each image for its prompt, shape (B,). Not differentiable."""
+        scores: list[Tensor] = []
+        for pixels, prompt in zip(to_uint8(images).numpy(), prompts, strict=True):
+            picture = self._prepare(Image.fromarray(pixels))[None].to(self._device)
+            tokens = self._tokenizer([prompt]).to(self._device)
+            with torch.autocast(self._device.type, enabled=self._device.type == "cuda"):
+                found = self._model(picture, tokens)
+                scores.append((found["image_features"] * found["text_features"]).sum().float())
+        return torch.stack(scores)
