@@ -90,7 +90,7 @@ def _known(error: Exception) -> AlignPropError:
         lines = str(error).strip().splitlines() or ["no detail"]
         return RunError(
             f"out of memory: {lines[0]}",
-            hint="set train.micro_batch=1, gradient.checkpoint_network=true and "
+            hint="set train.micro_batch=1, gradient.checkpoint_network=call and "
             "gradient.checkpoint_decoder=true, or a smaller gradient.k_max",
         )
     return AlignPropError(

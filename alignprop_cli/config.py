@@ -7,7 +7,7 @@ once and says where each came from. No torch here: configurations are read befor
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, cast, get_args
 
 import yaml
 from pydantic import (
@@ -32,10 +32,8 @@ class Section(BaseModel):
     @classmethod
     def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
         # pydantic reads `steps: true` as one step.
-        if (
-            isinstance(value, bool)
-            and cls.model_fields[str(info.field_name)].annotation is not bool
-        ):
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
             raise ValueError("expected no true or false here")
         return value
 
@@ -126,14 +124,16 @@ class GradientConfig(Section):
         description="Images that share one draw of the window; null is micro-batch x processes "
         "of the first plan, which is then written to the run's config.",
     )
-    checkpoint_network: bool = Field(
-        default=True, description="Recompute network calls during backward instead of storing them."
+    checkpoint_network: Literal["auto", "none", "block", "call"] = Field(
+        default="auto",
+        description="What backward computes again in place of storing it: nothing, the blocks of "
+        "each network call, or the whole call; auto is the cheapest that fits the memory.",
     )
-    checkpoint_decoder: bool = Field(
-        default=True, description="Recompute the blocks of the VAE decoder during backward."
+    checkpoint_decoder: bool | Literal["auto"] = Field(
+        default="auto", description="Whether backward computes the VAE decoder's blocks again."
     )
-    checkpoint_reward: bool = Field(
-        default=False, description="Recompute the blocks of the rewards' networks during backward."
+    checkpoint_reward: bool | Literal["auto"] = Field(
+        default="auto", description="Whether backward computes the rewards' blocks again."
     )
 
 

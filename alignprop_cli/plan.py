@@ -1,17 +1,32 @@
 """How a global batch is worked through: micro-batch, accumulation, recomputation.
 
-A plan changes how fast and in how much memory a step runs, never what it computes.
+A plan changes how fast and in how much memory a step runs, never what it computes. Among the plans
+that fit the memory the one with the fewest operations is chosen.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
 
-from alignprop_cli.config import Config
-from alignprop_cli.errors import ConfigError, Problem
+from alignprop_cli.config import Config, GradientConfig
+from alignprop_cli.errors import ConfigError, Problem, RunError
+from alignprop_cli.estimate import (
+    CUDA_CONTEXT,
+    GIB,
+    LEVELS,
+    RESERVE,
+    Budget,
+    Estimate,
+    Footprint,
+    Level,
+    estimate,
+    longest_window,
+)
 
-# Not measured against memory: small enough for an 8 GB card with recomputation at 512 px.
-_AUTO_LARGEST = {"cuda": 2, "cpu": 8}
+# Beyond so many pictures at once nothing gets faster; on CUDA a guess, not measured.
+_LARGEST = {"cuda": 16, "cpu": 8}
 
 
 @dataclass(frozen=True)
@@ -23,108 +38,202 @@ class Plan:
         accumulation: Micro-batches that one process works through in a step.
         processes: Number of processes.
         window_group: Consecutive images that share one gradient window.
-        checkpoint_network: Recompute network calls during backward.
-        checkpoint_decoder: Recompute the VAE decoder during backward.
-        checkpoint_reward: Recompute the rewards' networks during backward.
+        checkpoint_network: What of the network is computed again in backward.
+        checkpoint_decoder: Recompute the blocks of the VAE decoder during backward.
+        checkpoint_reward: Recompute the blocks of the rewards' networks during backward.
+        estimate: What it is expected to need; None where nothing was counted.
     """
 
     micro_batch: int
     accumulation: int
     processes: int
     window_group: int
-    checkpoint_network: bool
+    checkpoint_network: Level
     checkpoint_decoder: bool
     checkpoint_reward: bool
+    estimate: Estimate | None = None
 
     @property
     def batch_size(self) -> int:
         """Return the images of one step over all processes."""
         return self.micro_batch * self.accumulation * self.processes
 
+    def halved(self) -> Plan:
+        """Return the same plan with half as many images at once, or what next divides them.
+
+        Raises:
+            ValueError: If it is one image already.
+        """
+        if self.micro_batch == 1:
+            raise ValueError("one image at once cannot be halved")
+        smaller = max(m for m in range(1, self.micro_batch // 2 + 1) if self.micro_batch % m == 0)
+        more = self.accumulation * self.micro_batch // smaller
+        return replace(self, micro_batch=smaller, accumulation=more, estimate=None)
+
     def describe(self) -> str:
         """Return the plan in one line for people."""
-        kept = [
-            name
-            for name, on in (
-                ("network", self.checkpoint_network),
-                ("decoder", self.checkpoint_decoder),
-                ("reward", self.checkpoint_reward),
-            )
-            if on
-        ]
-        return (
+        network = {
+            "none": None,
+            "block": "the network by block",
+            "call": "the network's calls",
+        }[self.checkpoint_network]
+        again = [network] if network else []
+        again += ["decoder"] * self.checkpoint_decoder + ["reward"] * self.checkpoint_reward
+        text = (
             f"{self.batch_size} images a step = {self.micro_batch} at once x {self.accumulation} "
             f"accumulated x {self.processes} process{'es' if self.processes > 1 else ''}; "
-            f"recomputed in backward: {', '.join(kept) or 'nothing'}"
+            f"computed again in backward: {', '.join(again) or 'nothing'}"
         )
+        if self.estimate is not None:
+            text += f"; about {self.estimate.peak / GIB:.2f} GiB"
+        return text
 
 
-def make_plan(config: Config, *, processes: int, device_type: str) -> Plan:
-    """Divide the global batch.
+def make_plan(
+    config: Config,
+    *,
+    processes: int,
+    footprint: Footprint | None = None,
+    budget: Budget | None = None,
+) -> Plan:
+    """Divide the global batch and choose what is computed again.
 
     Args:
         config: The complete configuration.
         processes: Number of processes that work on one step.
-        device_type: `cuda`, `cpu`, ...; where the micro-batch is `auto` it sets the largest one.
+        footprint: What the parts need; None only where nothing is left to choose.
+        budget: The memory of a process; None is without limit.
 
     Raises:
         ConfigError: If the batch or the window group cannot be divided; names the nearest batch
             size that can.
+        RunError: If no plan fits the budget; names the smallest that would do.
+        ValueError: If something is to be chosen and there is no footprint.
     """
-    train, gradient = config.train, config.gradient
+    sizes = _micro_batches(config, processes, budget)
+    gradient = config.gradient
+    plans: list[Plan] = []
+    for micro_batch in sizes:
+        for network, decoder, reward in _choices(gradient):
+            accumulation = config.train.batch_size // (processes * micro_batch)
+            expected = (
+                None
+                if footprint is None
+                else estimate(
+                    footprint,
+                    config,
+                    micro_batch=micro_batch,
+                    accumulation=accumulation,
+                    network=network,
+                    decoder=decoder,
+                    reward=reward,
+                )
+            )
+            group = gradient.window_group or micro_batch * processes
+            plans.append(
+                Plan(
+                    micro_batch, accumulation, processes, group, network, decoder, reward, expected
+                )
+            )
+    if footprint is None:
+        if len(plans) > 1:
+            raise ValueError("there is a choice of plans and no footprint to choose by")
+        return plans[0]
+    fitting = [plan for plan in plans if budget is None or _peak(plan) <= budget.usable]
+    if not fitting:
+        assert budget is not None
+        raise _too_small(min(plans, key=_peak), config, budget)
+    # Fewest operations; of equals the most pictures at once, then the least memory. Rounded, since
+    # a few operations do not outweigh a larger micro-batch.
+    return min(fitting, key=lambda plan: (_effort(plan), -plan.micro_batch, _peak(plan)))
+
+
+def _peak(plan: Plan) -> int:
+    assert plan.estimate is not None
+    return plan.estimate.peak
+
+
+def _effort(plan: Plan) -> int:
+    """Return a plan's operations over the floor, in hundredths."""
+    assert plan.estimate is not None
+    return round(100.0 * plan.estimate.flops / plan.estimate.floor)
+
+
+def _choices(gradient: GradientConfig) -> Iterator[tuple[Level, bool, bool]]:
+    """Yield what may be computed again, as far as the configuration leaves it open."""
+
+    def either(value: bool | Literal["auto"]) -> tuple[bool, ...]:
+        return (False, True) if value == "auto" else (value,)
+
+    wanted = gradient.checkpoint_network
+    for network in LEVELS if wanted == "auto" else (wanted,):
+        for decoder in either(gradient.checkpoint_decoder):
+            for reward in either(gradient.checkpoint_reward):
+                yield network, decoder, reward
+
+
+def _micro_batches(config: Config, processes: int, budget: Budget | None) -> list[int]:
+    """Return the micro-batches that divide the batch and the window group.
+
+    Raises:
+        ConfigError: If there is none; says what would do.
+    """
+    train, group = config.train, config.gradient.window_group
     if train.batch_size % processes:
         nearest = max(processes, round(train.batch_size / processes) * processes)
-        raise ConfigError(
-            "the batch cannot be divided",
-            [
-                Problem(
-                    "train.batch_size",
-                    f"{train.batch_size} is not a multiple of {processes} processes; "
-                    f"nearest that is: {nearest}",
-                )
-            ],
+        raise _undivided(
+            "train.batch_size",
+            f"{train.batch_size} is not a multiple of {processes} processes; "
+            f"nearest that is: {nearest}",
         )
     share = train.batch_size // processes
-    group = gradient.window_group
+    if group is not None and (group % processes or train.batch_size % group):
+        raise _undivided(
+            "gradient.window_group",
+            f"{group} must be a multiple of micro-batch x processes "
+            f"({processes} processes) and divide train.batch_size",
+        )
     if isinstance(train.micro_batch, int):
         micro_batch = train.micro_batch
-    else:
-        limit = _AUTO_LARGEST.get(device_type, 1)
-        fits = [
-            m
-            for m in range(1, limit + 1)
-            if share % m == 0 and (group is None or group % (m * processes) == 0)
-        ]
-        micro_batch = max(fits, default=1)
-    if share % micro_batch:
-        raise ConfigError(
-            "the batch cannot be divided",
-            [
-                Problem(
-                    "train.micro_batch",
-                    f"{micro_batch} x {processes} processes does not divide train.batch_size "
-                    f"({train.batch_size})",
-                )
-            ],
-        )
-    group = group or micro_batch * processes
-    if group % (micro_batch * processes) or train.batch_size % group:
-        raise ConfigError(
-            "the batch cannot be divided",
-            [
-                Problem(
-                    "gradient.window_group",
-                    f"{group} must be a multiple of micro-batch x processes "
-                    f"({micro_batch} x {processes}) and divide train.batch_size",
-                )
-            ],
-        )
-    return Plan(
-        micro_batch=micro_batch,
-        accumulation=share // micro_batch,
-        processes=processes,
-        window_group=group,
-        checkpoint_network=gradient.checkpoint_network,
-        checkpoint_decoder=gradient.checkpoint_decoder,
-        checkpoint_reward=gradient.checkpoint_reward,
+        if share % micro_batch:
+            raise _undivided(
+                "train.micro_batch",
+                f"{micro_batch} x {processes} processes does not divide train.batch_size "
+                f"({train.batch_size})",
+            )
+        if group is not None and group % (micro_batch * processes):
+            raise _undivided(
+                "gradient.window_group",
+                f"{group} must be a multiple of micro-batch x processes "
+                f"({micro_batch} x {processes}) and divide train.batch_size",
+            )
+        return [micro_batch]
+    limit = min(share, _LARGEST.get(budget.device_type if budget else "cpu", 1))
+    return [
+        m
+        for m in range(1, limit + 1)
+        if share % m == 0 and (group is None or group % (m * processes) == 0)
+    ]
+
+
+def _undivided(key: str, message: str) -> ConfigError:
+    return ConfigError("the batch cannot be divided", [Problem(key, message)])
+
+
+def _too_small(smallest: Plan, config: Config, budget: Budget) -> RunError:
+    """Say how much memory would do, where it goes, and what to change."""
+    needed = _peak(smallest) / (1.0 - RESERVE)
+    needed += CUDA_CONTEXT if budget.device_type == "cuda" else 0
+    assert smallest.estimate is not None
+    largest = sorted(smallest.estimate.parts.items(), key=lambda item: -item[1])[:3]
+    where = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in largest)
+    advice = ["a smaller sample.height and width", "a smaller reward (or its dtype: bfloat16)"]
+    if longest_window(config.gradient, config.sample.num_inference_steps) > 1:
+        advice.insert(0, "fewer calls with gradient (gradient.k_max)")
+    if isinstance(config.train.micro_batch, int) and config.train.micro_batch > 1:
+        advice.insert(0, "train.micro_batch: auto")
+    return RunError(
+        f"no plan fits {budget.bytes / GIB:.2f} GiB ({budget.source}): the smallest needs "
+        f"{needed / GIB:.2f} GiB, most of it for {where}",
+        hint=f"try {', '.join(advice)}",
     )

@@ -122,16 +122,33 @@ def _built_in(name: str) -> list[str]:
     return data.train_prompts() if name == "shapes" else data.heldout_prompts()
 
 
-def _hpd(name: str) -> list[str]:
-    """Return the prompts of one style of HPDv2, or of all, as hpsv2's `benchmark_prompts` does."""
+def check_prompts(name: str) -> None:
+    """Refuse what `load_prompts` would refuse, but fetch nothing.
+
+    Raises:
+        ConfigError, AssetError: As `load_prompts`.
+    """
+    if name.partition(":")[0] == "hpd":
+        _styles(name)
+    else:
+        load_prompts(name)
+
+
+def _styles(name: str) -> tuple[str, ...]:
+    """Return the styles of HPDv2 that a set names."""
     style = name.partition(":")[2]
     if style and style not in HPD_STYLES:
         raise ConfigError(
             f"prompts: unknown style '{style}' of hpd.{did_you_mean(style, HPD_STYLES)}",
             hint=f"styles: {', '.join(HPD_STYLES)}",
         )
+    return (style,) if style else HPD_STYLES
+
+
+def _hpd(name: str) -> list[str]:
+    """Return the prompts of one style of HPDv2, or of all, as hpsv2's `benchmark_prompts` does."""
     found: list[str] = []
-    for each in [style] if style else HPD_STYLES:
+    for each in _styles(name):
         file = f"benchmark/{each}.json"
         with hub.loading("prompts", f"{file} of the dataset {_HPD}"):
             path = Path(hf_hub_download(_HPD, file, repo_type="dataset"))

@@ -106,6 +106,7 @@ class Trainer:
         mixture: The rewards.
         prompts: Training prompts.
         accelerator: Device and processes.
+        note: Told what happens besides, for people.
     """
 
     def __init__(
@@ -116,12 +117,14 @@ class Trainer:
         mixture: Mixture,
         prompts: Sequence[str],
         accelerator: Accelerator,
+        note: Callable[[str], object] = lambda text: None,
     ) -> None:
         self.config = config
         self.plan = plan
         self.model = model
         self.mixture = mixture
         self.accelerator = accelerator
+        self._note = note
         self.step_number = 0
         self.images_seen = 0
         self.parameters = lora.trainable(model.network)
@@ -133,6 +136,7 @@ class Trainer:
             eps=train.adam_epsilon,
             weight_decay=train.weight_decay,
         )
+        model.recompute_blocks(plan.checkpoint_network == "block")
         self._stream = PromptStream(list(prompts), train.seed)
         self._schedule = model.schedule(config.sample.num_inference_steps)
         self._shape = model.latent_shape(config.sample.height, config.sample.width)
@@ -147,32 +151,15 @@ class Trainer:
             RunError: If images, rewards or gradients are not finite; nothing is updated then.
         """
         started = time.perf_counter()
-        plan = self.plan
-        self.optimizer.zero_grad(set_to_none=True)
-        losses: list[Tensor] = []
-        scores: dict[str, list[Tensor]] = {name: [] for name in self.mixture.figures}
-        backprop_steps = 0
-
         # 1. Draw, decode, score and go back, one micro-batch after the other.
-        for part in range(plan.accumulation):
-            first = part * plan.processes * plan.micro_batch
-            window = self.window(first // plan.window_group)
-            backprop_steps += len(window)
-            first += self.accelerator.process_index * plan.micro_batch
-            numbers = range(first, first + plan.micro_batch)
-            part_scores, part_losses = self.forward(numbers, window)
-            # The mean over the global batch, so that dividing it changes nothing.
-            (part_losses.sum() * (self._loss_scale / plan.batch_size)).backward()
-            losses.append(part_losses.detach())
-            for name, values in part_scores.items():
-                scores[name].append(values.detach())
+        losses, scores, backprop_steps = self._accumulate()
 
         # 2. Sum over processes, clip, check, update.
         grad_norm = self._finish_gradients()
         rate = self._set_learning_rate()
         self.optimizer.step()
         self.step_number += 1
-        self.images_seen += plan.batch_size
+        self.images_seen += self.plan.batch_size
 
         # 3. Record.
         gathered = {name: self._gather(values) for name, values in scores.items()}
@@ -187,10 +174,52 @@ class Trainer:
             grad_norm=grad_norm,
             lora_norm=lora.norm(self.model.network),
             learning_rate=rate,
-            backprop_steps=backprop_steps / plan.accumulation,
+            backprop_steps=backprop_steps,
             seconds=time.perf_counter() - started,
             peak_memory_gib=peak_memory_gib(self.model.device),
         )
+
+    def _accumulate(self) -> tuple[list[Tensor], dict[str, list[Tensor]], float]:
+        """Draw the global batch and add up its gradient; in smaller parts if memory runs out.
+
+        Prompts, noise and windows do not depend on the parts, so nothing but the rounding changes.
+
+        Returns:
+            Losses, figures by name, and the mean number of calls that carried gradient.
+        """
+        while True:
+            try:
+                return self._accumulate_once()
+            except torch.OutOfMemoryError:
+                # Other processes would wait for this one, which cannot tell them.
+                if self.plan.micro_batch == 1 or self.plan.processes > 1:
+                    raise
+            # Here the failed attempt's tensors are no longer held by the error.
+            self.plan = self.plan.halved()
+            self._note(f"out of memory: doing this step again, {self.plan.describe()}")
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+
+    def _accumulate_once(self) -> tuple[list[Tensor], dict[str, list[Tensor]], float]:
+        plan = self.plan
+        self.optimizer.zero_grad(set_to_none=True)
+        losses: list[Tensor] = []
+        scores: dict[str, list[Tensor]] = {name: [] for name in self.mixture.figures}
+        backprop_steps = 0
+
+        for part in range(plan.accumulation):
+            first = part * plan.processes * plan.micro_batch
+            window = self.window(first // plan.window_group)
+            backprop_steps += len(window)
+            first += self.accelerator.process_index * plan.micro_batch
+            numbers = range(first, first + plan.micro_batch)
+            part_scores, part_losses = self.forward(numbers, window)
+            # The mean over the global batch, so that dividing it changes nothing.
+            (part_losses.sum() * (self._loss_scale / plan.batch_size)).backward()
+            losses.append(part_losses.detach())
+            for name, values in part_scores.items():
+                scores[name].append(values.detach())
+        return losses, scores, backprop_steps / plan.accumulation
 
     def window(self, group: int) -> GradWindow:
         """Return the gradient window of a group of images in the coming step."""
@@ -228,7 +257,7 @@ class Trainer:
             eta=config.eta,
             window=window,
             draw_noise=draw_noise,
-            use_checkpoint=self.plan.checkpoint_network,
+            use_checkpoint=self.plan.checkpoint_network == "call",
         )
         images = self.model.decode(latents, use_checkpoint=self.plan.checkpoint_decoder)
         scores = self.mixture.score(images, prompts)

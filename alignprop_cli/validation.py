@@ -113,7 +113,7 @@ def _problem(details: Any, origins: Mapping[str, str]) -> Problem:
 
 
 # pydantic appends the branch of a union that failed to the location of an error.
-_UNION_TAGS = frozenset({"int", "constrained-int", "literal['auto']", "tuple[str, ...]"})
+_UNION_TAGS = frozenset({"int", "bool", "constrained-int", "literal['auto']", "tuple[str, ...]"})
 
 
 def _impossible(config: Config) -> Iterable[Problem]:

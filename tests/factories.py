@@ -70,6 +70,25 @@ def small_tokenizer(path: Path) -> CLIPTokenizer:
     )
 
 
+def small_unet(seed: int = 0) -> UNet2DConditionModel:
+    """Return a UNet with random weights and every kind of block: latents (4, 8, 8), text 32."""
+    return _build(
+        seed,
+        lambda: UNet2DConditionModel(
+            sample_size=8,
+            in_channels=4,
+            out_channels=4,
+            block_out_channels=(32, 32),
+            layers_per_block=1,
+            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+            cross_attention_dim=TEXT_WIDTH,
+            attention_head_dim=4,
+            norm_num_groups=8,
+        ),
+    )
+
+
 def small_pipeline(
     path: Path, *, prediction_type: str = "epsilon", seed: int = 0, **overrides: Any
 ) -> Path:

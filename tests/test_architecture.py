@@ -24,13 +24,14 @@ PACKAGE = ROOT / "alignprop_cli"
 # Where each module, or each folder of modules, lives. A new one is placed here first.
 LAYER = {
     "errors": "errors",
-    **dict.fromkeys(["config", "validation", "presets", "plan"], "decide"),
+    **dict.fromkeys(["config", "validation", "presets", "estimate", "plan"], "decide"),
     **dict.fromkeys(
         ["schedule", "sampling", "truncation", "losses", "images", "soup"],
         "maths",
     ),
     **dict.fromkeys(
-        ["models", "rewards", "hub", "lora", "prompts", "rng", "memory", "tiny"], "parts"
+        ["models", "rewards", "hub", "lora", "prompts", "rng", "memory", "footprint", "tiny"],
+        "parts",
     ),
     **dict.fromkeys(["trainer", "evaluator", "scorer", "checkpoint", "report", "adapter"], "run"),
     "console": "console",

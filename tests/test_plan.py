@@ -1,32 +1,87 @@
-"""How a batch is divided."""
+"""How a batch is divided, what is computed again, and how much memory that is thought to need."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
 
 from alignprop_cli.config import Config
-from alignprop_cli.errors import ConfigError
+from alignprop_cli.errors import ConfigError, RunError
+from alignprop_cli.estimate import (
+    GIB,
+    LEVELS,
+    Budget,
+    Footprint,
+    Linear,
+    Work,
+    estimate,
+    longest_window,
+    mean_window,
+)
 from alignprop_cli.plan import make_plan
 from alignprop_cli.validation import parse
 
 
-def config(**train: object) -> Config:
+def config(gradient: dict[str, Any] | None = None, **train: object) -> Config:
     group = train.pop("window_group", None)
-    gradient = {"window_group": group}
-    return parse({"reward": {"brightness": {}}, "train": train, "gradient": gradient})
+    return parse(
+        {
+            "reward": {"brightness": {}},
+            "train": train,
+            "gradient": {"window_group": group, **(gradient or {})},
+        }
+    )
+
+
+def work(saved: float, forward: float, backward: float, flops: float, again: float) -> Work:
+    """Return figures of one image, memory in MiB."""
+    bytes_each = (Linear(0.0, figure * 2**20) for figure in (saved, forward, backward))
+    return Work(*bytes_each, Linear(0.0, flops), Linear(0.0, again))
+
+
+def footprint(scale: float = 1.0) -> Footprint:
+    """Return round figures, a little like those of Stable Diffusion 1.5 in bfloat16."""
+    s = scale
+    network = {
+        "none": work(2000 * s, 2050 * s, 2100 * s, 1600, 2000),
+        "block": work(300 * s, 400 * s, 1600 * s, 1600, 3600),
+        "call": work(0.1 * s, 130 * s, 2101 * s, 1600, 3600),
+    }
+    return Footprint(
+        weights={"network": 1700 * 2**20},
+        trained=800_000,
+        rollout=work(0, 130 * s, 0, 1600, 0),
+        first=network,  # type: ignore[arg-type]
+        call=network,  # type: ignore[arg-type]
+        decoder={
+            False: work(2800 * s, 2850 * s, 3200 * s, 2500, 2600),
+            True: work(400 * s, 850 * s, 2500 * s, 2500, 4300),
+        },
+        reward={
+            False: work(300 * s, 310 * s, 350 * s, 160, 170),
+            True: work(40 * s, 60 * s, 90 * s, 160, 330),
+        },
+    )
+
+
+def gpu(gib: float) -> Budget:
+    return Budget(int(gib * GIB), "cuda", "a card")
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
 @pytest.mark.parametrize("batch_size", [4, 12, 16, 128])
 def test_an_automatic_plan_covers_the_batch_exactly(processes: int, batch_size: int) -> None:
-    plan = make_plan(config(batch_size=batch_size), processes=processes, device_type="cpu")
+    plan = make_plan(config(batch_size=batch_size), processes=processes, footprint=footprint())
     assert plan.micro_batch * plan.accumulation * plan.processes == batch_size
     assert plan.window_group % (plan.micro_batch * plan.processes) == 0
     assert batch_size % plan.window_group == 0
 
 
 def test_an_automatic_micro_batch_keeps_a_given_window_group() -> None:
-    plan = make_plan(config(batch_size=24, window_group=6), processes=2, device_type="cpu")
+    plan = make_plan(config(batch_size=24, window_group=6), processes=2, footprint=footprint())
     assert plan.window_group == 6
     assert 6 % (plan.micro_batch * 2) == 0
 
@@ -35,16 +90,186 @@ def test_a_batch_that_cannot_be_divided_names_the_nearest_that_can() -> None:
     with pytest.raises(
         ConfigError, match="10 is not a multiple of 4 processes; nearest that is: 8"
     ):
-        make_plan(config(batch_size=10), processes=4, device_type="cpu")
+        make_plan(config(batch_size=10), processes=4, footprint=footprint())
 
 
 def test_a_micro_batch_that_does_not_divide_the_share_of_a_process_is_refused() -> None:
     with pytest.raises(ConfigError, match="4 x 2 processes does not divide"):
-        make_plan(config(batch_size=12, micro_batch=4), processes=2, device_type="cpu")
+        make_plan(config(batch_size=12, micro_batch=4), processes=2, footprint=footprint())
 
 
 def test_a_window_group_smaller_than_all_processes_is_refused() -> None:
     with pytest.raises(ConfigError, match="must be a multiple of micro-batch x processes"):
         make_plan(
-            config(batch_size=8, micro_batch=2, window_group=2), processes=2, device_type="cpu"
+            config(batch_size=8, micro_batch=2, window_group=2), processes=2, footprint=footprint()
         )
+
+
+def test_with_enough_memory_nothing_is_computed_twice() -> None:
+    plan = make_plan(config(batch_size=8), processes=1, footprint=footprint(), budget=gpu(1000))
+    assert (plan.checkpoint_network, plan.checkpoint_decoder) == ("none", False)
+    assert plan.checkpoint_reward is False
+    assert plan.estimate is not None
+    assert plan.estimate.flops == plan.estimate.floor
+    assert plan.micro_batch == 8
+
+
+def test_the_estimate_is_the_largest_moment_of_a_step() -> None:
+    """By hand: 50 calls, 2 images, the decoder's blocks computed again."""
+    given = footprint()
+    found = estimate(
+        given,
+        config(gradient={"method": "full"}, batch_size=4),
+        micro_batch=2,
+        accumulation=2,
+        network="none",
+        decoder=True,
+        reward=False,
+    )
+    stored = 50 * 2 * 2000
+    # Going back through the decoder: 2 x 2500 more. Everything else is less.
+    assert found.parts["stored calls"] == stored * 2**20
+    assert found.parts["decoder"] == 2 * 2500 * 2**20
+    assert found.parts["LoRA and optimiser"] == 16 * 800_000
+    assert found.peak == (stored + 5000 + 1700) * 2**20 + 16 * 800_000
+    one = 50 * 1600 + 50 * 2000 + 2500 + 160 + 170
+    assert found.floor == pytest.approx(4 * (one + 2600))
+    assert found.flops == pytest.approx(4 * (one + 4300))
+
+
+def test_only_what_does_not_fit_is_computed_again() -> None:
+    one_call = config(gradient={"method": "last_k", "k": 1}, batch_size=1)
+    levels = [
+        make_plan(one_call, processes=1, footprint=footprint(), budget=gpu(gib))
+        for gib in (10.0, 7.0, 5.2)
+    ]
+    assert [p.checkpoint_network for p in levels] == ["none", "call", "call"]
+    assert [p.checkpoint_decoder for p in levels] == [False, False, True]
+
+
+def test_a_budget_that_is_too_small_names_the_smallest_that_would_do() -> None:
+    with pytest.raises(RunError, match=r"no plan fits 3\.00 GiB \(a card\)") as caught:
+        make_plan(config(batch_size=4), processes=1, footprint=footprint(), budget=gpu(3))
+    needed = float(str(caught.value).split("the smallest needs ")[1].split(" GiB")[0])
+    assert caught.value.hint is not None
+    assert "gradient.k_max" in caught.value.hint
+    make_plan(config(batch_size=4), processes=1, footprint=footprint(), budget=gpu(needed + 0.01))
+    with pytest.raises(RunError):
+        make_plan(
+            config(batch_size=4), processes=1, footprint=footprint(), budget=gpu(needed - 0.02)
+        )
+
+
+@given(
+    batch=st.integers(1, 96),
+    processes=st.integers(1, 8),
+    gib=st.floats(1.0, 200.0),
+    k=st.integers(1, 50),
+    scale=st.floats(0.01, 4.0),
+)
+def test_every_plan_covers_the_batch_and_fits_or_says_what_would(
+    batch: int, processes: int, gib: float, k: int, scale: float
+) -> None:
+    asked = config(gradient={"method": "last_k", "k": k}, batch_size=batch)
+    if batch % processes:
+        with pytest.raises(ConfigError, match="the batch cannot be divided") as caught:
+            make_plan(asked, processes=processes, footprint=footprint(scale), budget=gpu(gib))
+        (problem,) = caught.value.problems
+        nearest = int(problem.message.split("nearest that is: ")[1])
+        assert nearest % processes == 0
+        assert abs(nearest - batch) <= processes
+        return
+    # The least that any plan needs: one image, the best choice of what is computed again.
+    least = min(
+        estimate(
+            footprint(scale),
+            asked,
+            micro_batch=1,
+            accumulation=1,
+            network=level,
+            decoder=decoder,
+            reward=reward,
+        ).peak
+        for level in LEVELS
+        for decoder in (False, True)
+        for reward in (False, True)
+    )
+    if least > gpu(gib).usable:
+        with pytest.raises(RunError, match="the smallest needs"):
+            make_plan(asked, processes=processes, footprint=footprint(scale), budget=gpu(gib))
+        return
+    plan = make_plan(asked, processes=processes, footprint=footprint(scale), budget=gpu(gib))
+    assert plan.micro_batch * plan.accumulation * processes == batch
+    assert plan.estimate is not None
+    assert plan.estimate.peak <= gpu(gib).usable < gpu(gib).bytes
+    assert plan.estimate.flops >= plan.estimate.floor
+
+
+@given(
+    k=st.integers(1, 49),
+    micro_batch=st.integers(1, 16),
+    level=st.sampled_from(LEVELS),
+    decoder=st.booleans(),
+    reward=st.booleans(),
+    scale=st.floats(0.1, 4.0),
+)
+def test_the_estimate_grows_with_calls_images_and_resolution(
+    k: int, micro_batch: int, level: Any, decoder: bool, reward: bool, scale: float
+) -> None:
+    def peak(k: int, micro_batch: int, scale: float) -> int:
+        return estimate(
+            footprint(scale),
+            config(gradient={"method": "last_k", "k": k}),
+            micro_batch=micro_batch,
+            accumulation=1,
+            network=level,
+            decoder=decoder,
+            reward=reward,
+        ).peak
+
+    here = peak(k, micro_batch, scale)
+    assert peak(k + 1, micro_batch, scale) >= here
+    assert peak(k, micro_batch + 1, scale) > here
+    assert peak(k, micro_batch, 1.5 * scale) > here
+
+
+@pytest.mark.parametrize(
+    ("gradient", "longest", "mean"),
+    [
+        ({"method": "full"}, 50, 50.0),
+        ({"method": "last_k", "k": 7}, 7, 7.0),
+        ({"method": "random_k", "k_min": 1, "k_max": None}, 50, 25.5),
+        ({"method": "random_k", "k_min": 2, "k_max": 9}, 9, 5.5),
+        ({"method": "gaussian_k", "mean": 0.84}, 49, 8.0),
+    ],
+)
+def test_windows_are_planned_for_their_longest_and_worked_for_their_mean(
+    gradient: dict[str, Any], longest: int, mean: float
+) -> None:
+    chosen = config(gradient=gradient).gradient
+    assert longest_window(chosen, 50) == longest
+    assert mean_window(chosen, 50) == pytest.approx(mean)
+
+
+@given(st.integers(2, 64), st.integers(1, 8))
+def test_a_halved_plan_does_the_same_batch_in_smaller_parts(size: int, accumulation: int) -> None:
+    assume(size > 1)
+    asked = config(
+        gradient={
+            "checkpoint_network": "none",
+            "checkpoint_decoder": False,
+            "checkpoint_reward": False,
+        },
+        batch_size=size * accumulation,
+        micro_batch=size,
+    )
+    plan = make_plan(asked, processes=1)
+    smaller = plan.halved()
+    assert smaller.batch_size == plan.batch_size
+    assert smaller.micro_batch < plan.micro_batch
+    assert plan.window_group % smaller.micro_batch == 0
+
+
+def test_a_choice_without_a_footprint_is_a_mistake() -> None:
+    with pytest.raises(ValueError, match="no footprint"):
+        make_plan(config(batch_size=4), processes=1)

@@ -19,7 +19,13 @@ from alignprop_cli.validation import parse
 
 SMALL = {
     "sample": {"num_inference_steps": 4, "guidance_scale": 3.0, "eta": 0.5},
-    "gradient": {"method": "random_k", "window_group": 8, "checkpoint_network": False},
+    "gradient": {
+        "method": "random_k",
+        "window_group": 8,
+        "checkpoint_network": "none",
+        "checkpoint_decoder": False,
+        "checkpoint_reward": False,
+    },
     "reward": {"clip": {"model": "tiny"}},
     "train": {"prompts": "shapes", "batch_size": 8, "micro_batch": 8, "learning_rate": 1.0e-3},
 }
@@ -47,7 +53,7 @@ def make_trainer(config: Config, mixture: Mixture | None = None) -> Trainer:
         generator = torch.Generator().manual_seed(index)
         parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     mixture = mixture or build_mixture(config.reward, config.loss, accelerator.device)
-    plan = make_plan(config, processes=1, device_type="cpu")
+    plan = make_plan(config, processes=1)
     return Trainer(config, plan, model, mixture, load_prompts("shapes"), accelerator)
 
 
@@ -102,7 +108,7 @@ def test_dividing_the_batch_changes_nothing_but_rounding(monkeypatch) -> None:
 
 def test_recomputation_does_not_change_the_gradient_bit_for_bit() -> None:
     stored = gradient_of_a_step(small_config())
-    both = {"checkpoint_network": True, "checkpoint_decoder": True}
+    both = {"checkpoint_network": "call", "checkpoint_decoder": True}
     recomputed = gradient_of_a_step(small_config(gradient=both))
     assert torch.equal(stored, recomputed)
 
@@ -213,3 +219,79 @@ def test_a_toy_reward_rises() -> None:
     trainer = make_trainer(config)
     means = [trainer.step().rewards["brightness"].mean for _ in range(8)]
     assert means[-1] > means[0] + 0.02
+
+
+class Full:
+    """Raises out of memory at the chosen calls of a function that it stands in for."""
+
+    def __init__(self, function, calls: set[int]) -> None:
+        self.function, self.calls, self.count = function, calls, 0
+
+    def __call__(self, *args, **kwargs):
+        self.count += 1
+        if self.count in self.calls:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return self.function(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("where", "calls", "left"),
+    [
+        ("network", {1}, 4),  # in the roll-out of the first part
+        ("network", {7}, 4),  # of the second step
+        ("decode", {2}, 4),
+        ("score", {1, 2}, 2),  # twice in a row
+        ("backward", {1}, 4),
+    ],
+)
+def test_running_out_of_memory_changes_the_parts_and_not_the_result(
+    monkeypatch: pytest.MonkeyPatch, where: str, calls: set[int], left: int
+) -> None:
+    config = small_config(sample={"eta": 0.0})
+    undisturbed = make_trainer(config)
+    records = [undisturbed.step() for _ in range(2)]
+
+    trainer = make_trainer(config)
+    said: list[str] = []
+    monkeypatch.setattr(trainer, "_note", said.append)
+    owner, name = {
+        "network": (trainer.model.network, "forward"),
+        "decode": (trainer.model, "decode"),
+        "score": (trainer.mixture, "score"),
+        "backward": (torch.Tensor, "backward"),
+    }[where]
+    full = Full(getattr(owner, name), calls)
+    stand_in = (lambda self, *a, **k: full(self, *a, **k)) if where == "backward" else full
+    monkeypatch.setattr(owner, name, stand_in)
+    again = [trainer.step() for _ in range(2)]
+
+    assert trainer.plan.micro_batch == left
+    assert trainer.plan.batch_size == 8
+    assert len(said) == len(calls)
+    assert "out of memory" in said[0]
+    assert (again[1].step, again[1].images_seen) == (2, 16)
+    for before, after in zip(records, again, strict=True):
+        assert after.loss == pytest.approx(before.loss, rel=1e-5)
+        assert after.backprop_steps == before.backprop_steps
+    mine, theirs = (
+        torch.cat([p.detach().flatten() for p in t.parameters]) for t in (trainer, undisturbed)
+    )
+    assert relative_difference(mine, theirs) < 1e-4
+
+
+def test_running_out_of_memory_with_one_image_is_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small_config(train={"micro_batch": 1, "batch_size": 2}, gradient={"window_group": 2})
+    trainer = make_trainer(config)
+    before = [parameter.detach().clone() for parameter in trainer.parameters]
+    monkeypatch.setattr(trainer.model, "decode", Full(trainer.model.decode, {1}))
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.parameters, strict=True))
+    assert trainer.step_number == 0
+
+
+@pytest.mark.parametrize("level", ["block", "call"])
+def test_every_level_of_recomputation_has_the_same_gradient(level: str) -> None:
+    plain = gradient_of_a_step(small_config())
+    again = gradient_of_a_step(small_config(gradient={"checkpoint_network": level}))
+    assert torch.equal(plain, again)

@@ -48,6 +48,13 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="print what would be done and stop")
     ] = False,
+    gpu_memory: Annotated[
+        str | None,
+        typer.Option("--gpu-memory", help="of one card, as 12GB: plan for it; with --dry-run only"),
+    ] = None,
+    gpus: Annotated[
+        int | None, typer.Option("--gpus", min=1, help="cards; with --dry-run --gpu-memory only")
+    ] = None,
     list_presets: Annotated[
         bool, typer.Option("--list-presets", help="list the shipped presets and stop")
     ] = False,
@@ -72,40 +79,41 @@ def train(
     """
     from alignprop_cli.commands.settings import reward_weights
     from alignprop_cli.console import Console
-    from alignprop_cli.errors import ConfigError
 
     console = Console(as_json=as_json, quiet=quiet)
     if list_presets:
         _list(console)
         return
     flags = {"model.id": model, "train.steps": steps, "train.seed": seed, "output.dir": output}
-    rewards = reward_weights(reward)
-    run: Path | None = None
-    if resume is not None:
-        run = _run_to_resume(resume, preset, config, output)
-    if run is not None:
-        # Where the run is, it stays.
-        flags["output.dir"] = None
-        settings = _settings(None, str(run / "config.yaml"), sets or [], rewards, flags)
-        name = run.name
-    elif preset is None and config is None and not (model and rewards):
-        raise ConfigError(
-            "train: nothing to do: give --preset or --config, or --model and --reward",
-            hint="`alignprop train --preset tiny` works at once; --list-presets lists the others",
-        )
-    else:
-        settings = _settings(preset, config, sets or [], rewards, flags)
-        name = _run_name(preset, config)
+    run = None if resume is None else _run_to_resume(resume, preset, config, output)
+    settings = _settings(preset, config, run, sets or [], reward_weights(reward), flags)
+    name = _run_name(preset, config) if run is None else run.name
     if show_preset:
         _show(console, settings)
         return
 
     from alignprop_cli.commands.training import describe, run_training
 
+    _only_with_dry_run(dry_run, gpu_memory, gpus)
     if dry_run:
-        describe(settings, console, name=name, resume=run)
+        describe(settings, console, name=name, resume=run, gpu_memory=gpu_memory, gpus=gpus)
         return
     run_training(settings, console, name=name, resume=run)
+
+
+def _only_with_dry_run(dry_run: bool, gpu_memory: str | None, gpus: int | None) -> None:
+    """Refuse to plan a run that happens here for cards that may be elsewhere."""
+    from alignprop_cli.errors import ConfigError
+
+    for flag, given, needs in (
+        ("--gpu-memory", gpu_memory, dry_run),
+        ("--gpus", gpus, dry_run and gpu_memory is not None),
+    ):
+        if given is not None and not needs:
+            raise ConfigError(
+                f"{flag} plans for cards that need not be here: it goes with --dry-run"
+                + (" and --gpu-memory" if flag == "--gpus" else "")
+            )
 
 
 def _list(console: Console) -> None:
@@ -120,15 +128,25 @@ def _list(console: Console) -> None:
 def _settings(
     preset: str | None,
     config: str | None,
+    run: Path | None,
     sets: list[str],
     rewards: dict[str, float | None],
-    flags: dict[str, object],
+    flags: dict[str, str | int | None],
 ) -> Config:
-    """Resolve the configuration."""
+    """Resolve the configuration: that of a run to go on with, or of a new one."""
     from pathlib import Path
 
     from alignprop_cli import presets
+    from alignprop_cli.errors import ConfigError
 
+    if run is not None:
+        # Where the run is, it stays.
+        preset, config, flags = None, str(run / "config.yaml"), {**flags, "output.dir": None}
+    elif preset is None and config is None and not (flags["model.id"] and rewards):
+        raise ConfigError(
+            "train: nothing to do: give --preset or --config, or --model and --reward",
+            hint="`alignprop train --preset tiny` works at once; --list-presets lists the others",
+        )
     return presets.resolve(
         preset=preset,
         config=Path(config).expanduser() if config else None,

@@ -20,6 +20,7 @@ from accelerate.utils import broadcast_object_list
 
 from alignprop_cli import __version__, checkpoint, evaluator, lora, report
 from alignprop_cli import config as configuration
+from alignprop_cli.commands import planning
 from alignprop_cli.commands.drawing import draw
 from alignprop_cli.commands.interruption import any_process, signals
 from alignprop_cli.commands.resuming import cut_metrics, newest, refuse_changes, restore
@@ -32,7 +33,7 @@ from alignprop_cli.evaluator import Drawn
 from alignprop_cli.models.base import DiffusionModel
 from alignprop_cli.models.registry import load_model
 from alignprop_cli.plan import Plan, make_plan
-from alignprop_cli.prompts import load_prompts
+from alignprop_cli.prompts import check_prompts, load_prompts
 from alignprop_cli.rewards import registry
 from alignprop_cli.rewards.composite import build_mixture
 from alignprop_cli.trainer import StepRecord, Trainer, make_accelerator, train
@@ -41,10 +42,26 @@ _SMOOTHING = 0.8
 """Share of the past in the smoothed reward beside the progress bar."""
 
 
-def describe(config: Config, console: Console, *, name: str, resume: Path | None) -> None:
+def describe(
+    config: Config,
+    console: Console,
+    *,
+    name: str,
+    resume: Path | None,
+    gpu_memory: str | None = None,
+    gpus: int | None = None,
+) -> None:
     """Print the plan and the complete configuration of a run without doing it.
 
     Runs the same checks as a real run, short of loading weights.
+
+    Args:
+        config: The complete configuration.
+        console: For the result.
+        name: Of the run, where no folder was asked for.
+        resume: The run to go on with.
+        gpu_memory: Of cards that need not be here, such as 12GB; None plans for this machine.
+        gpus: How many of them.
     """
     accelerator = make_accelerator()
     _check(config)
@@ -52,27 +69,44 @@ def describe(config: Config, console: Console, *, name: str, resume: Path | None
         checkpoint.new_run(config.output.dir, name)
     elif (found := newest(resume)) is not None:
         refuse_changes(found, config)
+    budget = planning.budget_of(accelerator.device, gpu_memory)
+    found = planning.measure(config, budget.device_type)
     plan = make_plan(
-        config, processes=accelerator.num_processes, device_type=accelerator.device.type
+        config,
+        processes=gpus or accelerator.num_processes,
+        footprint=found,
+        budget=budget,
     )
-    values = {"plan": asdict(plan), "config": config.model_dump(mode="json")}
-    lines = [configuration.dump(config).rstrip(), "", f"device: {accelerator.device}"]
-    lines += [f"plan: {plan.describe()}", "nothing was done (--dry-run)"]
-    console.result("alignprop.plan/1", values, lines)
+    values = {
+        "plan": asdict(plan),
+        "budget": asdict(budget),
+        "uncounted": list(found.uncounted),
+        "config": config.model_dump(mode="json"),
+    }
+    lines = [configuration.dump(config).rstrip(), "", *planning.describe(plan, budget)]
+    lines += [f"not counted: {', '.join(found.uncounted)}"] if found.uncounted else []
+    console.result("alignprop.plan/1", values, [*lines, "nothing was done (--dry-run)"])
 
 
-def _check(config: Config) -> tuple[list[str], list[str]]:
-    """Refuse unknown rewards and prompt sets before anything heavy; return the prompts."""
+def _check(config: Config) -> None:
+    """Refuse unknown rewards, prompt sets and LoRA files before anything heavy."""
     for name, reward in config.reward.items():
         registry.check(name, reward.options)
         if name in registry.SHIPPED and not registry.SHIPPED[name].trainable:
             raise ConfigError(f"reward.{name}: it has no gradient, so it cannot be trained on")
     if config.lora.init is not None:
         _initial(config.lora.init)
-    return load_prompts(config.train.prompts), load_prompts(config.eval.prompts)
+    for prompts in (config.train.prompts, config.eval.prompts):
+        check_prompts(prompts)
 
 
-def run_training(config: Config, console: Console, *, name: str, resume: Path | None) -> None:
+def run_training(
+    config: Config,
+    console: Console,
+    *,
+    name: str,
+    resume: Path | None,
+) -> None:
     """Run a training from its configuration to its summary.
 
     Args:
@@ -86,12 +120,16 @@ def run_training(config: Config, console: Console, *, name: str, resume: Path | 
         InterruptedRun: After a signal, when everything is saved.
     """
     started = time.perf_counter()
-    train_prompts, eval_prompts = _check(config)
+    _check(config)
+    train_prompts = load_prompts(config.train.prompts)
+    eval_prompts = load_prompts(config.eval.prompts)
     wanted = config.output.dir
     accelerator = make_accelerator()
     _deterministic()
-    plan = make_plan(
-        config, processes=accelerator.num_processes, device_type=accelerator.device.type
+    plan = planning.plan(
+        config,
+        processes=accelerator.num_processes,
+        budget=planning.budget_of(accelerator.device),
     )
     if not accelerator.is_main_process:
         console = Console(quiet=True)
@@ -113,7 +151,7 @@ def run_training(config: Config, console: Console, *, name: str, resume: Path | 
     if plan.checkpoint_reward:
         mixture.recompute()
     config = _prepare_lora(config, model, found, console)
-    trainer = Trainer(config, plan, model, mixture, train_prompts, accelerator)
+    trainer = Trainer(config, plan, model, mixture, train_prompts, accelerator, console.warn)
     if found is not None:
         restore(trainer, found, run)
     session = Session(

@@ -77,6 +77,14 @@ class DiffusionModel(Protocol):
         """
         ...
 
+    def recompute_blocks(self, on: bool) -> None:
+        """Compute the blocks of the network again in backward, from now on or no longer."""
+        ...
+
+    def decoder_parameters(self) -> list[Tensor]:
+        """Return the weights that `decode` uses."""
+        ...
+
     def decode(self, latents: Tensor, *, use_checkpoint: bool = False) -> Tensor:
         """Decode clean latents (B, C, h, w) to images (B, 3, H, W), float32, in [0, 1].
 

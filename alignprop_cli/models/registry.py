@@ -33,6 +33,16 @@ def load_model(config: ModelConfig, device: torch.device) -> DiffusionModel:
     """
     from alignprop_cli.models import sd
 
+    return sd.load(config, find(config), device)
+
+
+def find(config: ModelConfig) -> Path | None:
+    """Return the local folder or file that a configuration names; None is a hub id.
+
+    Raises:
+        AssetError: If it looks like a path and is not there, or is no folder in diffusers format.
+        ConfigError: If the model is of a family that is not supported.
+    """
     path = TINY if config.id == "tiny" else Path(config.id).expanduser()
     if path.is_dir():
         _check_family(path)
@@ -42,7 +52,7 @@ def load_model(config: ModelConfig, device: torch.device) -> DiffusionModel:
             hint="give a folder in diffusers format, a .safetensors file, or a hub id; "
             "`--preset tiny` works without any download",
         )
-    return sd.load(config, path if path.exists() else None, device)
+    return path if path.exists() else None
 
 
 def _looks_like_a_path(name: str) -> bool:

@@ -145,6 +145,18 @@ class StableDiffusion:
 
         return denoise
 
+    def recompute_blocks(self, on: bool) -> None:
+        """Switch recomputation of the network's blocks; see `DiffusionModel`."""
+        if on:
+            self.network.enable_gradient_checkpointing()
+        else:
+            self.network.disable_gradient_checkpointing()
+
+    def decoder_parameters(self) -> list[Tensor]:
+        """Return the weights that `decode` uses."""
+        vae = self.pipeline.vae
+        return [*vae.post_quant_conv.parameters(), *vae.decoder.parameters()]
+
     def decode(self, latents: Tensor, *, use_checkpoint: bool = False) -> Tensor:
         """Decode to images in [0, 1]; see `DiffusionModel`."""
         vae = self.pipeline.vae

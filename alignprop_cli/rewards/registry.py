@@ -64,6 +64,11 @@ SHIPPED: Mapping[str, Spec] = {
         "log-probability of the prompt's number of things, by an open_clip model, at most 0",
         {"model": str, "pretrained": str, "most": int},
     ),
+    "clip_choice": Spec(
+        "alignprop_cli.rewards.clip_choice:ClipChoice",
+        "log-probability of the prompt among those of a set, by an open_clip model, at most 0",
+        {"model": str, "pretrained": str, "prompts": str},
+    ),
     "aesthetic": Spec(
         "alignprop_cli.rewards.aesthetic:AestheticReward",
         "how people rate a picture without its prompt, about 1 to 10",

@@ -386,6 +386,33 @@ def test_dry_run_prints_the_plan_and_writes_nothing(run) -> None:
     assert not list(Path().iterdir())
 
 
+def test_a_plan_is_made_for_cards_that_are_not_here(run) -> None:
+    dry = ("--preset", "aesthetic", "--dry-run", "--json")
+    code, out, _ = run(*dry, "--gpu-memory", "12GB", "--gpus", 2)
+    assert code == 0
+    said = json.loads(out)
+    plan = said["plan"]
+    assert plan["micro_batch"] * plan["accumulation"] * 2 == 128
+    assert plan["processes"] == 2
+    assert plan["checkpoint_network"] == "call"  # 50 calls of 2 GiB would not fit
+    peak = sum(plan["estimate"]["parts"].values())
+    assert 6 * 2**30 < peak < 12 * 2**30
+    assert plan["estimate"]["floor"] < plan["estimate"]["flops"] < 1.5 * plan["estimate"]["floor"]
+    assert not list(Path().iterdir())
+    code, _, err = run(*dry, "--gpu-memory", "4GB")
+    assert code == 4
+    flat = " ".join(err.split())
+    assert "no plan fits 4.00 GiB (--gpu-memory)" in flat
+    assert "gradient.k_max" in flat
+    for wrong in (("--gpu-memory", "much"), ("--gpus", 2)):
+        code, _, err = run(*dry, *wrong)
+        assert code == 2
+        assert wrong[0] in err
+    code, _, err = run("--preset", "tiny", "--gpu-memory", "12GB")
+    assert code == 2
+    assert "--dry-run" in err
+
+
 def test_presets_are_listed_and_shown(run) -> None:
     code, out, _ = run("--list-presets", "--json")
     assert code == 0

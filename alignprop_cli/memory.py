@@ -1,0 +1,229 @@
+"""What a part of the chain keeps and needs: counted in bytes and FLOPs, without doing it.
+
+A network on the meta device has shapes and no numbers. Running it there shows, in about a second
+and without a GPU, which tensors autograd keeps for backward, how much lives at once, and how many
+floating point operations it takes. The same functions count a real run, which is how the tests
+know that the prediction is right.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+_ATEN = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Bytes and operations of one piece of work, forward and backward.
+
+    Args:
+        saved: Bytes of tensors that autograd keeps between forward and backward.
+        forward: Largest number of bytes made by the forward that live at once; contains `saved`.
+        backward: The same during backward, what is recomputed included; contains `saved`.
+        forward_flops: Floating point operations, a multiply-add counting two.
+        backward_flops: The same for backward, recomputation included.
+    """
+
+    saved: int
+    forward: int
+    backward: int
+    forward_flops: int
+    backward_flops: int
+
+
+class SavedBytes:
+    """Counts the tensors that autograd keeps while it is entered; each storage once.
+
+    Args:
+        exclude: Tensors that are there anyway: weights, inputs.
+    """
+
+    def __init__(self, exclude: Iterable[Tensor] = ()) -> None:
+        self._excluded = {_storage(tensor) for tensor in exclude}
+        self._seen: dict[int, tuple[int, Any]] = {}
+        self._hooks = saved_tensors_hooks(self._pack, lambda tensor: tensor)
+
+    def __enter__(self) -> SavedBytes:
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._hooks.__exit__(*exception)
+
+    @property
+    def total(self) -> int:
+        """Return the bytes kept so far."""
+        return sum(size for size, _ in self._seen.values())
+
+    def release(self) -> None:
+        """Hold the tensors no longer."""
+        self._seen.clear()
+
+    def _pack(self, tensor: Tensor) -> Tensor:
+        number = _storage(tensor)
+        if number not in self._excluded:
+            storage = tensor.untyped_storage()
+            # Held, so that its number is not given to another one.
+            self._seen[number] = (storage.nbytes(), storage)
+        return tensor
+
+
+class LiveBytes(TorchDispatchMode):
+    """Follows how many bytes, made while it is entered, live at once; `peak` is the largest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self._known: dict[int, int] = {}
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        inputs = {_storage(t) for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_iter(result):
+            if isinstance(tensor, Tensor):
+                self._add(tensor, inputs)
+        return result
+
+    def _add(self, tensor: Tensor, inputs: set[int]) -> None:
+        number = _storage(tensor)
+        if number in self._known or number in inputs:
+            return
+        storage = tensor.untyped_storage()
+        size = storage.nbytes()
+        self._known[number] = size
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._remove, number)
+
+    def _remove(self, number: int) -> None:
+        self.now -= self._known.pop(number, 0)
+
+
+@contextmanager
+def fused_attention(device_type: str) -> Iterator[None]:
+    """Make attention on the meta device take the fused kernel that the real device takes.
+
+    Without a device torch falls back to the plain formula, which keeps the whole attention matrix.
+    A function mode would not do: it is off while backward recomputes.
+
+    Args:
+        device_type: `cuda` or `cpu`: whose kernel.
+    """
+    functional: Any = torch.nn.functional
+    original = functional.scaled_dot_product_attention
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if query.device.type != "meta":
+            return original(query, key, value, *args, **kwargs)
+        causal = bool(kwargs.get("is_causal", False))
+        if device_type == "cuda":
+            kernel = _ATEN._scaled_dot_product_efficient_attention
+            return kernel(query, key, value, None, True, is_causal=causal)[0]
+        kernel = _ATEN._scaled_dot_product_flash_attention_for_cpu
+        return kernel(query, key, value, is_causal=causal)[0]
+
+    functional.scaled_dot_product_attention = attend
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = original
+
+
+def count(
+    run: Callable[[], Tensor], *, exclude: Iterable[Tensor] = (), device_type: str = "cpu"
+) -> Cost:
+    """Count one piece of work, forward and, where its result carries gradient, backward.
+
+    Args:
+        run: The work; called once, and gone back through.
+        exclude: Tensors that are there anyway: weights, inputs.
+        device_type: Whose attention kernel is counted where the work is on the meta device.
+    """
+    excluded = list(exclude)
+    with fused_attention(device_type):
+        with LiveBytes() as live, _flops() as forward, SavedBytes(excluded) as kept:
+            result = run()
+        saved, forward_peak = kept.total, live.peak
+        # It holds what autograd holds, which backward is about to let go.
+        kept.release()
+        live.peak = live.now
+        backward_flops = 0
+        if result.requires_grad:
+            with live, _flops() as backward:
+                result.backward(torch.empty_like(result))
+            backward_flops = backward.get_total_flops()
+    for tensor in excluded:
+        tensor.grad = None
+    return Cost(saved, forward_peak, live.peak, forward.get_total_flops(), backward_flops)
+
+
+@contextmanager
+def _flops() -> Iterator[FlopCounterMode]:
+    """Count operations, those of the CPU's attention kernel too, which torch has no formula for."""
+    custom: dict[Any, Any] = {
+        _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention,
+        _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    }
+    with FlopCounterMode(display=False, custom_mapping=custom) as counter:
+        yield counter
+
+
+def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_backward_flop_count(grad, query, key, value)
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def available(device: torch.device) -> tuple[int, str]:
+    """Return the bytes that can still be had on a device, and where the figure comes from.
+
+    On CUDA what the driver says is free; elsewhere the RAM that is available, or what the limit of
+    the control group leaves, if that is less.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0], f"free on {torch.cuda.get_device_name(device)}"
+    free, source = psutil.virtual_memory().available, "free RAM"
+    for limit, used in _CGROUPS:
+        try:
+            left = int(Path(limit).read_text()) - int(Path(used).read_text())
+        except (OSError, ValueError):  # no such group, or no limit ("max")
+            continue
+        if 0 < left < free:
+            free, source = left, "limit of the control group"
+    return free, source
+
+
+_CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+    ),
+)

@@ -1,0 +1,51 @@
+"""Whether a picture shows its prompt rather than another one of a set, by a CLIP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from alignprop_cli.prompts import load_prompts
+from alignprop_cli.rewards.clip import ClipReward
+
+
+class ClipChoice(ClipReward):
+    """rewards = log P(own prompt | image) among the prompts of a set, at most 0.
+
+    The cosines with all prompts of the set (and with the own one, where it is not among them),
+    times the model's learned scale, go through a softmax. Unlike the cosine it asks for no more
+    than to be told apart, and fades once the picture is: what else it is like stays free.
+
+    Args:
+        model: As in `ClipReward`.
+        pretrained: As in `ClipReward`.
+        prompts: The set: a built-in one or a file, as `train.prompts`.
+
+    Raises:
+        ConfigError, AssetError: As `ClipReward` and `prompts.load_prompts`.
+
+    Source: the objective of CLIP, Radford et al. 2021, arXiv:2103.00020, with a fixed set in place
+        of the batch.
+    """
+
+    def __init__(
+        self, model: str = "tiny", pretrained: str | None = None, prompts: str = "shapes"
+    ) -> None:
+        self.choices = load_prompts(prompts)
+        super().__init__(model, pretrained)
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return the log-probabilities, shape (B,). Differentiable in images."""
+        seen = self.image_features(images)
+        scale = self._model.logit_scale.detach().to(seen.dtype).exp()
+        own = scale * (seen * self.text_features(prompts)).sum(dim=-1)
+        others = scale * seen @ self.text_features(self.choices).T  # (B, N)
+        # The own prompt counts once, wherever it is.
+        same = torch.tensor(
+            [[choice == prompt for choice in self.choices] for prompt in prompts],
+            device=seen.device,
+        )
+        others = torch.cat([own[:, None], others.masked_fill(same, -torch.inf)], dim=1)
+        return own - others.logsumexp(dim=1)

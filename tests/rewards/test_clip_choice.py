@@ -1,0 +1,61 @@
+"""The reward that tells a prompt from those of a set."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from alignprop_cli.errors import ConfigError
+from alignprop_cli.rewards.clip import ClipReward
+from alignprop_cli.rewards.clip_choice import ClipChoice
+from alignprop_cli.tiny import data
+from tests.factories import generator, small_clip
+
+SET = ["a cat", "two dogs", "a boat", "a house"]
+
+
+def choice(folder: Path) -> ClipChoice:
+    file = folder / "set.txt"
+    file.write_text("\n".join(SET), encoding="utf-8")
+    return ClipChoice(str(small_clip(folder / "clip")), prompts=str(file))
+
+
+def test_it_is_the_log_softmax_over_the_set_with_the_own_prompt_once(tmp_path: Path) -> None:
+    reward = choice(tmp_path)
+    clip = ClipReward(str(tmp_path / "clip"))
+    images = torch.rand((3, 3, 20, 16), generator=generator(0)).requires_grad_()
+    prompts = ["two dogs", "a fish", "a cat"]  # the second is not of the set
+    rewards = reward(images, prompts)
+    scale = clip._model.logit_scale.exp()
+    for image, prompt, found in zip(images, prompts, rewards, strict=True):
+        everything = [prompt, *(text for text in SET if text != prompt)]
+        cosines = clip(image.expand(len(everything), -1, -1, -1), everything)
+        torch.testing.assert_close(found, (scale * cosines).log_softmax(dim=0)[0])
+    (gradient,) = torch.autograd.grad(rewards.sum(), [images])
+    assert (gradient.flatten(1).norm(dim=1) > 1e-6).all()
+
+
+def test_gradcheck(tmp_path: Path) -> None:
+    reward = choice(tmp_path).to(torch.device("cpu"), torch.float64)
+    images = torch.rand((1, 3, 8, 9), generator=generator(0), dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x: reward(x, ["a cat"]), [images], fast_mode=True, atol=1e-6
+    )
+
+
+def test_the_embedded_model_finds_the_prompt_of_most_drawings() -> None:
+    prompts = data.heldout_prompts()
+    pictures, chosen = data.draw_many(prompts, 32, seed=0)
+    images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 255.0
+    asked = [prompts[index] for index in chosen]
+    # Sizes are hard to tell and not checked, so their two prompts share the probability.
+    rewards = ClipChoice()(images, asked)
+    assert float((rewards > torch.tensor(0.2).log()).float().mean()) >= 0.8
+    assert float(rewards.mean()) > float(ClipChoice()(images, asked[::-1]).mean()) + 3.0
+
+
+def test_an_unknown_set_is_refused() -> None:
+    with pytest.raises(ConfigError, match="unknown prompt set 'shape'"):
+        ClipChoice(prompts="shape")

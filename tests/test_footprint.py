@@ -1,0 +1,171 @@
+"""What a plan expects a step to store is what a real step stores, and so is its work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from alignprop_cli import lora, memory
+from alignprop_cli.commands import planning
+from alignprop_cli.config import Config, ModelConfig, RewardConfig
+from alignprop_cli.errors import ConfigError
+from alignprop_cli.estimate import GIB, Footprint, Level, Work
+from alignprop_cli.models.outline import outline
+from alignprop_cli.models.registry import load_model
+from alignprop_cli.plan import Plan
+from alignprop_cli.rewards import outline as reward_outline
+from alignprop_cli.rewards.composite import build_mixture
+from alignprop_cli.trainer import Trainer
+from alignprop_cli.truncation import GradWindow
+from alignprop_cli.validation import parse
+
+STEPS = 5
+
+
+def config(**gradient: Any) -> Config:
+    return parse(
+        {
+            "lora": {"rank": 4},
+            "sample": {"num_inference_steps": STEPS, "guidance_scale": 3.0},
+            "gradient": gradient,
+            "reward": {"clip": {"model": "tiny"}},
+            "train": {"prompts": "shapes", "batch_size": 8},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def predicted() -> Footprint:
+    return planning.measure(config(), "cpu")
+
+
+def trainer(plan: Plan) -> Trainer:
+    accelerator = Accelerator(cpu=True)
+    chosen = config()
+    model = load_model(ModelConfig(), accelerator.device)
+    lora.inject(model.network, rank=4, alpha=4, target_modules=chosen.lora.target_modules, seed=0)
+    mixture = build_mixture(chosen.reward, chosen.loss, accelerator.device)
+    if plan.checkpoint_reward:
+        mixture.recompute()
+    prompts = ["one small red circle on a black background"]
+    made = Trainer(chosen, plan, model, mixture, prompts, accelerator)
+    made.forward(range(1), GradWindow(STEPS - 1, STEPS))  # texts are read once, and kept
+    return made
+
+
+def weights_of(made: Trainer) -> list[torch.Tensor]:
+    model: Any = made.model
+    networks = [n for m in made.mixture.members for n in m.reward.networks]  # type: ignore[attr-defined]
+    return [
+        *model.network.parameters(),
+        *model.pipeline.vae.parameters(),
+        *(p for network in networks for p in (*network.parameters(), *network.buffers())),
+    ]
+
+
+def expected_bytes(found: Footprint, plan: Plan, k: int) -> float:
+    level, m = plan.checkpoint_network, plan.micro_batch
+    parts = [found.first[level], *[found.call[level]] * (k - 1)]
+    parts += [found.decoder[plan.checkpoint_decoder], found.reward[plan.checkpoint_reward]]
+    return sum(part.saved(m) for part in parts)
+
+
+@pytest.mark.parametrize("k", [1, 3, STEPS])
+@pytest.mark.parametrize("micro_batch", [1, 4])
+@pytest.mark.parametrize(
+    ("level", "again"), [("none", False), ("none", True), ("block", False), ("call", True)]
+)
+def test_the_bytes_that_a_real_step_stores_are_the_predicted_ones(
+    predicted: Footprint, level: Level, again: bool, micro_batch: int, k: int
+) -> None:
+    plan = Plan(micro_batch, 8 // micro_batch, 1, 8, level, again, again)
+    made = trainer(plan)
+    with memory.SavedBytes(weights_of(made)) as kept:
+        _, losses = made.forward(range(micro_batch), GradWindow(STEPS - k, STEPS))
+    assert losses.requires_grad
+    assert kept.total == pytest.approx(expected_bytes(predicted, plan, k), rel=0.03)
+
+
+@pytest.mark.parametrize("k", [1, STEPS])
+@pytest.mark.parametrize("level", ["none", "call"])
+def test_the_operations_of_a_real_step_are_the_predicted_ones(
+    predicted: Footprint, level: Level, k: int
+) -> None:
+    plan = Plan(2, 4, 1, 8, level, False, False)
+    made = trainer(plan)
+    window = GradWindow(STEPS - k, STEPS)
+    cost = memory.count(lambda: made.forward(range(2), window)[1].sum(), exclude=weights_of(made))
+    first, call = predicted.first[level], predicted.call[level]
+    tail = (predicted.decoder[False], predicted.reward[False])
+    flops = STEPS * predicted.rollout.forward_flops(2)
+    flops += first.backward_flops(2) + (k - 1) * call.backward_flops(2)
+    flops += sum(part.forward_flops(2) + part.backward_flops(2) for part in tail)
+    assert cost.forward_flops + cost.backward_flops == pytest.approx(flops, rel=0.01)
+
+
+def test_the_published_architectures_have_their_known_sizes() -> None:
+    """Parameter counts of the published checkpoints."""
+    sizes = {
+        "stable-diffusion-v1-5/stable-diffusion-v1-5": (859_520_964, 123_060_480, (4, 64, 64)),
+        "stabilityai/stable-diffusion-2-1": (865_910_724, 340_387_840, (4, 96, 96)),
+    }
+    for name, (network, text_encoder, shape) in sizes.items():
+        model = outline(ModelConfig(id=name), torch.bfloat16)
+        assert model.device.type == "meta"
+        assert sum(p.numel() for p in model.network.parameters()) == network
+        assert sum(p.numel() for p in model.pipeline.vae.parameters()) == 83_653_863
+        assert sum(p.numel() for p in model.pipeline.text_encoder.parameters()) == text_encoder
+        assert model.latent_shape(None, None) == shape
+        assert model.network.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "parameters"),
+    [
+        ("aesthetic", {}, 304e6),  # the vision tower of CLIP ViT-L/14
+        ("hps", {}, 986e6),
+        ("pickscore", {}, 986e6),
+        ("imagereward", {}, 441e6),
+        ("clip", {"model": "ViT-B-32"}, 151e6),
+        ("count", {"object": "cat"}, 6.5e6),  # YOLOS-tiny
+        ("count", {"object": "cat", "model": "google/owlv2-base-patch16-ensemble"}, 155e6),
+        ("brightness", {}, 0.0),
+    ],
+)
+def test_the_networks_of_rewards_have_their_known_sizes(
+    name: str, options: dict[str, Any], parameters: float
+) -> None:
+    assert reward_outline.parameters(name, options) == pytest.approx(parameters, rel=0.02)
+
+
+def test_a_reward_that_is_not_known_before_it_is_loaded_is_said_not_to_be_counted() -> None:
+    members = {"mine.py:best": RewardConfig(), "brightness": RewardConfig()}
+    works, weights, uncounted = planning._rewards(members, (3, 16, 16), "cpu")
+    assert uncounted == ("mine.py:best",)
+    assert weights == 0
+    # Luma keeps nothing of the image's size but is made of it.
+    assert isinstance(works[False], Work)
+    assert works[False].forward(1) > 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("12GB", 12 * GIB), ("800 MiB", 800 * 2**20), ("6.5gib", 6.5 * GIB), ("1000", 1000)],
+)
+def test_memory_is_read_as_people_write_it(text: str, size: float) -> None:
+    assert planning.parse_memory(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "-3GB", "0", "3TBs", "1.2.3GB"])
+def test_other_texts_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="--gpu-memory: expected something like 12GB"):
+        planning.parse_memory(text)
+
+
+def test_the_memory_of_this_machine_is_found() -> None:
+    budget = planning.budget_of(torch.device("cpu"))
+    assert 0.1 * GIB < budget.bytes < 10_000 * GIB
+    assert budget.usable < budget.bytes
