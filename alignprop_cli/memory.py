@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 _ATEN = torch.ops.aten
 
@@ -82,13 +82,20 @@ class SavedBytes:
         return tensor
 
 
-class LiveBytes(TorchDispatchMode):
-    """Follows how many bytes, made while it is entered, live at once; `peak` is the largest."""
+class Meter(TorchDispatchMode):
+    """Follows the bytes that are made while it is entered, and counts floating point operations.
+
+    Attributes:
+        now: Bytes that live.
+        peak: The most that lived at once.
+        flops: Operations, by torch's own formulas; a multiply-add counts two.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.now = 0
         self.peak = 0
+        self.flops = 0
         self._known: dict[int, int] = {}
 
     def __torch_dispatch__(
@@ -98,8 +105,18 @@ class LiveBytes(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        kwargs = kwargs or {}
+        formula = _FORMULAS.get(func._overloadpacket)
+        if formula is None:
+            # Without autograd, operators made of others arrive whole.
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         inputs = {_storage(t) for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
-        result = func(*args, **(kwargs or {}))
+        result = func(*args, **kwargs)
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=result)
         for tensor in tree_iter(result):
             if isinstance(tensor, Tensor):
                 self._add(tensor, inputs)
@@ -118,6 +135,24 @@ class LiveBytes(TorchDispatchMode):
 
     def _remove(self, number: int) -> None:
         self.now -= self._known.pop(number, 0)
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query.shape, key.shape, value.shape)
+
+
+def _attention_backward(
+    grad: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any
+) -> int:
+    return sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)
+
+
+_FORMULAS: dict[Any, Any] = {
+    **flop_registry,
+    # Torch has none for the CPU's attention kernel.
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
 
 
 @contextmanager
@@ -162,39 +197,18 @@ def count(
     """
     excluded = list(exclude)
     with fused_attention(device_type):
-        with LiveBytes() as live, _flops() as forward, SavedBytes(excluded) as kept:
+        with Meter() as meter, SavedBytes(excluded) as kept:
             result = run()
-        saved, forward_peak = kept.total, live.peak
+        saved, forward, forward_flops = kept.total, meter.peak, meter.flops
         # It holds what autograd holds, which backward is about to let go.
         kept.release()
-        live.peak = live.now
-        backward_flops = 0
+        meter.peak, meter.flops = meter.now, 0
         if result.requires_grad:
-            with live, _flops() as backward:
+            with meter:
                 result.backward(torch.empty_like(result))
-            backward_flops = backward.get_total_flops()
     for tensor in excluded:
         tensor.grad = None
-    return Cost(saved, forward_peak, live.peak, forward.get_total_flops(), backward_flops)
-
-
-@contextmanager
-def _flops() -> Iterator[FlopCounterMode]:
-    """Count operations, those of the CPU's attention kernel too, which torch has no formula for."""
-    custom: dict[Any, Any] = {
-        _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention,
-        _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-    }
-    with FlopCounterMode(display=False, custom_mapping=custom) as counter:
-        yield counter
-
-
-def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
-
-
-def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_backward_flop_count(grad, query, key, value)
+    return Cost(saved, forward, meter.peak, forward_flops, meter.flops)
 
 
 def _storage(tensor: Tensor) -> int:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 from alignprop_cli import lora, memory
 from tests.factories import small_unet
@@ -91,7 +92,7 @@ def test_what_is_kept_is_counted_by_storage_and_without_what_was_there() -> None
 
 
 def test_live_bytes_rise_and_fall_with_the_tensors() -> None:
-    with memory.LiveBytes() as live:
+    with memory.Meter() as live:
         first = torch.zeros(250)
         assert live.now == 1000
         second = first + 1.0
@@ -125,3 +126,29 @@ def test_attention_on_the_meta_device_keeps_no_matrix(device_type: str) -> None:
     assert fused.saved < matrix / 4
     # Two products of tokens x tokens x 16 for each of 4 heads, forward.
     assert fused.forward_flops == 2 * 2 * 4 * tokens * tokens * 16
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_operations_are_those_of_torchs_own_counter(batch: int) -> None:
+    """By the plain attention, as torch has no formula for the CPU's kernel."""
+    run, there = network_call("cpu", "none", batch, has_grad=True)
+    cost = memory.count(run, exclude=there)
+    with (
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):
+        result = run()
+        forward = counter.get_total_flops()
+        result.backward(torch.ones_like(result))
+    assert cost.forward_flops == forward
+    # Going back, the kernel computes the attention matrix again: one product of five more.
+    assert forward < counter.get_total_flops() - forward <= cost.backward_flops
+    with (
+        torch.no_grad(),
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+        FlopCounterMode(display=False) as counter,
+    ):
+        run()
+    with torch.no_grad(), memory.Meter() as meter:
+        run()
+    assert meter.flops == counter.get_total_flops()
