@@ -152,3 +152,29 @@ def test_operations_are_those_of_torchs_own_counter(batch: int) -> None:
     with torch.no_grad(), memory.Meter() as meter:
         run()
     assert meter.flops == counter.get_total_flops()
+
+
+def peak_by_the_profiler(run: Callable[[], Tensor]) -> int:
+    """Return the most bytes that torch's own allocator had given out at once, forward and back."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profiler:
+        result = run()
+        result.backward(torch.empty_like(result))
+    assert profiler.profiler is not None
+    events: Any = profiler.profiler.kineto_results.events()
+    changes = [event for event in events if event.name() == "[memory]"]
+    now = peak = 0
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+@pytest.mark.parametrize("level", ["none", "block", "call"])
+def test_the_peak_is_that_of_torchs_profiler(level: str) -> None:
+    run, there = network_call("cpu", level, 4, has_grad=True)
+    cost = memory.count(run, exclude=there)
+    for tensor in there:
+        tensor.grad = None
+    assert cost.backward == pytest.approx(peak_by_the_profiler(run), rel=0.05)

@@ -1,0 +1,56 @@
+"""Print README's table of what fits: the plan of each model, card and window, as estimated.
+
+Run:  python tests/benchmarks/what_fits.py
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from alignprop_cli import presets
+from alignprop_cli.commands import planning
+from alignprop_cli.errors import RunError
+from alignprop_cli.estimate import GIB, Budget
+from alignprop_cli.plan import make_plan
+
+MODELS = {
+    "SD 1.5, 512": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+    "SD 2.1, 768": "stabilityai/stable-diffusion-2-1",
+}
+CARDS = (8, 12, 16, 24, 40, 80)
+WINDOWS: dict[str, dict[str, Any]] = {
+    "K = 1": {"gradient.method": "last_k", "gradient.k": 1},
+    "K = 10": {"gradient.method": "last_k", "gradient.k": 10},
+    "K random": {"gradient.method": "random_k"},
+    "K = 50": {"gradient.method": "full"},
+}
+SHORT = {"none": "", "block": " b", "call": " c"}
+
+
+def main() -> None:
+    """Print one row for each model and window."""
+    print("| model | window |", " | ".join(f"{card} GB" for card in CARDS), "|")
+    print("|---|---|", "---|" * len(CARDS), sep="")
+    for title, model in MODELS.items():
+        footprint = None
+        for window, flags in WINDOWS.items():
+            config = presets.resolve(preset="aesthetic", flags={"model.id": model, **flags})
+            footprint = footprint or planning.measure(config, "cuda")
+            cells: list[str] = []
+            for card in CARDS:
+                budget = Budget(card * GIB, "cuda", "a card")
+                try:
+                    plan = make_plan(config, processes=1, footprint=footprint, budget=budget)
+                except RunError:
+                    cells.append("-")
+                    continue
+                assert plan.estimate is not None
+                over = plan.estimate.flops / plan.estimate.floor
+                again = SHORT[plan.checkpoint_network] + " d" * plan.checkpoint_decoder
+                again += " r" * plan.checkpoint_reward
+                cells.append(f"{plan.micro_batch}{again}, {over:.2f}")
+            print(f"| {title} | {window} |", " | ".join(cells), "|", flush=True)
+
+
+if __name__ == "__main__":
+    main()
