@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from alignprop_cli import images as image_tools
-from alignprop_cli import rng
+from alignprop_cli import lora, rng
 from alignprop_cli.config import SampleConfig
 from alignprop_cli.errors import ConfigError
 from alignprop_cli.models.base import DiffusionModel
@@ -124,6 +124,7 @@ def draw(
         raise ConfigError("nothing to draw: no prompts were given")
     shape = model.latent_shape(config.height, config.width)
     schedule = model.schedule(config.num_inference_steps)
+    merged = lora.Merged(model.network)
     drawn: list[NDArray[np.uint8]] = []
     rewards: dict[str, list[Floats]] = {name: [] for name in mixture.figures}
     for start in range(0, len(pictures), batch_size):
@@ -137,7 +138,8 @@ def draw(
 
         conditioning = model.encode_prompts(prompts, config.negative_prompt)
         denoise = model.denoiser(conditioning, config.guidance_scale)
-        latents = sample(denoise, latents, schedule, eta=config.eta, draw_noise=fresh_noise)
+        with merged:
+            latents = sample(denoise, latents, schedule, eta=config.eta, draw_noise=fresh_noise)
         decoded = model.decode(latents)
         for name, scores in mixture.score(decoded, prompts).items():
             rewards[name].append(scores.double().cpu().numpy())

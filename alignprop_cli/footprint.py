@@ -48,13 +48,16 @@ def measure(
     """
     trained = sum(parameter.numel() for parameter in lora.trainable(model.network))
     denoise = model.denoiser(conditioning, guidance_scale)
+    merged = lora.Merged(model.network)
     there = [*model.network.parameters(), conditioning.prompt_embeds]
 
     def call(*, has_grad: bool, blocks: bool = False, window: bool = True) -> Work:
         latents = _latents(model, latent_shape, has_grad=has_grad)
 
         def run() -> Tensor:
-            with torch.set_grad_enabled(window):
+            if window:
+                return denoise(latents, 1.0)
+            with torch.no_grad(), merged:
                 return denoise(latents, 1.0)
 
         model.recompute_blocks(blocks)
@@ -88,7 +91,7 @@ def measure(
         )
 
     return Footprint(
-        weights=weights,
+        weights={**weights, "merged LoRA": merged.bytes} if merged.bytes else weights,
         trained=trained,
         rollout=rollout,
         first={"none": first, "block": blocks, "call": whole(first)},

@@ -6,6 +6,7 @@ The only importer of peft. A layer's weight becomes W + (alpha / rank) B A, with
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import set_peft_model_state_dict
 from torch import Tensor
@@ -147,3 +149,59 @@ def disabled(network: torch.nn.Module):
     finally:
         for layer in layers:
             layer.enable_adapters(True)
+
+
+class Merged:
+    """The network with the LoRA added to its weights, for calls that carry no gradient.
+
+    Inside the block each LoRA layer is replaced by its base layer with the weights
+    W + (alpha / r) B A of the moment this object was made: the same output up to rounding, without
+    the LoRA's own operations. Afterwards the very layers from before are back, bit for bit. The
+    block may be entered many times.
+
+    Nothing is replaced in half precision, where a small LoRA would vanish in the rounding of W, nor
+    where the LoRA is switched off or is more than a product of two matrices (DoRA).
+
+    Args:
+        network: With a LoRA.
+    """
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        self._layers: list[tuple[torch.nn.Module, str, torch.nn.Module, torch.nn.Module]] = []
+        for path, layer in list(network.named_modules()):
+            if not _mergeable(layer):
+                continue
+            parent, _, name = path.rpartition(".")
+            base: torch.nn.Module = layer.get_base_layer()  # type: ignore[operator]
+            weight = base.get_parameter("weight")
+            with torch.no_grad():
+                delta: Tensor = layer.get_delta_weight(ADAPTER)  # type: ignore[operator]
+                # clone() keeps the memory layout.
+                together = weight.detach().clone().add_(delta.to(weight.dtype))
+            # A copy of the layer that shares everything but its weight.
+            own = {id(p): p for p in base.parameters()}
+            own[id(weight)] = torch.nn.Parameter(together, requires_grad=False)
+            plain = copy.deepcopy(base, own)
+            self._layers.append((network.get_submodule(parent), name, layer, plain))
+
+    @property
+    def bytes(self) -> int:
+        """Return the memory of the weights that are held."""
+        weights = (plain.get_parameter("weight") for *_, plain in self._layers)
+        return sum(weight.numel() * weight.element_size() for weight in weights)
+
+    def __enter__(self) -> None:
+        for parent, name, _, plain in self._layers:
+            setattr(parent, name, plain)
+
+    def __exit__(self, *exception: object) -> None:
+        for parent, name, layer, _ in self._layers:
+            setattr(parent, name, layer)
+
+
+def _mergeable(layer: torch.nn.Module) -> bool:
+    if not isinstance(layer, LoraLayer) or ADAPTER not in layer.lora_A or layer.lora_variant:
+        return False
+    dtype = layer.get_base_layer().get_parameter("weight").dtype
+    off: bool = layer.disable_adapters  # type: ignore[attr-defined]
+    return dtype in (torch.float32, torch.float64) and not off

@@ -132,6 +132,7 @@ def sample(
     *,
     eta: float = 0.0,
     window: GradWindow | None = None,
+    rollout: Denoise | None = None,
     draw_noise: DrawNoise | None = None,
     use_checkpoint: bool = False,
 ) -> Tensor:
@@ -147,6 +148,8 @@ def sample(
         schedule: Noise levels of all steps.
         eta: Share of fresh noise per step in [0, 1].
         window: The calls that carry gradient; None means a roll-out without any gradient.
+        rollout: Takes the place of `denoise` outside the window, where a cheaper call gives the
+            same values.
         draw_noise: Gives the fresh noise of step i; needed where eta > 0.
         use_checkpoint: Recompute the calls inside the window during backward instead of storing
             their activations. Values and gradients are the same bit for bit on the CPU.
@@ -175,8 +178,10 @@ def sample(
                         use_reentrant=False,
                         preserve_rng_state=False,
                     )
-                else:
+                elif has_grad or rollout is None:
                     noise_pred = denoise(latents, step.timestep)
+                else:
+                    noise_pred = rollout(latents, step.timestep)
             noise = draw_noise(i) if draw_noise is not None and eta > 0.0 else None
             latents = ddim_step(
                 noise_pred, latents, step, schedule.prediction_type, eta=eta, noise=noise

@@ -250,12 +250,20 @@ class Trainer:
 
         latents = rng.image_noise(seed, "noise", keys, self._shape).to(device)
         conditioning = self.model.encode_prompts(prompts, config.negative_prompt)
+        denoise = self.model.denoiser(conditioning, config.guidance_scale)
+        merged = lora.Merged(self.model.network)
+
+        def rollout(latents: Tensor, timestep: float) -> Tensor:
+            with merged:
+                return denoise(latents, timestep)
+
         latents = sample(
-            self.model.denoiser(conditioning, config.guidance_scale),
+            denoise,
             latents,
             self._schedule,
             eta=config.eta,
             window=window,
+            rollout=rollout,
             draw_noise=draw_noise,
             use_checkpoint=self.plan.checkpoint_network == "call",
         )

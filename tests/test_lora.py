@@ -170,3 +170,63 @@ def test_the_order_of_the_parameters_is_fixed(network: UNet2DConditionModel) -> 
     names = {id(p): name for name, p in network.named_parameters()}
     order = [names[id(p)] for p in parameters]
     assert order == sorted(order)
+
+
+def test_merged_it_is_the_same_function_without_lora_layers(
+    network: UNet2DConditionModel,
+) -> None:
+    targets = (*TARGETS, "conv1", "time_emb_proj")
+    lora.inject(network.double(), rank=3, alpha=6, target_modules=targets, seed=0)
+    fill_lora_b(network, seed=3)
+    network.double()
+    layers = dict(network.named_modules())
+    weights = {name: p.clone() for name, p in network.named_parameters()}
+    latents, embeds = randn(1, 2, 4, 8, 8), randn(2, 2, 5, TEXT_WIDTH)
+    merged = lora.Merged(network)
+    with torch.no_grad():
+        tuned = network(latents, 10, embeds).sample
+        for _ in range(2):
+            with merged:
+                assert not lora.is_present(network)
+                inside = network(latents, 10, embeds).sample
+            torch.testing.assert_close(inside, tuned, rtol=1e-12, atol=1e-12)
+            # The very same layers and numbers are back.
+            now = dict(network.named_modules())
+            assert now.keys() == layers.keys()
+            assert all(now[name] is layer for name, layer in layers.items())
+        assert torch.equal(network(latents, 10, embeds).sample, tuned)
+        with lora.disabled(network):
+            assert float((network(latents, 10, embeds).sample - tuned).abs().max()) > 1e-3
+    for name, p in network.named_parameters():
+        assert torch.equal(p, weights[name])
+    # 8 attention layers of 4 projections, and in 8 residual blocks a convolution and a projection.
+    replaced = [name for name in layers if name.endswith(".base_layer")]
+    sizes = [layers[name].weight.numel() for name in replaced]
+    assert merged.bytes == 8 * sum(sizes) > 0
+
+
+def test_merged_the_memory_layout_is_kept(network: UNet2DConditionModel) -> None:
+    lora.inject(network, rank=3, alpha=6, target_modules=("conv1",), seed=0)
+    network.to(memory_format=torch.channels_last)
+    with lora.Merged(network):
+        weight = network.mid_block.resnets[0].conv1.weight
+        assert weight.shape[2:] == (3, 3)
+        assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("why", ["half precision", "switched off", "no LoRA"])
+def test_nothing_is_merged_where_it_would_change_the_output(
+    network: UNet2DConditionModel, why: str
+) -> None:
+    if why != "no LoRA":
+        inject(network)
+    if why == "half precision":
+        network.to(torch.bfloat16)
+    merged = lora.Merged(network) if why != "switched off" else None
+    if why == "switched off":
+        with lora.disabled(network):
+            merged = lora.Merged(network)
+    assert merged is not None and merged.bytes == 0
+    before = dict(network.named_modules())
+    with merged:
+        assert dict(network.named_modules()) == before

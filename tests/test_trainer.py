@@ -83,13 +83,11 @@ def test_dividing_the_batch_into_micro_batches_does_not_change_the_gradient() ->
         assert relative_difference(divided, whole) < 1e-5
 
 
-def test_dividing_the_batch_changes_nothing_but_rounding(monkeypatch) -> None:
-    """The same law in float64, with fresh noise in every step, to 1e-12."""
+def double_gradient_of_a_step(config: Config, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+    """As `gradient_of_a_step`, with the whole chain in float64."""
     draw = rng.image_noise
-    monkeypatch.setattr(rng, "image_noise", lambda *args: draw(*args).double())
-
-    def gradient(micro_batch: int) -> torch.Tensor:
-        config = small_config(train={"micro_batch": micro_batch, "max_grad_norm": None})
+    with monkeypatch.context() as patch:
+        patch.setattr(rng, "image_noise", lambda *args: draw(*args).double())
         member = Member("colourfulness", pixel.colourfulness, 1.0, config.loss)
         trainer = make_trainer(config, Mixture([member]))
         for module in (trainer.model.network, trainer.model.pipeline.vae):
@@ -97,13 +95,35 @@ def test_dividing_the_batch_changes_nothing_but_rounding(monkeypatch) -> None:
         trainer.model.pipeline.text_encoder.double()
         trainer.optimizer.step = lambda: None  # type: ignore[method-assign]
         trainer.step()
-        return torch.cat([p.grad.flatten() for p in trainer.parameters])
+    return torch.cat([p.grad.flatten() for p in trainer.parameters])
+
+
+def test_dividing_the_batch_changes_nothing_but_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same law in float64, with fresh noise in every step, to 1e-12."""
+
+    def gradient(micro_batch: int) -> torch.Tensor:
+        config = small_config(train={"micro_batch": micro_batch, "max_grad_norm": None})
+        return double_gradient_of_a_step(config, monkeypatch)
 
     whole = gradient(8)
     assert whole.dtype == torch.float64
     assert float(whole.norm()) > 1e-4
     for micro_batch in (4, 1):
         assert relative_difference(gradient(micro_batch), whole) < 1e-12
+
+
+def test_the_merged_lora_of_the_roll_out_does_not_change_the_gradient(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # 2 of the 4 calls are rolled out.
+    window = {"method": "last_k", "k": 2}
+    config = small_config(gradient=window, train={"max_grad_norm": None})
+    single, double = gradient_of_a_step(config), double_gradient_of_a_step(config, monkeypatch)
+    entered: list[bool] = []
+    monkeypatch.setattr(lora.Merged, "__enter__", lambda self: entered.append(True))
+    assert relative_difference(single, gradient_of_a_step(config)) < 1e-4
+    assert relative_difference(double, double_gradient_of_a_step(config, monkeypatch)) < 1e-10
+    assert entered
 
 
 def test_recomputation_does_not_change_the_gradient_bit_for_bit() -> None:

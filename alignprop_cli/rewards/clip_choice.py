@@ -22,6 +22,8 @@ class ClipChoice(ClipReward):
         model: As in `ClipReward`.
         pretrained: As in `ClipReward`.
         prompts: The set: a built-in one or a file, as `train.prompts`.
+        alike: Words that count as the same: prompts that differ in nothing else share their
+            probability, so that this difference stays free.
 
     Raises:
         ConfigError, AssetError: As `ClipReward` and `prompts.load_prompts`.
@@ -31,8 +33,13 @@ class ClipChoice(ClipReward):
     """
 
     def __init__(
-        self, model: str = "tiny", pretrained: str | None = None, prompts: str = "shapes"
+        self,
+        model: str = "tiny",
+        pretrained: str | None = None,
+        prompts: str = "shapes",
+        alike: Sequence[str] = (),
     ) -> None:
+        self.alike = tuple(alike)
         self.choices = load_prompts(prompts)
         super().__init__(model, pretrained)
 
@@ -40,12 +47,21 @@ class ClipChoice(ClipReward):
         """Return the log-probabilities, shape (B,). Differentiable in images."""
         seen = self.image_features(images)
         scale = self._model.logit_scale.detach().to(seen.dtype).exp()
-        own = scale * (seen * self.text_features(prompts)).sum(dim=-1)
+        own = scale * (seen * self.text_features(prompts)).sum(dim=-1, keepdim=True)
         others = scale * seen @ self.text_features(self.choices).T  # (B, N)
         # The own prompt counts once, wherever it is.
-        same = torch.tensor(
-            [[choice == prompt for choice in self.choices] for prompt in prompts],
-            device=seen.device,
-        )
-        others = torch.cat([own[:, None], others.masked_fill(same, -torch.inf)], dim=1)
-        return own - others.logsumexp(dim=1)
+        is_own = self._mask([[c == prompt for c in self.choices] for prompt in prompts])
+        everything = torch.cat([own, others.masked_fill(is_own, -torch.inf)], dim=1)
+        plain = [self._plain(choice) for choice in self.choices]
+        fits = self._mask([[c == self._plain(prompt) for c in plain] for prompt in prompts])
+        fitting = torch.cat([own, others.masked_fill(~fits | is_own, -torch.inf)], dim=1)
+        return fitting.logsumexp(dim=1) - everything.logsumexp(dim=1)
+
+    def _plain(self, prompt: str) -> str:
+        """Return the prompt with each of the words alike written as the first of them."""
+        if not self.alike:
+            return prompt
+        return " ".join(self.alike[0] if w in self.alike else w for w in prompt.split())
+
+    def _mask(self, rows: list[list[bool]]) -> Tensor:
+        return torch.tensor(rows, device=self.device)

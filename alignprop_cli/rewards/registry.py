@@ -67,7 +67,7 @@ SHIPPED: Mapping[str, Spec] = {
     "clip_choice": Spec(
         "alignprop_cli.rewards.clip_choice:ClipChoice",
         "log-probability of the prompt among those of a set, by an open_clip model, at most 0",
-        {"model": str, "pretrained": str, "prompts": str},
+        {"model": str, "pretrained": str, "prompts": str, "alike": list},
     ),
     "aesthetic": Spec(
         "alignprop_cli.rewards.aesthetic:AestheticReward",
