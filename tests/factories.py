@@ -48,7 +48,7 @@ def _build(seed: int, builder: Callable[[], Any]) -> Any:
         return builder()
 
 
-def small_tokenizer(path: Path) -> CLIPTokenizer:
+def small_tokenizer(path: Path, length: int = 16) -> CLIPTokenizer:
     """Write a CLIP tokenizer that reads single letters, and return it."""
     letters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
     start, end = "<|startoftext|>", "<|endoftext|>"
@@ -66,7 +66,7 @@ def small_tokenizer(path: Path) -> CLIPTokenizer:
         bos_token=start,
         eos_token=end,
         pad_token=end,
-        model_max_length=16,
+        model_max_length=length,
     )
 
 
@@ -99,7 +99,7 @@ def small_pipeline(
         prediction_type: Of the scheduler's configuration.
         seed: Of the weights.
         **overrides: Options of the network (`in_channels`, `block_out_channels`, ...), and with a
-            prefix `scheduler_` or `vae_` those of the other parts.
+            prefix `scheduler_`, `vae_` or `text_` those of the other parts.
 
     Returns:
         The folder.
@@ -135,26 +135,26 @@ def small_pipeline(
         "sample_size": PICTURE_PX,
         "scaling_factor": 0.18215,
     }
+    text_options: dict[str, Any] = {
+        "hidden_size": TEXT_WIDTH,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 16,
+    }
+    parts = {"scheduler_": scheduler_options, "vae_": vae_options, "text_": text_options}
     for key, value in overrides.items():
-        if key.startswith("scheduler_"):
-            scheduler_options[key.removeprefix("scheduler_")] = value
-        elif key.startswith("vae_"):
-            vae_options[key.removeprefix("vae_")] = value
-        else:
-            unet_options[key] = value
+        prefix = next((prefix for prefix in parts if key.startswith(prefix)), "")
+        parts.get(prefix, unet_options)[key.removeprefix(prefix)] = value
 
     def build() -> StableDiffusionPipeline:
-        tokenizer = small_tokenizer(path / "tokenizer")
+        tokenizer = small_tokenizer(path / "tokenizer", text_options["max_position_embeddings"])
         end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
         text_encoder = CLIPTextModel(
             CLIPTextConfig(
                 vocab_size=end + 1,
-                hidden_size=TEXT_WIDTH,
-                intermediate_size=2 * TEXT_WIDTH,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                max_position_embeddings=16,
-                projection_dim=TEXT_WIDTH,
+                intermediate_size=2 * text_options["hidden_size"],
+                projection_dim=text_options["hidden_size"],
+                **text_options,
                 bos_token_id=end - 1,
                 eos_token_id=end,
                 pad_token_id=end,
@@ -177,6 +177,32 @@ def small_pipeline(
 
     _build(seed, build).save_pretrained(path)
     return path
+
+
+def mid_pipeline(path: Path) -> Path:
+    """Write a pipeline with a network of 34 million random weights: latents (4, 32, 32)."""
+    cross, plain = "CrossAttnDownBlock2D", "DownBlock2D"
+    return small_pipeline(
+        path,
+        seed=1,
+        sample_size=32,
+        block_out_channels=(64, 128, 256, 256),
+        layers_per_block=2,
+        down_block_types=(cross, cross, cross, plain),
+        up_block_types=("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
+        cross_attention_dim=128,
+        attention_head_dim=8,
+        norm_num_groups=32,
+        vae_block_out_channels=(16, 32, 64, 64),
+        vae_down_block_types=("DownEncoderBlock2D",) * 4,
+        vae_up_block_types=("UpDecoderBlock2D",) * 4,
+        vae_layers_per_block=2,
+        vae_norm_num_groups=16,
+        vae_sample_size=256,
+        text_hidden_size=128,
+        text_num_hidden_layers=4,
+        text_max_position_embeddings=77,
+    )
 
 
 def open_clip_config(*, image_size: int = 16, width: int = 32) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,15 +22,17 @@ from alignprop_cli.rewards.composite import build_mixture
 from alignprop_cli.trainer import Trainer
 from alignprop_cli.truncation import GradWindow
 from alignprop_cli.validation import parse
+from tests.factories import mid_pipeline
 
 STEPS = 5
 
 
-def config(**gradient: Any) -> Config:
+def config(model: str = "tiny", steps: int = STEPS, **gradient: Any) -> Config:
     return parse(
         {
+            "model": {"id": model},
             "lora": {"rank": 4},
-            "sample": {"num_inference_steps": STEPS, "guidance_scale": 3.0},
+            "sample": {"num_inference_steps": steps, "guidance_scale": 3.0},
             "gradient": gradient,
             "reward": {"clip": {"model": "tiny"}},
             "train": {"prompts": "shapes", "batch_size": 8},
@@ -42,17 +45,18 @@ def predicted() -> Footprint:
     return planning.measure(config(), "cpu")
 
 
-def trainer(plan: Plan) -> Trainer:
+def trainer(plan: Plan, chosen: Config | None = None) -> Trainer:
     accelerator = Accelerator(cpu=True)
-    chosen = config()
-    model = load_model(ModelConfig(), accelerator.device)
+    chosen = chosen or config()
+    model = load_model(chosen.model, accelerator.device)
     lora.inject(model.network, rank=4, alpha=4, target_modules=chosen.lora.target_modules, seed=0)
     mixture = build_mixture(chosen.reward, chosen.loss, accelerator.device)
     if plan.checkpoint_reward:
         mixture.recompute()
     prompts = ["one small red circle on a black background"]
     made = Trainer(chosen, plan, model, mixture, prompts, accelerator)
-    made.forward(range(1), GradWindow(STEPS - 1, STEPS))  # texts are read once, and kept
+    steps = chosen.sample.num_inference_steps
+    made.forward(range(1), GradWindow(steps - 1, steps))  # texts are read once, and kept
     return made
 
 
@@ -74,7 +78,7 @@ def expected_bytes(found: Footprint, plan: Plan, k: int) -> float:
 
 
 @pytest.mark.parametrize("k", [1, 3, STEPS])
-@pytest.mark.parametrize("micro_batch", [1, 4])
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
 @pytest.mark.parametrize(
     ("level", "again"), [("none", False), ("none", True), ("block", False), ("call", True)]
 )
@@ -87,6 +91,25 @@ def test_the_bytes_that_a_real_step_stores_are_the_predicted_ones(
         _, losses = made.forward(range(micro_batch), GradWindow(STEPS - k, STEPS))
     assert losses.requires_grad
     assert kept.total == pytest.approx(expected_bytes(predicted, plan, k), rel=0.03)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("micro_batch", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("level", "again"), [("none", False), ("none", True), ("block", False), ("call", True)]
+)
+def test_the_stored_bytes_of_a_larger_model_are_the_predicted_ones(
+    tmp_path: Path, level: Level, again: bool, micro_batch: int
+) -> None:
+    chosen = config(str(mid_pipeline(tmp_path / "mid")), steps=12)
+    found = planning.measure(chosen, "cpu")
+    plan = Plan(micro_batch, 8 // micro_batch, 1, 8, level, again, again)
+    made = trainer(plan, chosen)
+    for k in (1, 10, 12):
+        with memory.SavedBytes(weights_of(made)) as kept:
+            _, losses = made.forward(range(micro_batch), GradWindow(12 - k, 12))
+        assert losses.requires_grad
+        assert kept.total == pytest.approx(expected_bytes(found, plan, k), rel=0.03)
 
 
 @pytest.mark.parametrize("k", [1, STEPS])
