@@ -66,7 +66,7 @@ class Paired:
         difference: Mean of tuned - base.
         low: Lower end of the 95 % confidence interval of the difference.
         high: Upper end.
-        wins: Share of pictures on which the second model is better.
+        wins: Share of pictures on which the second model's reward is higher.
         ties: Share on which both are equal.
     """
 

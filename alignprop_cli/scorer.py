@@ -264,10 +264,12 @@ def _upwards(folder: Path, root: Path) -> Iterator[Path]:
         folder = folder.parent
 
 
-def needs_prompt(name: str) -> bool:
+def needs_prompt(name: str, options: Mapping[str, Any]) -> bool:
     """Return whether a reward looks at the prompt; of those of others it is supposed."""
     spec = registry.SHIPPED.get(name)
-    return spec is None or spec.reads_prompt
+    if spec is None:
+        return True
+    return spec.reads_prompt and (spec.instead is None or options.get(spec.instead) is None)
 
 
 @torch.no_grad()
@@ -276,6 +278,7 @@ def score(
     mixture: Mixture,
     finder: PromptFinder,
     *,
+    asking: Sequence[str],
     device: torch.device,
     batch_size: int,
 ) -> Iterator[Scored | Skipped]:
@@ -285,6 +288,7 @@ def score(
         pictures: As `find_pictures` returns them.
         mixture: The rewards, on the device.
         finder: Of the prompts.
+        asking: Names of the rewards that cannot do without one; see `needs_prompt`.
         device: Where the rewards are.
         batch_size: At most so many consecutive pictures of one size are measured at once.
 
@@ -295,7 +299,6 @@ def score(
         ConfigError, AssetError: If a metadata file is wrong or a reward answers in a wrong shape.
         RunError: If a reward is not finite.
     """
-    asking = [name for name in mixture.names if needs_prompt(name)]
     batch: list[_Ready] = []
     for found in pictures:
         ready = _prepare(found, finder, asking)

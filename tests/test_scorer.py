@@ -155,9 +155,11 @@ def test_a_table_that_cannot_be_understood_names_the_line(tmp_path, name, text, 
 
 
 def test_only_rewards_of_pixels_do_without_a_prompt():
-    assert not needs_prompt("brightness")
-    assert needs_prompt("clip")
-    assert needs_prompt("mine.py:reward")
+    assert not needs_prompt("brightness", {})
+    assert needs_prompt("clip", {})
+    assert needs_prompt("mine.py:reward", {})
+    assert needs_prompt("count", {"object": "dog"})
+    assert not needs_prompt("count", {"object": "dog", "number": 0})
 
 
 def test_results_come_in_order_and_do_not_depend_on_the_batch(tmp_path):
@@ -170,7 +172,12 @@ def test_results_come_in_order_and_do_not_depend_on_the_batch(tmp_path):
 
     def results(batch_size):
         scored = score(
-            found, mixture("brightness"), PromptFinder(), device=CPU, batch_size=batch_size
+            found,
+            mixture("brightness"),
+            PromptFinder(),
+            asking=[],
+            device=CPU,
+            batch_size=batch_size,
         )
         return list(scored)
 
@@ -198,6 +205,8 @@ def test_a_picture_without_a_prompt_is_skipped_where_a_reward_needs_one(tmp_path
         LossConfig(),
     )
     found = find_pictures([str(tmp_path)])
-    first, second = score(found, Mixture([lengths]), PromptFinder(), device=CPU, batch_size=4)
+    first, second = score(
+        found, Mixture([lengths]), PromptFinder(), asking=["length"], device=CPU, batch_size=4
+    )
     assert first == Skipped(tmp_path / "a.png", "no prompt found, which length needs")
     assert second == Scored(tmp_path / "b.png", "four", "picture", {"length": 4.0})

@@ -209,7 +209,7 @@ def _print(console: Console, result: Evaluation, folder: Path) -> None:
     parts: list[Any] = []
     if result.paired:
         rows = [_paired_row(name, paired) for name, paired in result.paired.items()]
-        columns = ("", "base", "tuned", "difference", "95 % interval", "better", "equal")
+        columns = ("", "base", "tuned", "difference", "95 % interval", "higher", "equal")
         rows += [_check_row(part, shares) for part, shares in result.checker.items()]
         parts.append(table(title, columns, rows))
     else:

@@ -130,7 +130,10 @@ def _run(
     values: dict[str, list[float]] = {name: [] for name in mixture.figures}
     shown: list[Scored] = []
     skipped: list[Skipped] = []
-    results = scorer.score(found, mixture, finder, device=device, batch_size=_BATCH_SIZE)
+    asking = [n for n, own in config.reward.items() if scorer.needs_prompt(n, own.options)]
+    results = scorer.score(
+        found, mixture, finder, asking=asking, device=device, batch_size=_BATCH_SIZE
+    )
     with _rows(chosen, target, mixture.figures) as write, console.bar(len(found), "scoring") as bar:
         for result in results:
             bar.advance()

@@ -24,6 +24,8 @@ class ClipChoice(ClipReward):
         prompts: The set: a built-in one or a file, as `train.prompts`.
         alike: Words that count as the same: prompts that differ in nothing else share their
             probability, so that this difference stays free.
+        log: False gives the probability itself, in [0, 1]: its gradient is largest where the
+            choice is open, and fades where it is settled either way.
 
     Raises:
         ConfigError, AssetError: As `ClipReward` and `prompts.load_prompts`.
@@ -38,7 +40,9 @@ class ClipChoice(ClipReward):
         pretrained: str | None = None,
         prompts: str = "shapes",
         alike: Sequence[str] = (),
+        log: bool = True,
     ) -> None:
+        self.log = log
         self.alike = tuple(alike)
         self.choices = load_prompts(prompts)
         super().__init__(model, pretrained)
@@ -55,7 +59,8 @@ class ClipChoice(ClipReward):
         plain = [self._plain(choice) for choice in self.choices]
         fits = self._mask([[c == self._plain(prompt) for c in plain] for prompt in prompts])
         fitting = torch.cat([own, others.masked_fill(~fits | is_own, -torch.inf)], dim=1)
-        return fitting.logsumexp(dim=1) - everything.logsumexp(dim=1)
+        log_probability = fitting.logsumexp(dim=1) - everything.logsumexp(dim=1)
+        return log_probability if self.log else log_probability.exp()
 
     def _plain(self, prompt: str) -> str:
         """Return the prompt with each of the words alike written as the first of them."""

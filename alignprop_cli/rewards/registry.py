@@ -39,6 +39,7 @@ class Spec:
         summary: One line for people.
         options: Name and type of each.
         reads_prompt: Whether the prompt matters.
+        instead: Option that takes the prompt's place where it is given.
         trainable: Whether it has a gradient.
     """
 
@@ -46,6 +47,7 @@ class Spec:
     summary: str
     options: Mapping[str, type] = field(default_factory=dict[str, type])
     reads_prompt: bool = True
+    instead: str | None = None
     trainable: bool = True
 
 
@@ -67,7 +69,7 @@ SHIPPED: Mapping[str, Spec] = {
     "clip_choice": Spec(
         "alignprop_cli.rewards.clip_choice:ClipChoice",
         "log-probability of the prompt among those of a set, by an open_clip model, at most 0",
-        {"model": str, "pretrained": str, "prompts": str, "alike": list},
+        {"model": str, "pretrained": str, "prompts": str, "alike": list, "log": bool},
     ),
     "aesthetic": Spec(
         "alignprop_cli.rewards.aesthetic:AestheticReward",
@@ -112,6 +114,7 @@ SHIPPED: Mapping[str, Spec] = {
         "alignprop_cli.rewards.detect:Count",
         "log-probability of exactly N objects, at most 0",
         {"object": str, "number": int, "model": str},
+        instead="number",
     ),
     "remove": Spec(
         "alignprop_cli.rewards.detect:Remove",
