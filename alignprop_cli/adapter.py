@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -62,12 +63,14 @@ class Adapter:
         layers: Its factors by the name of the layer in the network.
         header: The texts in the header of the file.
         sha256: Of the whole file, hexadecimal.
+        left_out: Number of layers of a text encoder that the file has too, and that are not read.
     """
 
     file: Path
     layers: Layers
     header: Mapping[str, str]
     sha256: str
+    left_out: int = 0
 
 
 def locate(name: str) -> Located:
@@ -133,7 +136,7 @@ def sha256(file: Path) -> str:
 
 
 def read(file: Path) -> Adapter:
-    """Read a LoRA file in diffusers' or peft's format.
+    """Read a LoRA file in diffusers', peft's or kohya's format.
 
     Raises:
         AssetError: If it is missing, damaged, not a LoRA, or of another format.
@@ -146,6 +149,12 @@ def read(file: Path) -> Adapter:
     except (OSError, SafetensorError) as error:
         raise AssetError(f"{file}: cannot be read as a LoRA: {error}") from error
     settings = _settings(header, file)
+    if any(name.startswith(("lora_unet_", "lora_te")) for name in state):
+        state = _from_kohya(file)
+    texts = [name for name in state if name.startswith("text_encoder")]
+    left_out = len({_UP.sub("", _DOWN.sub("", n)).removesuffix(".alpha") for n in texts})
+    for name in texts:
+        del state[name]
     alphas = {k: state.pop(k) for k in list(state) if k.endswith(".alpha")}
     pairs = _pairs(state, file)
     layers: dict[str, Factors] = {}
@@ -164,7 +173,7 @@ def read(file: Path) -> Adapter:
             alpha = float(alphas[f"{key}.alpha"])
         stabilised = bool(settings.get("use_rslora"))
         layers[layer] = Factors(down, up, scaling(alpha, rank, rank_stabilised=stabilised))
-    return Adapter(file, layers, header, sha256(file))
+    return Adapter(file, layers, header, sha256(file), left_out)
 
 
 def write(directory: Path, layers: Layers, header: Mapping[str, str]) -> Path:
@@ -221,21 +230,32 @@ def _settings(header: Mapping[str, str], file: Path) -> dict[str, Any]:
     return settings
 
 
+def _from_kohya(file: Path) -> dict[str, Tensor]:
+    """Return the tensors of a file in kohya's format by the names of diffusers, alphas too.
+
+    Raises:
+        AssetError: If diffusers cannot read it.
+    """
+    # Here, since it brings diffusers with it and few files need it.
+    from alignprop_cli.models.sd import read_lora
+
+    try:
+        state, alphas, _ = read_lora(file)
+    except (OSError, ValueError, KeyError) as error:
+        raise AssetError(f"{file}: cannot be read as a LoRA in kohya's format: {error}") from error
+    return {**state, **{name: torch.tensor(alpha) for name, alpha in alphas.items()}}
+
+
 def _pairs(state: Mapping[str, Tensor], file: Path) -> dict[str, tuple[Tensor, Tensor]]:
     """Return (down, up) of every layer, or refuse what is no LoRA of a network."""
     downs = {_DOWN.sub("", name): value for name, value in state.items() if _DOWN.search(name)}
     ups = {_UP.sub("", name): value for name, value in state.items() if _UP.search(name)}
     if not downs:
         raise AssetError(f"{file}: holds no LoRA weights")
-    if any(name.startswith(("lora_unet_", "lora_te")) for name in downs):
-        raise AssetError(
-            f"{file}: is a LoRA in kohya's format, which can be evaluated but not mixed yet",
-            hint="load it in diffusers and save it with save_lora_weights first",
-        )
     rest = [n for n in sorted(state) if not _DOWN.search(n) and not _UP.search(n)]
     if any("dora_scale" in name or "magnitude_vector" in name for name in rest):
         raise ConfigError(f"{file}: is a DoRA, which cannot be mixed as a sum of updates")
-    foreign = [n for n in sorted(downs) if n.startswith(("text_encoder", "transformer."))]
+    foreign = [n for n in sorted(downs) if n.startswith("transformer.")]
     odd = sorted(downs.keys() ^ ups.keys()) or rest or foreign
     if odd:
         raise AssetError(f"{file}: cannot be read as a LoRA of a UNet: unexpected {odd[0]}")

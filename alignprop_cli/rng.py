@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 Purpose = Literal[
-    "noise", "eta", "window", "prompts", "lora", "eval_noise", "eval_eta", "bootstrap"
+    "noise", "eta", "window", "prompts", "lora", "eval_noise", "eval_eta", "bootstrap", "soup"
 ]
 
 

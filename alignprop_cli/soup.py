@@ -1,12 +1,14 @@
-"""Mix LoRAs exactly: the mixed weight update is the weighted sum of the weight updates.
+"""Mix LoRAs: by default exactly, so that the update is the weighted sum of the weight updates.
 
 A LoRA changes a weight by delta = scaling up @ down, with scaling alpha / rank (rsLoRA:
 alpha / sqrt(rank)). The sum of such updates is one LoRA of the summed rank:
 
     sum_i c_i s_i up_i @ down_i = [c_1 s_1 up_1, c_2 s_2 up_2, ...] @ [down_1; down_2; ...]
 
-Averaging the factors instead, mean(up) @ mean(down), adds the cross terms up_i @ down_j and is a
-different model; nothing here does that.
+`svd` brings that sum back to a lower rank and says what is lost. `ties` and `dare_linear` prune
+the updates before they are added. `factor` averages the factors one by one, as the reference
+implementation of AlignProp does: mean(up) @ mean(down) holds the cross terms up_i @ down_j and is
+another model than the mean of the updates.
 """
 
 from __future__ import annotations
@@ -14,9 +16,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
+from peft.utils import merge_utils
 from torch import Tensor
+
+from alignprop_cli import rng
+
+Method = Literal["exact", "factor", "svd", "ties", "dare_linear"]
+
+_linalg: Any = torch.linalg
+
+PRUNING: tuple[Method, ...] = ("ties", "dare_linear")
+"""The methods that keep only a share of every update, the density."""
 
 
 @dataclass(frozen=True)
@@ -57,49 +70,114 @@ def scaling(alpha: float, rank: int, *, rank_stabilised: bool = False) -> float:
     return alpha / (math.sqrt(rank) if rank_stabilised else rank)
 
 
-def mix(members: Sequence[Layers], coefficients: Sequence[float]) -> dict[str, Factors]:
-    """Return the LoRA whose updates are sum_i c_i delta_i.
-
-    Exact but for rounding to float32: ranks are concatenated, and coefficients and scalings are
-    folded into up, so that the result's scaling is 1. A member with coefficient 0 adds no rank.
-    The base model is the LoRA with delta 0: leave it out.
+@dataclass(frozen=True)
+class Mixed:
+    """A mix of LoRAs.
 
     Args:
-        members: At least one, all with the same layers of the same shapes; ranks may differ.
+        layers: Factors in float32 on the CPU, scaling 1, of contiguous memory.
+        error: What a lower rank left out: the L2 distance of the updates over all layers, relative
+            to the norm of the mix that was asked for. 0 where the rank is not lowered.
+    """
+
+    layers: dict[str, Factors]
+    error: float = 0.0
+
+
+def mix(
+    members: Sequence[Layers],
+    coefficients: Sequence[float],
+    method: Method = "exact",
+    *,
+    rank: int | None = None,
+    density: float = 0.5,
+    seed: int = 0,
+) -> Mixed:
+    """Mix LoRAs with the coefficients c_i.
+
+    The base model is the LoRA with delta 0: leave it out. A member changes nothing in a layer that
+    it lacks.
+
+        exact: sum_i c_i delta_i, the ranks concatenated; coefficients and scalings are folded into
+            up. A member with coefficient 0 adds no rank.
+        svd: The same, brought to `rank` by the singular values that are largest.
+        factor: up = sum_i c_i up_i and down = sum_i c_i down_i.
+        ties: Of each update the `density` largest values stay; where members disagree in sign those
+            of the heavier sign stay; c_i delta_i is averaged over the members that are left.
+        dare_linear: Of each update a random share `density` stays, divided by it; then the sum.
+
+    Args:
+        members: At least one; layers that several have are of the same shapes, ranks may differ.
         coefficients: c_i, one per member, of any sign and sum.
+        method: How.
+        rank: Of svd, ties and dare_linear; None is the largest rank among the members of a layer.
+        density: Share in (0, 1] that ties and dare_linear keep.
+        seed: Of dare_linear.
 
     Returns:
-        Factors in float32 on the CPU, scaling 1, of contiguous memory. Not differentiable.
+        The mix. Not differentiable.
 
     Raises:
-        ValueError: If layers or shapes differ, a weight or coefficient is not finite, or there is
-            not one coefficient per member.
+        ValueError: If shapes differ, a weight or coefficient is not finite, there is not one
+            coefficient per member, or `factor` gets members of different ranks or scalings.
+
+    Source: ties: Yadav et al. 2023, arXiv:2306.01708; dare: Yu et al. 2023, arXiv:2311.03099; both
+        as implemented in peft, on whole updates.
     """
+    _check(members, coefficients)
+    names = sorted({name for member in members for name in member})
+    square_error = square_norm = 0.0
+    layers: dict[str, Factors] = {}
+    for number, name in enumerate(names):
+        pairs = zip(members, coefficients, strict=True)
+        parts = [(member[name], c) for member, c in pairs if name in member]
+        if method == "factor":
+            layers[name] = _average_factors(parts, name)
+            continue
+        if method == "exact":
+            layers[name] = _concatenate(parts)
+            continue
+        wanted = rank or max(factors.rank for factors, _ in parts)
+        if method == "svd":
+            whole = _concatenate(parts)
+            layers[name], lost, kept = _truncate(whole, wanted)
+        else:
+            update = _prune(parts, method, density, seed, number)
+            layers[name], lost, kept = _factorise(update, wanted)
+        square_error += lost
+        square_norm += lost + kept
+    return Mixed(layers, math.sqrt(square_error / square_norm) if square_norm else 0.0)
+
+
+def _check(members: Sequence[Layers], coefficients: Sequence[float]) -> None:
     if not members or len(members) != len(coefficients):
         raise ValueError(f"got {len(coefficients)} coefficients for {len(members)} LoRAs")
     if not all(math.isfinite(c) for c in coefficients):
         raise ValueError(f"coefficients must be finite, got {list(coefficients)}")
     for index, member in enumerate(members):
-        problem = not_finite(member) or mismatch(members[0], member)
+        problem = not_finite(member)
+        problem = problem or next(
+            filter(None, (other_shape(first, member) for first in members[:index])), None
+        )
         if problem:
             raise ValueError(f"LoRA {index}: {problem}")
-    weighted = [(m, c) for m, c in zip(members, coefficients, strict=True) if c != 0.0]
-    # Nothing but zeros: keep one, so that there still is a LoRA.
-    weighted = weighted or [(members[0], 0.0)]
-    return {name: _concatenate([(m[name], c) for m, c in weighted]) for name in members[0]}
 
 
-def mismatch(first: Layers, other: Layers) -> str | None:
-    """Return in words where two LoRAs change different layers or shapes, None where nowhere."""
+def missing(first: Layers, other: Layers) -> str | None:
+    """Return in words which layers only one of two LoRAs changes, None where both the same."""
     odd = sorted(first.keys() ^ other.keys())
-    if odd:
-        side = "only the first" if odd[0] in first else "only this one"
-        return f"{len(odd)} layers are not in both; {side} has {odd[0]}"
-    for name, mine in first.items():
-        yours = other[name]
-        shapes = [(f.up.shape[0], *f.down.shape[1:]) for f in (mine, yours)]
-        if shapes[0] != shapes[1]:
-            return f"layer {name} is {shapes[1]} (out, in) here and {shapes[0]} in the first"
+    if not odd:
+        return None
+    side = "only the first" if odd[0] in first else "only this one"
+    return f"{len(odd)} layers are not in both; {side} has {odd[0]}"
+
+
+def other_shape(first: Layers, other: Layers) -> str | None:
+    """Return in words where a layer of two LoRAs has different shapes, None where nowhere."""
+    for name in first.keys() & other.keys():
+        mine, yours = ((f.up.shape[0], *f.down.shape[1:]) for f in (first[name], other[name]))
+        if mine != yours:
+            return f"layer {name} is {yours} (out, in) here and {mine} in the first"
     return None
 
 
@@ -113,8 +191,71 @@ def not_finite(layers: Layers) -> str | None:
 
 
 def _concatenate(parts: Sequence[tuple[Factors, float]]) -> Factors:
-    """Return one layer of the mix."""
+    """Return one layer of the exact mix."""
+    # Nothing but zeros: keep one, so that there still is a LoRA.
+    parts = [(f, c) for f, c in parts if c != 0.0] or list(parts[:1])
     down = torch.cat([factors.down.float().cpu() for factors, _ in parts], dim=0)
     # fp64: one rounding instead of two.
     ups = [(c * f.scaling * f.up.double()).float().cpu() for f, c in parts]
     return Factors(down.contiguous(), torch.cat(ups, dim=1).contiguous(), 1.0)
+
+
+def _average_factors(parts: Sequence[tuple[Factors, float]], name: str) -> Factors:
+    """Return one layer with each factor interpolated by itself."""
+    kinds = {(factors.rank, factors.scaling) for factors, _ in parts}
+    if len(kinds) > 1:
+        raise ValueError(
+            f"layer {name}: factors can be averaged only where rank and scaling are the same, "
+            f"got {', '.join(f'{rank} and {scale:g}' for rank, scale in sorted(kinds))}"
+        )
+    down = sum((c * f.down.double() for f, c in parts), torch.zeros(()))
+    up = sum((c * f.scaling * f.up.double() for f, c in parts), torch.zeros(()))
+    return Factors(down.float().cpu().contiguous(), up.float().cpu().contiguous(), 1.0)
+
+
+def _truncate(whole: Factors, rank: int) -> tuple[Factors, float, float]:
+    """Return the nearest LoRA of a rank, and the squared norms of what is lost and kept.
+
+    QR of both factors leaves a small square matrix with the same singular values: the whole update
+    is never made.
+    """
+    left, core_left = _linalg.qr(whole.up.double().flatten(1))
+    right, core_right = _linalg.qr(whole.down.double().flatten(1).T)
+    u, values, v = _linalg.svd(core_left @ core_right.T)
+    return _halves(left @ u, values, v @ right.T, whole, rank)
+
+
+def _factorise(delta: Tensor, rank: int) -> tuple[Factors, float, float]:
+    """As `_truncate`, for a whole update of shape (out, in) or (out, in, kh, kw)."""
+    u, values, v = _linalg.svd(delta.flatten(1), full_matrices=False)
+    like = Factors(delta.new_empty(1, *delta.shape[1:]), delta.new_empty(delta.shape[0], 1), 1.0)
+    if delta.ndim == 4:
+        like = Factors(like.down, like.up[..., None, None], 1.0)
+    return _halves(u, values, v, like, rank)
+
+
+def _halves(
+    u: Tensor, values: Tensor, v: Tensor, like: Factors, rank: int
+) -> tuple[Factors, float, float]:
+    """Return factors u sqrt(s) and sqrt(s) v of the largest singular values."""
+    kept, lost = values[:rank], values[rank:]
+    root = kept.sqrt()
+    up = (u[:, : len(kept)] * root).view(-1, len(kept), *like.up.shape[2:])
+    down = (root[:, None] * v[: len(kept)]).view(len(kept), *like.down.shape[1:])
+    factors = Factors(down.float().contiguous(), up.float().contiguous(), 1.0)
+    return factors, float(lost.square().sum()), float(kept.square().sum())
+
+
+def _prune(
+    parts: Sequence[tuple[Factors, float]], method: Method, density: float, seed: int, layer: int
+) -> Tensor:
+    """Return the pruned and mixed update of one layer, float64."""
+    deltas = [factors.delta() for factors, _ in parts]
+    if method == "ties":
+        weights = torch.tensor([c for _, c in parts], dtype=torch.float64)
+        return merge_utils.ties(deltas, weights, density)
+    total = torch.zeros_like(deltas[0])
+    for number, (delta, (_, c)) in enumerate(zip(deltas, parts, strict=True)):
+        stays = torch.rand(delta.shape, generator=rng.generator(seed, "soup", layer, number))
+        total += c / density * delta * (stays < density)
+    return total

@@ -92,15 +92,6 @@ def test_files_that_are_no_lora_are_refused(tmp_path):
     save_file({"weight": torch.ones(3)}, other)
     with pytest.raises(AssetError, match="holds no LoRA"):
         adapter.read(other)
-    kohya = save(tmp_path / "kohya.safetensors", names=())
-    state = {f"lora_unet_x_to_q.lora_{n}.weight": torch.ones(2, 2) for n in ("down", "up")}
-    save_file(state, kohya)
-    with pytest.raises(AssetError, match="kohya"):
-        adapter.read(kohya)
-    cut = tmp_path / "cut.safetensors"
-    cut.write_bytes(other.read_bytes()[:-4])
-    with pytest.raises(AssetError, match="cannot be read"):
-        adapter.read(cut)
 
 
 def test_a_run_means_its_newest_checkpoint(tmp_path):
@@ -132,3 +123,24 @@ def test_a_damaged_header_is_said(tmp_path):
     with pytest.raises(AssetError, match=r"alignprop\.config"):
         adapter.recorded_config({"alignprop.config": "{"}, path)
     assert adapter.recorded_config({}, path) is None
+
+
+def test_kohyas_format_is_read_with_its_alphas_and_without_the_text_encoder(tmp_path):
+    layer = "down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    text = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+    state = {
+        f"{name}.{part}": value
+        for name in (f"lora_unet_{layer}", text)
+        for part, value in (
+            ("lora_down.weight", torch.full((4, 6), 0.5)),
+            ("lora_up.weight", torch.full((5, 4), 2.0)),
+            ("alpha", torch.tensor(1.0)),
+        )
+    }
+    save_file(state, tmp_path / "kohya.safetensors")
+    found = adapter.read(tmp_path / "kohya.safetensors")
+    (name,) = found.layers
+    assert name == "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    # alpha / rank B A = 1/4 x 4 x 2.0 x 0.5
+    torch.testing.assert_close(found.layers[name].delta(), torch.ones(5, 6, dtype=torch.float64))
+    assert found.left_out == 1

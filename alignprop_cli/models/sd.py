@@ -14,6 +14,7 @@ import diffusers
 import torch
 import transformers
 from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers.utils import convert_unet_state_dict_to_peft
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -173,12 +174,7 @@ class StableDiffusion:
         if not file.is_file():
             raise AssetError(f"no LoRA at {path}: {file.name} is missing")
         try:
-            state, alphas, metadata = StableDiffusionPipeline.lora_state_dict(
-                str(file.parent),
-                weight_name=file.name,
-                return_lora_metadata=True,
-                unet_config=self.network.config,
-            )
+            state, alphas, metadata = read_lora(file, unet_config=self.network.config)
         except (SafetensorError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
             raise AssetError(f"{file}: cannot be read as a LoRA: {first_line(error)}") from error
         if not any("lora" in name for name in state):
@@ -187,7 +183,7 @@ class StableDiffusion:
         try:
             StableDiffusionPipeline.load_lora_into_unet(
                 state,
-                network_alphas=alphas,
+                network_alphas=alphas or None,
                 unet=self.network,
                 adapter_name=lora.ADAPTER,
                 metadata=metadata,
@@ -239,6 +235,33 @@ class StableDiffusion:
             save_function=save,
         )
         return directory / LORA_FILE
+
+
+def read_lora(
+    file: Path, **options: Any
+) -> tuple[dict[str, Tensor], dict[str, float], dict[str, Any] | None]:
+    """Read a LoRA by the names of diffusers, whatever its format.
+
+    Args:
+        file: In diffusers', peft's or kohya's format.
+        **options: Of diffusers' `lora_state_dict`.
+
+    Returns:
+        Tensors, the alpha of each layer where the file has one beside its tensors
+        (`unet.<layer>.alpha`), and the adapter's configuration where the file has one.
+
+    Raises:
+        SafetensorError, OSError, ValueError, KeyError, UnpicklingError: As diffusers.
+    """
+    loaded: Any = StableDiffusionPipeline.lora_state_dict(
+        str(file.parent), weight_name=file.name, return_lora_metadata=True, **options
+    )
+    state, alphas, metadata = loaded
+    # Alphas of attention layers are named after one of their matrices, where diffusers itself
+    # does not find them any more if layers differ in alpha (0.42).
+    named: dict[str, float] = convert_unet_state_dict_to_peft(alphas or {})
+    plain = {name.replace(".lora_A.weight", ""): float(alpha) for name, alpha in named.items()}
+    return convert_unet_state_dict_to_peft(state), plain, metadata
 
 
 def load(config: ModelConfig, path: Path | None, device: torch.device) -> StableDiffusion:

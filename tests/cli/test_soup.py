@@ -73,7 +73,7 @@ def test_with_base_a_lora_is_scaled_at_its_own_rank(capsys, tmp_path):
     assert code == 0
     assert "of rank 2" in out
     assert "alignprop evaluate" in out
-    assert "outside 0 to 1" in err
+    assert "a share is negative" in err
     for name, factors in layers_of(tmp_path / "less").items():
         expected = -0.5 * layers_of(a)[name].delta()
         torch.testing.assert_close(factors.delta(), expected, rtol=1e-5, atol=1e-6)
@@ -94,7 +94,7 @@ def test_a_soup_is_a_member_of_another(capsys, tmp_path):
     ("other", "code", "words"),
     [
         ({"base": "f2"}, 2, "different base models"),
-        ({"width": 5}, 2, "layer x.to_q is (6, 5)"),
+        ({"width": 5}, 2, "is (6, 5) (out, in) here and (6, 4) in the first"),
         ({"layers": ("x.to_q",)}, 2, "only the first has y.to_v"),
         ({"bad": True}, 4, "layer x.to_q holds NaN"),
     ],
@@ -106,6 +106,103 @@ def test_members_that_cannot_be_mixed_are_refused(capsys, tmp_path, other, code,
     assert (found, out) == (code, "")
     assert words in " ".join(err.split())
     assert not (tmp_path / "mixed").exists()
+
+
+@pytest.mark.parametrize(
+    "shares",
+    [
+        ["{a}=0.2", "{b}=0.3", "{c}=-1"],
+        ["{a}", "{b}", "{c}", "--coef", "0.2,0.3,-1"],
+        ["{a}", "{b}", "base", "{c}", "--coef", "0.2,0.3,7,-1"],
+    ],
+    ids=["equals", "list", "base"],
+)
+def test_any_number_of_members_is_mixed_with_a_share_for_each(capsys, tmp_path, shares):
+    folders = {n: make(tmp_path / n, i, rank=i + 1) for i, n in enumerate("abc")}
+    args = [text.format(**folders) for text in shares]
+    code, out, err = run(capsys, *args, "-o", tmp_path / "mixed", "--json")
+    assert code == 0
+    assert json.loads(out)["ranks"] == [6]
+    assert "the mix is not an average" in err
+    for name, factors in layers_of(tmp_path / "mixed").items():
+        deltas = [layers_of(folder)[name].delta() for folder in folders.values()]
+        expected = 0.2 * deltas[0] + 0.3 * deltas[1] - deltas[2]
+        torch.testing.assert_close(factors.delta(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_without_shares_all_members_count_the_same(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folders = [make(tmp_path / name, i) for i, name in enumerate("abc")]
+    code, out, _ = run(capsys, *folders, "--json")
+    members = json.loads(out)["members"]
+    assert code == 0
+    assert [m["coefficient"] for m in members] == pytest.approx([1 / 3] * 3)
+    assert json.loads(out)["folder"].startswith(str(tmp_path / "soup-a-0.333333-b-0.333333"))
+
+
+def test_a_lower_rank_is_told_with_what_it_leaves_out(capsys, tmp_path):
+    a, b = make(tmp_path / "a", 1), make(tmp_path / "b", 2)
+    args = ["--method", "svd", "--rank", "1"]
+    code, out, _ = run(capsys, a, b, *args, "-o", tmp_path / "low", "--json")
+    assert code == 0
+    error = json.loads(out)["error"]
+    wrong = total = 0.0
+    for name, factors in layers_of(tmp_path / "low").items():
+        whole = (layers_of(a)[name].delta() + layers_of(b)[name].delta()) / 2
+        wrong += float((factors.delta() - whole).square().sum())
+        total += float(whole.square().sum())
+        assert factors.rank == 1
+    assert error == pytest.approx((wrong / total) ** 0.5, rel=1e-5)
+    assert error > 0.01
+    _, out, _ = run(capsys, a, b, *args, "-o", tmp_path / "again")
+    assert f"leaves out {error:.2%}" in " ".join(out.split())
+    header = adapter.read_header(tmp_path / "low" / LORA_FILE)
+    recipe = json.loads(header["alignprop.merged_by"])
+    assert (recipe["method"], recipe["rank"]) == ("svd", 1)
+
+
+def test_other_layers_are_mixed_only_when_asked(capsys, tmp_path):
+    a, b = make(tmp_path / "a", 1), make(tmp_path / "b", 2, layers=("x.to_q", "z.to_k"))
+    code, _, err = run(capsys, a, b, "-o", tmp_path / "mixed")
+    assert code == 2
+    assert "--allow-missing" in err
+    assert run(capsys, a, b, "--allow-missing", "-o", tmp_path / "mixed")[0] == 0
+    mixed = layers_of(tmp_path / "mixed")
+    assert sorted(mixed) == ["x.to_q", "y.to_v", "z.to_k"]
+    expected = 0.5 * layers_of(b)["z.to_k"].delta()
+    torch.testing.assert_close(mixed["z.to_k"].delta(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["{a}", "{b}", "--coef", "0.1,0.2,0.7"], "3 shares for 2 members"),
+        (["{a}", "{b}", "{b}", "--coef", "0.1"], "1 shares for 3 members"),
+        (["{a}=1", "{b}"], "1 of 2 members have a share"),
+        (["{a}=1", "{b}=x"], "got 'x'"),
+        (["{a}=1", "{b}=1", "--coef", "0.5"], "given twice"),
+        (["{a}", "{b}", "--coef", "half"], "got 'half'"),
+        (["{a}", "{b}", "--rank", "2"], "method exact has no choice of rank"),
+        (["{a}", "{b}", "--method", "svd", "--density", "0.5"], "method svd prunes nothing"),
+        (["{a}", "{b}", "--method", "ties", "--density", "0"], "more than 0 and at most 1"),
+        (["{a}", "{b}", "--method", "factor"], "rank and scaling are the same"),
+        (["{a}", "{b}", "--method", "linear"], "linear"),
+    ],
+)
+def test_recipes_that_make_no_sense_are_refused(capsys, tmp_path, args, words):
+    folders = {"a": make(tmp_path / "a", 1), "b": make(tmp_path / "b", 2, rank=3)}
+    filled = [text.format(**folders) for text in args]
+    code, out, err = run(capsys, *filled, "-o", tmp_path / "mixed")
+    assert (code, out) == (2, "")
+    assert words in " ".join(err.replace("\u2502", " ").split())
+    assert not (tmp_path / "mixed").exists()
+
+
+def test_a_folder_may_have_an_equals_sign_in_its_name(capsys, tmp_path):
+    a, b = make(tmp_path / "lr=0.5", 1), make(tmp_path / "b", 2)
+    code, out, _ = run(capsys, a, b, "-o", tmp_path / "mixed", "--json")
+    assert code == 0
+    assert json.loads(out)["members"][0]["name"] == str(a)
 
 
 def test_missing_members_and_two_bases_are_refused(capsys, tmp_path):
