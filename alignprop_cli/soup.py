@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from peft.utils import merge_utils
 from torch import Tensor
 
 from alignprop_cli import rng
@@ -121,8 +120,8 @@ def mix(
         ValueError: If shapes differ, a weight or coefficient is not finite, there is not one
             coefficient per member, or `factor` gets members of different ranks or scalings.
 
-    Source: ties: Yadav et al. 2023, arXiv:2306.01708; dare: Yu et al. 2023, arXiv:2311.03099; both
-        as implemented in peft, on whole updates.
+    Source: ties: Yadav et al. 2023, arXiv:2306.01708, algorithm 1, with a coefficient on each
+        update; dare: Yu et al. 2023, arXiv:2311.03099, eq. 3.
     """
     _check(members, coefficients)
     names = sorted({name for member in members for name in member})
@@ -252,10 +251,23 @@ def _prune(
     """Return the pruned and mixed update of one layer, float64."""
     deltas = [factors.delta() for factors, _ in parts]
     if method == "ties":
+        trimmed = torch.stack([_trim(delta, density) for delta in deltas])
         weights = torch.tensor([c for _, c in parts], dtype=torch.float64)
-        return merge_utils.ties(deltas, weights, density)
+        agree = trimmed.sign() == trimmed.sum(dim=0).sign()
+        weighted = weights.view(-1, *[1] * deltas[0].ndim) * trimmed * agree
+        # A value that no member has left is zero, whatever it is divided by.
+        left = (agree & (trimmed != 0.0)).sum(dim=0).clamp(min=1)
+        return weighted.sum(dim=0) / left
     total = torch.zeros_like(deltas[0])
     for number, (delta, (_, c)) in enumerate(zip(deltas, parts, strict=True)):
         stays = torch.rand(delta.shape, generator=rng.generator(seed, "soup", layer, number))
         total += c / density * delta * (stays < density)
     return total
+
+
+def _trim(delta: Tensor, density: float) -> Tensor:
+    """Return an update with all but a share of its values, the largest, set to zero."""
+    kept = delta.abs().flatten().topk(max(1, int(density * delta.numel()))).indices
+    mask = torch.zeros(delta.numel(), dtype=torch.bool)
+    mask[kept] = True
+    return delta * mask.view_as(delta)

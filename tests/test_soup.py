@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model
+from peft.utils import merge_utils
 from safetensors.torch import save_file
 
 from alignprop_cli import adapter, lora, soup
@@ -188,6 +189,18 @@ def test_ties_trims_elects_a_sign_and_averages_who_is_left():
     mixed = soup.mix([first, second], (2.0, 10.0), "ties", density=0.5)
     torch.testing.assert_close(mixed.layers["layer"].delta(), expected, rtol=1e-6, atol=1e-5)
     assert mixed.error == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("density", [0.3, 0.75])
+def test_ties_is_that_of_peft(density):
+    """An independent implementation; every value of these updates differs from zero."""
+    members = [random_lora(1), random_lora(2, rank=5), random_lora(3)]
+    mixed = soup.mix(members, (0.7, 0.3, -0.2), "ties", density=density, rank=99).layers
+    weights = torch.tensor([0.7, 0.3, -0.2], dtype=torch.float64)
+    for name, factors in mixed.items():
+        deltas = [member[name].delta() for member in members]
+        expected = merge_utils.ties(deltas, weights, density)
+        torch.testing.assert_close(factors.delta(), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_dare_keeps_a_random_share_and_makes_up_for_the_rest():

@@ -112,17 +112,22 @@ def soup(
     labels = ["base" if found is None else found.label for found in located]
     folder = Path(output or _default_name(labels, coefficients)).expanduser()
     check_output(folder, overwrite=overwrite, ours=(LORA_FILE,))
+    adapters = [None if found is None else adapter.read(found.file) for found in located]
+    _tell(console, adapters, coefficients)
+    _mix(console, folder, names, adapters, coefficients, recipe)
+
+
+def _tell(console: Console, adapters: list[Adapter | None], coefficients: list[float]) -> None:
+    """Say what is unusual about the members and their shares."""
     if (total := sum(coefficients)) < 0.999 or total > 1.001:
         console.note(f"the shares add up to {total:g}: the mix is not an average")
     elif min(coefficients) < 0.0:
         console.note("a share is negative: this goes on beyond a member")
-    adapters = [None if found is None else adapter.read(found.file) for found in located]
     for member in adapters:
         if member is not None and member.left_out:
             console.warn(
                 f"{member.file}: its {member.left_out} layers of the text encoder are left out"
             )
-    _mix(console, folder, names, adapters, coefficients, recipe)
 
 
 def _check_recipe(recipe: Recipe) -> None:
