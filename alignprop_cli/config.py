@@ -229,6 +229,10 @@ class EvalConfig(Section):
         default=32,
         description="Pictures drawn before and after training; prompts repeat with new noise.",
     )
+    images_per_prompt: PositiveInt = Field(
+        default=1,
+        description="Of these, pictures of each prompt; several show how diverse they are.",
+    )
     every: Annotated[int, Field(ge=0)] = Field(
         default=5, description="Draw sample pictures every so many steps; 0 never."
     )

@@ -45,11 +45,13 @@ class Drawn:
         pictures: What was drawn, N of them.
         images: Bytes, shape (N, H, W, 3).
         rewards: By name, shape (N,).
+        features: Of unit length, shape (N, D), where they were asked for.
     """
 
     pictures: tuple[Picture, ...]
     images: NDArray[np.uint8]
     rewards: dict[str, Floats]
+    features: Floats | None = None
 
     def caption(self, index: int) -> str:
         """Return the rewards of one picture in words."""
@@ -79,12 +81,23 @@ class Paired:
     ties: float
 
 
-def choose(prompts: Sequence[str], count: int) -> list[Picture]:
+def choose(prompts: Sequence[str], count: int, per_prompt: int = 1) -> list[Picture]:
     """Choose `count` pictures of a prompt set, always the same ones.
 
     Where there are fewer prompts than pictures, prompts repeat with new noise. Where there are
     more, some are picked at random: sets are often sorted, and every n-th would be of one kind.
+
+    Args:
+        prompts: The set.
+        count: Number of pictures, rounded up to whole prompts.
+        per_prompt: Pictures of each prompt, each with its own noise.
     """
+    if per_prompt > 1:
+        return [
+            Picture(chosen.prompt, chosen.prompt_index, chosen.image_index * per_prompt + number)
+            for chosen in choose(prompts, -(-count // per_prompt))
+            for number in range(per_prompt)
+        ]
     if count >= len(prompts):
         return [
             Picture(prompts[i % len(prompts)], i % len(prompts), i // len(prompts))
@@ -103,6 +116,7 @@ def draw(
     *,
     seed: int,
     batch_size: int,
+    features: Callable[[torch.Tensor], torch.Tensor] | None = None,
     on_batch: Callable[[int], object] = lambda done: None,
 ) -> Drawn:
     """Draw pictures and measure them. Training's random numbers are not touched.
@@ -114,6 +128,7 @@ def draw(
         config: Steps, guidance, eta, size.
         seed: Of the noise.
         batch_size: Pictures drawn at once.
+        features: Gives the features (B, D) of images (B, 3, H, W), to be kept with the pictures.
         on_batch: Called with the number of pictures finished, after each batch.
 
     Raises:
@@ -126,6 +141,7 @@ def draw(
     schedule = model.schedule(config.num_inference_steps)
     merged = lora.Merged(model.network)
     drawn: list[NDArray[np.uint8]] = []
+    seen: list[Floats] = []
     rewards: dict[str, list[Floats]] = {name: [] for name in mixture.figures}
     for start in range(0, len(pictures), batch_size):
         batch = pictures[start : start + batch_size]
@@ -143,13 +159,43 @@ def draw(
         decoded = model.decode(latents)
         for name, scores in mixture.score(decoded, prompts).items():
             rewards[name].append(scores.double().cpu().numpy())
+        if features is not None:
+            seen.append(features(decoded).double().cpu().numpy())
         drawn.append(image_tools.to_uint8(decoded).numpy())
         on_batch(min(start + batch_size, len(pictures)))
     return Drawn(
         tuple(pictures),
         np.concatenate(drawn),
         {name: np.concatenate(parts) for name, parts in rewards.items()},
+        np.concatenate(seen) if seen else None,
     )
+
+
+def diversity(drawn: Drawn) -> tuple[list[Picture], Floats]:
+    """Return how different the pictures of one prompt are, for each prompt with several.
+
+    1 minus the mean cosine of the features of all pairs of its pictures: 0 where all are the same.
+
+    Args:
+        drawn: With features.
+
+    Returns:
+        One picture of each such prompt, and the values, shape (P,).
+
+    Raises:
+        ValueError: If there are no features.
+    """
+    if drawn.features is None:
+        raise ValueError("diversity needs features of the pictures")
+    groups: dict[int, list[int]] = {}
+    for i, picture in enumerate(drawn.pictures):
+        groups.setdefault(picture.prompt_index, []).append(i)
+    several = [members for members in groups.values() if len(members) > 1]
+    values: list[float] = []
+    for members in several:
+        cosines = drawn.features[members] @ drawn.features[members].T
+        values.append(1.0 - float(cosines[np.triu_indices(len(members), k=1)].mean()))
+    return [drawn.pictures[members[0]] for members in several], np.array(values)
 
 
 def compare(pictures: Sequence[Picture], base: Floats, tuned: Floats, *, seed: int = 0) -> Paired:

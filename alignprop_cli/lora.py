@@ -151,6 +151,13 @@ def disabled(network: torch.nn.Module):
             layer.enable_adapters(True)
 
 
+def set_strength(network: torch.nn.Module, strength: float) -> None:
+    """Multiply the LoRA's update by a factor; 1 is as trained, 0 the base model."""
+    for layer in network.modules():
+        if isinstance(layer, LoraLayer) and ADAPTER in layer.lora_A:
+            layer.set_scale(ADAPTER, strength)
+
+
 class Merged:
     """The network with the LoRA added to its weights, for calls that carry no gradient.
 

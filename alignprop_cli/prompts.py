@@ -89,6 +89,35 @@ def load_prompts(name: str) -> list[str]:
     if name.partition(":")[0] == "hpd":
         return _hpd(name)
     path = Path(name).expanduser()
+    found = [_text(value, place).strip() for place, value in _rows(path, name)]
+    found = [prompt for prompt in found if prompt]
+    if not found:
+        raise ConfigError(f"prompts: {path} holds no prompt", hint="write one prompt per line")
+    return found
+
+
+def load_groups(name: str) -> dict[str, str]:
+    """Return the group of each prompt of a set that has groups, for figures by group.
+
+    Those are the styles of `hpd`, the numbers of `dogs` and `shapes`, and what objects and tables
+    in files call `group`. Prompts without one are left out.
+
+    Raises:
+        ConfigError, AssetError: As `load_prompts`.
+    """
+    if name.startswith(("dogs", "shapes")) and name in BUILT_IN:
+        return {prompt: prompt.partition(" ")[0] for prompt in _built_in(name)}
+    if name in BUILT_IN:
+        return {}
+    if name.partition(":")[0] == "hpd":
+        return {prompt: style for style in _styles(name) for prompt in _hpd(f"hpd:{style}")}
+    rows = [(p, v) for p, v in _rows(Path(name).expanduser(), name) if isinstance(v, dict)]
+    named = {_text(value, place).strip(): value.get("group") for place, value in rows}
+    return {prompt: str(group).strip() for prompt, group in named.items() if group}
+
+
+def _rows(path: Path, name: str) -> list[tuple[str, Any]]:
+    """Return the entries of a prompt file, each with its place for messages."""
     readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}
     if path.suffix not in readers:
         raise ConfigError(
@@ -99,11 +128,7 @@ def load_prompts(name: str) -> list[str]:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise AssetError(f"prompts: cannot read {path}: {error}") from error
-    found = [prompt.strip() for prompt in readers[path.suffix](text, path)]
-    found = [prompt for prompt in found if prompt]
-    if not found:
-        raise ConfigError(f"prompts: {path} holds no prompt", hint="write one prompt per line")
-    return found
+    return readers[path.suffix](text, path)
 
 
 def _built_in(name: str) -> list[str]:
@@ -152,40 +177,40 @@ def _hpd(name: str) -> list[str]:
         file = f"benchmark/{each}.json"
         with hub.loading("prompts", f"{file} of the dataset {_HPD}"):
             path = Path(hf_hub_download(_HPD, file, repo_type="dataset"))
-        found += _read_json(path.read_text(encoding="utf-8"), path)
+        rows = _read_json(path.read_text(encoding="utf-8"), path)
+        found += [_text(value, place) for place, value in rows]
     return found
 
 
-def _read_txt(text: str, path: Path) -> list[str]:
+def _read_txt(text: str, path: Path) -> list[tuple[str, Any]]:
     # Not splitlines(), which also breaks at characters that may stand in a prompt, as U+2028.
-    return text.split("\n")
+    return [(f"{path}:{number}", line) for number, line in enumerate(text.split("\n"), start=1)]
 
 
-def _read_jsonl(text: str, path: Path) -> list[str]:
-    found: list[str] = []
-    for number, line in enumerate(text.split("\n"), start=1):
+def _read_jsonl(text: str, path: Path) -> list[tuple[str, Any]]:
+    found: list[tuple[str, Any]] = []
+    for place, line in _read_txt(text, path):
         if not line.strip():
             continue
         try:
-            value: Any = json.loads(line)
+            found.append((place, json.loads(line)))
         except ValueError as error:
-            raise ConfigError(f"prompts: {path}:{number}: not JSON: {error}") from error
-        found.append(_text(value, f"{path}:{number}"))
+            raise ConfigError(f"prompts: {place}: not JSON: {error}") from error
     return found
 
 
-def _read_json(text: str, path: Path) -> list[str]:
+def _read_json(text: str, path: Path) -> list[tuple[str, Any]]:
     try:
         values: Any = json.loads(text)
     except ValueError as error:
         raise ConfigError(f"prompts: {path}: not JSON: {error}") from error
     if not isinstance(values, list):
         raise ConfigError(f"prompts: {path}: expected a list of texts")
-    return [_text(value, f"{path}[{number}]") for number, value in enumerate(values)]
+    return [(f"{path}[{number}]", value) for number, value in enumerate(values)]
 
 
 def _text(value: Any, place: str) -> str:
-    """Return the prompt of a JSON value, a text or an object."""
+    """Return the prompt of an entry, a text or an object."""
     if isinstance(value, dict):
         value = next((value[column] for column in _COLUMNS if column in value), None)
     if not isinstance(value, str):
@@ -193,7 +218,7 @@ def _text(value: Any, place: str) -> str:
     return value
 
 
-def _read_csv(text: str, path: Path) -> list[str]:
+def _read_csv(text: str, path: Path) -> list[tuple[str, Any]]:
     rows = csv.DictReader(io.StringIO(text, newline=""))
     column = next((c for c in _COLUMNS if c in (rows.fieldnames or ())), None)
     if column is None:
@@ -201,7 +226,10 @@ def _read_csv(text: str, path: Path) -> list[str]:
             f"prompts: {path}: no column named prompt, text or caption, got {rows.fieldnames}"
         )
     try:
-        return [row[column] or "" for row in rows]
+        return [
+            (f"{path}:{rows.line_num}", {"prompt": row[column] or "", "group": row.get("group")})
+            for row in rows
+        ]
     except csv.Error as error:
         raise ConfigError(f"prompts: {path}: not a table: {error}") from error
 

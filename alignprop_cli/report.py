@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -201,3 +202,34 @@ def _longest_start(word: str, font: Font, width: int) -> str:
     while end < len(word) and font.getlength(word[: end + 1]) <= width:
         end += 1
     return word[:end]
+
+
+def curves(
+    xs: Sequence[float], ys: Mapping[str, Sequence[float]], path: Path, *, x_title: str
+) -> None:
+    """Write a PNG with one small plot for each reward, all over the same values of x.
+
+    Args:
+        xs: At least two values, rising.
+        ys: By reward a value for each x.
+        path: The file; its folder exists.
+        x_title: Of the horizontal axes.
+    """
+    # Here, since it takes a second and few commands need it.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = min(3, len(ys))
+    rows = math.ceil(len(ys) / columns)
+    figure: Any = Figure(figsize=(4.2 * columns, 3.0 * rows), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes: Any = figure.subplots(rows, columns, squeeze=False).flat
+    for axis in axes:
+        axis.set_visible(False)
+    for axis, (name, values) in zip(axes, ys.items(), strict=False):
+        axis.set_visible(True)
+        axis.plot(xs, values, marker="o", color="#2563eb")
+        axis.set_title(name, fontsize=11, parse_math=False)
+        axis.set_xlabel(x_title)
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)

@@ -44,7 +44,9 @@ LAYER = {
         ],
         "parts",
     ),
-    **dict.fromkeys(["trainer", "evaluator", "scorer", "checkpoint", "report", "adapter"], "run"),
+    **dict.fromkeys(
+        ["trainer", "evaluator", "scorer", "checkpoint", "report", "page", "adapter"], "run"
+    ),
     "console": "console",
     "commands": "commands",
     "cli": "cli",
@@ -71,7 +73,9 @@ ONLY_IMPORTERS = {
     "accelerate": {"trainer", "commands"},
     "click": set[str](),
     "diffusers": {"models", "tiny"},
+    "jinja2": {"page"},
     "kornia": {"rewards"},
+    "matplotlib": {"report"},
     "open_clip": {"rewards", "tiny"},
     "peft": {"lora"},
     "rich": {"console"},

@@ -11,7 +11,14 @@ import pytest
 
 from alignprop_cli import prompts
 from alignprop_cli.errors import AssetError, ConfigError
-from alignprop_cli.prompts import ANIMALS, ANIMALS_EVAL, BUILT_IN, PromptStream, load_prompts
+from alignprop_cli.prompts import (
+    ANIMALS,
+    ANIMALS_EVAL,
+    BUILT_IN,
+    PromptStream,
+    load_groups,
+    load_prompts,
+)
 from alignprop_cli.rewards.detect import number_in
 
 
@@ -171,3 +178,17 @@ def test_a_prompt_is_a_function_of_the_image_number_alone() -> None:
 
 def test_one_prompt_is_enough() -> None:
     assert {PromptStream(["a cat"], seed=0).prompt(i) for i in range(5)} == {"a cat"}
+
+
+def test_groups_are_those_of_the_set_or_of_a_column(tmp_path: Path) -> None:
+    assert load_groups("animals") == {}
+    shapes = load_groups("shapes-heldout")
+    assert set(shapes) == set(load_prompts("shapes-heldout"))
+    assert set(shapes.values()) == {"one", "two", "three", "four"}
+    table = tmp_path / "set.csv"
+    table.write_text("prompt,group\na cat,pets\na wolf,wild\na thing,\n", encoding="utf-8")
+    assert load_groups(str(table)) == {"a cat": "pets", "a wolf": "wild"}
+    lines = tmp_path / "set.jsonl"
+    lines.write_text('"a dog"\n{"text": "a fox", "group": "wild"}\n', encoding="utf-8")
+    assert load_groups(str(lines)) == {"a fox": "wild"}
+    assert load_prompts(str(lines)) == ["a dog", "a fox"]

@@ -1,4 +1,4 @@
-"""`alignprop evaluate`: what a LoRA changed, on the same prompts and noise as the base model."""
+"""`alignprop evaluate`: what LoRAs changed, on the same prompts and noise as the base model."""
 
 from __future__ import annotations
 
@@ -29,14 +29,16 @@ if TYPE_CHECKING:
 BASE = "base"
 """What the base model alone is called; a folder of that name is ./base."""
 
-OURS = ("results.json", "sheet.png", "images")
+OURS = ("results.json", "results.csv", "report.html", "sheet.png", "strength.png", "images")
 """What is in an evaluation's folder."""
 
 
 def evaluate(
-    target: Annotated[
-        str,
-        typer.Argument(metavar="TARGET", help="run, checkpoint, LoRA file or folder, or base"),
+    targets: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="TARGET...", help="runs, checkpoints, LoRA files or folders, or base"
+        ),
     ],
     preset: PresetOption = None,
     config: ConfigOption = None,
@@ -49,6 +51,14 @@ def evaluate(
     images: Annotated[
         int | None, typer.Option("--images", "-n", min=1, help="pictures drawn with each model")
     ] = None,
+    images_per_prompt: Annotated[
+        int | None,
+        typer.Option("--images-per-prompt", min=1, help="of these, pictures of each prompt"),
+    ] = None,
+    scale: Annotated[
+        str | None,
+        typer.Option("--scale", help="strengths to draw a LoRA with: 0,0.5,1; 1 is as trained"),
+    ] = None,
     seed: SeedOption = None,
     batch_size: Annotated[
         int | None,
@@ -60,43 +70,80 @@ def evaluate(
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Draw the same pictures with the base model and with the LoRA, and compare their rewards.
+    """Draw the same pictures with the base model and with LoRAs, and compare their rewards.
 
-    A run and its checkpoints bring their configuration; of a run the newest checkpoint is taken.
-    A LoRA that was trained elsewhere needs --preset, --config or --model. `base` draws the base
-    model alone.
+    A run and its checkpoints bring their configuration, the first target's counts; of a run the
+    newest checkpoint is taken. A LoRA that was trained elsewhere needs --preset, --config or
+    --model. `base` draws the base model alone.
 
     Examples:
 
       alignprop evaluate runs/tiny
 
-      alignprop evaluate runs/tiny --reward clip,brightness --images 64 --seed 1
+      alignprop evaluate runs/a runs/b --reward clip,brightness --images 64 --images-per-prompt 4
 
-      alignprop evaluate my_lora.safetensors --preset tiny --prompts prompts.txt
+      alignprop evaluate my_lora.safetensors --preset tiny --scale 0,0.5,1,1.5
     """
     from pathlib import Path
 
     from alignprop_cli import adapter
     from alignprop_cli.commands.outputs import check_output
     from alignprop_cli.console import Console
-    from alignprop_cli.prompts import load_prompts
+    from alignprop_cli.errors import ConfigError
+    from alignprop_cli.prompts import load_groups, load_prompts
 
-    located = None if target == BASE else adapter.locate(target)
+    if BASE in targets and len(targets) > 1:
+        raise ConfigError("evaluate: the base model is always drawn: name the LoRAs alone")
+    strengths = _strengths(scale)
+    located = [] if targets == [BASE] else [adapter.locate(target) for target in targets]
+    if scale is not None and len(located) != 1:
+        raise ConfigError(f"--scale goes with one LoRA, got {len(located)}")
     flags = {
         "model.id": ("--model", model),
         "eval.prompts": ("--prompts", prompts),
         "eval.images": ("--images", images),
+        "eval.images_per_prompt": ("--images-per-prompt", images_per_prompt),
         "eval.seed": ("--seed", seed),
         "eval.batch_size": ("--batch-size", batch_size),
     }
-    resolved = _configuration(target, located, preset, config, sets or [], reward, flags)
+    first = located[0] if located else None
+    resolved = _configuration(targets[0], first, preset, config, sets or [], reward, flags)
     chosen = load_prompts(resolved.eval.prompts)
+    groups = load_groups(resolved.eval.prompts)
     folder = Path(output).expanduser() if output else _default_folder(located)
     check_output(folder, overwrite=overwrite, ours=OURS)
 
-    from alignprop_cli.commands.evaluation import run_evaluation
+    from alignprop_cli.commands.evaluation import run_evaluation, variants
 
-    run_evaluation(resolved, Console(as_json=as_json, quiet=quiet), located, chosen, folder)
+    run_evaluation(
+        resolved,
+        Console(as_json=as_json, quiet=quiet),
+        variants(located, strengths),
+        chosen,
+        groups,
+        folder,
+    )
+
+
+def _strengths(text: str | None) -> list[float] | None:
+    """Return the strengths that were asked for, each once, rising.
+
+    Raises:
+        ConfigError: If one is not a finite number.
+    """
+    import math
+
+    from alignprop_cli.errors import ConfigError
+
+    if text is None:
+        return None
+    try:
+        found = sorted({float(part) for part in text.split(",")})
+    except ValueError as error:
+        raise ConfigError(f"--scale {text}: expected numbers such as 0,0.5,1") from error
+    if not all(map(math.isfinite, found)):
+        raise ConfigError(f"--scale {text}: expected finite numbers")
+    return found
 
 
 def _configuration(
@@ -169,12 +216,12 @@ def _own_settings(
     return None, {}
 
 
-def _default_folder(located: Located | None) -> Path:
-    """Return <run>/evaluation, or evaluation-<name> here for what is not in a run."""
+def _default_folder(located: list[Located]) -> Path:
+    """Return <run>/evaluation, or evaluation-<names> here for what is not in one run."""
     from pathlib import Path
 
-    if located is None:
+    if not located:
         return Path("evaluation-base")
-    if located.run is not None:
-        return located.run / ("evaluation" + (f"-{located.step}" if located.step else ""))
-    return Path(f"evaluation-{located.label}")
+    if len(located) == 1 and (run := located[0].run) is not None:
+        return run / ("evaluation" + (f"-{located[0].step}" if located[0].step else ""))
+    return Path("-".join(["evaluation", *(found.label for found in located)])[:200])

@@ -1,31 +1,68 @@
-"""What `alignprop evaluate` does once the configuration is known.
+"""What `alignprop evaluate` does once the configuration is known: draw, measure, compare.
 
 Imported only when needed: it brings torch and diffusers with it.
 """
 
 from __future__ import annotations
 
-import json
+import re
 import time
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from alignprop_cli import __version__, adapter, checkpoint, evaluator, lora, report
+import numpy as np
+
+from alignprop_cli import adapter, checkpoint, evaluator, lora
 from alignprop_cli.adapter import Located
+from alignprop_cli.commands import results
 from alignprop_cli.commands.drawing import draw
 from alignprop_cli.config import Config
-from alignprop_cli.console import Console, table
+from alignprop_cli.console import Console
 from alignprop_cli.errors import ConfigError
-from alignprop_cli.evaluator import Drawn, Paired
+from alignprop_cli.evaluator import Drawn, Paired, Picture
 from alignprop_cli.models.base import DiffusionModel
 from alignprop_cli.models.registry import load_model
-from alignprop_cli.rewards.composite import build_mixture
+from alignprop_cli.rewards.composite import Mixture, build_mixture
+from alignprop_cli.rewards.jpeg import true_size
 from alignprop_cli.trainer import make_accelerator
 
-_SHEET_CELLS = 60
-"""More would make the sheet too large to look at; all pictures are in the folder."""
+DIVERSITY = "diversity"
+"""What `evaluator.diversity` is called among the rewards."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One LoRA at one strength.
+
+    Args:
+        name: Of its pictures' folder, and in tables.
+        located: Its file.
+        strength: Factor on its update; 1 is as trained.
+    """
+
+    name: str
+    located: Located
+    strength: float = 1.0
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One reward of one model.
+
+    Args:
+        mean: Over all pictures.
+        std: Over all pictures.
+        paired: Against the base model on the same pictures; None for the base model itself.
+    """
+
+    mean: float
+    std: float
+    paired: Paired | None
+
+
+Figures = Mapping[str, Mapping[str, Figure]]
+"""By reward and by model."""
 
 
 @dataclass(frozen=True)
@@ -35,206 +72,191 @@ class Evaluation:
     Args:
         config: The complete configuration.
         model: The base model's name and fingerprint.
-        adapter: The LoRA's file and hash; empty for the base model alone.
-        drawn: Pictures by what they were drawn with: base, and tuned where there is a LoRA.
-        paired: The comparison by reward; empty for the base model alone.
+        variants: By name the LoRA's file, hash and strength, and the rewards it was trained on.
+        drawn: Pictures by model: base, and each variant.
+        figures: Over all pictures.
+        groups: Likewise for the pictures of each group of prompts.
+        group_of: Group of each prompt that has one.
         checker: Shares of pictures that are as their prompt says, by part of the prompt and by
-            what they were drawn with; empty where the checker does not know the prompts.
+            model; empty where the checker does not know the prompts.
         seconds: Wall-clock time.
     """
 
     config: Config
     model: Mapping[str, str]
-    adapter: Mapping[str, str]
+    variants: Mapping[str, Mapping[str, object]]
     drawn: Mapping[str, Drawn]
-    paired: Mapping[str, Paired]
+    figures: Figures
+    groups: Mapping[str, Figures]
+    group_of: Mapping[str, str]
     checker: Mapping[str, Mapping[str, float]]
     seconds: float
 
+    @property
+    def trained(self) -> set[str]:
+        """Return the rewards that any of the LoRAs was trained on."""
+        return {str(r) for v in self.variants.values() for r in v["trained_on"]}  # type: ignore[attr-defined]
+
+
+def variants(located: Sequence[Located], strengths: Sequence[float] | None) -> list[Variant]:
+    """Return what is drawn beside the base model, each under a name that can be a folder's."""
+    if strengths is not None:
+        return [Variant(f"strength {s:g}", located[0], s) for s in strengths]
+    if len(located) == 1:
+        return [Variant("tuned", located[0])]
+    labels = [re.sub(r"[^\w.-]+", "-", found.label) for found in located]
+    if len({"base", *labels}) <= len(labels):
+        labels = [f"{number}-{label}" for number, label in enumerate(labels, start=1)]
+    return [Variant(label, found) for label, found in zip(labels, located, strict=True)]
+
 
 def run_evaluation(
-    config: Config, console: Console, located: Located | None, prompts: list[str], folder: Path
+    config: Config,
+    console: Console,
+    chosen: Sequence[Variant],
+    prompts: list[str],
+    group_of: Mapping[str, str],
+    folder: Path,
 ) -> None:
     """Draw, measure, compare, write the folder, and print the result.
 
     Args:
         config: The complete configuration.
         console: For people and for the result.
-        located: The LoRA; None draws the base model alone.
+        chosen: The LoRAs; none draws the base model alone.
         prompts: The prompt set.
+        group_of: Group of each prompt that has one.
         folder: Where the result goes; replaced where it exists.
 
     Raises:
-        AlignPropError: Whatever is wrong with the model, the LoRA, the rewards or the pictures.
+        AlignPropError: Whatever is wrong with the model, a LoRA, the rewards or the pictures.
     """
     started = time.perf_counter()
-    device = make_accelerator().device
-    model = load_model(config.model, device)
-    if located is not None:
-        _load_lora(console, model, located)
-    mixture = build_mixture(config.reward, config.loss, device)
-    pictures = evaluator.choose(prompts, config.eval.images)
-    with lora.disabled(model.network):
-        drawn = {"base": draw(config, console, model, mixture, pictures, "base model")}
-    if located is not None:
-        drawn["tuned"] = draw(config, console, model, mixture, pictures, "with the LoRA")
+    accelerator = make_accelerator()
+    if not accelerator.is_main_process:
+        console = Console(quiet=True)
+    model = load_model(config.model, accelerator.device)
+    for variant in chosen:
+        # Before anything is drawn.
+        _check(console, model, variant)
+    mixture = build_mixture(config.reward, config.loss, accelerator.device)
+    # Tells pictures that fill with detail or empty, whatever the rewards say.
+    mixture.beside.setdefault("jpeg_kilobytes", true_size)
+    pictures = evaluator.choose(prompts, config.eval.images, config.eval.images_per_prompt)
+    drawn = _draw(config, console, model, mixture, pictures, chosen)
+    if not accelerator.is_main_process:
+        return
+    names = [group_of.get(picture.prompt) for picture in pictures]
     result = Evaluation(
         config,
         {"id": model.id, "fingerprint": model.fingerprint},
-        {} if located is None else _identity(located.file),
+        {variant.name: _identity(variant) for variant in chosen},
         drawn,
         _compare(drawn),
+        {
+            group: _compare({n: _part(d, names, group) for n, d in drawn.items()})
+            for group in sorted({name for name in names if name is not None})
+        },
+        group_of,
         evaluator.check_shares(drawn),
         time.perf_counter() - started,
     )
-    checkpoint.write_whole(folder, lambda made: _write(result, made))
-    _print(console, result, folder)
+    checkpoint.write_whole(folder, lambda made: results.write(result, made))
+    results.show(console, result, folder)
 
 
-def _identity(file: Path) -> dict[str, str]:
-    return {"file": str(file.resolve()), "sha256": adapter.sha256(file)}
+def _draw(
+    config: Config,
+    console: Console,
+    model: DiffusionModel,
+    mixture: Mixture,
+    pictures: Sequence[Picture],
+    chosen: Sequence[Variant],
+) -> dict[str, Drawn]:
+    """Draw the same pictures with every model, the base model first."""
+    repeated = len({picture.prompt_index for picture in pictures}) < len(pictures)
+    features = mixture.features if repeated else None
+    drawn = {"base": draw(config, console, model, mixture, pictures, "base", features=features)}
+    loaded: Path | None = None
+    for variant in chosen:
+        if loaded != variant.located.file:
+            if loaded is not None:
+                model.unload_lora()
+            model.load_lora(variant.located.file)
+            loaded = variant.located.file
+        lora.set_strength(model.network, variant.strength)
+        drawn[variant.name] = draw(
+            config, console, model, mixture, pictures, variant.name, features=features
+        )
+    return drawn
 
 
-def _load_lora(console: Console, model: DiffusionModel, located: Located) -> None:
-    """Put the LoRA into the network, if it says nothing else about its base model."""
-    header = adapter.read_header(located.file)
+def _identity(variant: Variant) -> dict[str, object]:
+    header = adapter.read_header(variant.located.file)
+    trained_on = [name for name in header.get("alignprop.rewards", "").split(",") if name]
+    return {
+        "file": str(variant.located.file.resolve()),
+        "sha256": adapter.sha256(variant.located.file),
+        "strength": variant.strength,
+        "trained_on": trained_on,
+    }
+
+
+def _check(console: Console, model: DiffusionModel, variant: Variant) -> None:
+    """Refuse a LoRA that says that it belongs to another model, or does not fit."""
+    file = variant.located.file
+    header = adapter.read_header(file)
     recorded = header.get("alignprop.base_fingerprint")
     trained_on = header.get("alignprop.base_model")
     if recorded and recorded != model.fingerprint:
         raise ConfigError(
-            f"{located.file}: this LoRA was trained on {trained_on}, whose layers are not those "
+            f"{file}: this LoRA was trained on {trained_on}, whose layers are not those "
             f"of {model.id}",
             hint="give the model it was trained on with --model",
         )
     if trained_on and trained_on != model.id:
-        console.warn(f"{located.file} was trained on {trained_on}, and is drawn with {model.id}")
-    model.load_lora(located.file)
+        console.warn(f"{file} was trained on {trained_on}, and is drawn with {model.id}")
 
 
-def _compare(drawn: Mapping[str, Drawn]) -> dict[str, Paired]:
-    if "tuned" not in drawn:
-        return {}
-    base, tuned = drawn["base"], drawn["tuned"]
-    return {
-        name: evaluator.compare(base.pictures, values, tuned.rewards[name])
+def _compare(drawn: Mapping[str, Drawn]) -> dict[str, dict[str, Figure]]:
+    """Return the figures of every reward, and of diversity where prompts repeat."""
+    base = drawn["base"]
+    figures = {
+        name: {
+            which: Figure(
+                float(one.rewards[name].mean()),
+                float(one.rewards[name].std()),
+                None
+                if one is base
+                else evaluator.compare(base.pictures, values, one.rewards[name]),
+            )
+            for which, one in drawn.items()
+        }
         for name, values in base.rewards.items()
     }
+    if base.features is None:
+        return figures
+    spread = {which: evaluator.diversity(one) for which, one in drawn.items()}
+    prompts, values = spread["base"]
+    if prompts:
+        figures[DIVERSITY] = {
+            which: Figure(
+                float(own.mean()),
+                float(own.std()),
+                None if which == "base" else evaluator.compare(prompts, values, own),
+            )
+            for which, (_, own) in spread.items()
+        }
+    return figures
 
 
-def _write(result: Evaluation, folder: Path) -> None:
-    """Write pictures, the sheet and results.json."""
-    for name, drawn in result.drawn.items():
-        images = folder / "images" / name
-        images.mkdir(parents=True)
-        for index, image in enumerate(drawn.images):
-            metadata = _metadata(result, name, drawn, index)
-            report.save_picture(image, images / f"{index:04d}.png", metadata)
-    titles = tuple(result.drawn)
-    cells = [
-        report.Cell(
-            picture.prompt,
-            tuple(result.drawn[name].images[i] for name in titles),
-            tuple(result.drawn[name].caption(i) for name in titles),
-        )
-        for i, picture in enumerate(result.drawn["base"].pictures[:_SHEET_CELLS])
-    ]
-    report.contact_sheet(cells, folder / "sheet.png", titles=titles)
-    text = json.dumps({"schema": "alignprop.evaluate/1", **_values(result)}, indent=2)
-    checkpoint.write_text(folder / "results.json", text + "\n")
-
-
-def _metadata(result: Evaluation, name: str, drawn: Drawn, index: int) -> dict[str, str]:
-    """Return what a picture says of itself; `alignprop score` reads `prompt` back."""
-    picture, sample = drawn.pictures[index], result.config.sample
-    texts = {
-        "prompt": picture.prompt,
-        "seed": str(result.config.eval.seed),
-        "prompt_index": str(picture.prompt_index),
-        "image_index": str(picture.image_index),
-        "model": result.model["id"],
-        "num_inference_steps": str(sample.num_inference_steps),
-        "guidance_scale": str(sample.guidance_scale),
-        "eta": str(sample.eta),
-        "rewards": json.dumps({k: float(v[index]) for k, v in drawn.rewards.items()}),
-        "Software": f"alignprop {__version__}",
-    }
-    if name == "tuned":
-        texts["adapter_sha256"] = result.adapter["sha256"]
-    return texts
-
-
-def _values(result: Evaluation) -> dict[str, Any]:
-    """Return everything that results.json holds."""
-    base = result.drawn["base"]
-    return {
-        "version": __version__,
-        "model": dict(result.model),
-        "adapter": dict(result.adapter) or None,
-        "prompts": result.config.eval.prompts,
-        "seed": result.config.eval.seed,
-        "sample": result.config.sample.model_dump(mode="json"),
-        "images": len(base.pictures),
-        "rewards": {name: _reward_values(result, name) for name in base.rewards},
-        "checker": {part: dict(shares) for part, shares in result.checker.items()},
-        "seconds": result.seconds,
-        "pictures": [
-            {
-                "number": i,
-                **asdict(picture),
-                "rewards": {
-                    name: {k: float(v[i]) for k, v in drawn.rewards.items()}
-                    for name, drawn in result.drawn.items()
-                },
-            }
-            for i, picture in enumerate(base.pictures)
-        ],
-    }
-
-
-def _reward_values(result: Evaluation, name: str) -> dict[str, float]:
-    """Return the figures of one reward: means, deviations, and the paired comparison."""
-    values: dict[str, float] = {}
-    for which, drawn in result.drawn.items():
-        values[which] = float(drawn.rewards[name].mean())
-        values[f"{which}_std"] = float(drawn.rewards[name].std())
-    return values | (asdict(result.paired[name]) if name in result.paired else {})
-
-
-def _print(console: Console, result: Evaluation, folder: Path) -> None:
-    """Print tables for people or one object for programs."""
-    values = {**_values(result), "output": str(folder.resolve())}
-    values["sheet"] = str((folder / "sheet.png").resolve())
-    count = len(result.drawn["base"].pictures)
-    title = f"{count} pictures ({result.config.eval.prompts}), seed {result.config.eval.seed}"
-    parts: list[Any] = []
-    if result.paired:
-        rows = [_paired_row(name, paired) for name, paired in result.paired.items()]
-        columns = ("", "base", "tuned", "difference", "95 % interval", "higher", "equal")
-        rows += [_check_row(part, shares) for part, shares in result.checker.items()]
-        parts.append(table(title, columns, rows))
-    else:
-        base = result.drawn["base"].rewards
-        rows = [(name, f"{v.mean():.4f}", f"{v.std():.4f}") for name, v in base.items()]
-        rows += [(f"{p} right", f"{s['base']:.0%}", "") for p, s in result.checker.items()]
-        parts.append(table(title, ("", "mean", "std"), rows))
-    parts += ["", f"results  {folder / 'results.json'}", f"pictures {folder / 'sheet.png'}"]
-    if count > _SHEET_CELLS:
-        parts.append(f"the sheet shows the first {_SHEET_CELLS} of {count} pictures")
-    console.result("alignprop.evaluate/1", values, parts)
-
-
-def _paired_row(name: str, paired: Paired) -> tuple[str, ...]:
-    return (
-        name,
-        f"{paired.base:.4f}",
-        f"{paired.tuned:.4f}",
-        f"{paired.difference:+.4f}",
-        f"{paired.low:+.4f} to {paired.high:+.4f}",
-        f"{paired.wins:.0%}",
-        f"{paired.ties:.0%}",
+def _part(drawn: Drawn, names: Sequence[str | None], group: str) -> Drawn:
+    """Return the pictures of one group."""
+    inside = np.array([name == group for name in names])
+    return replace(
+        drawn,
+        pictures=tuple(p for p, name in zip(drawn.pictures, names, strict=True) if name == group),
+        images=drawn.images[inside],
+        rewards={name: values[inside] for name, values in drawn.rewards.items()},
+        features=None if drawn.features is None else drawn.features[inside],
     )
-
-
-def _check_row(part: str, shares: Mapping[str, float]) -> tuple[str, ...]:
-    base, tuned = shares["base"], shares["tuned"]
-    return (f"{part} right", f"{base:.0%}", f"{tuned:.0%}", f"{tuned - base:+.0%}", "", "", "")

@@ -162,7 +162,7 @@ def run_training(
         mixture,
         accelerator,
         console,
-        evaluator.choose(eval_prompts, config.eval.images),
+        evaluator.choose(eval_prompts, config.eval.images, config.eval.images_per_prompt),
         evaluator.choose(eval_prompts, min(config.eval.sample_images, config.eval.images)),
     )
     if accelerator.is_main_process:

@@ -101,6 +101,10 @@ class DiffusionModel(Protocol):
         """
         ...
 
+    def unload_lora(self) -> None:
+        """Take the LoRA out of the network: the base model is back, exactly."""
+        ...
+
     def save_lora(
         self, directory: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str]
     ) -> Path:

@@ -194,6 +194,10 @@ class StableDiffusion:
         if not lora.is_present(self.network):
             raise _foreign(file, self.id, "it changes no layer of this model's network")
 
+    def unload_lora(self) -> None:
+        """Take the LoRA out of the network: the base model is back, exactly."""
+        self.pipeline.unload_lora_weights()
+
     def _check_fits(self, state: Mapping[str, Tensor], file: Path) -> None:
         """Refuse a LoRA whose layers are not this network's, before anything is changed."""
         shapes = {

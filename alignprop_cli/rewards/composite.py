@@ -70,6 +70,12 @@ class Mixture:
         """Return the names of everything that `score` measures."""
         return (*self.names, *self.beside)
 
+    @property
+    def features(self) -> Callable[[Tensor], Tensor] | None:
+        """Return what gives features of images (B, D), of the first member that can, if any."""
+        found = (getattr(member.reward, "image_features", None) for member in self.members)
+        return next(filter(None, found), None)
+
     def score(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
         """Measure images with every member, and what they report beside.
 

@@ -55,7 +55,7 @@ class Compressibility:
 
     def __init__(self, measure: str = "size", quality: int | None = None) -> None:
         self._size = _measure("compressibility", measure, quality)
-        self.beside = {"jpeg_kilobytes": _true_size}
+        self.beside = {"jpeg_kilobytes": true_size}
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return minus the size or the error, shape (B,). Differentiable in images."""
@@ -71,7 +71,7 @@ class Incompressibility:
 
     def __init__(self, measure: str = "size", quality: int | None = None) -> None:
         self._size = _measure("incompressibility", measure, quality)
-        self.beside = {"jpeg_kilobytes": _true_size}
+        self.beside = {"jpeg_kilobytes": true_size}
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the size or the error, shape (B,). Differentiable in images."""
@@ -105,7 +105,7 @@ def _measure(reward: str, measure: str, quality: int | None) -> Callable[[Tensor
     return error_of
 
 
-def _true_size(images: Tensor) -> Tensor:
+def true_size(images: Tensor) -> Tensor:
     """Return the size of the files, by DDPO's definition, whatever the measure is."""
     return jpeg_kilobytes(to_uint8(images))
 

@@ -73,18 +73,19 @@ def test_a_run_is_compared_with_its_base_model(capsys, trained, tmp_path):
     assert "4 pictures" in out
     assert "contrast" in out
     results = json.loads((folder / "results.json").read_text())
-    assert results["schema"] == "alignprop.evaluate/1"
-    assert results["adapter"]["file"].endswith(f"step-000002/{LORA_FILE}")
+    assert results["schema"] == "alignprop.evaluate/2"
+    assert results["adapters"]["tuned"]["file"].endswith(f"step-000002/{LORA_FILE}")
     assert results["checker"] == {}
     figures = results["rewards"]["brightness"]
-    assert figures["low"] <= figures["difference"] <= figures["high"]
-    assert figures["tuned"] - figures["base"] == pytest.approx(figures["difference"])
+    base, tuned = figures["base"], figures["tuned"]
+    assert tuned["low"] <= tuned["difference"] <= tuned["high"]
+    assert tuned["mean"] - base["mean"] == pytest.approx(tuned["difference"])
     # The figures are those of the pictures that were written.
     for which in ("base", "tuned"):
         written = sorted((folder / "images" / which).iterdir())
         assert [p.name for p in written] == [f"{i:04d}.png" for i in range(4)]
         luma = [(pixels(p) / 255.0 @ [0.299, 0.587, 0.114]).mean() for p in written]
-        assert np.mean(luma) == pytest.approx(figures[which], abs=0.02)
+        assert np.mean(luma) == pytest.approx(figures[which]["mean"], abs=0.02)
     assert (
         pixels(folder / "images/base/0000.png") != pixels(folder / "images/tuned/0000.png")
     ).any()
@@ -119,8 +120,8 @@ def test_the_base_model_alone_draws_the_same_base_pictures(capsys, trained, tmp_
     )
     values = json.loads(out)
     assert code == 0
-    assert values["adapter"] is None
-    assert set(values["rewards"]["brightness"]) == {"base", "base_std"}
+    assert values["adapters"] == {}
+    assert set(values["rewards"]["brightness"]) == {"trained_on", "base"}
     assert [p.name for p in (tmp_path / "base" / "images").iterdir()] == ["base"]
     for number in range(4):
         name = f"images/base/{number:04d}.png"
@@ -163,7 +164,7 @@ def test_a_soup_is_evaluated_like_any_lora(capsys, trained, tmp_path):
     assert run(capsys, trained, "-o", tmp_path / "b")[0] == 0
     # No share of the first is the second.
     a, b = (json.loads((tmp_path / n / "results.json").read_text())["rewards"] for n in "ab")
-    assert a["brightness"] == pytest.approx(b["brightness"], abs=1e-5)
+    assert a["brightness"]["tuned"] == pytest.approx(b["brightness"]["tuned"], abs=1e-5)
 
 
 def test_a_lora_of_another_model_is_refused(capsys, trained, tmp_path):
