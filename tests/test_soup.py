@@ -15,7 +15,7 @@ from peft.utils import merge_utils
 from safetensors.torch import save_file
 
 from alignprop_cli import adapter, lora, soup
-from alignprop_cli.commands import soup as soup_command
+from alignprop_cli.commands import recipe
 from alignprop_cli.config import ModelConfig
 from alignprop_cli.models.registry import load_model
 from alignprop_cli.soup import Factors
@@ -227,7 +227,7 @@ def test_dare_keeps_a_random_share_and_makes_up_for_the_rest():
 
 
 def test_the_command_line_names_the_same_methods():
-    assert get_args(soup_command.Method) == get_args(soup.Method)
+    assert get_args(recipe.Method) == get_args(soup.Method)
 
 
 def test_nothing_but_zeros_is_still_a_lora_without_effect():

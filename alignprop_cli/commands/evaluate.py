@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 BASE = "base"
 """What the base model alone is called; a folder of that name is ./base."""
 
-OURS = ("results.json", "results.csv", "report.html", "sheet.png", "strength.png", "images")
+OURS = ("results.json", "results.csv", "report.html", "sheet.png", "curve.png", "images")
 """What is in an evaluation's folder."""
 
 
@@ -84,20 +84,6 @@ def evaluate(
 
       alignprop evaluate my_lora.safetensors --preset tiny --scale 0,0.5,1,1.5
     """
-    from pathlib import Path
-
-    from alignprop_cli import adapter
-    from alignprop_cli.commands.outputs import check_output
-    from alignprop_cli.console import Console
-    from alignprop_cli.errors import ConfigError
-    from alignprop_cli.prompts import load_groups, load_prompts
-
-    if BASE in targets and len(targets) > 1:
-        raise ConfigError("evaluate: the base model is always drawn: name the LoRAs alone")
-    strengths = _strengths(scale)
-    located = [] if targets == [BASE] else [adapter.locate(target) for target in targets]
-    if scale is not None and len(located) != 1:
-        raise ConfigError(f"--scale goes with one LoRA, got {len(located)}")
     flags = {
         "model.id": ("--model", model),
         "eval.prompts": ("--prompts", prompts),
@@ -106,30 +92,59 @@ def evaluate(
         "eval.seed": ("--seed", seed),
         "eval.batch_size": ("--batch-size", batch_size),
     }
+    located = _locate(targets)
+    strengths = _strengths(scale, located)
     first = located[0] if located else None
-    resolved = _configuration(targets[0], first, preset, config, sets or [], reward, flags)
-    chosen = load_prompts(resolved.eval.prompts)
-    groups = load_groups(resolved.eval.prompts)
+    resolved = configuration(targets[0], first, preset, config, sets or [], reward, flags)
+    _run(resolved, located, strengths, (output, overwrite), (as_json, quiet))
+
+
+def _run(
+    config: Config,
+    located: list[Located],
+    strengths: list[float] | None,
+    place: tuple[str | None, bool],
+    console: tuple[bool, bool],
+) -> None:
+    """Check the prompts and the folder, and go."""
+    from pathlib import Path
+
+    from alignprop_cli.commands.outputs import check_output
+    from alignprop_cli.console import Console
+    from alignprop_cli.prompts import load_groups, load_prompts
+
+    (output, overwrite), (as_json, quiet) = place, console
+    prompts, groups = load_prompts(config.eval.prompts), load_groups(config.eval.prompts)
     folder = Path(output).expanduser() if output else _default_folder(located)
     check_output(folder, overwrite=overwrite, ours=OURS)
 
     from alignprop_cli.commands.evaluation import run_evaluation, variants
 
     run_evaluation(
-        resolved,
+        config,
         Console(as_json=as_json, quiet=quiet),
         variants(located, strengths),
-        chosen,
+        prompts,
         groups,
         folder,
     )
 
 
-def _strengths(text: str | None) -> list[float] | None:
+def _locate(targets: list[str]) -> list[Located]:
+    """Return the LoRAs that are named; none for the base model alone."""
+    from alignprop_cli import adapter
+    from alignprop_cli.errors import ConfigError
+
+    if BASE in targets and len(targets) > 1:
+        raise ConfigError("evaluate: the base model is always drawn: name the LoRAs alone")
+    return [] if targets == [BASE] else [adapter.locate(target) for target in targets]
+
+
+def _strengths(text: str | None, located: list[Located]) -> list[float] | None:
     """Return the strengths that were asked for, each once, rising.
 
     Raises:
-        ConfigError: If one is not a finite number.
+        ConfigError: If one is not a finite number, or there is not one LoRA.
     """
     import math
 
@@ -137,6 +152,8 @@ def _strengths(text: str | None) -> list[float] | None:
 
     if text is None:
         return None
+    if len(located) != 1:
+        raise ConfigError(f"--scale goes with one LoRA, got {len(located)}")
     try:
         found = sorted({float(part) for part in text.split(",")})
     except ValueError as error:
@@ -146,7 +163,7 @@ def _strengths(text: str | None) -> list[float] | None:
     return found
 
 
-def _configuration(
+def configuration(
     target: str,
     located: Located | None,
     preset: str | None,
@@ -155,7 +172,17 @@ def _configuration(
     reward: list[str] | None,
     flags: dict[str, tuple[str, Any]],
 ) -> Config:
-    """Return the complete configuration, its rewards' names and options checked."""
+    """Return the complete configuration, its rewards' names and options checked.
+
+    Args:
+        target: What the user named, for messages.
+        located: Its LoRA; None is the base model.
+        preset: Name of a preset, instead of what comes with the LoRA.
+        config: File of the user's own, likewise.
+        sets: `--set` texts.
+        reward: Those of `--reward`.
+        flags: Dotted key to name and value of the other flags.
+    """
     from pathlib import Path
 
     from alignprop_cli import adapter

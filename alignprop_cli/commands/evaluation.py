@@ -39,11 +39,13 @@ class Variant:
         name: Of its pictures' folder, and in tables.
         located: Its file.
         strength: Factor on its update; 1 is as trained.
+        at: Its place on the curve of the rewards, where one is drawn.
     """
 
     name: str
     located: Located
     strength: float = 1.0
+    at: float | None = None
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ class Evaluation:
         config: The complete configuration.
         model: The base model's name and fingerprint.
         variants: By name the LoRA's file, hash and strength, and the rewards it was trained on.
+        curve: Places of the variants on a curve; empty where none is drawn.
+        axis: What those places are.
         drawn: Pictures by model: base, and each variant.
         figures: Over all pictures.
         groups: Likewise for the pictures of each group of prompts.
@@ -85,6 +89,8 @@ class Evaluation:
     config: Config
     model: Mapping[str, str]
     variants: Mapping[str, Mapping[str, object]]
+    curve: Sequence[float]
+    axis: str
     drawn: Mapping[str, Drawn]
     figures: Figures
     groups: Mapping[str, Figures]
@@ -101,7 +107,7 @@ class Evaluation:
 def variants(located: Sequence[Located], strengths: Sequence[float] | None) -> list[Variant]:
     """Return what is drawn beside the base model, each under a name that can be a folder's."""
     if strengths is not None:
-        return [Variant(f"strength {s:g}", located[0], s) for s in strengths]
+        return [Variant(f"strength {s:g}", located[0], s, at=s) for s in strengths]
     if len(located) == 1:
         return [Variant("tuned", located[0])]
     labels = [re.sub(r"[^\w.-]+", "-", found.label) for found in located]
@@ -117,6 +123,8 @@ def run_evaluation(
     prompts: list[str],
     group_of: Mapping[str, str],
     folder: Path,
+    *,
+    axis: str = "strength of the LoRA",
 ) -> None:
     """Draw, measure, compare, write the folder, and print the result.
 
@@ -127,6 +135,7 @@ def run_evaluation(
         prompts: The prompt set.
         group_of: Group of each prompt that has one.
         folder: Where the result goes; replaced where it exists.
+        axis: What the places of the LoRAs on a curve are.
 
     Raises:
         AlignPropError: Whatever is wrong with the model, a LoRA, the rewards or the pictures.
@@ -151,6 +160,8 @@ def run_evaluation(
         config,
         {"id": model.id, "fingerprint": model.fingerprint},
         {variant.name: _identity(variant) for variant in chosen},
+        [variant.at for variant in chosen if variant.at is not None],
+        axis,
         drawn,
         _compare(drawn),
         {

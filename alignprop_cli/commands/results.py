@@ -43,9 +43,12 @@ def write(result: Evaluation, folder: Path) -> None:
     text = json.dumps({"schema": "alignprop.evaluate/2", **values}, indent=2)
     checkpoint.write_text(folder / "results.json", text + "\n")
     _write_csv(result, folder / "results.csv")
-    curve = _strengths(result)
-    if curve is not None:
-        report.curves(*curve, folder / "strength.png", x_title="strength of the LoRA")
+    if len(result.curve) > 1:
+        means = {
+            name: [by_model[which].mean for which in result.variants]
+            for name, by_model in result.figures.items()
+        }
+        report.curves(result.curve, means, folder / "curve.png", x_title=result.axis)
     _write_page(result, values, folder)
 
 
@@ -167,18 +170,6 @@ def _write_csv(result: Evaluation, path: Path) -> None:
                 )
 
 
-def _strengths(result: Evaluation) -> tuple[list[float], dict[str, list[float]]] | None:
-    """Return strengths and mean rewards where one LoRA was drawn with several."""
-    strengths = [float(str(v["strength"])) for v in result.variants.values()]
-    if len(set(strengths)) < 2:
-        return None
-    figures = {
-        name: [by_model[which].mean for which in result.variants]
-        for name, by_model in result.figures.items()
-    }
-    return strengths, figures
-
-
 def _write_page(result: Evaluation, values: Mapping[str, Any], folder: Path) -> None:
     base = result.drawn["base"]
     last = list(result.drawn)[-1]
@@ -197,7 +188,7 @@ def _write_page(result: Evaluation, values: Mapping[str, Any], folder: Path) -> 
         )
         for i, picture in enumerate(base.pictures[:_PAGE_PICTURES])
     ]
-    curve = folder / "strength.png"
+    curve = folder / "curve.png"
     page.write(
         folder / "report.html",
         "evaluation.html",
@@ -209,6 +200,7 @@ def _write_page(result: Evaluation, values: Mapping[str, Any], folder: Path) -> 
         cards=cards,
         sorts=list(base.rewards),
         curve=page.file(curve) if curve.is_file() else None,
+        axis=result.axis,
     )
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,9 +12,12 @@ from alignprop_cli.commands import (
     OutputOption,
     OverwriteOption,
     QuietOption,
+    RewardOption,
 )
+from alignprop_cli.commands.recipe import Method, Recipe, check_recipe, member_shares, sweep_shares
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from alignprop_cli.adapter import Adapter
@@ -24,19 +26,6 @@ if TYPE_CHECKING:
 
 BASE = ("base", "stablediffusion")
 """What the base model is called as a member; a folder of that name is ./base."""
-
-Method = Literal["exact", "factor", "svd", "ties", "dare_linear"]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How members are mixed; see `alignprop_cli.soup.mix`."""
-
-    method: Method = "exact"
-    rank: int | None = None
-    density: float | None = None
-    seed: int = 0
-    allow_missing: bool = False
 
 
 def soup(
@@ -71,6 +60,19 @@ def soup(
         bool,
         typer.Option("--allow-missing", help="mix LoRAs that change different layers"),
     ] = False,
+    evaluate: Annotated[
+        bool, typer.Option("--evaluate", help="compare the mix with the base model right away")
+    ] = False,
+    sweep: Annotated[
+        str | None,
+        typer.Option(
+            "--sweep", help="FROM:TO:STEP: a mix of A and B for each share of A, compared"
+        ),
+    ] = None,
+    reward: RewardOption = None,
+    images: Annotated[
+        int | None, typer.Option("--images", "-n", min=1, help="pictures drawn with each mix")
+    ] = None,
     output: OutputOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
@@ -93,28 +95,113 @@ def soup(
       alignprop soup runs/clip base --coef 0.5 --output runs/clip-half
 
       alignprop soup runs/clip=0.5 runs/brightness=0.3 runs/contrast=0.4 --method svd --rank 8
+
+      alignprop soup runs/clip runs/brightness --sweep 0:1:0.25 --reward clip,brightness
+    """
+    from alignprop_cli.console import Console
+
+    recipe = Recipe(method, rank, density, seed, allow_missing)
+    check_recipe(recipe)
+    shares = None if sweep is None else sweep_shares(sweep, members, coef)
+    console, alone = Console(as_json=as_json, quiet=quiet), not evaluate and shares is None
+    chosen = member_shares(members, coef)
+    made = _make(console, chosen, recipe, shares, (output, overwrite), alone=alone)
+    if not alone:
+        _compare(console, made, reward, images)
+
+
+def _make(
+    console: Console,
+    members: tuple[list[str], list[float]],
+    recipe: Recipe,
+    shares: list[float] | None,
+    place: tuple[str | None, bool],
+    *,
+    alone: bool,
+) -> dict[float | None, Path]:
+    """Mix the members, once or for each share of a sweep.
+
+    Args:
+        console: For people and for the result.
+        members: Names and coefficients.
+        recipe: How they are mixed.
+        shares: Of the first member, along a sweep; None is one mix with the coefficients.
+        place: What the user said of the folder: its name, and whether it may be replaced.
+        alone: Whether the mix is the result to print, or an evaluation will be.
+
+    Returns:
+        The folders of the mixes, by the share of the first member; None of one alone.
     """
     from pathlib import Path
 
     from alignprop_cli import adapter
     from alignprop_cli.commands.outputs import check_output
-    from alignprop_cli.console import Console
     from alignprop_cli.errors import ConfigError
     from alignprop_cli.models.base import LORA_FILE
 
-    console = Console(as_json=as_json, quiet=quiet)
-    recipe = Recipe(method, rank, density, seed, allow_missing)
-    _check_recipe(recipe)
-    names, coefficients = _shares(members, coef)
+    (names, coefficients), (output, overwrite) = members, place
     if all(name in BASE for name in names):
         raise ConfigError("soup: all members are the base model: there is nothing to mix")
     located = [None if name in BASE else adapter.locate(name) for name in names]
     labels = ["base" if found is None else found.label for found in located]
-    folder = Path(output or _default_name(labels, coefficients)).expanduser()
-    check_output(folder, overwrite=overwrite, ours=(LORA_FILE,))
+    suffix = [] if shares is None else ["sweep"]
+    folder = Path(output or _default_name(labels, coefficients, suffix)).expanduser()
+    parts = [] if shares is None else [_share_name(share) for share in shares]
+    check_output(folder, overwrite=overwrite, ours=(LORA_FILE, "evaluation", *parts))
     adapters = [None if found is None else adapter.read(found.file) for found in located]
+    if shares is not None:
+        made: dict[float | None, Path] = {s: folder / _share_name(s) for s in shares}
+        for share in shares:
+            _mix(made[share], names, adapters, [share, 1.0 - share], recipe)
+        return made
     _tell(console, adapters, coefficients)
-    _mix(console, folder, names, adapters, coefficients, recipe)
+    values, lines = _mix(folder, names, adapters, coefficients, recipe)
+    if alone:
+        lines.append(f"next: alignprop evaluate {folder}")
+        console.result("alignprop.soup/1", values, lines)
+    else:
+        for line in lines:
+            console.note(line)
+    return {None: folder}
+
+
+def _share_name(share: float) -> str:
+    return f"share-{share:g}"
+
+
+def _compare(
+    console: Console,
+    made: Mapping[float | None, Path],
+    reward: list[str] | None,
+    images: int | None,
+) -> None:
+    """Evaluate mixes as `alignprop evaluate` does, and print its result.
+
+    Args:
+        console: For people and for the result.
+        made: The folders of the mixes, by the share of the first member; None of one alone.
+        reward: Those of `--reward`; None are those of the members.
+        images: Pictures drawn with each; None is what the members were evaluated with.
+    """
+    from alignprop_cli import adapter
+    from alignprop_cli.commands.evaluate import configuration
+    from alignprop_cli.prompts import load_groups, load_prompts
+
+    located = {share: adapter.locate(str(place)) for share, place in made.items()}
+    first = next(iter(located.values()))
+    flags = {"model.id": ("--model", None), "eval.images": ("--images", images)}
+    config = configuration(str(first.file.parent), first, None, None, [], reward, flags)
+    prompts, groups = load_prompts(config.eval.prompts), load_groups(config.eval.prompts)
+
+    from alignprop_cli.commands.evaluation import Variant, run_evaluation
+
+    variants = [
+        Variant("tuned" if share is None else _share_name(share), found, at=share)
+        for share, found in located.items()
+    ]
+    place = made.get(None, first.file.parent.parent)
+    axis = "share of the first member"
+    run_evaluation(config, console, variants, prompts, groups, place / "evaluation", axis=axis)
 
 
 def _tell(console: Console, adapters: list[Adapter | None], coefficients: list[float]) -> None:
@@ -130,88 +217,10 @@ def _tell(console: Console, adapters: list[Adapter | None], coefficients: list[f
             )
 
 
-def _check_recipe(recipe: Recipe) -> None:
-    """Refuse options that the method does not have.
-
-    Raises:
-        ConfigError: Names the option and the methods that have it.
-    """
-    from alignprop_cli.errors import ConfigError
-
-    ranked = ("svd", "ties", "dare_linear")
-    if recipe.rank is not None and recipe.method not in ranked:
-        raise ConfigError(
-            f"--rank: method {recipe.method} has no choice of rank",
-            hint=f"--rank goes with --method {', '.join(ranked)}",
-        )
-    if recipe.density is None:
-        return
-    if recipe.method not in ranked[1:]:
-        raise ConfigError(
-            f"--density: method {recipe.method} prunes nothing",
-            hint=f"--density goes with --method {', '.join(ranked[1:])}",
-        )
-    if not 0.0 < recipe.density <= 1.0:
-        raise ConfigError(f"--density: expected more than 0 and at most 1, got {recipe.density:g}")
-
-
-def _shares(members: list[str], coef: str | None) -> tuple[list[str], list[float]]:
-    """Return the members' names and coefficients.
-
-    Raises:
-        ConfigError: If they do not go together, or one is not a finite number.
-    """
-    from pathlib import Path
-
-    from alignprop_cli.errors import ConfigError
-
-    names: list[str] = []
-    given: list[float | None] = []
-    for member in members:
-        name, sign, share = member.rpartition("=")
-        # A path may have an equals sign of its own.
-        plain = not sign or Path(member).expanduser().exists()
-        names.append(member if plain else name)
-        given.append(None if plain else _number(share, member))
-    own = [share for share in given if share is not None]
-    if own and len(own) < len(names):
-        raise ConfigError(
-            f"soup: {len(own)} of {len(names)} members have a share",
-            hint="give every member one: A=0.7 B=0.3",
-        )
-    if own and coef is not None:
-        raise ConfigError("soup: shares are given twice, by --coef and by MEMBER=SHARE")
-    if own:
-        return names, own
-    if coef is None:
-        return names, [1.0 / len(names)] * len(names)
-    shares = [_number(text, f"--coef {coef}") for text in coef.split(",")]
-    if len(shares) == 1 and len(names) == 2:
-        shares.append(1.0 - shares[0])
-    if len(shares) != len(names):
-        raise ConfigError(
-            f"--coef: {len(shares)} shares for {len(names)} members",
-            hint="give one for each, such as --coef 0.2,0.3,0.5; one alone goes with two members",
-        )
-    return names, shares
-
-
-def _number(text: str, where: str) -> float:
-    import math
-
-    from alignprop_cli.errors import ConfigError
-
-    try:
-        number = float(text)
-    except ValueError:
-        number = math.nan
-    if not math.isfinite(number):
-        raise ConfigError(f"{where}: expected a finite number, got '{text}'")
-    return number
-
-
-def _default_name(labels: list[str], coefficients: list[float]) -> str:
+def _default_name(labels: list[str], coefficients: list[float], suffix: list[str]) -> str:
     """Return soup-<label>-<share>-... for the folder; of two members only the first's share."""
+    if suffix:
+        return "-".join(["soup", *labels, *suffix])[:200]
     if len(labels) == 2 and abs(sum(coefficients) - 1.0) < 1e-9:
         return f"soup-{labels[0]}-{labels[1]}-{coefficients[0]:g}"
     pairs = zip(labels, coefficients, strict=True)
@@ -219,14 +228,13 @@ def _default_name(labels: list[str], coefficients: list[float]) -> str:
 
 
 def _mix(
-    console: Console,
     folder: Path,
     names: list[str],
     adapters: list[Adapter | None],
     coefficients: list[float],
     recipe: Recipe,
-) -> None:
-    """Check the members, mix them, write the result and print it."""
+) -> tuple[dict[str, Any], list[str]]:
+    """Check the members, mix them, write the result, and return what there is to say of it."""
     from alignprop_cli import adapter, checkpoint
     from alignprop_cli import soup as maths
     from alignprop_cli.errors import ConfigError
@@ -250,13 +258,13 @@ def _mix(
     ]
     header = _header([a for a, _ in present], made_of, recipe)
     checkpoint.write_whole(folder, lambda made: adapter.write(made, mixed.layers, header))
-    _print(console, folder, made_of, mixed, recipe)
+    return _describe(folder, made_of, mixed, recipe)
 
 
-def _print(
-    console: Console, folder: Path, members: list[dict[str, Any]], mixed: Mixed, recipe: Recipe
-) -> None:
-    """Print what was made, for people or for programs."""
+def _describe(
+    folder: Path, members: list[dict[str, Any]], mixed: Mixed, recipe: Recipe
+) -> tuple[dict[str, Any], list[str]]:
+    """Return what was made, for programs and for people."""
     from alignprop_cli import adapter
     from alignprop_cli.models.base import LORA_FILE
 
@@ -282,8 +290,7 @@ def _print(
     ]
     if recipe.method in ("svd", "ties", "dare_linear"):
         lines.append(f"the rank leaves out {mixed.error:.2%} of the mix (relative L2 distance)")
-    lines.append(f"next: alignprop evaluate {folder}")
-    console.result("alignprop.soup/1", values, lines)
+    return values, lines
 
 
 def _check_members(adapters: list[Adapter], *, allow_missing: bool) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
+import re
 import shutil
 
 import numpy as np
@@ -15,6 +18,7 @@ from alignprop_cli.cli import main
 from alignprop_cli.config import ModelConfig
 from alignprop_cli.models.base import LORA_FILE
 from alignprop_cli.models.registry import load_model
+from alignprop_cli.rewards.clip import ClipReward
 from tests.factories import fill_lora_b, small_pipeline
 
 
@@ -167,6 +171,107 @@ def test_a_soup_is_evaluated_like_any_lora(capsys, trained, tmp_path):
     assert a["brightness"]["tuned"] == pytest.approx(b["brightness"]["tuned"], abs=1e-5)
 
 
+def test_several_loras_are_drawn_on_the_same_pictures(capsys, trained, tmp_path):
+    steps = [trained / "checkpoints" / f"step-{n:06d}" for n in (1, 2)]
+    code, out, err = run(capsys, *steps, "-o", tmp_path / "both", "--json")
+    assert code == 0, err
+    both = json.loads(out)
+    names = ["run-step-000001", "run-step-000002"]
+    assert list(both["adapters"]) == names
+    assert sorted(p.name for p in (tmp_path / "both" / "images").iterdir()) == ["base", *names]
+    for name, step in zip(names, steps, strict=True):
+        _, out, _ = run(capsys, step, "-o", tmp_path / name, "--json")
+        alone = json.loads(out)["rewards"]["brightness"]["tuned"]
+        assert both["rewards"]["brightness"][name] == pytest.approx(alone, abs=1e-5)
+
+
+def test_strengths_draw_a_curve_from_the_base_model_on(capsys, trained, tmp_path):
+    code, out, err = run(capsys, trained, "--scale", "1,0,0.5", "-o", tmp_path / "out", "--json")
+    assert code == 0, err
+    figures = json.loads(out)["rewards"]["brightness"]
+    assert set(figures) == {"trained_on", "base", "strength 0", "strength 0.5", "strength 1"}
+    # Exactly: nothing is added to any weight.
+    assert figures["strength 0"]["ties"] == 1.0
+    assert run(capsys, trained, "-o", tmp_path / "whole", "-q")[0] == 0
+    whole = json.loads((tmp_path / "whole" / "results.json").read_text())
+    assert figures["strength 1"] == pytest.approx(whole["rewards"]["brightness"]["tuned"], abs=1e-6)
+    assert Image.open(tmp_path / "out" / "curve.png").width > 300
+    assert not (tmp_path / "whole" / "curve.png").exists()
+
+
+def test_half_strength_is_the_soup_with_the_base_model(capsys, trained, tmp_path):
+    with pytest.raises(SystemExit):
+        main(["soup", str(trained), "base", "--coef", "0.5", "-o", str(tmp_path / "half"), "-q"])
+    capsys.readouterr()
+    assert run(capsys, tmp_path / "half", "-o", tmp_path / "a")[0] == 0
+    assert run(capsys, trained, "--scale", "0.5", "-o", tmp_path / "b")[0] == 0
+    for number in range(4):
+        a = pixels(tmp_path / "a/images/tuned" / f"{number:04d}.png").astype(int)
+        b = pixels(tmp_path / "b/images/strength 0.5" / f"{number:04d}.png").astype(int)
+        assert abs(a - b).max() <= 1
+
+
+def test_several_pictures_of_a_prompt_show_how_different_they_are(capsys, tmp_path):
+    code, out, err = run(
+        capsys,
+        *["base", "--preset", "tiny", "--json", "--images", "6"],
+        *["--images-per-prompt", "3", "-o", tmp_path / "out"],
+    )
+    assert code == 0, err
+    values = json.loads(out)
+    # Two prompts of three pictures, each with its own noise.
+    assert [p["image_index"] for p in values["pictures"]] == [0, 1, 2, 0, 1, 2]
+    assert [p["images"] for p in values["by_prompt"]] == [3, 3]
+    images = [pixels(tmp_path / "out" / "images" / "base" / f"{i:04d}.png") for i in range(6)]
+    model = ClipReward("tiny")
+    batch = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255.0
+    features = model.image_features(batch)
+    expected = [
+        1.0 - float((features[i] * features[j]).sum())
+        for first in (0, 3)
+        for i, j in ((first, first + 1), (first, first + 2), (first + 1, first + 2))
+    ]
+    # The features were taken before the pictures were rounded to bytes.
+    found = values["rewards"]["diversity"]["base"]["mean"]
+    assert found == pytest.approx(np.mean(expected), abs=0.01)
+    assert found > 0.001
+    # Their size is measured whatever the rewards are, and numbers are this set's groups.
+    sizes = [Image.open(tmp_path / "out" / "images" / "base" / f"{i:04d}.png") for i in range(6)]
+    kilobytes = []
+    for image in sizes:
+        file = io.BytesIO()
+        image.save(file, "JPEG", quality=95)
+        kilobytes.append(len(file.getvalue()) / 1000)
+    size = values["rewards"]["jpeg_kilobytes"]["base"]["mean"]
+    assert size == pytest.approx(np.mean(kilobytes), abs=1e-6)
+    assert set(values["groups"]) <= {"one", "two", "three", "four"}
+    assert len(values["groups"]) >= 1
+
+
+def test_the_table_and_the_report_hold_every_picture_and_escape_prompts(capsys, trained, tmp_path):
+    folder = tmp_path / "out"
+    evil = tmp_path / "prompts.csv"
+    evil.write_text('prompt,group\n"<script>alert(1)</script>","<b>g"\n"a, b",x\n', "utf-8")
+    code, out, _ = run(capsys, trained, "--prompts", evil, "-n", "2", "-o", folder, "--json")
+    assert code == 0
+    with (folder / "results.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["model"] for row in rows] == ["base", "base", "tuned", "tuned"]
+    assert [row["prompt"] for row in rows[:2]] == ["<script>alert(1)</script>", "a, b"]
+    pictures = json.loads(out)["pictures"]
+    for row, picture in zip(rows[2:], pictures, strict=True):
+        assert (folder / row["file"]).is_file()
+        expected = picture["rewards"]["tuned"]["brightness"]
+        assert float(row["brightness"]) == pytest.approx(expected, rel=1e-5)
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
+    assert "<script>alert" not in page
+    assert "<b>g" not in page
+    assert page.count('src="data:image/') == 4
+    # Nothing is fetched from elsewhere.
+    assert not re.findall(r'(?:src|href)="(?!data:|images/)', page)
+
+
 def test_a_lora_of_another_model_is_refused(capsys, trained, tmp_path):
     other = small_pipeline(tmp_path / "other", block_out_channels=(16, 32), attention_head_dim=2)
     code, _, err = run(capsys, trained, "--model", other, "-o", tmp_path / "out")
@@ -179,6 +284,11 @@ def test_a_lora_of_another_model_is_refused(capsys, trained, tmp_path):
     ("args", "code", "words"),
     [
         (["base"], 2, "--preset"),
+        (["RUN", "base"], 2, "the base model is always drawn"),
+        (["RUN", "RUN", "--scale", "1"], 2, "--scale goes with one LoRA"),
+        (["base", "--scale", "1"], 2, "--scale goes with one LoRA"),
+        (["RUN", "--scale", "1,x"], 2, "expected numbers"),
+        (["RUN", "--scale", "nan"], 2, "expected finite numbers"),
         (["/none"], 3, "no such file or folder"),
         (["RUN", "--reward", "brightnes"], 2, "Did you mean 'brightness'"),
         (["RUN", "--prompts", "animal"], 2, "Did you mean 'animals'"),

@@ -7,11 +7,13 @@ import json
 import pytest
 import torch
 
-from alignprop_cli import adapter
+from alignprop_cli import adapter, lora
 from alignprop_cli.cli import main
+from alignprop_cli.config import ModelConfig
 from alignprop_cli.models.base import LORA_FILE
+from alignprop_cli.models.registry import load_model
 from alignprop_cli.soup import Factors
-from tests.factories import randn
+from tests.factories import fill_lora_b, randn, small_pipeline
 
 
 def run(capsys, *args):
@@ -230,3 +232,83 @@ def test_a_folder_is_replaced_only_when_asked_and_never_with_other_things_in_it(
     assert code == 2
     assert "diary.txt" in err
     assert (target / "diary.txt").read_text() == "mine"
+
+
+def small_loras(tmp_path):
+    """Return two LoRA folders of a small pipeline, which draws in two steps."""
+    base = small_pipeline(tmp_path / "base")
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    config = {
+        "model": {"id": str(base)},
+        "sample": {"num_inference_steps": 2},
+        "reward": {"brightness": {}},
+        "eval": {"prompts": str(tmp_path / "prompts.txt"), "images": 2},
+    }
+    folders = []
+    for seed in (1, 2):
+        model = load_model(ModelConfig(id=str(base)), torch.device("cpu"))
+        lora.inject(model.network, rank=2, alpha=4, target_modules=("to_q", "to_v"), seed=seed)
+        fill_lora_b(model.network, seed=seed, scale=2.0)
+        folders.append(tmp_path / f"lora{seed}")
+        folders[-1].mkdir()
+        header = {
+            "alignprop.base_model": str(base),
+            "alignprop.base_fingerprint": model.fingerprint,
+            "alignprop.config": json.dumps(config),
+        }
+        model.save_lora(folders[-1], lora.weights(model.network), header)
+    return folders
+
+
+def test_a_sweep_goes_from_one_member_to_the_other(capsys, tmp_path):
+    a, b = small_loras(tmp_path)
+    folder = tmp_path / "path"
+    code, out, err = run(capsys, a, b, "--sweep", "0:1:0.5", "-o", folder, "--json")
+    assert code == 0, err
+    values = json.loads(out)
+    assert values["schema"] == "alignprop.evaluate/2"
+    names = ["share-0", "share-0.5", "share-1"]
+    assert list(values["adapters"]) == names
+    assert (folder / "evaluation" / "curve.png").is_file()
+    assert "By share of the first member" in (folder / "evaluation" / "report.html").read_text()
+    for name, layer in layers_of(folder / "share-0.5").items():
+        expected = (layers_of(a)[name].delta() + layers_of(b)[name].delta()) / 2
+        torch.testing.assert_close(layer.delta(), expected, rtol=1e-5, atol=1e-6)
+    # The ends are the members themselves.
+    for end, member in (("share-1", a), ("share-0", b)):
+        for name, layer in layers_of(folder / end).items():
+            expected = layers_of(member)[name].delta()
+            torch.testing.assert_close(layer.delta(), expected, rtol=1e-5, atol=1e-6)
+    assert run(capsys, a, b, "--sweep", "0:1:0.5", "-o", folder)[0] == 2
+    assert run(capsys, a, b, "--sweep", "0:1:0.5", "-o", folder, "--overwrite", "-n", "1")[0] == 0
+
+
+def test_a_mix_can_be_evaluated_right_away(capsys, tmp_path):
+    a, b = small_loras(tmp_path)
+    folder = tmp_path / "mixed"
+    args = ["--evaluate", "--reward", "contrast", "-o", folder]
+    code, out, err = run(capsys, a, b, *args)
+    assert code == 0, err
+    assert "contrast" in out
+    assert "0.5 x" in err
+    results = json.loads((folder / "evaluation" / "results.json").read_text())
+    assert results["adapters"]["tuned"]["sha256"] == adapter.sha256(folder / LORA_FILE)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["A", "B", "A", "--sweep", "0:1:0.5"], "two members"),
+        (["A", "B", "--sweep", "0:1:0.5", "--coef", "0.5"], "without --coef"),
+        (["A", "B", "--sweep", "0:1"], "FROM:TO:STEP"),
+        (["A", "B", "--sweep", "1:0:0.5"], "FROM:TO:STEP"),
+        (["A", "B", "--sweep", "0:1:x"], "got 'x'"),
+        (["A", "B", "--sweep", "0:1:0.0001"], "10001 mixes"),
+    ],
+)
+def test_sweeps_that_make_no_sense_are_refused(capsys, tmp_path, args, words):
+    folders = {"A": make(tmp_path / "a", 1), "B": make(tmp_path / "b", 2)}
+    code, out, err = run(capsys, *[folders.get(arg, arg) for arg in args], "-o", tmp_path / "m")
+    assert (code, out) == (2, "")
+    assert words in " ".join(err.split())
+    assert not (tmp_path / "m").exists()
