@@ -37,6 +37,28 @@ def test_it_is_the_log_softmax_over_the_set_with_the_own_prompt_once(tmp_path: P
     assert (gradient.flatten(1).norm(dim=1) > 1e-6).all()
 
 
+def test_prompts_that_differ_in_words_alike_share_their_probability(tmp_path: Path) -> None:
+    file = tmp_path / "set.txt"
+    file.write_text("a small cat\na big cat\na dog\n", encoding="utf-8")
+    folder = str(small_clip(tmp_path / "clip"))
+    images = torch.rand((2, 3, 20, 16), generator=generator(0))
+    # The second is not of the set, and is alike none of it.
+    prompts = ["a small cat", "a big boat"]
+    clip = ClipReward(folder)
+    scale = clip._model.logit_scale.exp()
+    expected = []
+    for image, prompt in zip(images, prompts, strict=True):
+        texts = list(dict.fromkeys([prompt, "a small cat", "a big cat", "a dog"]))
+        cosines = clip(image.expand(len(texts), -1, -1, -1), texts)
+        shares = (scale * cosines).softmax(dim=0)
+        expected.append(shares[0] + shares[1] if prompt == "a small cat" else shares[0])
+    options = {"prompts": str(file), "alike": ["big", "small"]}
+    logs = ClipChoice(folder, **options)(images, prompts)
+    torch.testing.assert_close(logs.exp(), torch.stack(expected))
+    shares = ClipChoice(folder, log=False, **options)(images, prompts)
+    torch.testing.assert_close(shares, torch.stack(expected))
+
+
 def test_gradcheck(tmp_path: Path) -> None:
     reward = choice(tmp_path).to(torch.device("cpu"), torch.float64)
     images = torch.rand((1, 3, 8, 9), generator=generator(0), dtype=torch.float64).requires_grad_()
