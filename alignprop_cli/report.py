@@ -223,7 +223,7 @@ def curves(
     rows = math.ceil(len(ys) / columns)
     figure: Any = Figure(figsize=(4.2 * columns, 3.0 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    axes: Any = figure.subplots(rows, columns, squeeze=False).flat
+    axes: list[Any] = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes:
         axis.set_visible(False)
     for axis, (name, values) in zip(axes, ys.items(), strict=False):

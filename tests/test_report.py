@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alignprop_cli.report import Cell, contact_sheet, save_picture
+from alignprop_cli.report import Cell, contact_sheet, curves, save_picture
 
 RED = (200, 0, 0)
 BLUE = (0, 0, 200)
@@ -94,3 +94,14 @@ def test_a_saved_picture_carries_its_texts_and_every_pixel(tmp_path):
         assert opened.info["prompt"] == texts["prompt"]
         assert opened.info["seed"] == "3"
         assert opened.info["odd"] == "ab"
+
+
+def test_curves_are_drawn_for_every_reward(tmp_path):
+    ys = {"a $reward": [1.0, 2.0, 1.5], "b": [0.0, -1.0, 3.0]}
+    curves([0.0, 0.5, 1.0], ys, tmp_path / "curve.png", x_title="share")
+    image = np.asarray(Image.open(tmp_path / "curve.png").convert("RGB")).astype(int)
+    blue = (image[..., 2] > image[..., 0] + 100) & (image[..., 2] > image[..., 1] + 50)
+    middle = image.shape[1] // 2
+    # A line in each half.
+    assert blue[:, :middle].sum() > 100
+    assert blue[:, middle:].sum() > 100
