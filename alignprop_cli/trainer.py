@@ -7,6 +7,7 @@ continues exactly.
 
 from __future__ import annotations
 
+import atexit
 import math
 import resource
 import sys
@@ -348,7 +349,11 @@ def make_accelerator() -> Accelerator:
 
     Without a GPU the CPU has to be asked for: only then do several processes join up on it.
     """
-    return Accelerator(cpu=not torch.accelerator.is_available())
+    accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    if accelerator.num_processes > 1:
+        # Left to the interpreter's end, the backend's threads can take the process down with them.
+        atexit.register(accelerator.end_training)
+    return accelerator
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -428,25 +428,3 @@ def test_without_a_preset_the_way_on_is_said(run) -> None:
     code, _, err = run()
     assert code == 2
     assert "--preset tiny" in err
-
-
-def test_two_processes_compute_what_one_does(tmp_path) -> None:
-    shared = ["--preset=tiny", "--steps=2", "--set=train.micro_batch=1", "--quiet"]
-    shared += ["--set=gradient.window_group=2", *(f for f in FAST if "micro" not in f)]
-    train = ["-m", "alignprop_cli", "train", *shared]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for launcher, output in (
-        ([], "one"),
-        (["-m", "torch.distributed.run", "--nproc-per-node=2"], "two"),
-    ):
-        command = [sys.executable, *launcher, *train, f"--output={output}"]
-        subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True)
-    one, two = (adapter(tmp_path / name, 2) for name in ("one", "two"))
-    assert one.keys() == two.keys()
-    trained = [name for name in one if "lora_B" in name]
-    difference = torch.cat([(one[name] - two[name]).flatten() for name in trained]).norm()
-    norm = torch.cat([one[name].flatten() for name in trained]).norm()
-    assert float(norm) > 1e-3
-    # AdamW divides by the gradient's own size, which enlarges the rounding of float32.
-    assert float(difference / norm) < 1e-4
-    assert [line["images_seen"] for line in metrics(tmp_path / "two")] == [2, 4]

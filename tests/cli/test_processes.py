@@ -1,0 +1,95 @@
+"""Several processes on one machine, as torchrun starts them."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from alignprop_cli.models.base import LORA_FILE
+
+# Without the last two the launcher asks what the machine's own name resolves to.
+TORCHRUN = ("torch.distributed.run", "--nproc-per-node=2", "--standalone", "--local-addr=localhost")
+
+
+def run(folder, launcher, *args):
+    """Run `alignprop` in a folder, in as many processes as the launcher starts."""
+    modules = [part for name in (*launcher, "alignprop_cli") for part in _flag(name)]
+    done = subprocess.run(
+        [sys.executable, *modules, *args],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def _flag(name):
+    return [name] if name.startswith("-") else ["-m", name]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Return a folder with the same training by one process and by two."""
+    place = tmp_path_factory.mktemp("processes")
+    settings = (
+        "train.batch_size=2",
+        "train.micro_batch=1",
+        "gradient.window_group=2",
+        "gradient.k_max=2",
+        "sample.num_inference_steps=2",
+        "eval.images=2",
+        "eval.sample_images=2",
+    )
+    train = ("train", "--preset=tiny", "--steps=2", "--quiet", *(f"--set={s}" for s in settings))
+    run(place, (), *train, "--output=one")
+    run(place, TORCHRUN, *train, "--output=two")
+    return place
+
+
+def test_two_processes_train_what_one_does(folder) -> None:
+    one, two = (
+        load_file(folder / name / "checkpoints" / "step-000002" / LORA_FILE)
+        for name in ("one", "two")
+    )
+    assert one.keys() == two.keys()
+    trained = [name for name in one if "lora_B" in name]
+    difference = torch.cat([(one[name] - two[name]).flatten() for name in trained]).norm()
+    norm = torch.cat([one[name].flatten() for name in trained]).norm()
+    assert float(norm) > 1e-3
+    # AdamW divides by the gradient's own size, which enlarges the rounding of float32.
+    assert float(difference / norm) < 1e-4
+    lines = (folder / "two" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["images_seen"] for line in lines] == [2, 4]
+
+
+def test_two_processes_evaluate_what_one_does(folder) -> None:
+    # Three pictures do not divide by two.
+    evaluate = ("evaluate", "one", "--images=3", "--quiet")
+    run(folder, (), *evaluate, "--output=by_one")
+    run(folder, TORCHRUN, *evaluate, "--output=by_two")
+    one, two = (_rows(folder / name / "results.csv") for name in ("by_one", "by_two"))
+    assert len(one) == len(two) > 0
+    for a, b in zip(one, two, strict=True):
+        assert a.keys() == b.keys()
+        for name, value in a.items():
+            try:
+                number = float(value)
+            except ValueError:
+                assert value == b[name]
+            else:
+                assert number == pytest.approx(float(b[name]), rel=1e-3, abs=1e-4)
+
+
+def _rows(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
