@@ -1,6 +1,7 @@
 """Builders of small models with random weights, in the formats of diffusers and open_clip.
 
-They are not trained: tests that use them compare numbers, never look at pictures.
+They are not trained: tests that use them compare numbers, never look at pictures. And of files of
+one colour.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from alignprop_cli.report import save_picture
 
 TEXT_WIDTH = 32
 """Width of the text embeddings of `small_pipeline`."""
@@ -39,6 +43,13 @@ def generator(seed: int) -> torch.Generator:
 def randn(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """Return standard normal numbers that are a function of the seed and the shape."""
     return torch.randn(shape, generator=generator(seed), dtype=dtype)
+
+
+def picture(path: Path, value: int = 100, size: tuple[int, int] = (8, 8), **texts: str) -> Path:
+    """Write a grey PNG of (height, width) with texts inside, whatever its name ends in."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_picture(np.full((*size, 3), value, dtype=np.uint8), path, texts)
+    return path
 
 
 def _build(seed: int, builder: Callable[[], Any]) -> Any:

@@ -45,7 +45,18 @@ LAYER = {
         "parts",
     ),
     **dict.fromkeys(
-        ["trainer", "evaluator", "scorer", "checkpoint", "report", "page", "adapter"], "run"
+        [
+            "trainer",
+            "evaluator",
+            "scorer",
+            "pictures",
+            "captions",
+            "checkpoint",
+            "report",
+            "page",
+            "adapter",
+        ],
+        "run",
     ),
     "console": "console",
     "commands": "commands",

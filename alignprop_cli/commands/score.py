@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,23 +15,16 @@ from alignprop_cli.commands import (
     RewardOption,
     SetOption,
 )
+from alignprop_cli.commands.rows import Format
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from pathlib import Path
-
-    from alignprop_cli.config import Config
-    from alignprop_cli.console import Console
-    from alignprop_cli.scorer import Found, PromptFinder, Scored, Skipped
-
-_BATCH_SIZE = 16
-
-Format = Literal["table", "csv", "jsonl"]
 
 
 def score(
     paths: Annotated[
-        list[str], typer.Argument(metavar="PATH...", help="pictures, or folders of them")
+        list[str],
+        typer.Argument(metavar="PATH...", help="pictures, folders, patterns; - reads such names"),
     ],
     reward: RewardOption = None,
     sets: SetOption = None,
@@ -47,6 +38,21 @@ def score(
     ] = None,
     output: OutputOption = None,
     overwrite: OverwriteOption = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="measure only what --output does not have yet")
+    ] = False,
+    top: Annotated[
+        int | None, typer.Option("--top", min=1, help="list only the best, by the first reward")
+    ] = None,
+    gallery: Annotated[
+        bool, typer.Option("--gallery", help="write a page of thumbnails beside --output")
+    ] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="fail at the end if any picture was skipped")
+    ] = False,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=0, help="processes that decode; default by cores")
+    ] = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -54,37 +60,70 @@ def score(
     """Measure pictures with rewards; without --reward it is their agreement with their prompt.
 
     The prompt of a picture is, in this order, that of --prompt, --prompts, metadata.jsonl or
-    metadata.csv in its folder or above, a .txt file beside it, or the text `prompt` inside a PNG.
+    metadata.csv in its folder or above, a .txt or .caption file beside it, what this program,
+    A1111 or ComfyUI wrote into it, or what its place among the folders of GenEval or HPSv2 says.
     What cannot be read is listed and counted; the exit code is 4 when nothing could be measured.
 
     Examples:
 
       alignprop score pictures/ --reward clip,brightness
 
-      alignprop score cat.png dog.png --prompt "an animal" --format csv
+      alignprop score "out/**/*.png" --prompt "an animal" --format csv
 
-      alignprop score pictures/ --output scores.jsonl
+      alignprop score pictures/ --output scores.jsonl --resume --gallery --top 20
     """
     from pathlib import Path
 
-    from alignprop_cli.commands import settings
+    from alignprop_cli.captions import PromptFinder
+    from alignprop_cli.commands import scoring, settings
     from alignprop_cli.console import Console
-    from alignprop_cli.scorer import PromptFinder, find_pictures
+    from alignprop_cli.pictures import find_pictures
 
     console = Console(as_json=as_json, quiet=quiet)
     target = Path(output).expanduser() if output else None
-    chosen = _format(output_format, target, as_json=as_json, overwrite=overwrite)
+    page = _page(target, overwrite=overwrite or resume) if gallery else None
+    chosen = _format(output_format, target, as_json=as_json, overwrite=overwrite, resume=resume)
     settings.only_rewards(sets or [])
     config = settings.build(assignments=sets or [], rewards=settings.reward_names(reward))
     finder = PromptFinder(prompt, Path(prompts).expanduser() if prompts else None)
-    found = find_pictures(paths)
-    _run(console, config, found, finder, chosen, target)
+    found = find_pictures(_names(paths))
+    scoring.run(
+        config,
+        console,
+        found,
+        finder,
+        scoring.Wanted(chosen, target, resume, top, page, strict, workers),
+    )
+
+
+def _names(paths: list[str]) -> list[str]:
+    """Return the names to look for, with those on standard input in the place of a dash."""
+    import sys
+
+    found: list[str] = []
+    for path in paths:
+        found += [line for line in sys.stdin.read().split("\n") if line] if path == "-" else [path]
+    return found
+
+
+def _page(target: Path | None, *, overwrite: bool) -> Path:
+    """Return where the gallery goes."""
+    from pathlib import Path
+
+    from alignprop_cli.commands.outputs import check_output_file
+
+    page = Path("gallery.html") if target is None else target.with_suffix(".html")
+    check_output_file(page, overwrite=overwrite)
+    return page
 
 
 def _format(
-    wanted: Format | None, target: Path | None, *, as_json: bool, overwrite: bool
+    wanted: Format | None, target: Path | None, *, as_json: bool, overwrite: bool, resume: bool
 ) -> Format:
     """Return the format of the rows, or refuse what cannot be written."""
+    from importlib.util import find_spec
+
+    from alignprop_cli.commands import rows
     from alignprop_cli.commands.outputs import check_output_file
     from alignprop_cli.errors import ConfigError
 
@@ -94,171 +133,29 @@ def _format(
                 f"--json and --format {wanted} both write to standard output",
                 hint="write the rows to a file with --output",
             )
+        if resume or wanted == "parquet":
+            which = "--resume" if resume else "--format parquet"
+            raise ConfigError(f"{which} needs a file: give --output FILE")
         return wanted or "table"
-    check_output_file(target, overwrite=overwrite)
-    by_suffix: dict[str, Format] = {".csv": "csv", ".jsonl": "jsonl"}
+    if resume and overwrite:
+        raise ConfigError("--resume keeps what is there and --overwrite replaces it: give one")
+    check_output_file(target, overwrite=overwrite or resume)
+    partial = rows.partial_of(target)
+    if partial.exists() and not overwrite and not resume:
+        raise ConfigError(
+            f"--output: {partial} has the rows of a run that was interrupted",
+            hint="go on with it by --resume, or begin anew with --overwrite",
+        )
+    by_suffix: dict[str, Format] = {".csv": "csv", ".jsonl": "jsonl", ".parquet": "parquet"}
     chosen = wanted or by_suffix.get(target.suffix.lower())
     if chosen is None or chosen == "table":
         raise ConfigError(
-            f"--output: {target}: rows are written as csv or jsonl",
-            hint="end the name in .csv or .jsonl, or give --format csv or jsonl",
+            f"--output: {target}: rows are written as csv, jsonl or parquet",
+            hint="end the name in .csv, .jsonl or .parquet, or give --format",
+        )
+    if chosen == "parquet" and find_spec("pyarrow") is None:
+        raise ConfigError(
+            "--format parquet needs pyarrow, which is not installed",
+            hint="pip install 'alignprop[parquet]'",
         )
     return chosen
-
-
-def _run(
-    console: Console,
-    config: Config,
-    found: list[Found],
-    finder: PromptFinder,
-    chosen: Format,
-    target: Path | None,
-) -> None:
-    """Measure everything, writing rows as they come, and print the summary."""
-    from alignprop_cli import scorer
-    from alignprop_cli.errors import RunError
-    from alignprop_cli.rewards.composite import build_mixture
-    from alignprop_cli.trainer import make_accelerator
-
-    if not found:
-        raise RunError(
-            "nothing was measured: no pictures were found",
-            hint=f"folders are searched for {', '.join(scorer.SUFFIXES)}",
-        )
-    device = make_accelerator().device
-    mixture = build_mixture(config.reward, config.loss, device)
-    values: dict[str, list[float]] = {name: [] for name in mixture.figures}
-    shown: list[Scored] = []
-    skipped: list[Skipped] = []
-    asking = [n for n, own in config.reward.items() if scorer.needs_prompt(n, own.options)]
-    results = scorer.score(
-        found, mixture, finder, asking=asking, device=device, batch_size=_BATCH_SIZE
-    )
-    with _rows(chosen, target, mixture.figures) as write, console.bar(len(found), "scoring") as bar:
-        for result in results:
-            bar.advance()
-            if isinstance(result, scorer.Skipped):
-                skipped.append(result)
-                console.warn(f"skipped {result.path}: {result.reason}")
-                continue
-            for name, value in result.rewards.items():
-                values[name].append(value)
-            if target is None and chosen == "table":
-                shown.append(result)
-            write(result)
-        if len(skipped) == len(found):
-            raise RunError(f"nothing was measured: all {len(found)} pictures were skipped")
-    _report(console, values, shown, skipped, chosen, target)
-
-
-@contextmanager
-def _rows(
-    chosen: Format, target: Path | None, names: tuple[str, ...]
-) -> Iterator[Callable[[Scored], None]]:
-    """Give a function that writes one row, to the file or to standard output.
-
-    The file appears when all rows are in it.
-    """
-    import csv
-    import io
-    import json
-    import os
-
-    columns = ("file", *names, "prompt", "prompt_source")
-
-    def line(cells: Mapping[str, Any] | None) -> str:
-        if chosen == "jsonl":
-            return json.dumps(cells, ensure_ascii=False) + "\n" if cells else ""
-        text = io.StringIO()
-        row = columns if cells is None else [cells[column] for column in columns]
-        csv.writer(text, lineterminator="\n").writerow(row)
-        return text.getvalue()
-
-    if target is None:
-        if chosen == "table":
-            yield lambda result: None
-            return
-        typer.echo(line(None), nl=False)
-        yield lambda result: typer.echo(line(_row(result)), nl=False)
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            file.write(line(None))
-
-            def write(result: Scored) -> None:
-                file.write(line(_row(result)))
-
-            yield write
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _row(result: Scored) -> dict[str, Any]:
-    return {
-        "file": str(result.path),
-        **result.rewards,
-        "prompt": result.prompt,
-        "prompt_source": result.prompt_source,
-    }
-
-
-def _report(
-    console: Console,
-    values: Mapping[str, list[float]],
-    shown: list[Scored],
-    skipped: list[Skipped],
-    chosen: Format,
-    target: Path | None,
-) -> None:
-    """Print the rows that were kept for people, and the summary."""
-    from statistics import fmean, pstdev
-
-    from alignprop_cli.console import table
-
-    summary = {
-        name: {"mean": fmean(v), "std": pstdev(v), "min": min(v), "max": max(v)}
-        for name, v in values.items()
-    }
-    count = len(next(iter(values.values())))
-    where = f", rows in {target}" if target else ""
-    said = f"{count} pictures measured, {len(skipped)} skipped{where}"
-    if target is None and chosen != "table":
-        # Standard output belongs to the rows.
-        for name, s in summary.items():
-            console.note(f"{name}: mean {s['mean']:.4f}, std {s['std']:.4f}")
-        console.note(said)
-        return
-    parts: list[Any] = [*_listing(shown, tuple(summary)), ""] if shown else []
-    figures = [(name, *(f"{v:.4f}" for v in s.values())) for name, s in summary.items()]
-    parts += [table("Rewards", ("", "mean", "std", "min", "max"), figures), said]
-    result: dict[str, Any] = {
-        "scored": count,
-        "skipped": [{"file": str(s.path), "reason": s.reason} for s in skipped],
-        "rewards": summary,
-        "output": str(target.resolve()) if target else None,
-    }
-    if target is None:
-        result["pictures"] = [_row(r) for r in shown]
-    console.result("alignprop.score/1", result, parts)
-
-
-def _listing(shown: list[Scored], names: tuple[str, ...]) -> list[Any]:
-    """Return the rows as a table, with files named from the folder that holds them all."""
-    from os.path import commonpath
-    from pathlib import Path
-
-    from alignprop_cli.console import table
-
-    folder = Path(commonpath([result.path.absolute().parent for result in shown]))
-    rows = [
-        (
-            result.path.absolute().relative_to(folder).as_posix(),
-            *(f"{result.rewards[name]:.4f}" for name in names),
-            result.prompt_source,
-        )
-        for result in shown
-    ]
-    return [table(f"Pictures in {folder}", ("file", *names, "prompt from"), rows)]

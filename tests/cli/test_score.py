@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
+import subprocess
+import sys
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 
+from alignprop_cli import scorer
 from alignprop_cli.cli import main
+from alignprop_cli.commands import scoring
 from alignprop_cli.report import save_picture
+from tests.factories import picture
 
 
 def run(capsys, *args):
@@ -42,16 +49,19 @@ def test_a_table_and_a_summary_are_printed_and_skipped_files_are_named(capsys, f
     assert "sub/c.png" in out
     assert "3 pictures measured, 1 skipped" in out
     assert "broken.png" in err
-    mean = next(line for line in out.splitlines() if line.startswith("brightness"))
-    # (0.2 + 0.4 + 0.8) / 3, and the deviation of these three
-    assert mean.split()[1:3] == ["0.4667", "0.2494"]
+    line = next(line for line in out.splitlines() if line.startswith("brightness"))
+    # (0.2 + 0.4 + 0.8) / 3, the deviation of these three, the least, quantiles between neighbours
+    figures = ["0.4667", "0.2494", "0.2000", "0.2200", "0.4000", "0.7600", "0.8000"]
+    assert line.split()[1:8] == figures
+    # Each of 20 bars is 0.03 wide: those from 0.20, 0.38 and 0.77 on have one picture each.
+    assert line.split("0.8000 ")[1].strip() == "█" + 5 * " " + "█" + 12 * " " + "█"
 
 
 def test_json_is_one_object_and_nothing_else_on_standard_output(capsys, folder):
     code, out, _ = run(capsys, folder, "--reward", "brightness", "--json")
     values = json.loads(out)
     assert code == 0
-    assert values["schema"] == "alignprop.score/1"
+    assert values["schema"] == "alignprop.score/2"
     assert values["scored"] == 3
     assert [s["file"].rsplit("/", 1)[1] for s in values["skipped"]] == ["broken.png"]
     assert values["rewards"]["brightness"]["max"] == pytest.approx(0.8, abs=1e-6)
@@ -62,7 +72,7 @@ def test_csv_and_jsonl_rows_are_complete(capsys, folder):
     code, out, err = run(capsys, folder, "--reward", "brightness", "--format", "csv")
     rows = list(csv.DictReader(out.splitlines(keepends=True)))
     assert code == 0
-    assert list(rows[0]) == ["file", "brightness", "prompt", "prompt_source"]
+    assert list(rows[0]) == ["file", "brightness", "prompt", "prompt_source", "content"]
     assert rows[2]["prompt"] == 'one :cat: [red]\nsecond line, "quoted"'
     assert "3 pictures measured" in err
     _, out, _ = run(capsys, folder, "--reward", "brightness", "--format", "jsonl", "--quiet")
@@ -118,7 +128,9 @@ def test_nothing_to_measure_ends_with_4(capsys, folder, tmp_path):
         (["--reward", "brightnes"], 2, "Did you mean 'brightness'"),
         (["--set", "sample.eta=1"], 2, "only reward.NAME.OPTION"),
         (["--reward", "brightness", "--format", "csv", "--json"], 2, "both write"),
-        (["--reward", "brightness", "--output", "scores.txt"], 2, "csv or jsonl"),
+        (["--reward", "brightness", "--output", "scores.txt"], 2, "csv, jsonl or parquet"),
+        (["--reward", "brightness", "--resume"], 2, "--resume needs a file"),
+        (["--reward", "brightness", "--format", "parquet"], 2, "needs a file"),
         (["--reward", "brightness", "--prompts", "none.csv"], 3, "cannot read none.csv"),
         (["--set", "reward.clip.model=/none"], 3, "no such folder"),
     ],
@@ -133,3 +145,158 @@ def test_a_missing_path_ends_with_3(capsys, tmp_path):
     code, _, err = run(capsys, tmp_path / "none", "--reward", "brightness")
     assert code == 3
     assert "no such file or folder" in err
+
+
+@pytest.fixture
+def many(tmp_path):
+    """Return a folder of 40 pictures from dark to bright, the third like the first."""
+    for index in range(40):
+        picture(tmp_path / "many" / f"{index:02d}.png", 5 * (0 if index == 2 else index))
+    return tmp_path / "many"
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.parquet"])
+def test_a_run_that_was_killed_and_resumed_gives_the_same_file(
+    capsys, many, tmp_path, monkeypatch, name
+):
+    whole, cut = tmp_path / "whole" / name, tmp_path / "cut" / name
+    ask = ("score", many, "--reward", "brightness,contrast", "--quiet")
+    assert run(capsys, *ask[1:], "--output", whole)[0] == 0
+    kill_after = (
+        "import os, sys\n"
+        "from alignprop_cli import scorer\n"
+        "from alignprop_cli.cli import main\n"
+        "measure, rest = scorer._measure, [2]\n"
+        "def killed(*args):\n"
+        "    rest[0] -= 1\n"
+        "    if rest[0] < 0:\n"
+        "        os._exit(9)\n"
+        "    return measure(*args)\n"
+        "scorer._measure = killed\n"
+        "main(sys.argv[1:])\n"
+    )
+    command = [sys.executable, "-c", kill_after, *map(str, ask), "--output", str(cut)]
+    assert subprocess.run(command, check=False, capture_output=True).returncode == 9
+    partial = cut.with_name(f"{name}.partial")
+    assert not cut.exists()
+    lines = partial.read_text().splitlines(keepends=True)
+    assert len(lines) == 33
+    # Killed while it wrote: in the middle of a chunk, in the middle of a line.
+    partial.write_text("".join(lines[:-3]) + lines[-3][:20])
+    code, _, err = run(capsys, *ask[1:], "--output", cut)
+    assert code == 2
+    assert "--resume" in err
+    asked = []
+    monkeypatch.setattr(
+        scorer, "_decode", lambda path, f=scorer._decode: asked.append(path) or f(path)
+    )
+    assert run(capsys, *ask[1:], "--output", cut, "--resume", "--workers", 0)[0] == 0
+    assert len(asked) == 24
+    assert cut.read_bytes() == whole.read_bytes()
+    assert [p.name for p in cut.parent.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.parquet"])
+def test_resume_adds_what_is_new_to_a_whole_file(capsys, folder, tmp_path, name):
+    target = tmp_path / name
+    ask = (folder, "--reward", "brightness", "--output", target, "--quiet")
+    assert run(capsys, *ask)[0] == 0
+    picture(folder / "new.png", 255)
+    code, out, _ = run(capsys, *ask, "--resume", "--json")
+    assert code == 0
+    summary = json.loads(out)
+    assert summary["scored"] == 4
+    assert summary["rewards"]["brightness"]["max"] == 1.0
+    code, out, _ = run(capsys, *ask, "--resume", "--json")
+    assert json.loads(out)["rewards"] == summary["rewards"]
+
+
+def test_resume_with_other_rewards_is_refused(capsys, folder, tmp_path):
+    target = tmp_path / "rows.csv"
+    assert run(capsys, folder, "--reward", "brightness", "--output", target)[0] == 0
+    before = target.read_bytes()
+    code, _, err = run(capsys, folder, "--reward", "contrast", "--output", target, "--resume")
+    assert code == 2
+    assert "other rewards" in err
+    assert target.read_bytes() == before
+
+
+def test_a_partial_file_that_is_damaged_is_told(capsys, folder, tmp_path):
+    (tmp_path / "rows.csv.partial").write_text("{]\n")
+    ask = (folder, "--reward", "brightness", "--output", tmp_path / "rows.csv")
+    code, _, err = run(capsys, *ask, "--resume")
+    assert code == 3
+    assert "rows.csv.partial" in err
+    assert run(capsys, *ask, "--overwrite")[0] == 0
+    assert sorted(p.name for p in tmp_path.glob("rows*")) == ["rows.csv"]
+
+
+def test_parquet_has_the_rows_of_csv_with_their_types(capsys, folder, tmp_path):
+    for name in ("rows.parquet", "rows.csv"):
+        assert run(capsys, folder, "--reward", "brightness", "--output", tmp_path / name)[0] == 0
+    table = pyarrow.parquet.read_table(tmp_path / "rows.parquet")
+    with (tmp_path / "rows.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert table.column_names == list(rows[0])
+    assert table.schema.field("brightness").type == pyarrow.float64()
+    assert table["brightness"].to_pylist() == [float(row["brightness"]) for row in rows]
+    assert table["prompt"].to_pylist() == [row["prompt"] or None for row in rows]
+
+
+def test_the_best_are_listed_best_first(capsys, many):
+    code, out, _ = run(capsys, many, "--reward", "brightness", "--top", 3, "--json")
+    assert code == 0
+    values = json.loads(out)
+    assert [p["file"][-6:] for p in values["pictures"]] == ["39.png", "38.png", "37.png"]
+    assert values["scored"] == 40
+    assert values["same_content"] == 1
+    code, out, _ = run(capsys, many, "--reward", "brightness", "--top", 2)
+    listed = [line.split()[0] for line in out.splitlines() if ".png" in line]
+    assert listed == ["39.png", "38.png"]
+
+
+def test_a_long_list_is_left_out_and_said_to_be(capsys, many, monkeypatch):
+    monkeypatch.setattr(scoring, "_LISTED", 39)
+    code, out, _ = run(capsys, many, "--reward", "brightness")
+    assert code == 0
+    assert ".png" not in out
+    assert "give --top N" in out
+
+
+def test_strict_fails_after_everything_else_was_measured(capsys, folder, tmp_path):
+    target = tmp_path / "rows.csv"
+    ask = (folder, "--reward", "brightness", "--output", target, "--strict")
+    code, out, err = run(capsys, *ask)
+    assert code == 4
+    assert "1 of 4 pictures were skipped" in err
+    assert "3 pictures measured" in out
+    assert len(target.read_text().splitlines()) > 3
+    (folder / "broken.png").unlink()
+    assert run(capsys, *ask, "--overwrite")[0] == 0
+
+
+def test_names_come_from_standard_input(capsys, folder, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{folder / 'a.png'}\n\n{folder / 'sub'}\n"))
+    code, out, _ = run(capsys, "-", folder / "b.png", "--reward", "brightness", "--json")
+    assert code == 0
+    assert [p["file"].rsplit("/", 1)[1] for p in json.loads(out)["pictures"]] == [
+        "a.png",
+        "c.png",
+        "b.png",
+    ]
+
+
+def test_a_gallery_is_not_replaced_unasked(capsys, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(capsys, folder, "--reward", "brightness", "--gallery")[0] == 0
+    first = (tmp_path / "gallery.html").read_text()
+    assert "sub/c.png" in first
+    code, _, err = run(capsys, folder, "--reward", "brightness", "--gallery")
+    assert code == 2
+    assert "gallery.html exists" in err
+    code, out, _ = run(
+        capsys, folder, "--reward", "brightness", "--gallery", "--output", "new/rows.csv", "--json"
+    )
+    assert code == 0
+    assert json.loads(out)["gallery"] == str(tmp_path / "new" / "rows.html")
+    assert (tmp_path / "gallery.html").read_text() == first

@@ -55,11 +55,12 @@ official = [
     [float(x) for x in img_score.score(files, p, cp=weights, hps_version="v2.1")] for p in prompts
 ]
 from alignprop_cli.rewards import hps_official
-from alignprop_cli.scorer import read_picture
+from alignprop_cli.pictures import read_picture
 import torch
 hps_official.ARCHITECTURE = "small-hps"
 reward = hps_official.OfficialHps(weights=weights)
-pictures = [torch.from_numpy(read_picture(Path(f))[0].copy()).permute(2, 0, 1) / 255 for f in files]
+pixels = [torch.from_numpy(read_picture(Path(f)).pixels.copy()) for f in files]
+pictures = [p.permute(2, 0, 1) / 255 for p in pixels]
 wrapped = [[float(reward(x[None], [p])) for x in pictures] for p in prompts]
 print(json.dumps([official, wrapped]))
 """

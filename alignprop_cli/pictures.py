@@ -1,0 +1,152 @@
+"""Picture files: find them, decode them as people see them."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import struct
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from alignprop_cli.errors import AssetError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+
+# What Pillow raises for files that are no pictures, cut short, or too large to be one.
+_UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+_EXIF_FOLDER = 0x8769
+_USER_COMMENT = 0x9286
+# The standard's character codes, eight bytes each before the text.
+_CHARACTER_CODES = {b"ASCII\0\0\0": "ascii", b"UNICODE\0": "utf-16-be", b"\0" * 8: "utf-8"}
+
+Pixels = NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Found:
+    """A picture file, and the folder it was found through."""
+
+    path: Path
+    root: Path
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """A picture as people see it.
+
+    Args:
+        pixels: RGB, shape (H, W, 3), uint8, upright, transparent parts white.
+        texts: What it carries: the texts of a PNG by their key, `UserComment` of EXIF.
+    """
+
+    pixels: Pixels
+    texts: dict[str, str]
+
+    def digest(self) -> str:
+        """Return 32 hexadecimal digits that pictures of the same size and pixels share."""
+        hashed = hashlib.blake2b(str(self.pixels.shape).encode(), digest_size=16)
+        hashed.update(np.ascontiguousarray(self.pixels).data)
+        return hashed.hexdigest()
+
+
+def find_pictures(names: Iterable[str]) -> list[Found]:
+    """Return the pictures of files, folders with everything below, and patterns, sorted.
+
+    Files that are named are taken whatever their ending; no file comes twice.
+
+    Raises:
+        AssetError: If a name is neither a file nor a folder, or a pattern that fits nothing.
+    """
+    found: dict[Path, Found] = {}
+    for name in names:
+        path = Path(name).expanduser()
+        # A file may well be called cat[1].png: a name comes before a pattern.
+        matching = [path] if path.exists() else _matches(path)
+        if not matching:
+            raise AssetError(f"{name}: no such file or folder, and no pattern that fits one")
+        for place in matching:
+            if place.is_dir():
+                inside = (p for p in place.rglob("*") if is_picture(p))
+                for picture in sorted(inside):
+                    found.setdefault(picture.resolve(), Found(picture, place))
+            else:
+                found.setdefault(place.resolve(), Found(place, place.parent))
+    return list(found.values())
+
+
+def is_picture(path: Path) -> bool:
+    """Return whether a path is a file with the ending of a picture."""
+    return path.suffix.lower() in SUFFIXES and path.is_file()
+
+
+def _matches(pattern: Path) -> list[Path]:
+    """Return what a pattern fits, sorted; * within a name, ** for any folders."""
+    below = str(pattern.relative_to(pattern.anchor))
+    return sorted(Path(pattern.anchor).glob(below)) if glob.has_magic(below) else []
+
+
+def read_picture(path: Path) -> Decoded:
+    """Decode a picture.
+
+    Raises:
+        ValueError: If it cannot be read or is animated; says why.
+    """
+    try:
+        with Image.open(path) as image:
+            if getattr(image, "n_frames", 1) > 1:
+                raise ValueError(f"animated, {getattr(image, 'n_frames', 0)} frames")
+            image.load()
+            texts = {
+                k: v for k, v in image.info.items() if isinstance(k, str) and isinstance(v, str)
+            }
+            if (comment := _user_comment(image)) is not None:
+                texts["UserComment"] = comment
+            return Decoded(np.asarray(_flatten(ImageOps.exif_transpose(image))), texts)
+    except _UNREADABLE as error:
+        lines = str(error).strip().splitlines()
+        raise ValueError(lines[0] if lines else type(error).__name__) from error
+
+
+def _user_comment(image: Image.Image) -> str | None:
+    """Return the comment that EXIF holds; None where there is none in a known code."""
+    value = image.getexif().get_ifd(_EXIF_FOLDER).get(_USER_COMMENT)
+    if not isinstance(value, bytes):
+        return value if isinstance(value, str) else None
+    encoding = _CHARACTER_CODES.get(value[:8])
+    if encoding is None:
+        return None
+    text = value[8:].decode(encoding, errors="replace")
+    if encoding == "utf-16-be" and _swapped(value[8:]):
+        text = value[8:].decode("utf-16-le", errors="replace")
+    return text.strip("\0 ")
+
+
+def _swapped(data: bytes) -> bool:
+    """Return whether UTF-16 is the other way round: most texts have many Latin letters."""
+    return data[1::2].count(0) > data[::2].count(0)
+
+
+def _flatten(image: Image.Image) -> Image.Image:
+    """Return a picture of any mode as RGB, transparent parts white."""
+    if image.mode.startswith("I"):
+        # 16 bits; Pillow's own conversion would clip instead of scale.
+        values = np.asarray(image).astype(np.float64) / 257.0
+        return Image.fromarray(values.round().clip(0, 255).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        layers = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers).convert("RGB")
+    return image.convert("RGB")
