@@ -112,6 +112,21 @@ def read_header(file: Path) -> dict[str, str]:
         raise AssetError(f"{file}: cannot be read: {error}") from error
 
 
+def changes_text_encoder(file: Path) -> bool:
+    """Return whether a safetensors file has layers of a text encoder, which no command uses.
+
+    Raises:
+        AssetError: If it cannot be read.
+    """
+    if file.suffix != ".safetensors":
+        return False
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return any(name.startswith(("text_encoder", "lora_te")) for name in opened.keys())  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise AssetError(f"{file}: cannot be read: {error}") from error
+
+
 def recorded_config(header: Mapping[str, str], file: Path) -> dict[str, Any] | None:
     """Return the configuration that training put into a header, None where there is none.
 

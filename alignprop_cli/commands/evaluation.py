@@ -227,6 +227,8 @@ def _check(console: Console, model: DiffusionModel, variant: Variant) -> None:
         )
     if trained_on and trained_on != model.id:
         console.warn(f"{file} was trained on {trained_on}, and is drawn with {model.id}")
+    if adapter.changes_text_encoder(file):
+        console.warn(f"{file}: its layers of the text encoder are left out")
 
 
 def _compare(drawn: Mapping[str, Drawn]) -> dict[str, dict[str, Figure]]:

@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from alignprop_cli import __version__, checkpoint, evaluator, lora, report
+from alignprop_cli import __version__, adapter, checkpoint, evaluator, lora, report
 from alignprop_cli import config as configuration
 from alignprop_cli.commands import planning
 from alignprop_cli.commands.drawing import draw
@@ -231,7 +231,10 @@ def _prepare_lora(
         The configuration with the rank, alpha and layers that the LoRA has.
     """
     if config.lora.init is not None:
-        model.load_lora(found or _initial(config.lora.init))
+        start = found or _initial(config.lora.init)
+        model.load_lora(start)
+        if start.is_file() and adapter.changes_text_encoder(start):
+            console.warn(f"{start}: its layers of the text encoder are left out")
         lora.make_trainable(model.network)
         have = lora.adapter_metadata(model.network)
         console.note(f"lora.init: rank {have['r']}, alpha {have['lora_alpha']}, as in its file")

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from alignprop_cli import lora
 from alignprop_cli.cli import main
@@ -115,6 +116,22 @@ def test_batch_size_changes_no_picture_and_seed_changes_all(capsys, trained, tmp
         )
         assert abs(a - b).max() <= 1
         assert abs(a - c).max() > 1
+
+
+def test_what_is_not_used_of_a_file_is_said(capsys, trained, tmp_path):
+    folder = tmp_path / "other"
+    folder.mkdir()
+    state = load_file(trained / "checkpoints" / "step-000002" / LORA_FILE)
+    text = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora"
+    state |= {f"{text}_A.weight": torch.ones(2, 32), f"{text}_B.weight": torch.ones(32, 2)}
+    save_file(state, folder / LORA_FILE, {"format": "pt"})
+    ask = ("--config", trained / "config.yaml", "-n", 1, "-o", tmp_path / "out")
+    code, _, err = run(capsys, folder, *ask)
+    assert code == 0, err
+    assert "layers of the text encoder are left out" in err
+    code, _, err = run(capsys, trained, *ask, "--overwrite")
+    assert code == 0
+    assert "left out" not in err
 
 
 def test_the_base_model_alone_draws_the_same_base_pictures(capsys, trained, tmp_path):
