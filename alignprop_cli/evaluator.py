@@ -237,26 +237,27 @@ def compare(pictures: Sequence[Picture], base: Floats, tuned: Floats, *, seed: i
     )
 
 
-def check_shares(drawn: Mapping[str, Drawn]) -> dict[str, dict[str, float]]:
+def checks(drawn: Mapping[str, Drawn]) -> dict[str, dict[str, Floats]]:
     """Read pictures back with the embedded model's checker.
 
     Args:
         drawn: By name the pictures of a model, all of the same prompts.
 
     Returns:
-        For background, colour, shape, count and all of them together: by name the share in [0, 1]
-        that is right. Empty where the pictures are not of the embedded model's language and size.
+        For background, colour, shape, count and all of them together: by name 1 for a picture that
+        is right and 0 for one that is not, shape (N,). Empty where the pictures are not of the
+        embedded model's language and size.
     """
     first = next(iter(drawn.values()))
     prompts = [picture.prompt for picture in first.pictures]
     if first.images.shape[1:3] != (SIZE_PX, SIZE_PX) or not all(map(is_language, prompts)):
         return {}
-    checks = {name: check(one.images, prompts) for name, one in drawn.items()}
+    found = {name: check(one.images, prompts) for name, one in drawn.items()}
     parts = ("background", "colour", "shape", "count", "all_right")
     return {
         part.removesuffix("_right"): {
-            name: float(np.mean([getattr(c, part) for c in found]))
-            for name, found in checks.items()
+            name: np.array([float(getattr(one, part)) for one in own])
+            for name, own in found.items()
         }
         for part in parts
     }

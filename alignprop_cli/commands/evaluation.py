@@ -20,7 +20,7 @@ from alignprop_cli.commands.drawing import draw
 from alignprop_cli.config import Config
 from alignprop_cli.console import Console
 from alignprop_cli.errors import ConfigError
-from alignprop_cli.evaluator import Drawn, Paired, Picture
+from alignprop_cli.evaluator import Drawn, Floats, Paired, Picture
 from alignprop_cli.models.base import DiffusionModel
 from alignprop_cli.models.registry import load_model
 from alignprop_cli.rewards.composite import Mixture, build_mixture
@@ -81,8 +81,8 @@ class Evaluation:
         figures: Over all pictures.
         groups: Likewise for the pictures of each group of prompts.
         group_of: Group of each prompt that has one.
-        checker: Shares of pictures that are as their prompt says, by part of the prompt and by
-            model; empty where the checker does not know the prompts.
+        checker: Shares of pictures that are as their prompt says, by part of the prompt; empty
+            where the checker does not know the prompts.
         seconds: Wall-clock time.
     """
 
@@ -95,7 +95,7 @@ class Evaluation:
     figures: Figures
     groups: Mapping[str, Figures]
     group_of: Mapping[str, str]
-    checker: Mapping[str, Mapping[str, float]]
+    checker: Figures
     seconds: float
 
     @property
@@ -169,7 +169,12 @@ def run_evaluation(
             for group in sorted({name for name in names if name is not None})
         },
         group_of,
-        evaluator.check_shares(drawn),
+        {
+            part: {
+                which: _figure(drawn["base"], right["base"], own) for which, own in right.items()
+            }
+            for part, right in evaluator.checks(drawn).items()
+        },
         time.perf_counter() - started,
     )
     checkpoint.write_whole(folder, lambda made: results.write(result, made))
@@ -235,16 +240,7 @@ def _compare(drawn: Mapping[str, Drawn]) -> dict[str, dict[str, Figure]]:
     """Return the figures of every reward, and of diversity where prompts repeat."""
     base = drawn["base"]
     figures = {
-        name: {
-            which: Figure(
-                float(one.rewards[name].mean()),
-                float(one.rewards[name].std()),
-                None
-                if one is base
-                else evaluator.compare(base.pictures, values, one.rewards[name]),
-            )
-            for which, one in drawn.items()
-        }
+        name: {which: _figure(base, values, one.rewards[name]) for which, one in drawn.items()}
         for name, values in base.rewards.items()
     }
     if base.features is None:
@@ -261,6 +257,12 @@ def _compare(drawn: Mapping[str, Drawn]) -> dict[str, dict[str, Figure]]:
             for which, (_, own) in spread.items()
         }
     return figures
+
+
+def _figure(base: Drawn, before: Floats, values: Floats) -> Figure:
+    """Return mean and spread of a model's values, and their comparison unless it is the base."""
+    paired = None if values is before else evaluator.compare(base.pictures, before, values)
+    return Figure(float(values.mean()), float(values.std()), paired)
 
 
 def _part(drawn: Drawn, names: Sequence[str | None], group: str) -> Drawn:

@@ -40,7 +40,7 @@ def write(result: Evaluation, folder: Path) -> None:
     ]
     report.contact_sheet(cells, folder / "sheet.png", titles=titles)
     values = _values(result)
-    text = json.dumps({"schema": "alignprop.evaluate/2", **values}, indent=2)
+    text = json.dumps({"schema": "alignprop.evaluate/3", **values}, indent=2)
     checkpoint.write_text(folder / "results.json", text + "\n")
     _write_csv(result, folder / "results.csv")
     if len(result.curve) > 1:
@@ -91,7 +91,7 @@ def _values(result: Evaluation) -> dict[str, Any]:
         "images": len(base.pictures),
         "rewards": _figure_values(result, result.figures),
         "groups": {group: _figure_values(result, own) for group, own in result.groups.items()},
-        "checker": {part: dict(shares) for part, shares in result.checker.items()},
+        "checker": _figure_values(result, result.checker),
         "seconds": result.seconds,
         "by_prompt": _by_prompt(result),
         "pictures": [
@@ -196,7 +196,7 @@ def _write_page(result: Evaluation, values: Mapping[str, Any], folder: Path) -> 
         values=values,
         rows=_rows(result.figures, result.trained),
         groups={g: _rows(own, result.trained) for g, own in result.groups.items()},
-        checker=_check_rows(result),
+        checker=_rows(result.checker, set(), shares=True),
         cards=cards,
         sorts=list(base.rewards),
         curve=page.file(curve) if curve.is_file() else None,
@@ -204,18 +204,22 @@ def _write_page(result: Evaluation, values: Mapping[str, Any], folder: Path) -> 
     )
 
 
-def _rows(figures: Mapping[str, Mapping[str, Figure]], trained: set[str]) -> list[tuple[str, ...]]:
-    """Return a row for every reward and model: what the table and the report show."""
+def _rows(
+    figures: Mapping[str, Mapping[str, Figure]], trained: set[str], *, shares: bool = False
+) -> list[tuple[str, ...]]:
+    """Return a row for every reward or share and model: what the table and the report show."""
     rows: list[tuple[str, ...]] = []
+    mean, change = ("{:.0%}", "{:+.1%}") if shares else ("{:.4f}", "{:+.4f}")
     for name, by_model in figures.items():
         for which, figure in by_model.items():
             title = f"{name} (trained on)" if name in trained else name
-            row = (title if which == "base" else "", which, f"{figure.mean:.4f}")
+            title = f"{name} right" if shares else title
+            row = (title if which == "base" else "", which, mean.format(figure.mean))
             paired = figure.paired
             if paired is not None:
                 row += (
-                    f"{paired.difference:+.4f}",
-                    f"{paired.low:+.4f} to {paired.high:+.4f}",
+                    change.format(paired.difference),
+                    f"{change.format(paired.low)} to {change.format(paired.high)}",
                     f"{paired.wins:.0%}",
                     f"{paired.ties:.0%}",
                 )
@@ -226,16 +230,6 @@ def _rows(figures: Mapping[str, Mapping[str, Figure]], trained: set[str]) -> lis
 
 
 COLUMNS = ("", "model", "mean", "difference", "95 % interval", "higher", "equal")
-
-
-def _check_rows(result: Evaluation) -> list[tuple[str, ...]]:
-    rows: list[tuple[str, ...]] = []
-    for part, shares in result.checker.items():
-        for which, share in shares.items():
-            change = "" if which == "base" else f"{share - shares['base']:+.0%}"
-            title = f"{part} right" if which == "base" else ""
-            rows.append((title, which, f"{share:.0%}", change, "", "", ""))
-    return rows
 
 
 def show(console: Console, result: Evaluation, folder: Path) -> None:
@@ -254,18 +248,20 @@ def show(console: Console, result: Evaluation, folder: Path) -> None:
             for own in _rows({name: by}, set())[1:]
         ]
         (which,) = result.variants
-        rows += [_check_row(part, shares, which) for part, shares in result.checker.items()]
+        for part, by in result.checker.items():
+            base, own = _rows({part: by}, set(), shares=True)
+            rows.append((base[0], base[2], *own[2:]))
         columns = ("", "base", which, *COLUMNS[3:])
         parts.append(table(title, columns, rows))
     elif result.variants:
-        rows = [*_rows(result.figures, set()), *_check_rows(result)]
+        rows = [*_rows(result.figures, set()), *_rows(result.checker, set(), shares=True)]
         parts.append(table(title, COLUMNS, rows))
     else:
         rows = [
             (n, f"{by['base'].mean:.4f}", f"{by['base'].std:.4f}")
             for n, by in result.figures.items()
         ]
-        rows += [(f"{p} right", f"{s['base']:.0%}", "") for p, s in result.checker.items()]
+        rows += [(f"{p} right", f"{s['base'].mean:.0%}", "") for p, s in result.checker.items()]
         parts.append(table(title, ("", "mean", "std"), rows))
     parts += ["", *(f"{name:12s} {path}" for name, path in files.items())]
     if count > _SHEET_CELLS:
@@ -273,9 +269,4 @@ def show(console: Console, result: Evaluation, folder: Path) -> None:
             f"the sheet shows the first {_SHEET_CELLS} of {count} pictures"
             + (f", the report {_PAGE_PICTURES}" if count > _PAGE_PICTURES else "")
         )
-    console.result("alignprop.evaluate/2", values, parts)
-
-
-def _check_row(part: str, shares: Mapping[str, float], which: str) -> tuple[str, ...]:
-    base, tuned = shares["base"], shares[which]
-    return (f"{part} right", f"{base:.0%}", f"{tuned:.0%}", f"{tuned - base:+.0%}", "", "", "")
+    console.result("alignprop.evaluate/3", values, parts)

@@ -21,7 +21,10 @@ def finish(session: Session, base: Drawn, tuned: Drawn, seconds: float) -> None:
         name: evaluator.compare(base.pictures, base.rewards[name], tuned.rewards[name])
         for name in session.mixture.figures
     }
-    checks = evaluator.check_shares({"base": base, "tuned": tuned})
+    checks = {
+        part: evaluator.compare(base.pictures, right["base"], right["tuned"])
+        for part, right in evaluator.checks({"base": base, "tuned": tuned}).items()
+    }
     cells = [
         report.Cell(picture.prompt, (before, after), (base.caption(i), tuned.caption(i)))
         for i, (picture, before, after) in enumerate(
@@ -44,7 +47,7 @@ def finish(session: Session, base: Drawn, tuned: Drawn, seconds: float) -> None:
             "prompts": config.eval.prompts,
             "images": len(base.pictures),
             "rewards": {name: asdict(result) for name, result in paired.items()},
-            "checker": checks,
+            "checker": {part: asdict(result) for part, result in checks.items()},
         },
         "next": next_command,
     }
@@ -52,13 +55,16 @@ def finish(session: Session, base: Drawn, tuned: Drawn, seconds: float) -> None:
     console = session.console
     title = f"{len(base.pictures)} held-out pictures ({config.eval.prompts}), base and tuned"
     console.result(
-        "alignprop.train/1",
+        "alignprop.train/2",
         values,
         [
             table(
                 title,
                 ("", "base", "tuned", "difference", "95 % interval"),
-                [*map(_reward_row, paired, paired.values()), *map(_check_row, checks.items())],
+                [
+                    *map(_reward_row, paired, paired.values()),
+                    *map(_check_row, checks, checks.values()),
+                ],
             ),
             "",
             f"adapter  {last / checkpoint.LORA_FILE}",
@@ -80,7 +86,11 @@ def _reward_row(name: str, result: Paired) -> tuple[str, ...]:
     )
 
 
-def _check_row(item: tuple[str, dict[str, float]]) -> tuple[str, ...]:
-    name, shares = item
-    before, after = shares["base"], shares["tuned"]
-    return (f"{name} right", f"{before:.0%}", f"{after:.0%}", f"{after - before:+.0%}", "")
+def _check_row(part: str, result: Paired) -> tuple[str, ...]:
+    return (
+        f"{part} right",
+        f"{result.base:.0%}",
+        f"{result.tuned:.0%}",
+        f"{result.difference:+.1%}",
+        f"{result.low:+.1%} to {result.high:+.1%}",
+    )

@@ -78,7 +78,7 @@ def test_a_run_is_compared_with_its_base_model(capsys, trained, tmp_path):
     assert "4 pictures" in out
     assert "contrast" in out
     results = json.loads((folder / "results.json").read_text())
-    assert results["schema"] == "alignprop.evaluate/2"
+    assert results["schema"] == "alignprop.evaluate/3"
     assert results["adapters"]["tuned"]["file"].endswith(f"step-000002/{LORA_FILE}")
     assert results["checker"] == {}
     figures = results["rewards"]["brightness"]

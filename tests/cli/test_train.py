@@ -68,7 +68,7 @@ def test_a_run_leaves_everything_it_promises_and_json_is_all_that_is_printed(run
     code, out, _ = run("--preset", "tiny", "--steps", 2, "--output", "r", "--json", *FAST)
     assert code == 0
     result = json.loads(out)
-    assert result["schema"] == "alignprop.train/1"
+    assert result["schema"] == "alignprop.train/2"
     assert result["steps"] == 2
     assert result["images_seen"] == 4
     assert result["held_out"]["rewards"]["clip"].keys() >= {"base", "tuned", "low", "high"}
