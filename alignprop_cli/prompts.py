@@ -6,6 +6,7 @@ import csv
 import functools
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,7 @@ HPD_STYLES = ("anime", "concept-art", "paintings", "photo")
 """The benchmark of HPDv2, fetched from the hub: `hpd:anime`, ..., and `hpd` for all four."""
 
 _HPD = "zhwang/HPDv2"
+_HPD_PROMPTS = 800
 
 _COLUMNS = ("prompt", "text", "caption")
 
@@ -145,6 +147,18 @@ def _built_in(name: str) -> list[str]:
     from alignprop_cli.tiny import data
 
     return data.train_prompts() if name == "shapes" else data.heldout_prompts()
+
+
+def count_prompts(names: Sequence[str]) -> int:
+    """Return how many different prompts some sets have together; fetches nothing.
+
+    Raises:
+        ConfigError, AssetError: As `load_prompts`.
+    """
+    hub_sets = [name for name in names if name.partition(":")[0] == "hpd"]
+    styles = {style for name in hub_sets for style in _styles(name)}
+    others = {p for name in names if name not in hub_sets for p in load_prompts(name)}
+    return len(others) + _HPD_PROMPTS * len(styles)
 
 
 def check_prompts(name: str) -> None:

@@ -27,7 +27,9 @@ from tests.factories import mid_pipeline
 STEPS = 5
 
 
-def config(model: str = "tiny", steps: int = STEPS, **gradient: Any) -> Config:
+def config(
+    model: str = "tiny", steps: int = STEPS, eval_prompts: str = "animals-eval", **gradient: Any
+) -> Config:
     return parse(
         {
             "model": {"id": model},
@@ -36,6 +38,7 @@ def config(model: str = "tiny", steps: int = STEPS, **gradient: Any) -> Config:
             "gradient": gradient,
             "reward": {"clip": {"model": "tiny"}},
             "train": {"prompts": "shapes", "batch_size": 8},
+            "eval": {"prompts": eval_prompts},
         }
     )
 
@@ -172,6 +175,17 @@ def test_a_reward_that_is_not_known_before_it_is_loaded_is_said_not_to_be_counte
     # Luma keeps nothing of the image's size but is made of it.
     assert isinstance(works[False], Work)
     assert works[False].forward(1) > 0.0
+
+
+def test_the_text_encoder_leaves_the_gpu_where_the_prompts_are_few(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    few = config(eval_prompts="shapes-heldout")
+    assert "text encoder weights" not in planning.measure(few, "cuda").weights
+    assert planning.measure(few, "cpu").weights["text encoder weights"] > 0
+    # 800 and 160 prompts of the sets it names.
+    monkeypatch.setattr(planning, "_ENCODED_FIRST", 959)
+    assert planning.measure(few, "cuda").weights["text encoder weights"] > 0
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from alignprop_cli.prompts import (
     ANIMALS_EVAL,
     BUILT_IN,
     PromptStream,
+    count_prompts,
     load_groups,
     load_prompts,
 )
@@ -132,6 +133,16 @@ def test_prompts_of_the_hub_without_a_network_are_reported(monkeypatch: pytest.M
 def test_built_in_sets_have_their_size_and_no_repeats(name: str, size: int) -> None:
     prompts = load_prompts(name)
     assert len(prompts) == len(set(prompts)) == size
+
+
+def test_prompts_are_counted_once_and_without_the_hub() -> None:
+    assert count_prompts(["dogs", "dogs-eval", "dogs"]) == len(
+        {*load_prompts("dogs"), *load_prompts("dogs-eval")}
+    )
+    assert count_prompts(["hpd"]) == count_prompts(["hpd", "hpd:anime"]) == 3200
+    assert count_prompts(["hpd:photo", "animals"]) == 845
+    with pytest.raises(ConfigError, match="unknown style"):
+        count_prompts(["hpd:pixel"])
 
 
 def test_what_is_held_out_is_not_trained_on() -> None:

@@ -15,11 +15,14 @@ from alignprop_cli.estimate import GIB, Budget, Footprint, Work
 from alignprop_cli.models.outline import conditioning, outline
 from alignprop_cli.models.registry import resolve_dtype
 from alignprop_cli.plan import Plan, make_plan
+from alignprop_cli.prompts import count_prompts
 from alignprop_cli.rewards import outline as reward_outline
 from alignprop_cli.rewards import registry
 
 _UNITS = {"": 1, "B": 1, "MB": 10**6, "MIB": 2**20, "GB": 2**30, "GIB": 2**30}
 """Cards are sold in GB and hold GiB."""
+
+_ENCODED_FIRST = 2048
 
 
 def parse_memory(text: str) -> int:
@@ -79,9 +82,10 @@ def measure(config: Config, device_type: str) -> Footprint:
     frozen = {
         "network weights": _bytes(model.network) - 4 * _trained(model.network),
         "VAE weights": _bytes(model.pipeline.vae),
-        "text encoder weights": _bytes(model.pipeline.text_encoder),
         "reward weights": weights,
     }
+    if not encodes_first(config, device_type):
+        frozen["text encoder weights"] = _bytes(model.pipeline.text_encoder)
     return footprint.measure(
         model,
         conditioning(model, 1),
@@ -92,6 +96,16 @@ def measure(config: Config, device_type: str) -> Footprint:
         reward=reward,
         uncounted=uncounted,
     )
+
+
+def encodes_first(config: Config, device_type: str) -> bool:
+    """Return whether all prompts are encoded before training, and their encoder leaves the GPU.
+
+    Very many would take longer to encode than the memory is worth.
+    """
+    if device_type == "cpu":
+        return False
+    return count_prompts([config.train.prompts, config.eval.prompts]) <= _ENCODED_FIRST
 
 
 def _dtype(name: str, device_type: str) -> torch.dtype:

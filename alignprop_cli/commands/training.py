@@ -147,6 +147,8 @@ def run_training(
             "the evaluation says nothing about new ones"
         )
     model = load_model(config.model, accelerator.device)
+    if planning.encodes_first(config, accelerator.device.type):
+        model.keep_prompts([*train_prompts, *eval_prompts, config.sample.negative_prompt])
     mixture = build_mixture(config.reward, config.loss, accelerator.device)
     if plan.checkpoint_reward:
         mixture.recompute()

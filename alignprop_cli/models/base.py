@@ -69,6 +69,14 @@ class DiffusionModel(Protocol):
         """Encode prompts. Not differentiable; the last 1,024 texts are cached."""
         ...
 
+    def keep_prompts(self, prompts: Sequence[str]) -> None:
+        """Encode prompts for good, then move the text encoder to the CPU.
+
+        The embeddings are kept in the CPU's memory too; other prompts are encoded there from now
+        on, which is slower.
+        """
+        ...
+
     def denoiser(self, conditioning: Conditioning, guidance_scale: float) -> Denoise:
         """Return the guided network call: (latents, timestep) -> noise_pred, in latents' dtype.
 

@@ -53,7 +53,8 @@ class StableDiffusion:
         self.pipeline = pipeline
         self.network = pipeline.unet
         self._scheduler_config = dict(pipeline.scheduler.config)
-        self._embed = functools.lru_cache(maxsize=_CACHED_PROMPTS)(self._encode)
+        self._cached = functools.lru_cache(maxsize=_CACHED_PROMPTS)(self._encode)
+        self._kept: dict[str, Tensor] = {}
         for module in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
             module.requires_grad_(False)
             module.eval()
@@ -118,7 +119,17 @@ class StableDiffusion:
             truncation=True,
             return_tensors="pt",
         )
-        return encoder(tokens.input_ids.to(self.device))[0][0]
+        return encoder(tokens.input_ids.to(encoder.device))[0][0].to(self.device)
+
+    def _embed(self, prompt: str) -> Tensor:
+        kept = self._kept.get(prompt)
+        return self._cached(prompt) if kept is None else kept.to(self.device)
+
+    def keep_prompts(self, prompts: Sequence[str]) -> None:
+        """Encode prompts for good; see `DiffusionModel`."""
+        self._kept |= {prompt: self._embed(prompt).cpu() for prompt in dict.fromkeys(prompts)}
+        self._cached.cache_clear()
+        self.pipeline.text_encoder.to("cpu")
 
     def encode_prompts(self, prompts: Sequence[str], negative_prompt: str = "") -> Conditioning:
         """Encode prompts, each text once; see `DiffusionModel`."""

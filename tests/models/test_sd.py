@@ -130,6 +130,25 @@ def test_a_prompt_is_encoded_alike_alone_and_in_a_batch(model: StableDiffusion) 
     assert torch.equal(both[1:], again)
 
 
+def test_kept_prompts_need_no_encoder_and_others_still_can_be_encoded(
+    model: StableDiffusion, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = model.encode_prompts(PROMPTS, "blurry")
+    model.keep_prompts([*PROMPTS, "a cat", "blurry"])
+    assert model.pipeline.text_encoder.device == CPU
+    other = model.encode_prompts(["a house"]).prompt_embeds
+    assert other.isfinite().all()
+    assert not torch.equal(other[0], before.prompt_embeds[0])
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("a kept prompt was encoded again")
+
+    monkeypatch.setattr(model.pipeline.text_encoder, "forward", refuse)
+    after = model.encode_prompts(PROMPTS, "blurry")
+    assert torch.equal(before.prompt_embeds, after.prompt_embeds)
+    assert torch.equal(before.negative_prompt_embeds, after.negative_prompt_embeds)
+
+
 def test_everything_is_frozen_and_in_evaluation_mode(model: StableDiffusion) -> None:
     for module in (model.network, model.pipeline.vae, model.pipeline.text_encoder):
         assert not module.training
