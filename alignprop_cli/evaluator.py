@@ -153,7 +153,7 @@ def draw(
             return rng.image_noise(seed, "eval_eta", keys, shape, i).to(model.device)
 
         conditioning = model.encode_prompts(prompts, config.negative_prompt)
-        denoise = model.denoiser(conditioning, config.guidance_scale)
+        denoise = model.denoiser(conditioning, config.guidance_scale, config.guidance_interval)
         with merged:
             latents = sample(denoise, latents, schedule, eta=config.eta, draw_noise=fresh_noise)
         decoded = model.decode(latents)

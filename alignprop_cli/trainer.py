@@ -251,7 +251,7 @@ class Trainer:
 
         latents = rng.image_noise(seed, "noise", keys, self._shape).to(device)
         conditioning = self.model.encode_prompts(prompts, config.negative_prompt)
-        denoise = self.model.denoiser(conditioning, config.guidance_scale)
+        denoise = self.model.denoiser(conditioning, config.guidance_scale, config.guidance_interval)
         merged = lora.Merged(self.model.network)
 
         def rollout(latents: Tensor, timestep: float) -> Tensor:

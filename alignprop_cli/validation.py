@@ -123,6 +123,9 @@ def _impossible(config: Config) -> Iterable[Problem]:
         yield Problem(
             "reward", "no reward is given; name one, for instance --set reward.clip.model=tiny"
         )
+    low, high = config.sample.guidance_interval
+    if low > high:
+        yield Problem("sample.guidance_interval", f"{low} to {high} is empty: give the lower first")
     if gradient.method == "last_k" and gradient.k > steps:
         yield Problem(
             "gradient.k", f"{gradient.k} is more than sample.num_inference_steps ({steps})"

@@ -67,6 +67,7 @@ def test_all_problems_are_reported_at_once() -> None:
     [
         ({"sample": {"num_inference_steps": 4}, "gradient": {"k_max": 5}}, "gradient.k_max"),
         ({"gradient": {"k_min": 3, "k_max": 2}}, "gradient.k_min"),
+        ({"sample": {"guidance_interval": [0.8, 0.2]}}, "sample.guidance_interval"),
         (
             {"sample": {"num_inference_steps": 1}, "gradient": {"method": "gaussian_k"}},
             "gradient.method",

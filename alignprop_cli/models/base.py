@@ -77,11 +77,19 @@ class DiffusionModel(Protocol):
         """
         ...
 
-    def denoiser(self, conditioning: Conditioning, guidance_scale: float) -> Denoise:
+    def denoiser(
+        self,
+        conditioning: Conditioning,
+        guidance_scale: float,
+        interval: tuple[float, float] = (0.0, 1.0),
+    ) -> Denoise:
         """Return the guided network call: (latents, timestep) -> noise_pred, in latents' dtype.
 
         Both branches go through the network in one batch; guidance_scale 1 runs the text branch
-        alone. Differentiable in latents and in the network's trainable parameters.
+        alone, and so do timesteps outside of the interval, where 0 is the image and 1 pure noise.
+        Differentiable in latents and in the network's trainable parameters.
+
+        Source of the interval: Kynkaanniemi et al. 2024, arXiv:2404.07724.
         """
         ...
 

@@ -136,24 +136,28 @@ class StableDiffusion:
         text = torch.stack([self._embed(prompt) for prompt in prompts])
         return Conditioning(text, self._embed(negative_prompt).expand_as(text))
 
-    def denoiser(self, conditioning: Conditioning, guidance_scale: float) -> Denoise:
+    def denoiser(
+        self,
+        conditioning: Conditioning,
+        guidance_scale: float,
+        interval: tuple[float, float] = (0.0, 1.0),
+    ) -> Denoise:
         """Return the guided network call; see `DiffusionModel`."""
         network = self.network
-        if guidance_scale == 1.0:
-            embeds = conditioning.prompt_embeds
-        else:
-            embeds = torch.cat([conditioning.negative_prompt_embeds, conditioning.prompt_embeds])
+        text = conditioning.prompt_embeds
+        both = torch.cat([conditioning.negative_prompt_embeds, text])
+        last = self._scheduler_config["num_train_timesteps"] - 1
+        low, high = (last * share for share in interval)
 
         def denoise(latents: Tensor, timestep: float) -> Tensor:
-            inputs = latents if guidance_scale == 1.0 else torch.cat([latents, latents])
+            guided = guidance_scale != 1.0 and low <= timestep <= high
+            inputs, embeds = (torch.cat([latents, latents]), both) if guided else (latents, text)
             timesteps = torch.full((len(inputs),), timestep, device=inputs.device)
             noise_pred: Tensor = network(
                 inputs.to(network.dtype), timesteps, embeds, return_dict=False
             )[0]
             noise_pred = noise_pred.to(latents.dtype)
-            if guidance_scale == 1.0:
-                return noise_pred
-            return guide(*noise_pred.chunk(2), guidance_scale)
+            return guide(*noise_pred.chunk(2), guidance_scale) if guided else noise_pred
 
         return denoise
 

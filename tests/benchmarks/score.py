@@ -6,7 +6,7 @@ a sidecar each, and measures
 - `score --reward clip` (the embedded aligner), with 2,000 of them and with all: pictures a second
   and the largest proportional memory (PSS) of its processes together;
 - the same killed with SIGKILL half-way and resumed, as jsonl and csv: the files must be equal;
-- a ViT-B/32 of random weights over 200 pictures, two prompts, batched against a loop that handles
+- a ViT-B/32 of random weights over 100 pictures, batched against a loop that handles
   one picture at a time as hpsv2's `score` does: open, preprocess, tokenize, both towers.
 
 Run:  python tests/benchmarks/score.py --count 20000 --output tests/benchmarks/results/score_X.md
@@ -36,7 +36,7 @@ from alignprop_cli import pictures
 from alignprop_cli.tiny import data
 
 LARGE_PX = 256
-LOOP = 200
+LOOP = 100
 
 
 def make(folder: Path, count: int) -> None:
@@ -198,9 +198,9 @@ def report(arguments: argparse.Namespace, folder: Path, few: Path, place: Path) 
         lines.append(f"| score, {number} | {number / seconds:.0f} | {peak:.0f} MiB |")
     lines += ["", f"Memory with all against a tenth: {peaks[1] / peaks[0]:.3f}", ""]
     (place / f"rows{count}.jsonl").rename(place / "whole.jsonl")
-    for name in ("killed.jsonl", "killed.csv"):
-        same = killed_and_resumed(folder, place / name, count)
-        lines.append(f"Killed half-way and resumed, {name[7:]}: {'equal' if same else 'DIFFERENT'}")
+    for where, name, number in ((folder, "killed.jsonl", count), (few, "killed.csv", count // 10)):
+        same = "equal" if killed_and_resumed(where, place / name, number) else "DIFFERENT"
+        lines.append(f"Killed half-way and resumed, {number} as {name[7:]}: {same}")
     model = vit(place / "vit")
     ratios, apart = [], 0.0
     for _ in range(3):

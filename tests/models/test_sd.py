@@ -123,6 +123,21 @@ def test_the_negative_prompt_goes_to_the_unconditional_branch(model: StableDiffu
     assert not torch.equal(conditioning.prompt_embeds[:1], expected)
 
 
+def test_outside_of_its_interval_guidance_is_off_and_costs_nothing(model: StableDiffusion) -> None:
+    conditioning = model.encode_prompts(PROMPTS)
+    latents, batches = noise(2, 4, 8, 8), []
+    model.network.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
+    interval = model.denoiser(conditioning, 4.0, (0.2, 0.7))
+    guided, plain = model.denoiser(conditioning, 4.0), model.denoiser(conditioning, 1.0)
+    # Of 1000 timesteps, numbered from 0.
+    for timestep, inside in ((100, False), (199, False), (200, True), (699, True), (700, False)):
+        expected = (guided if inside else plain)(latents, timestep)
+        batches.clear()
+        assert torch.equal(interval(latents, timestep), expected)
+        assert batches == [4 if inside else 2]
+    assert not torch.equal(guided(latents, 100), plain(latents, 100))
+
+
 def test_a_prompt_is_encoded_alike_alone_and_in_a_batch(model: StableDiffusion) -> None:
     both = model.encode_prompts(PROMPTS).prompt_embeds
     assert not both.requires_grad

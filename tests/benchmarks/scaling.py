@@ -1,0 +1,101 @@
+"""How time and memory of a step grow with its settings: fitted exponents.
+
+The window, micro-batch, steps and size of the embedded model, one at a time. Time is the
+median of a few steps, memory the most bytes that lived at once beside the weights (counted, not
+sampled). An exponent is the slope of a straight line through the logarithms: 1 is proportional.
+
+Run:  python tests/benchmarks/scaling.py --threads 1
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from typing import Any
+
+import numpy as np
+import torch
+from sides import timed
+
+from alignprop_cli import lora
+from alignprop_cli.memory import Meter
+from alignprop_cli.models.registry import load_model
+from alignprop_cli.plan import make_plan
+from alignprop_cli.prompts import load_prompts
+from alignprop_cli.rewards.composite import build_mixture
+from alignprop_cli.trainer import Trainer, make_accelerator
+from alignprop_cli.validation import parse
+
+BASE = {"k": 4, "micro_batch": 4, "steps": 8, "size": 48}
+AXES = {
+    "k": (1, 2, 4, 8),
+    "micro_batch": (1, 2, 4, 8),
+    "steps": (4, 8, 16, 32),
+    "size": (48, 72, 96, 144),
+}
+
+
+def trainer(k: int, micro_batch: int, steps: int, size: int) -> Trainer:
+    config = parse(
+        {
+            "model": {"id": "tiny"},
+            "lora": {"rank": 4},
+            "sample": {
+                "num_inference_steps": steps,
+                "guidance_scale": 3.0,
+                "height": size,
+                "width": size,
+            },
+            "gradient": {
+                "method": "last_k",
+                "k": k,
+                "checkpoint_network": "none",
+                "checkpoint_decoder": False,
+                "checkpoint_reward": False,
+            },
+            "reward": {"brightness": {}},
+            "train": {"prompts": "shapes", "batch_size": micro_batch, "micro_batch": micro_batch},
+        }
+    )
+    accelerator = make_accelerator()
+    model = load_model(config.model, accelerator.device)
+    lora.inject(model.network, rank=4, alpha=4, target_modules=config.lora.target_modules, seed=0)
+    mixture = build_mixture(config.reward, config.loss, accelerator.device)
+    plan = make_plan(config, processes=1)
+    return Trainer(config, plan, model, mixture, load_prompts("shapes"), accelerator)
+
+
+def measure(reps: int, **values: int) -> tuple[float, float]:
+    """Return the seconds of a step and the most MB that it needed."""
+    made: Any = trainer(**values)
+    made.step()
+    taken = statistics.median(timed(made.step)["seconds"] for _ in range(reps))
+    with Meter() as meter:
+        made.step()
+    return taken, meter.peak / 1e6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--reps", type=int, default=5)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    print(f"base {BASE}, {arguments.threads} thread(s), medians of {arguments.reps}")
+    print("\n| | seconds | exponent | MB | exponent |\n|---|---|---|---|---|")
+    for axis, points in AXES.items():
+        results = [measure(arguments.reps, **(BASE | {axis: point})) for point in points]
+        places = np.log([point**2 if axis == "size" else point for point in points])
+        seconds, memory = np.log(np.array(results)).T
+        slopes = [np.polyfit(places, figures, 1)[0] for figures in (seconds, memory)]
+        columns = [", ".join(f"{row[i]:.3g}" for row in results) for i in (0, 1)]
+        name = "pixels, from sizes" if axis == "size" else axis
+        print(
+            f"| {name} {', '.join(map(str, points))} | {columns[0]} | {slopes[0]:.2f} "
+            f"| {columns[1]} | {slopes[1]:.2f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
