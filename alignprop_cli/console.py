@@ -99,7 +99,8 @@ class Console:
         if self.as_json:
             # Not through rich, which would wrap or colour it.
             text = json.dumps({"schema": schema, **_plain(values)}, ensure_ascii=False)
-            self._out.file.write(text + "\n")
+            # A file's name need not be UTF-8.
+            self._out.file.write(text.encode("utf-8", "replace").decode("utf-8") + "\n")
             return
         for part in human:
             self._out.print(escape(part) if isinstance(part, str) else part)

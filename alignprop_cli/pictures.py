@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
-import struct
-import zlib
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,16 +17,9 @@ from alignprop_cli.errors import AssetError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
-# What Pillow raises for files that are no pictures, cut short, or too large to be one.
-_UNREADABLE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
+# Of Pillow's formats: others run programs (EPS) or are no pictures.
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+_LONGEST_RATIO = 50
 _EXIF_FOLDER = 0x8769
 _USER_COMMENT = 0x9286
 # The standard's character codes, eight bytes each before the text.
@@ -66,26 +58,40 @@ class Decoded:
 def find_pictures(names: Iterable[str]) -> list[Found]:
     """Return the pictures of files, folders with everything below, and patterns, sorted.
 
-    Files that are named are taken whatever their ending; no file comes twice.
+    Files that are named are taken whatever their ending; no name comes twice.
 
     Raises:
-        AssetError: If a name is neither a file nor a folder, or a pattern that fits nothing.
+        AssetError: If a name is neither a file nor a folder, or a pattern that fits nothing, or
+            cannot be read.
     """
-    found: dict[Path, Found] = {}
+    found: dict[str, Found] = {}
     for name in names:
-        path = Path(name).expanduser()
-        # A file may well be called cat[1].png: a name comes before a pattern.
-        matching = [path] if path.exists() else _matches(path)
-        if not matching:
+        # Not ~name, which may be a file's.
+        path = Path(name).expanduser() if name.startswith("~/") else Path(name)
+        try:
+            # A file may well be called cat[1].png: a name comes before a pattern.
+            places = _below(path) if path.exists() else _matches(path)
+        except (OSError, ValueError) as error:
+            raise AssetError(f"{name}: cannot be read: {error}") from error
+        if places is None:
             raise AssetError(f"{name}: no such file or folder, and no pattern that fits one")
-        for place in matching:
-            if place.is_dir():
-                inside = (p for p in place.rglob("*") if is_picture(p))
-                for picture in sorted(inside):
-                    found.setdefault(picture.resolve(), Found(picture, place))
-            else:
-                found.setdefault(place.resolve(), Found(place, place.parent))
+        for place in places:
+            found.setdefault(named(place.path), place)
     return list(found.values())
+
+
+def named(path: Path) -> str:
+    """Return the whole name of a file, without following links: what a link is called counts."""
+    return os.path.normpath(path.absolute())
+
+
+def _below(path: Path) -> list[Found]:
+    """Return a file, or the pictures in and below a folder."""
+    if not path.is_dir():
+        return [Found(path, path.parent)]
+    # Path.rglob() would pass over it in silence.
+    with os.scandir(path):
+        return [Found(each, path) for each in sorted(filter(is_picture, path.rglob("*")))]
 
 
 def is_picture(path: Path) -> bool:
@@ -93,22 +99,36 @@ def is_picture(path: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and path.is_file()
 
 
-def _matches(pattern: Path) -> list[Path]:
-    """Return what a pattern fits, sorted; * within a name, ** for any folders."""
-    below = str(pattern.relative_to(pattern.anchor))
-    return sorted(Path(pattern.anchor).glob(below)) if glob.has_magic(below) else []
+def _matches(pattern: Path) -> list[Found] | None:
+    """Return what a pattern fits, sorted; * within a name, ** for any folders.
+
+    None where it fits nothing. The folder before the first such name is the one searched.
+    """
+    plain = [part for part in pattern.parts if glob.has_magic(part)]
+    if not plain:
+        return None
+    first = pattern.parts.index(plain[0])
+    root = Path(*pattern.parts[:first])
+    matching = sorted(root.glob(str(Path(*pattern.parts[first:]))))
+    inside = (p for p in matching if p.is_dir() or is_picture(p))
+    found = [each for p in inside for each in (_below(p) if p.is_dir() else [Found(p, root)])]
+    return [Found(each.path, root) for each in found] or None
 
 
 def read_picture(path: Path) -> Decoded:
     """Decode a picture.
 
     Raises:
-        ValueError: If it cannot be read or is animated; says why.
+        ValueError: If it cannot be read, is animated, or a mere line; says why.
     """
     try:
-        with Image.open(path) as image:
-            if getattr(image, "n_frames", 1) > 1:
+        with Image.open(path, formats=_FORMATS) as image:
+            # An MPO is a JPEG whose further pictures are previews or other views of the first.
+            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
                 raise ValueError(f"animated, {getattr(image, 'n_frames', 0)} frames")
+            if max(image.size) > _LONGEST_RATIO * min(image.size):
+                # Scaled to a model's height it would fill the memory.
+                raise ValueError(f"{image.width} x {image.height} px: too long for its width")
             image.load()
             texts = {
                 k: v for k, v in image.info.items() if isinstance(k, str) and isinstance(v, str)
@@ -116,7 +136,8 @@ def read_picture(path: Path) -> Decoded:
             if (comment := _user_comment(image)) is not None:
                 texts["UserComment"] = comment
             return Decoded(np.asarray(_flatten(ImageOps.exif_transpose(image))), texts)
-    except _UNREADABLE as error:
+    except Exception as error:
+        # A broken file makes Pillow raise whatever its reader happens to meet.
         lines = str(error).strip().splitlines()
         raise ValueError(lines[0] if lines else type(error).__name__) from error
 

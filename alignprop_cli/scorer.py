@@ -1,8 +1,8 @@
 """Measure picture files: decode them in worker processes, score them chunk by chunk.
 
-The files are taken in chunks of a fixed number, so that memory does not grow with their number and
-the same pictures share a batch however often the work is taken up again. What cannot be measured is
-told, never silently left out.
+The files are taken in chunks of a fixed number, so that the same pictures share a batch however
+often the work is taken up again. Pictures are not kept; of each its figures and digest are, a few
+hundred bytes. What cannot be measured is told, never silently left out.
 """
 
 from __future__ import annotations
@@ -19,14 +19,18 @@ from torch.utils.data import DataLoader, Dataset
 
 from alignprop_cli.captions import PromptFinder
 from alignprop_cli.errors import RunError
-from alignprop_cli.pictures import Decoded, Found, read_picture
+from alignprop_cli.pictures import Decoded, Found, named, read_picture
 from alignprop_cli.rewards import registry
 from alignprop_cli.rewards.composite import Mixture
 
 CHUNK = 16
 """So many consecutive files are decoded, and as far as their sizes allow measured, at once."""
 
+# Large pictures are measured sooner, so that so much, and one picture, is held at once.
 _MOST_PIXELS = CHUNK * 1024**2
+
+_AHEAD = 4
+"""Pictures that each worker decodes ahead."""
 
 Known = MutableMapping[tuple[str, str | None], dict[str, float]]
 """Rewards by content and prompt."""
@@ -70,21 +74,25 @@ class _Ready:
     source: str
 
     @property
+    def pixels(self) -> int:
+        return self.decoded.pixels.shape[0] * self.decoded.pixels.shape[1]
+
+    @property
     def key(self) -> tuple[str, str | None]:
         return self.digest, self.prompt
 
 
-class _Chunks(Dataset[list[tuple[Decoded, str] | str]]):
-    """Decodes one chunk at a time: pictures with their digest, or why one cannot be read."""
+class _Files(Dataset[tuple[Decoded, str] | str]):
+    """Decodes one file at a time: the picture with its digest, or why it cannot be read."""
 
-    def __init__(self, chunks: Sequence[Sequence[Found]]) -> None:
-        self.paths = [[found.path for found in chunk] for chunk in chunks]
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = paths
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, index: int) -> list[tuple[Decoded, str] | str]:
-        return [_decode(path) for path in self.paths[index]]
+    def __getitem__(self, index: int) -> tuple[Decoded, str] | str:
+        return _decode(self.paths[index])
 
 
 def _decode(path: Path) -> tuple[Decoded, str] | str:
@@ -95,8 +103,8 @@ def _decode(path: Path) -> tuple[Decoded, str] | str:
     return decoded, decoded.digest()
 
 
-def _as_it_is(chunk: list[Any]) -> list[Any]:
-    return chunk
+def _as_it_is(read: Any) -> Any:
+    return read
 
 
 def chunks(found: Sequence[Found], done: Collection[str] = ()) -> list[list[Found]]:
@@ -104,13 +112,13 @@ def chunks(found: Sequence[Found], done: Collection[str] = ()) -> list[list[Foun
 
     Args:
         found: All files.
-        done: Paths as text.
+        done: Whole names, see `pictures.named`.
 
     Returns:
         The chunks with something left: what is new shares a chunk with the same files as ever.
     """
     divided = (found[i : i + CHUNK] for i in range(0, len(found), CHUNK))
-    left = ([each for each in chunk if str(each.path) not in done] for chunk in divided)
+    left = ([each for each in chunk if named(each.path) not in done] for chunk in divided)
     return [chunk for chunk in left if chunk]
 
 
@@ -152,37 +160,46 @@ def score(
     """
     known = {} if known is None else known
     loader = DataLoader(
-        _Chunks(divided),
+        _Files([found.path for chunk in divided for found in chunk]),
         batch_size=None,
         num_workers=workers,
         # Arrays stay arrays: tensors would go through /dev/shm, which containers keep small.
         collate_fn=_as_it_is,
-        prefetch_factor=2 if workers else None,
+        prefetch_factor=_AHEAD if workers else None,
     )
-    for chunk, decoded in zip(divided, _watched(loader), strict=True):
-        prepared = [
-            _prepare(found, each, finder, asking)
-            for found, each in zip(chunk, decoded, strict=True)
-        ]
-        new = {
-            each.key: each
-            for each in reversed(prepared)
-            if isinstance(each, _Ready) and each.key not in known
-        }
-        first = {each.found.path for each in new.values()}
-        for batch in _batches(list(reversed(new.values()))):
-            known.update(_measure(batch, mixture, device))
-        for each in prepared:
-            if isinstance(each, Skipped):
-                yield each
-                continue
-            path = each.found.path
-            yield Scored(
-                path, each.prompt, each.source, each.digest, known[each.key], path not in first
-            )
+    decoded = _watched(loader)
+    for chunk in divided:
+        prepared: list[_Ready | Skipped] = []
+        pixels = 0
+        for found in chunk:
+            prepared.append(each := _prepare(found, next(decoded), finder, asking))
+            pixels += each.pixels if isinstance(each, _Ready) else 0
+            if pixels >= _MOST_PIXELS:
+                yield from _results(prepared, known, mixture, device)
+                prepared, pixels = [], 0
+        yield from _results(prepared, known, mixture, device)
 
 
-def _watched(loader: DataLoader[Any]) -> Iterator[list[tuple[Decoded, str] | str]]:
+def _results(
+    prepared: Sequence[_Ready | Skipped], known: Known, mixture: Mixture, device: torch.device
+) -> Iterator[Scored | Skipped]:
+    """Measure what is new among some pictures, and yield the results of all in their order."""
+    ready = [each for each in prepared if isinstance(each, _Ready)]
+    new: dict[tuple[str, str | None], _Ready] = {}
+    for each in ready:
+        if each.key not in known:
+            new.setdefault(each.key, each)
+    for batch in _batches(list(new.values())):
+        known.update(_measure(batch, mixture, device))
+    for each in prepared:
+        if isinstance(each, Skipped):
+            yield each
+            continue
+        again = new.get(each.key) is not each
+        yield Scored(each.found.path, each.prompt, each.source, each.digest, known[each.key], again)
+
+
+def _watched(loader: DataLoader[Any]) -> Iterator[tuple[Decoded, str] | str]:
     try:
         yield from loader
     except RuntimeError as error:
@@ -204,20 +221,18 @@ def _prepare(
     if isinstance(read, str):
         return Skipped(found.path, read)
     decoded, digest = read
-    prompt, source = finder.find(found, decoded.texts)
+    prompt, source = finder.find(found, decoded.texts, fetch=bool(asking))
     if prompt is None and asking:
         return Skipped(found.path, f"no prompt found, which {', '.join(asking)} needs")
     return _Ready(found, decoded, digest, prompt, source)
 
 
 def _batches(ready: Sequence[_Ready]) -> Iterator[list[_Ready]]:
-    """Yield pictures of one size together, so many as memory is sure to hold."""
+    """Yield pictures of one size together."""
     sizes: dict[tuple[int, ...], list[_Ready]] = defaultdict(list)
     for each in ready:
         sizes[each.decoded.pixels.shape].append(each)
-    for (height, width, _), same in sizes.items():
-        most = max(1, _MOST_PIXELS // (height * width))
-        yield from (same[i : i + most] for i in range(0, len(same), most))
+    yield from sizes.values()
 
 
 @torch.no_grad()

@@ -92,18 +92,82 @@ def test_a_graph_of_comfyui_is_followed_from_its_sampler():
     assert carried({"prompt": json.dumps(nodes)}) == ("flux", "comfyui")
 
 
+ENCODED = {"class_type": "CLIPTextEncode", "inputs": {"text": "a cat"}}
+JOINED = {"class_type": "StringConcatenate", "inputs": {"string_a": "a", "string_b": "b"}}
+
+
 @pytest.mark.parametrize(
-    "text",
+    "nodes",
     [
-        json.dumps(graph("a cat", "a dog")),
-        json.dumps({"3": {"class_type": "KSampler"}}),
-        json.dumps({"3": {"class_type": "KSampler", "inputs": {"positive": ["3", 0]}}}),
-        json.dumps({"3": {"class_type": "KSampler", "inputs": {"positive": [[], 0]}}}),
+        graph("a cat", "a dog"),
+        graph("a cat") | {"20": {"class_type": "Unknown", "inputs": {"clip": ["40", 0]}}},
+        graph(["50", 0]) | {"50": JOINED},
+        graph("a cat") | {"40": ENCODED | {"inputs": {"clip_l": "a cat", "t5xxl": ["50", 0]}}},
+        graph("a cat")
+        | {"41": ENCODED | {"inputs": {"text": "a dog"}}}
+        | {
+            "20": {
+                "class_type": "ConditioningConcat",
+                "inputs": {"conditioning_to": ["40", 0], "conditioning_from": ["41", 0]},
+            }
+        },
+        {"3": {"class_type": "KSampler"}},
+        {"3": {"class_type": "KSampler", "inputs": {"positive": ["3", 0]}}},
+        {"3": {"class_type": "KSampler", "inputs": {"positive": [[], 0]}}},
     ],
-    ids=["two texts", "no inputs", "a circle", "a wrong link"],
+    ids=[
+        "two texts",
+        "an unknown node",
+        "a joined text",
+        "half a text",
+        "two joined",
+        "no inputs",
+        "a circle",
+        "a wrong link",
+    ],
 )
-def test_a_graph_that_is_not_clear_gives_no_prompt(text):
-    assert carried({"prompt": text}) == (None, "none")
+def test_a_graph_that_is_not_clear_gives_no_prompt(nodes):
+    assert carried({"prompt": json.dumps(nodes)}) == (None, "none")
+
+
+def test_a_text_that_is_nested_without_end_is_no_graph():
+    text = '{"a":' + "[" * 100_000
+    assert carried({"prompt": text}) == (text, "picture")
+
+
+def test_a_table_counts_from_its_own_folder_first_and_a_link_by_its_name(tmp_path):
+    inner = picture(tmp_path / "sub" / "a.png")
+    (tmp_path / "p.csv").write_text("file_name,prompt\na.png,TOP\nsub/a.png,INNER\n")
+    assert prompt_of(inner, inner.parent, table=tmp_path / "p.csv") == ("INNER", "file")
+    (tmp_path / "sub" / "b.png").symlink_to(inner)
+    (tmp_path / "sub" / "metadata.jsonl").write_text(
+        '{"file_name": "a.png", "text": "A"}\n{"file_name": "b.png", "text": "B"}\n'
+    )
+    assert prompt_of(inner) == ("A", "metadata")
+    assert prompt_of(inner.with_name("b.png")) == ("B", "metadata")
+
+
+def test_metadata_about_something_else_and_empty_prompts_are_passed_over(tmp_path):
+    path = picture(tmp_path / "a.png", prompt="own")
+    (tmp_path / "metadata.csv").write_text("file_name,label\na.png,3\n")
+    assert prompt_of(path) == ("own", "picture")
+    (tmp_path / "metadata.csv").write_text("file_name,text,caption\na.png,,c\n")
+    assert prompt_of(path) == ("c", "metadata")
+    (tmp_path / "p.csv").write_text("file_name,label\na.png,3\n")
+    with pytest.raises(ConfigError, match="expected file_name"):
+        prompt_of(path, table=tmp_path / "p.csv")
+
+
+def test_tables_hold_any_line_separator_and_long_prompts(tmp_path):
+    path, long = picture(tmp_path / "a.png"), "x" * 200_000
+    (tmp_path / "metadata.csv").write_text(f"file_name,text\na.png,a\u2028b\x85c{long}\n", "utf-8")
+    assert prompt_of(path) == (f"a\u2028b\x85c{long}", "metadata")
+
+
+def test_half_a_pair_of_surrogates_becomes_a_question_mark(tmp_path):
+    path = picture(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a \\ud83d"}\n')
+    assert prompt_of(path) == ("a ?", "metadata")
 
 
 def test_what_only_begins_like_a_graph_is_a_prompt():

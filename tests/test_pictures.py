@@ -117,3 +117,63 @@ def test_the_comment_of_exif_is_read_in_its_code(tmp_path, name, comment, text):
     exif.get_ifd(0x8769)[0x9286] = comment
     Image.new("RGB", (4, 4)).save(tmp_path / name, exif=exif)
     assert read_picture(tmp_path / name).texts.get("UserComment") == text
+
+
+def test_linked_files_keep_their_own_names(tmp_path):
+    blob = picture(tmp_path / "blobs" / "abc")
+    (tmp_path / "snapshot").mkdir()
+    for name in ("a.png", "b.png"):
+        (tmp_path / "snapshot" / name).symlink_to(blob)
+    found = find_pictures([str(tmp_path / "snapshot"), str(tmp_path / "snapshot" / "a.png")])
+    assert [f.path.name for f in found] == ["a.png", "b.png"]
+
+
+def test_a_pattern_searches_from_its_fixed_folder_and_takes_pictures_alone(tmp_path):
+    picture(tmp_path / "out" / "sub" / "a.png")
+    (tmp_path / "out" / "sub" / "a.txt").write_text("a cat")
+    (found,) = find_pictures([str(tmp_path / "out" / "**" / "*")])
+    assert found == Found(tmp_path / "out" / "sub" / "a.png", tmp_path / "out")
+
+
+def test_a_name_that_begins_like_a_home_folder_is_a_name(tmp_path, monkeypatch):
+    picture(tmp_path / "~nobody-here.png")
+    monkeypatch.chdir(tmp_path)
+    assert len(find_pictures(["~nobody-here.png"])) == 1
+
+
+def test_other_kinds_of_files_are_not_handed_to_other_programs(tmp_path):
+    (tmp_path / "a.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EOF\n")
+    with pytest.raises(ValueError, match="cannot identify"):
+        read_picture(tmp_path / "a.png")
+
+
+def test_a_photograph_with_a_preview_is_read_and_a_strip_is_not(tmp_path):
+    first, second = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (4, 4))
+    first.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[second])
+    assert read_picture(tmp_path / "a.jpg").pixels.shape == (8, 8, 3)
+    Image.new("RGB", (1, 400)).save(tmp_path / "strip.png")
+    with pytest.raises(ValueError, match="1 x 400 px"):
+        read_picture(tmp_path / "strip.png")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_no_damage_makes_reading_fail_in_another_way(tmp_path):
+    rng = np.random.default_rng(0)
+    path = tmp_path / "a"
+    for suffix in ("png", "jpg", "webp", "bmp", "tiff", "gif"):
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        Image.fromarray(rng.integers(0, 255, (9, 7, 3), dtype=np.uint8)).save(
+            tmp_path / f"whole.{suffix}", exif=exif
+        )
+        whole = np.frombuffer((tmp_path / f"whole.{suffix}").read_bytes(), np.uint8)
+        outcomes = set()
+        for _ in range(60):
+            damaged = whole.copy()
+            damaged[rng.integers(len(whole), size=4)] = rng.integers(0, 255, 4)
+            path.write_bytes(damaged.tobytes())
+            try:
+                outcomes.add(read_picture(path).pixels.ndim)
+            except ValueError as error:
+                outcomes.add(str(error) != "")
+        assert outcomes <= {3, True}

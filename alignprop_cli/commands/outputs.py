@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -47,3 +48,17 @@ def check_output_file(file: Path, *, overwrite: bool) -> None:
         raise ConfigError(f"--output: {file} is a folder, expected a file", hint=_HINT)
     if file.exists() and not overwrite:
         raise ConfigError(f"--output: {file} exists", hint=_HINT)
+
+
+def make_parent(file: Path) -> None:
+    """Make the folder that a file goes into.
+
+    Raises:
+        ConfigError: If it cannot be made or written to.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output: {file.parent} cannot be made: {error}", hint=_HINT) from error
+    if not os.access(file.parent, os.W_OK):
+        raise ConfigError(f"--output: {file.parent} cannot be written to", hint=_HINT)

@@ -25,6 +25,8 @@ Format = Literal["table", "csv", "jsonl", "parquet"]
 Row = dict[str, Any]
 
 SCHEMA = "alignprop.score.partial/1"
+# The names of files need not be UTF-8: their bytes come back as they were.
+_TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape"}
 _FIXED = ("prompt", "prompt_source", "content")
 
 
@@ -46,11 +48,15 @@ def to_standard_output(
     if listed:
         yield lambda row: None
         return
+
+    def echo(text: str) -> None:
+        typer.echo(text.encode(**_TEXT), nl=False)
+
     if chosen == "csv":
-        typer.echo(_csv(columns(names)), nl=False)
-        yield lambda row: typer.echo(_csv(list(row.values())), nl=False)
+        echo(_csv(columns(names)))
+        yield lambda row: echo(_csv(list(row.values())))
     else:
-        yield lambda row: typer.echo(json.dumps(row, ensure_ascii=False))
+        yield lambda row: echo(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 @contextmanager
@@ -68,14 +74,15 @@ def to_file(
         asked: What the rows depend on, compared by `resume`.
         kept: Rows to begin with.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_of(target)
     started = partial.with_name(f".{partial.name}.{os.getpid()}")
     try:
-        with started.open("w", encoding="utf-8") as file:
+        with started.open("w", **_TEXT) as file:
             for line in ({"schema": SCHEMA, **asked}, *kept):
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            # Only now: a row that was kept must not be lost.
+            # Only now, when they are on the disk: a row that was kept must not be lost.
+            file.flush()
+            os.fsync(file.fileno())
             started.replace(partial)
             empty = not kept
 
@@ -106,7 +113,7 @@ def resume(target: Path, chosen: Format, names: Sequence[str], asked: Mapping[st
     """
     partial = partial_of(target)
     if partial.is_file():
-        header, *rows = _lines(partial) or [{}]
+        header, *rows = _lines(partial, torn=True) or [{}]
         if header != {"schema": SCHEMA, **asked}:
             raise _other(partial)
         return Resumed(rows, whole=False)
@@ -114,10 +121,14 @@ def resume(target: Path, chosen: Format, names: Sequence[str], asked: Mapping[st
         return Resumed([], whole=True)
     try:
         rows = _read(target, chosen, names)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise AssetError(f"--resume: cannot read {target}: {error}") from error
-    if any(tuple(row) != columns(names) for row in rows):
-        raise _other(target)
+    prompt = asked["prompt"]
+    for row in rows:
+        if tuple(row) != columns(names):
+            raise _other(target)
+        if (row["prompt_source"] == "flag" or prompt is not None) and row["prompt"] != prompt:
+            raise _other(target)
     return Resumed(rows, whole=True)
 
 
@@ -147,16 +158,21 @@ def _other(file: Path) -> ConfigError:
 
 def _csv(cells: Sequence[Any]) -> str:
     text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerow(cells)
+    # The module does not see that a carriage return alone ends a row for readers too.
+    quoting = csv.QUOTE_ALL if any("\r" in str(cell) for cell in cells) else csv.QUOTE_MINIMAL
+    csv.writer(text, lineterminator="\n", quoting=quoting).writerow(cells)
     return text.getvalue()
 
 
-def _lines(file: Path) -> list[Row]:
-    """Return the lines that are whole: the last one may be cut short."""
+def _lines(file: Path, *, torn: bool) -> list[Row]:
+    """Return the lines of JSON; of a torn file the last one may be cut short."""
     try:
-        text = file.read_text(encoding="utf-8")
         # Not splitlines: a prompt may hold other line separators than \n.
-        return [json.loads(line) for line in text.split("\n")[:-1]]
+        lines = file.read_text(**_TEXT).split("\n")
+        rows = [json.loads(line) for line in (lines[:-1] if torn else lines) if line]
+        if not all(isinstance(row, dict) for row in rows):
+            raise ValueError("expected an object in every line")
+        return rows
     except (OSError, ValueError) as error:
         raise AssetError(
             f"--resume: cannot read {file}: {error}", hint="begin anew with --overwrite"
@@ -165,12 +181,12 @@ def _lines(file: Path) -> list[Row]:
 
 def _convert(partial: Path, file: Path, chosen: Format, header: Sequence[str]) -> None:
     """Write the rows of a partial file in the format that was asked for."""
-    with partial.open(encoding="utf-8") as lines:
+    with partial.open(**_TEXT) as lines:
         next(lines)
         if chosen == "parquet":
             _write_parquet((json.loads(line) for line in lines), file, header)
             return
-        with file.open("w", encoding="utf-8", newline="") as out:
+        with file.open("w", newline="", **_TEXT) as out:
             if chosen == "csv":
                 out.write(_csv(header))
             for line in lines:
@@ -187,16 +203,18 @@ def _write_parquet(rows: Iterator[Row], file: Path, header: Sequence[str]) -> No
     )
     with parquet.ParquetWriter(file, schema) as writer:
         while group := list(islice(rows, 4096)):
+            for row in group:
+                row["file"] = row["file"].encode(**_TEXT).decode("utf-8", "replace")
             writer.write_table(pyarrow.Table.from_pylist(group, schema=schema))
 
 
 def _read(target: Path, chosen: Format, names: Sequence[str]) -> list[Row]:
     if chosen == "jsonl":
-        return _lines(target)
+        return _lines(target, torn=False)
     if chosen == "parquet":
         parquet: Any = import_module("pyarrow.parquet")
         return parquet.read_table(target).to_pylist()
-    with target.open(encoding="utf-8", newline="") as file:
+    with target.open(newline="", **_TEXT) as file:
         return [
             {
                 name: float(cell) if name in names else (cell or None if name == "prompt" else cell)

@@ -77,10 +77,13 @@ def score(
     from alignprop_cli.captions import PromptFinder
     from alignprop_cli.commands import scoring, settings
     from alignprop_cli.console import Console
+    from alignprop_cli.errors import ConfigError
     from alignprop_cli.pictures import find_pictures
 
     console = Console(as_json=as_json, quiet=quiet)
     target = Path(output).expanduser() if output else None
+    if top is not None and target is None and output_format not in (None, "table"):
+        raise ConfigError(f"--top is a table, and --format {output_format} wants all rows")
     page = _page(target, overwrite=overwrite or resume) if gallery else None
     chosen = _format(output_format, target, as_json=as_json, overwrite=overwrite, resume=resume)
     settings.only_rewards(sets or [])
@@ -98,11 +101,17 @@ def score(
 
 def _names(paths: list[str]) -> list[str]:
     """Return the names to look for, with those on standard input in the place of a dash."""
+    import os
     import sys
 
     found: list[str] = []
     for path in paths:
-        found += [line for line in sys.stdin.read().split("\n") if line] if path == "-" else [path]
+        if path == "-":
+            # As bytes: a file's name need not be UTF-8.
+            lines = sys.stdin.buffer.read().split(b"\n")
+            found += [os.fsdecode(line) for line in lines if line]
+        else:
+            found.append(path)
     return found
 
 
@@ -111,8 +120,11 @@ def _page(target: Path | None, *, overwrite: bool) -> Path:
     from pathlib import Path
 
     from alignprop_cli.commands.outputs import check_output_file
+    from alignprop_cli.errors import ConfigError
 
     page = Path("gallery.html") if target is None else target.with_suffix(".html")
+    if page == target:
+        raise ConfigError(f"--gallery: its page would be {page}, where the rows go")
     check_output_file(page, overwrite=overwrite)
     return page
 
@@ -124,7 +136,7 @@ def _format(
     from importlib.util import find_spec
 
     from alignprop_cli.commands import rows
-    from alignprop_cli.commands.outputs import check_output_file
+    from alignprop_cli.commands.outputs import check_output_file, make_parent
     from alignprop_cli.errors import ConfigError
 
     if target is None:
@@ -140,6 +152,7 @@ def _format(
     if resume and overwrite:
         raise ConfigError("--resume keeps what is there and --overwrite replaces it: give one")
     check_output_file(target, overwrite=overwrite or resume)
+    make_parent(target)
     partial = rows.partial_of(target)
     if partial.exists() and not overwrite and not resume:
         raise ConfigError(

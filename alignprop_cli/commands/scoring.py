@@ -131,7 +131,7 @@ def run(
     kept = _kept(wanted, mixture, found, asked)
     for row in kept:
         tally.add(row)
-    divided = scorer.chunks(found, {row["file"] for row in kept})
+    divided = scorer.chunks(found, {pictures.named(Path(row["file"])) for row in kept})
     left = sum(map(len, divided))
     if wanted.resume:
         console.note(f"{len(found) - left} of {len(found)} pictures are measured already")
@@ -149,7 +149,7 @@ def run(
                 bar.advance()
                 if isinstance(result, Skipped):
                     tally.skipped.append(result)
-                    console.warn(f"skipped {result.path}: {result.reason}")
+                    console.warn(f"skipped {shown(result.path)}: {result.reason}")
                     continue
                 tally.again += result.again
                 row = _row(result)
@@ -225,10 +225,10 @@ def _report(console: Console, tally: _Tally) -> None:
         for line in lines:
             console.note(line)
         return
-    shown = tally.ranked(wanted.top) if wanted.top else tally.first
+    listed = tally.ranked(wanted.top) if wanted.top else tally.first
     parts: list[Any] = []
     if wanted.top or (wanted.target is None and tally.count <= _LISTED):
-        parts = [_listing(shown, tally.names), ""]
+        parts = [_listing(listed, tally.names), ""]
     elif wanted.target is None:
         lines.append(f"more than {_LISTED} pictures are not listed: give --top N or --output FILE")
     figures = [
@@ -252,8 +252,13 @@ def _report(console: Console, tally: _Tally) -> None:
         "gallery": str(wanted.page.resolve()) if wanted.page else None,
     }
     if wanted.target is None or wanted.top:
-        result["pictures"] = shown
+        result["pictures"] = listed
     console.result("alignprop.score/2", result, parts)
+
+
+def shown(path: Path) -> str:
+    """Return a path for a screen: on one line, without what would steer a terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in path.as_posix())
 
 
 def _figures(values: np.ndarray[Any, np.dtype[np.float64]]) -> dict[str, Any]:
@@ -275,23 +280,22 @@ def _bars(counts: Sequence[int]) -> str:
     return "".join(_BLOCKS[-(-count * top // max(counts))] for count in counts)
 
 
-def _listing(shown: Sequence[Row], names: Sequence[str]) -> Any:
+def _listing(listed: Sequence[Row], names: Sequence[str]) -> Any:
     """Return the rows as a table, with files named from the folder that holds them all."""
-    folder = Path(os.path.commonpath([Path(row["file"]).absolute().parent for row in shown]))
+    folder = Path(os.path.commonpath([Path(row["file"]).absolute().parent for row in listed]))
     cells = [
         (
-            Path(row["file"]).absolute().relative_to(folder).as_posix(),
+            shown(Path(row["file"]).absolute().relative_to(folder)),
             *(f"{row[name]:.4f}" for name in names),
             row["prompt_source"],
         )
-        for row in shown
+        for row in listed
     ]
     return table(f"Pictures in {folder}", ("file", *names, "prompt from"), cells)
 
 
 def _write_page(file: Path, tally: _Tally) -> None:
     """Write the gallery of the best pictures, decoding them once more."""
-    file.parent.mkdir(parents=True, exist_ok=True)
     cards: list[page.Card] = []
     for row in tally.ranked(tally.wanted.top or _GALLERY):
         try:

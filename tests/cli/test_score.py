@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+import shutil
 import subprocess
 import sys
 
@@ -14,7 +16,7 @@ import pytest
 
 from alignprop_cli import scorer
 from alignprop_cli.cli import main
-from alignprop_cli.commands import scoring
+from alignprop_cli.commands import rows, scoring
 from alignprop_cli.report import save_picture
 from tests.factories import picture
 
@@ -70,15 +72,15 @@ def test_json_is_one_object_and_nothing_else_on_standard_output(capsys, folder):
 
 def test_csv_and_jsonl_rows_are_complete(capsys, folder):
     code, out, err = run(capsys, folder, "--reward", "brightness", "--format", "csv")
-    rows = list(csv.DictReader(out.splitlines(keepends=True)))
+    listed = list(csv.DictReader(out.splitlines(keepends=True)))
     assert code == 0
-    assert list(rows[0]) == ["file", "brightness", "prompt", "prompt_source", "content"]
-    assert rows[2]["prompt"] == 'one :cat: [red]\nsecond line, "quoted"'
+    assert list(listed[0]) == ["file", "brightness", "prompt", "prompt_source", "content"]
+    assert listed[2]["prompt"] == 'one :cat: [red]\nsecond line, "quoted"'
     assert "3 pictures measured" in err
     _, out, _ = run(capsys, folder, "--reward", "brightness", "--format", "jsonl", "--quiet")
     lines = [json.loads(line) for line in out.splitlines()]
-    assert [line["prompt"] for line in lines] == [None, None, rows[2]["prompt"]]
-    assert [float(row["brightness"]) for row in rows] == [line["brightness"] for line in lines]
+    assert [line["prompt"] for line in lines] == [None, None, listed[2]["prompt"]]
+    assert [float(row["brightness"]) for row in listed] == [line["brightness"] for line in lines]
 
 
 def test_rows_go_to_a_file_that_is_not_replaced_unasked(capsys, folder, tmp_path):
@@ -133,9 +135,20 @@ def test_nothing_to_measure_ends_with_4(capsys, folder, tmp_path):
         (["--reward", "brightness", "--format", "parquet"], 2, "needs a file"),
         (["--reward", "brightness", "--prompts", "none.csv"], 3, "cannot read none.csv"),
         (["--set", "reward.clip.model=/none"], 3, "no such folder"),
+        (["**.png", "--reward", "brightness"], 3, "**.png: cannot be read"),
+        (["x" * 300, "--reward", "brightness"], 3, "cannot be read"),
+        (["--reward", "brightness", "--format", "csv", "--top", "3"], 2, "--top is a table"),
+        (["--reward", "brightness", "--output", "rows.csv/a.csv"], 2, "cannot be made"),
+        (
+            ["--reward", "brightness", "--output", "a.html", "--format", "csv", "--gallery"],
+            2,
+            "where the rows go",
+        ),
     ],
 )
-def test_mistakes_are_explained(capsys, folder, args, code, words):
+def test_mistakes_are_explained(capsys, folder, args, code, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.csv").touch()
     found, out, err = run(capsys, folder, *args)
     assert (found, out) == (code, "")
     assert words in err
@@ -276,7 +289,8 @@ def test_strict_fails_after_everything_else_was_measured(capsys, folder, tmp_pat
 
 
 def test_names_come_from_standard_input(capsys, folder, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"{folder / 'a.png'}\n\n{folder / 'sub'}\n"))
+    names = f"{folder / 'a.png'}\n\n{folder / 'sub'}\n".encode()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(names)))
     code, out, _ = run(capsys, "-", folder / "b.png", "--reward", "brightness", "--json")
     assert code == 0
     assert [p["file"].rsplit("/", 1)[1] for p in json.loads(out)["pictures"]] == [
@@ -300,3 +314,69 @@ def test_a_gallery_is_not_replaced_unasked(capsys, folder, tmp_path, monkeypatch
     assert code == 0
     assert json.loads(out)["gallery"] == str(tmp_path / "new" / "rows.html")
     assert (tmp_path / "gallery.html").read_text() == first
+
+
+def test_what_was_kept_is_on_the_disk_before_anything_is_measured(tmp_path):
+    target = tmp_path / "a.csv"
+    kept = [{"file": "a.png", "x": 1.0, "prompt": None, "prompt_source": "none", "content": "c"}]
+    asked = {"rewards": {}, "prompt": None, "prompts": None}
+    with rows.to_file(target, "csv", ("x",), asked, kept):
+        found = rows.resume(target, "csv", ("x",), asked)
+        assert (found.rows, found.whole) == (kept, False)
+    found = rows.resume(target, "csv", ("x",), asked)
+    assert (found.rows, found.whole) == (kept, True)
+
+
+def test_resume_with_another_prompt_is_refused_on_a_whole_file_too(capsys, folder, tmp_path):
+    target = tmp_path / "rows.csv"
+    ask = (folder, "--reward", "brightness", "--output", target)
+    assert run(capsys, *ask, "--prompt", "cat")[0] == 0
+    for other in (("--prompt", "dog"), ()):
+        code, _, err = run(capsys, *ask, "--resume", *other)
+        assert code == 2
+        assert "other rewards, options or prompts" in err
+    assert run(capsys, *ask, "--resume", "--prompt", "cat")[0] == 0
+
+
+def test_resume_never_takes_a_foreign_file_for_its_own(capsys, folder, tmp_path):
+    target = tmp_path / "notes.jsonl"
+    target.write_text('{"note": "keep me"}')
+    ask = (folder, "--reward", "brightness", "--output", target)
+    code, _, _ = run(capsys, *ask, "--resume")
+    assert code == 2
+    assert target.read_text() == '{"note": "keep me"}'
+
+
+def test_a_relative_and_a_whole_name_are_one_file(capsys, folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(folder)
+    target = tmp_path / "rows.jsonl"
+    assert run(capsys, ".", "--reward", "brightness", "--output", target)[0] == 0
+    before = target.read_bytes()
+    assert run(capsys, folder, "--reward", "brightness", "--output", target, "--resume")[0] == 0
+    assert target.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.jsonl", "rows.parquet"])
+def test_odd_names_and_prompts_come_back_as_they_were(capsys, tmp_path, name):
+    folder = tmp_path / "odd"
+    picture(folder / "a.png", 10, prompt="cat\rdog")
+    picture(folder / "b\n\x1b[31m.png", 20, prompt='"x", y\u2028z')
+    path = os.fsencode(folder) + b"/caf\xe9.png"
+    shutil.copy(folder / "a.png", path)
+    (folder / "broken\x1b[31m.png").write_bytes(b"no")
+    target = tmp_path / name
+    ask = (folder, "--reward", "brightness", "--output", target)
+    code, _, err = run(capsys, *ask)
+    assert code == 0
+    assert "\x1b[31m" not in err
+    before = target.read_bytes()
+    code, out, _ = run(capsys, *ask, "--resume", "--json")
+    assert code == 0
+    # Parquet holds UTF-8 alone: there the odd name is changed, and the file is measured again.
+    assert json.loads(out)["scored"] == (4 if name == "rows.parquet" else 3)
+    assert (target.read_bytes() == before) == (name != "rows.parquet")
+    found = rows.resume(target, name.rpartition(".")[2], ("brightness",), {"prompt": None})
+    assert [row["prompt"] for row in found.rows][:2] == ["cat\rdog", '"x", y\u2028z']
+    code, out, _ = run(capsys, folder, "--reward", "brightness", "--json")
+    assert code == 0
+    assert len(json.loads(out)["pictures"]) == 3
