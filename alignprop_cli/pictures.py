@@ -5,6 +5,8 @@ from __future__ import annotations
 import glob
 import hashlib
 import os
+import struct
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +22,22 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 # Of Pillow's formats: others run programs (EPS) or are no pictures.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 _LONGEST_RATIO = 50
+# What Pillow's readers happen to meet in files that are no pictures, broken, or too large to be one.
+_UNREADABLE = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    LookupError,
+    ArithmeticError,
+    AssertionError,
+    EOFError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 _EXIF_FOLDER = 0x8769
 _USER_COMMENT = 0x9286
 # The standard's character codes, eight bytes each before the text.
@@ -136,8 +154,7 @@ def read_picture(path: Path) -> Decoded:
             if (comment := _user_comment(image)) is not None:
                 texts["UserComment"] = comment
             return Decoded(np.asarray(_flatten(ImageOps.exif_transpose(image))), texts)
-    except Exception as error:
-        # A broken file makes Pillow raise whatever its reader happens to meet.
+    except _UNREADABLE as error:
         lines = str(error).strip().splitlines()
         raise ValueError(lines[0] if lines else type(error).__name__) from error
 

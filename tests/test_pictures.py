@@ -156,7 +156,7 @@ def test_a_photograph_with_a_preview_is_read_and_a_strip_is_not(tmp_path):
         read_picture(tmp_path / "strip.png")
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+@pytest.mark.filterwarnings("ignore:.*:Warning:PIL")
 def test_no_damage_makes_reading_fail_in_another_way(tmp_path):
     rng = np.random.default_rng(0)
     path = tmp_path / "a"
