@@ -22,7 +22,7 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 # Of Pillow's formats: others run programs (EPS) or are no pictures.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 _LONGEST_RATIO = 50
-# What Pillow's readers happen to meet in files that are no pictures, broken, or too large to be one.
+# What Pillow's readers happen to meet in files that are broken, no pictures, or too large.
 _UNREADABLE = (
     OSError,
     SyntaxError,

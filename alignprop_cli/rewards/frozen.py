@@ -58,8 +58,11 @@ def unit(features: Tensor) -> Tensor:
 class TextCache:
     """The features of texts, each computed once.
 
+    Each is computed by itself: the last digits depend on the batch and on the place in it, and must
+    not depend on what was asked before.
+
     Args:
-        encode: Returns features, shape (N, D), of N distinct texts.
+        encode: Returns features, shape (N, D), of N texts.
     """
 
     def __init__(self, encode: Callable[[list[str]], Tensor]) -> None:
@@ -69,9 +72,9 @@ class TextCache:
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Return the features of each text, shape (N, D). Not differentiable."""
-        missing = sorted({text for text in texts if text not in self._known})
-        if missing:
-            self._known |= dict(zip(missing, self._encode(missing), strict=True))
+        for text in dict.fromkeys(texts):
+            if text not in self._known:
+                self._known[text] = self._encode([text])[0]
         found = torch.stack([self._known[text] for text in texts])
         while len(self._known) > _TEXTS_KEPT:
             self._known.pop(next(iter(self._known)))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from alignprop_cli.config import LossConfig, RewardConfig
 from alignprop_cli.errors import AssetError, ConfigError, RunError
+from alignprop_cli.prompts import load_prompts
 from alignprop_cli.rewards import pixel, registry
 from alignprop_cli.rewards.base import Reward
 from alignprop_cli.rewards.clip import ClipReward
@@ -284,3 +285,13 @@ def test_images_that_cannot_be_measured_are_refused() -> None:
         mixture.score(pictures(), PROMPTS[:2])
     with pytest.raises(ConfigError, match="expected images of shape"):
         mixture.score(pictures()[:, :1], PROMPTS)
+
+
+def test_the_features_of_a_text_do_not_depend_on_what_was_asked_before() -> None:
+    texts = load_prompts("shapes-heldout")[:12]
+    together, apart, again = (ClipReward("tiny") for _ in range(3))
+    expected = together.text_features(texts)
+    single = [apart.text_features([text]) for text in reversed(texts)]
+    assert torch.equal(torch.cat(single[::-1]), expected)
+    again.text_features(texts[5:7])
+    assert torch.equal(again.text_features(texts), expected)
