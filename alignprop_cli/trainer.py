@@ -207,6 +207,7 @@ class Trainer:
         losses: list[Tensor] = []
         scores: dict[str, list[Tensor]] = {name: [] for name in self.mixture.figures}
         backprop_steps = 0
+        merged = lora.Merged(self.model.network)
 
         for part in range(plan.accumulation):
             first = part * plan.processes * plan.micro_batch
@@ -214,7 +215,7 @@ class Trainer:
             backprop_steps += len(window)
             first += self.accelerator.process_index * plan.micro_batch
             numbers = range(first, first + plan.micro_batch)
-            part_scores, part_losses = self.forward(numbers, window)
+            part_scores, part_losses = self.forward(numbers, window, merged)
             # The mean over the global batch, so that dividing it changes nothing.
             (part_losses.sum() * (self._loss_scale / plan.batch_size)).backward()
             losses.append(part_losses.detach())
@@ -228,13 +229,14 @@ class Trainer:
         return self._truncation.draw(len(self._schedule), generator)
 
     def forward(
-        self, numbers: Sequence[int], window: GradWindow
+        self, numbers: Sequence[int], window: GradWindow, merged: lora.Merged
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Draw and score some images of the coming step.
 
         Args:
             numbers: Which images of the global batch, B of them.
             window: The network calls that carry gradient.
+            merged: The network with the LoRA as it is now, for all other calls.
 
         Returns:
             What the mixture measures and losses, each (B,). Differentiable in the LoRA's parameters
@@ -252,7 +254,6 @@ class Trainer:
         latents = rng.image_noise(seed, "noise", keys, self._shape).to(device)
         conditioning = self.model.encode_prompts(prompts, config.negative_prompt)
         denoise = self.model.denoiser(conditioning, config.guidance_scale, config.guidance_interval)
-        merged = lora.Merged(self.model.network)
 
         def rollout(latents: Tensor, timestep: float) -> Tensor:
             with merged:

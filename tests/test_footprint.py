@@ -18,6 +18,7 @@ from alignprop_cli.models.outline import outline
 from alignprop_cli.models.registry import load_model
 from alignprop_cli.plan import Plan
 from alignprop_cli.rewards import outline as reward_outline
+from alignprop_cli.rewards import registry
 from alignprop_cli.rewards.composite import build_mixture
 from alignprop_cli.trainer import Trainer
 from alignprop_cli.truncation import GradWindow
@@ -59,8 +60,13 @@ def trainer(plan: Plan, chosen: Config | None = None) -> Trainer:
     prompts = ["one small red circle on a black background"]
     made = Trainer(chosen, plan, model, mixture, prompts, accelerator)
     steps = chosen.sample.num_inference_steps
-    made.forward(range(1), GradWindow(steps - 1, steps))  # texts are read once, and kept
+    forward(made, 1, GradWindow(steps - 1, steps))  # texts are read once, and kept
     return made
+
+
+def forward(made: Trainer, images: int, window: GradWindow) -> torch.Tensor:
+    _, losses = made.forward(range(images), window, lora.Merged(made.model.network))
+    return losses
 
 
 def weights_of(made: Trainer) -> list[torch.Tensor]:
@@ -91,7 +97,7 @@ def test_the_bytes_that_a_real_step_stores_are_the_predicted_ones(
     plan = Plan(micro_batch, 8 // micro_batch, 1, 8, level, again, again)
     made = trainer(plan)
     with memory.SavedBytes(weights_of(made)) as kept:
-        _, losses = made.forward(range(micro_batch), GradWindow(STEPS - k, STEPS))
+        losses = forward(made, micro_batch, GradWindow(STEPS - k, STEPS))
     assert losses.requires_grad
     assert kept.total == pytest.approx(expected_bytes(predicted, plan, k), rel=0.03)
 
@@ -110,7 +116,7 @@ def test_the_stored_bytes_of_a_larger_model_are_the_predicted_ones(
     made = trainer(plan, chosen)
     for k in (1, 10, 12):
         with memory.SavedBytes(weights_of(made)) as kept:
-            _, losses = made.forward(range(micro_batch), GradWindow(12 - k, 12))
+            losses = forward(made, micro_batch, GradWindow(12 - k, 12))
         assert losses.requires_grad
         assert kept.total == pytest.approx(expected_bytes(found, plan, k), rel=0.03)
 
@@ -123,7 +129,7 @@ def test_the_operations_of_a_real_step_are_the_predicted_ones(
     plan = Plan(2, 4, 1, 8, level, False, False)
     made = trainer(plan)
     window = GradWindow(STEPS - k, STEPS)
-    cost = memory.count(lambda: made.forward(range(2), window)[1].sum(), exclude=weights_of(made))
+    cost = memory.count(lambda: forward(made, 2, window).sum(), exclude=weights_of(made))
     first, call = predicted.first[level], predicted.call[level]
     tail = (predicted.decoder[False], predicted.reward[False])
     flops = STEPS * predicted.rollout.forward_flops(2)
@@ -175,6 +181,14 @@ def test_a_reward_that_is_not_known_before_it_is_loaded_is_said_not_to_be_counte
     # Luma keeps nothing of the image's size but is made of it.
     assert isinstance(works[False], Work)
     assert works[False].forward(1) > 0.0
+
+
+@pytest.mark.parametrize("name", [name for name in registry.SHIPPED if planning._is_small(name)])
+def test_every_reward_without_a_network_can_be_counted(name: str) -> None:
+    works, weights, uncounted = planning._rewards({name: RewardConfig()}, (3, 32, 16), "cuda")
+    assert (weights, uncounted) == (0, ())
+    assert works[False].forward(1) > 0.0
+    assert works[True].forward(2) == 2 * works[False].forward(1)
 
 
 def test_the_text_encoder_leaves_the_gpu_where_the_prompts_are_few(

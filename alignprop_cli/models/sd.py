@@ -66,7 +66,8 @@ class StableDiffusion:
     @property
     def device(self) -> torch.device:
         """Return where the weights are."""
-        return self.network.device
+        # Diffusers' own property looks through all modules for what moves them first.
+        return next(self.network.parameters()).device
 
     def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         """Return (C, h, w); see `DiffusionModel`."""

@@ -11,6 +11,7 @@ from transformers import CLIPVisionModelWithProjection
 
 from alignprop_cli.hub import from_pretrained, loading, locate
 from alignprop_cli.images import CLIP_MEAN, CLIP_STD, normalise, resize_and_crop
+from alignprop_cli.rewards.base import without_autocast
 from alignprop_cli.rewards.frozen import FrozenReward, unit
 
 _FILE = "aesthetic-model.pth"
@@ -61,7 +62,7 @@ class AestheticReward(FrozenReward):
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the score of each image, shape (B,). Differentiable in images."""
         inputs = normalise(resize_and_crop(images, self.image_size), CLIP_MEAN, CLIP_STD)
-        with torch.autocast(images.device.type, enabled=False):
+        with without_autocast(images.device):
             seen = self._model(pixel_values=inputs.to(self.dtype)).image_embeds
             return self._head(unit(seen)).squeeze(-1)
 

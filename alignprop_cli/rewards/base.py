@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -31,6 +32,16 @@ class Reward(Protocol):
             rewards, shape (B,), float32, higher is better. Differentiable in images.
         """
         ...
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Return a block in which autocast leaves the precision alone.
+
+    The meta device, on which rewards are counted, has no autocast.
+    """
+    if device.type == "meta":
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def check_inputs(name: str, images: Tensor, prompts: Sequence[str]) -> None:

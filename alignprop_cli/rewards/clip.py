@@ -13,6 +13,7 @@ from torch import Tensor
 from alignprop_cli.errors import AssetError, ConfigError, did_you_mean
 from alignprop_cli.hub import loading
 from alignprop_cli.images import normalise, resize_and_crop
+from alignprop_cli.rewards.base import without_autocast
 from alignprop_cli.rewards.frozen import FrozenReward, TextCache, unit
 
 TINY = Path(__file__).parent.parent / "tiny" / "aligner"
@@ -54,12 +55,12 @@ class ClipReward(FrozenReward):
     def image_features(self, images: Tensor) -> Tensor:
         """Return features of unit length, shape (B, D). Differentiable in images (B, 3, H, W)."""
         inputs = normalise(resize_and_crop(images, self.image_size), self._mean, self._std)
-        with torch.autocast(images.device.type, enabled=False):
+        with without_autocast(images.device):
             return unit(self._model.encode_image(inputs.to(self.dtype)))
 
     def _read(self, texts: list[str]) -> Tensor:
         """Return features of unit length, shape (N, D)."""
-        with torch.autocast(self.device.type, enabled=False):
+        with without_autocast(self.device):
             return unit(self._model.encode_text(self._tokenizer(texts).to(self.device)))
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

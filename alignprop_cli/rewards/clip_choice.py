@@ -45,6 +45,7 @@ class ClipChoice(ClipReward):
         self.log = log
         self.alike = tuple(alike)
         self.choices = load_prompts(prompts)
+        self._plain_choices = [self._plain(choice) for choice in self.choices]
         super().__init__(model, pretrained)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -56,8 +57,9 @@ class ClipChoice(ClipReward):
         # The own prompt counts once, wherever it is.
         is_own = self._mask([[c == prompt for c in self.choices] for prompt in prompts])
         everything = torch.cat([own, others.masked_fill(is_own, -torch.inf)], dim=1)
-        plain = [self._plain(choice) for choice in self.choices]
-        fits = self._mask([[c == self._plain(prompt) for c in plain] for prompt in prompts])
+        fits = self._mask(
+            [[c == plain for c in self._plain_choices] for plain in map(self._plain, prompts)]
+        )
         fitting = torch.cat([own, others.masked_fill(~fits | is_own, -torch.inf)], dim=1)
         log_probability = fitting.logsumexp(dim=1) - everything.logsumexp(dim=1)
         return log_probability if self.log else log_probability.exp()

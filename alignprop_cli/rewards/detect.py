@@ -50,6 +50,7 @@ from transformers import (
 from alignprop_cli.errors import ConfigError, did_you_mean
 from alignprop_cli.hub import from_pretrained, loading
 from alignprop_cli.images import CLIP_MEAN, CLIP_STD, normalise
+from alignprop_cli.rewards.base import without_autocast
 from alignprop_cli.rewards.frozen import FrozenReward, exact
 
 _OVERLAP = 0.5
@@ -180,7 +181,7 @@ class Detector:
         images = images.to(exact(images.dtype))
         sized = self._fitted(images) if self._words is None else self._squared(images)
         inputs = normalise(sized, self.mean, self.std).to(self.network.dtype)
-        with torch.autocast(images.device.type, enabled=False):
+        with without_autocast(images.device):
             if self._words is not None:
                 # The steps of its forward, less the words, which are always the same, and a mask
                 # of words that casts to float32.

@@ -12,6 +12,7 @@ from torch import Tensor
 from alignprop_cli.errors import ConfigError, did_you_mean
 from alignprop_cli.hub import loading, locate
 from alignprop_cli.images import CLIP_MEAN, CLIP_STD, letterbox, normalise
+from alignprop_cli.rewards.base import without_autocast
 from alignprop_cli.rewards.frozen import FrozenReward, TextCache, unit
 
 ARCHITECTURE = "ViT-H-14"
@@ -64,12 +65,12 @@ class HpsReward(FrozenReward):
 
     def _read(self, texts: list[str]) -> Tensor:
         """Return features of unit length, shape (N, D)."""
-        with torch.autocast(self.device.type, enabled=False):
+        with without_autocast(self.device):
             return unit(self._model.encode_text(self._tokenizer(texts).to(self.device)))
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the score of each image for its prompt, shape (B,). Differentiable in images."""
         inputs = normalise(letterbox(images, self.image_size), CLIP_MEAN, CLIP_STD)
-        with torch.autocast(images.device.type, enabled=False):
+        with without_autocast(images.device):
             seen = unit(self._model.encode_image(inputs.to(self.dtype)))
         return (seen * self.text_features(prompts)).sum(dim=-1)

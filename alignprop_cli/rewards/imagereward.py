@@ -27,6 +27,7 @@ from transformers import (
 from alignprop_cli.errors import AssetError
 from alignprop_cli.hub import loading, locate
 from alignprop_cli.images import CLIP_MEAN, CLIP_STD, normalise, resize_and_crop
+from alignprop_cli.rewards.base import without_autocast
 from alignprop_cli.rewards.frozen import FrozenReward, exact
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
@@ -89,7 +90,7 @@ class ImageReward(FrozenReward):
             max_length=_TEXT_LENGTH,
             return_tensors="pt",
         ).to(images.device)
-        with torch.autocast(images.device.type, enabled=False):
+        with without_autocast(images.device):
             seen = self._see(images)
             read = self._text(
                 input_ids=tokens.input_ids,

@@ -28,6 +28,7 @@ from torch.nn.functional import avg_pool2d, pad
 
 from alignprop_cli.errors import AssetError, ConfigError, did_you_mean
 from alignprop_cli.images import to_uint8
+from alignprop_cli.rewards.base import without_autocast
 
 _QUALITY = {"size": 95, "round_trip": 80}
 """Quality that each measure is published with: DDPO's and DRaFT's."""
@@ -151,7 +152,7 @@ def estimated_kilobytes(images: Tensor, quality: int = 95) -> Tensor:
         Shape (B,), float32 or float64, in kB of 1000 bytes. Differentiable in images.
     """
     images = images if images.dtype == torch.float64 else images.float()
-    with torch.autocast(images.device.type, enabled=False):
+    with without_autocast(images.device):
         planes = _planes(images)
         bits = torch.zeros(len(images), dtype=images.dtype, device=images.device)
         for plane, table in zip(planes, _tables(quality), strict=True):

@@ -11,6 +11,7 @@ from transformers import CLIPModel, CLIPTokenizer
 
 from alignprop_cli.hub import from_pretrained, loading
 from alignprop_cli.images import CLIP_MEAN, CLIP_STD, normalise, resize_and_crop
+from alignprop_cli.rewards.base import without_autocast
 from alignprop_cli.rewards.frozen import FrozenReward, TextCache, unit
 
 
@@ -57,7 +58,7 @@ class PickScore(FrozenReward):
             max_length=self._length,
             return_tensors="pt",
         ).to(self.device)
-        with torch.autocast(self.device.type, enabled=False):
+        with without_autocast(self.device):
             read = self._model.text_model(
                 input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
             )
@@ -66,7 +67,7 @@ class PickScore(FrozenReward):
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the score of each image for its prompt, shape (B,). Differentiable in images."""
         inputs = normalise(resize_and_crop(images, self.image_size), CLIP_MEAN, CLIP_STD)
-        with torch.autocast(images.device.type, enabled=False):
+        with without_autocast(images.device):
             seen = self._model.vision_model(pixel_values=inputs.to(self.dtype))
             features = unit(self._model.visual_projection(seen.pooler_output))
         scale = self._model.logit_scale.to(features.dtype).exp()

@@ -8,8 +8,10 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from alignprop_cli.models.base import LORA_FILE
@@ -87,7 +89,14 @@ def test_two_processes_evaluate_what_one_does(folder) -> None:
             except ValueError:
                 assert value == b[name]
             else:
-                assert number == pytest.approx(float(b[name]), rel=1e-3, abs=1e-4)
+                assert number == pytest.approx(float(b[name]), abs=1e-4)
+        pixels = [
+            np.asarray(Image.open(folder / name / a["file"]), dtype=int)
+            for name in ("by_one", "by_two")
+        ]
+        apart = np.abs(pixels[0] - pixels[1])
+        assert apart.max() <= 1
+        assert (apart > 0).mean() <= 1e-3
 
 
 def _rows(path):
