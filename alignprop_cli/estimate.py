@@ -131,6 +131,21 @@ def mean_window(gradient: GradientConfig, steps: int) -> float:
     return float(longest_window(gradient, steps))
 
 
+def mean_beyond(gradient: GradientConfig, steps: int, calls: int) -> float:
+    """Return the mean number of network calls with gradient beyond the last so many."""
+    if gradient.method == "random_k":
+        longest = longest_window(gradient, steps)
+        sizes = range(gradient.k_min, longest + 1)
+        return sum(max(k - calls, 0) for k in sizes) / len(sizes)
+    if gradient.method == "gaussian_k" and gradient.std > 0.0:
+        # E max(k - calls, 0) of a normal k, drawing aside rounding and limits.
+        std = gradient.std * steps
+        z = (mean_window(gradient, steps) - calls) / std
+        density = math.exp(-z * z / 2.0) / math.sqrt(2.0 * math.pi)
+        return std * (density + z * math.erfc(-z / math.sqrt(2.0)) / 2.0)
+    return max(mean_window(gradient, steps) - calls, 0.0)
+
+
 def estimate(
     footprint: Footprint,
     config: Config,
@@ -140,11 +155,13 @@ def estimate(
     network: Level,
     decoder: bool,
     reward: bool,
+    stored_calls: int = 0,
 ) -> Estimate:
     """Return the peak memory and the operations of one step of one process.
 
     The peak is the largest of: a call of the roll-out; decoding, scoring, and going back through
-    both, with all calls of the longest window stored; going back through one call of it.
+    both, with all calls of the longest window stored; going back through one call of it, stored or
+    computed again.
 
     Args:
         footprint: What the parts need.
@@ -154,16 +171,28 @@ def estimate(
         network: What of the network is computed again.
         decoder: Whether the decoder's blocks are.
         reward: Whether the reward's blocks are.
+        stored_calls: With the level `call`, how many of the last calls are stored all the same.
     """
     steps = config.sample.num_inference_steps
     longest = longest_window(config.gradient, steps)
-    first, call = footprint.first[network], footprint.call[network]
+    kept = min(stored_calls, longest) if network == "call" else 0
     images, scores = footprint.decoder[decoder], footprint.reward[reward]
     m = micro_batch
 
-    stored = first.saved(m) + (longest - 1) * call.saved(m)
-    before_last = stored - (call if longest > 1 else first).saved(m)
-    last = call if longest > 1 else first
+    def number(i: int) -> Work:
+        """Return call i of the longest window."""
+        level: Level = "none" if i >= longest - kept else network
+        return footprint.first[level] if i == 0 else footprint.call[level]
+
+    def up_to(i: int) -> float:
+        """Return what the calls before call i store."""
+        again = min(i, longest - kept)
+        figures = [number(0).saved(m)] if i else []
+        figures += [max(again - 1, 0) * footprint.call[network].saved(m)]
+        figures += [(i - max(again, 1)) * footprint.call["none"].saved(m)] if i > again else []
+        return sum(figures)
+
+    last, stored, before_last = number(longest - 1), up_to(longest), up_to(longest - 1)
     phases = {
         "roll-out": {"roll-out": footprint.rollout.forward(m)},
         "last call": {"stored calls": before_last, "network": last.forward(m)},
@@ -176,6 +205,12 @@ def estimate(
         "decoder back": {"stored calls": stored, "decoder": images.backward(m)},
         "network back": {"stored calls": before_last, "network": last.backward(m)},
     }
+    if 0 < kept < longest:
+        again = longest - kept - 1
+        phases["recomputed back"] = {
+            "stored calls": up_to(again),
+            "network": number(again).backward(m),
+        }
     phase = max(phases.values(), key=lambda parts: sum(parts.values()))
     # float32 weights, gradients and AdamW's two moments.
     parts = {**footprint.weights, "LoRA and optimiser": 16 * footprint.trained, **phase}
@@ -184,6 +219,9 @@ def estimate(
         mean = mean_window(config.gradient, steps)
         one, more = footprint.first[level], footprint.call[level]
         back = one.backward_flops(m) + (mean - 1.0) * more.backward_flops(m)
+        if level == "call":
+            saved = mean - mean_beyond(config.gradient, steps, kept)
+            back -= saved * (more.backward_flops(m) - footprint.call["none"].backward_flops(m))
         tail = (footprint.decoder[again_decoder], footprint.reward[again_reward])
         rest = sum(part.forward_flops(m) + part.backward_flops(m) for part in tail)
         return accumulation * (steps * footprint.rollout.forward_flops(m) + back + rest)

@@ -10,12 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from alignprop_cli.config import Config, GradientConfig
+from alignprop_cli.config import Config
 from alignprop_cli.errors import ConfigError, Problem, RunError
 from alignprop_cli.estimate import (
     CUDA_CONTEXT,
     GIB,
-    LEVELS,
     RESERVE,
     Budget,
     Estimate,
@@ -39,6 +38,7 @@ class Plan:
         processes: Number of processes.
         window_group: Consecutive images that share one gradient window.
         checkpoint_network: What of the network is computed again in backward.
+        stored_calls: With `call`: how many calls, the last ones, are stored all the same.
         checkpoint_decoder: Recompute the blocks of the VAE decoder during backward.
         checkpoint_reward: Recompute the blocks of the rewards' networks during backward.
         estimate: What it is expected to need; None where nothing was counted.
@@ -52,6 +52,7 @@ class Plan:
     checkpoint_decoder: bool
     checkpoint_reward: bool
     estimate: Estimate | None = None
+    stored_calls: int = 0
 
     @property
     def batch_size(self) -> int:
@@ -75,7 +76,8 @@ class Plan:
         network = {
             "none": None,
             "block": "the network by block",
-            "call": "the network's calls",
+            "call": "the network's calls"
+            + (f" but the last {self.stored_calls}" if self.stored_calls else ""),
         }[self.checkpoint_network]
         again = [network] if network else []
         again += ["decoder"] * self.checkpoint_decoder + ["reward"] * self.checkpoint_reward
@@ -114,7 +116,7 @@ def make_plan(
     gradient = config.gradient
     plans: list[Plan] = []
     for micro_batch in sizes:
-        for network, decoder, reward in _choices(gradient):
+        for network, stored_calls, decoder, reward in _choices(config):
             accumulation = config.train.batch_size // (processes * micro_batch)
             expected = (
                 None
@@ -125,6 +127,7 @@ def make_plan(
                     micro_batch=micro_batch,
                     accumulation=accumulation,
                     network=network,
+                    stored_calls=stored_calls,
                     decoder=decoder,
                     reward=reward,
                 )
@@ -132,7 +135,15 @@ def make_plan(
             group = gradient.window_group or micro_batch * processes
             plans.append(
                 Plan(
-                    micro_batch, accumulation, processes, group, network, decoder, reward, expected
+                    micro_batch=micro_batch,
+                    accumulation=accumulation,
+                    processes=processes,
+                    window_group=group,
+                    checkpoint_network=network,
+                    checkpoint_decoder=decoder,
+                    checkpoint_reward=reward,
+                    estimate=expected,
+                    stored_calls=stored_calls,
                 )
             )
     if footprint is None:
@@ -143,9 +154,17 @@ def make_plan(
     if not fitting:
         assert budget is not None
         raise _too_small(min(plans, key=_peak), config, budget)
-    # Fewest operations; of equals the most pictures at once, then the least memory. Rounded, since
-    # a few operations do not outweigh a larger micro-batch.
-    return min(fitting, key=lambda plan: (_effort(plan), -plan.micro_batch, _peak(plan)))
+    # Fewest operations; of equals the most pictures at once. Rounded first, since a few operations
+    # do not outweigh a larger micro-batch; then to the last one, then the least memory.
+    return min(
+        fitting,
+        key=lambda plan: (
+            round(100.0 * _effort(plan)),
+            -plan.micro_batch,
+            _effort(plan),
+            _peak(plan),
+        ),
+    )
 
 
 def _peak(plan: Plan) -> int:
@@ -153,23 +172,36 @@ def _peak(plan: Plan) -> int:
     return plan.estimate.peak
 
 
-def _effort(plan: Plan) -> int:
-    """Return a plan's operations over the floor, in hundredths."""
+def _effort(plan: Plan) -> float:
+    """Return a plan's operations over the floor."""
     assert plan.estimate is not None
-    return round(100.0 * plan.estimate.flops / plan.estimate.floor)
+    return plan.estimate.flops / plan.estimate.floor
 
 
-def _choices(gradient: GradientConfig) -> Iterator[tuple[Level, bool, bool]]:
+def _choices(config: Config) -> Iterator[tuple[Level, int, bool, bool]]:
     """Yield what may be computed again, as far as the configuration leaves it open."""
+    gradient = config.gradient
 
     def either(value: bool | Literal["auto"]) -> tuple[bool, ...]:
         return (False, True) if value == "auto" else (value,)
 
     wanted = gradient.checkpoint_network
-    for network in LEVELS if wanted == "auto" else (wanted,):
+    networks: list[tuple[Level, int]] = (
+        [(wanted, 0)]
+        if wanted != "auto"
+        else [
+            ("none", 0),
+            ("block", 0),
+            *(
+                ("call", n)
+                for n in range(longest_window(gradient, config.sample.num_inference_steps))
+            ),
+        ]
+    )
+    for network, stored_calls in networks:
         for decoder in either(gradient.checkpoint_decoder):
             for reward in either(gradient.checkpoint_reward):
-                yield network, decoder, reward
+                yield network, stored_calls, decoder, reward
 
 
 def _micro_batches(config: Config, processes: int, budget: Budget | None) -> list[int]:

@@ -134,7 +134,7 @@ def sample(
     window: GradWindow | None = None,
     rollout: Denoise | None = None,
     draw_noise: DrawNoise | None = None,
-    use_checkpoint: bool = False,
+    recomputed: GradWindow | None = None,
 ) -> Tensor:
     """Run the whole chain from noise to clean latents.
 
@@ -151,8 +151,8 @@ def sample(
         rollout: Takes the place of `denoise` outside the window, where a cheaper call gives the
             same values.
         draw_noise: Gives the fresh noise of step i; needed where eta > 0.
-        use_checkpoint: Recompute the calls inside the window during backward instead of storing
-            their activations. Values and gradients are the same bit for bit on the CPU.
+        recomputed: The calls of the window that backward computes again in place of storing their
+            activations. Values and gradients are the same bit for bit on the CPU.
 
     Returns:
         Clean latents, shape (B, C, h, w). Differentiable in the parameters of `denoise` through
@@ -168,7 +168,7 @@ def sample(
         for i, step in enumerate(schedule.steps):
             has_grad = grad_allowed and window is not None and i in window
             with torch.set_grad_enabled(has_grad):
-                if has_grad and use_checkpoint:
+                if has_grad and recomputed is not None and i in recomputed:
                     # The timestep is an argument, not a closure over the loop: the call is
                     # repeated during backward, when a closure would see the last timestep.
                     noise_pred = checkpoint(

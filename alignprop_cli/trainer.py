@@ -267,7 +267,7 @@ class Trainer:
             window=window,
             rollout=rollout,
             draw_noise=draw_noise,
-            use_checkpoint=self.plan.checkpoint_network == "call",
+            recomputed=self._recomputed(window),
         )
         images = self.model.decode(latents, use_checkpoint=self.plan.checkpoint_decoder)
         scores = self.mixture.score(images, prompts)
@@ -279,6 +279,12 @@ class Trainer:
                     hint="it must not detach, round, or leave torch",
                 )
         return scores, self.mixture.losses(scores)
+
+    def _recomputed(self, window: GradWindow) -> GradWindow | None:
+        """Return the calls of a window that backward computes again as a whole."""
+        if self.plan.checkpoint_network != "call":
+            return None
+        return GradWindow(window.start, window.stop - self.plan.stored_calls)
 
     def state(self) -> State:
         """Return the counters and a copy of the optimiser's tensors."""

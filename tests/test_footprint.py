@@ -80,8 +80,9 @@ def weights_of(made: Trainer) -> list[torch.Tensor]:
 
 
 def expected_bytes(found: Footprint, plan: Plan, k: int) -> float:
-    level, m = plan.checkpoint_network, plan.micro_batch
-    parts = [found.first[level], *[found.call[level]] * (k - 1)]
+    m, kept = plan.micro_batch, plan.stored_calls
+    levels: list[Level] = [plan.checkpoint_network] * (k - kept) + ["none"] * min(kept, k)
+    parts = [found.first[levels[0]], *(found.call[level] for level in levels[1:])]
     parts += [found.decoder[plan.checkpoint_decoder], found.reward[plan.checkpoint_reward]]
     return sum(part.saved(m) for part in parts)
 
@@ -99,6 +100,17 @@ def test_the_bytes_that_a_real_step_stores_are_the_predicted_ones(
     with memory.SavedBytes(weights_of(made)) as kept:
         losses = forward(made, micro_batch, GradWindow(STEPS - k, STEPS))
     assert losses.requires_grad
+    assert kept.total == pytest.approx(expected_bytes(predicted, plan, k), rel=0.03)
+
+
+@pytest.mark.parametrize("k", [1, 2, STEPS])
+def test_the_bytes_of_a_window_of_which_the_last_calls_are_stored(
+    predicted: Footprint, k: int
+) -> None:
+    plan = Plan(2, 4, 1, 8, "call", False, False, stored_calls=2)
+    made = trainer(plan)
+    with memory.SavedBytes(weights_of(made)) as kept:
+        assert forward(made, 2, GradWindow(STEPS - k, STEPS)).requires_grad
     assert kept.total == pytest.approx(expected_bytes(predicted, plan, k), rel=0.03)
 
 

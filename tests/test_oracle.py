@@ -122,7 +122,7 @@ def package_run(
         eta=eta,
         window=window,
         draw_noise=lambda i: case.noises[i],
-        use_checkpoint=use_checkpoint,
+        recomputed=window if use_checkpoint else None,
     )
     rewards = picture_reward(case.model.decode(latents, use_checkpoint=use_checkpoint))
     rewards.sum().backward()

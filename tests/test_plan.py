@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
@@ -19,6 +21,7 @@ from alignprop_cli.estimate import (
     Work,
     estimate,
     longest_window,
+    mean_beyond,
     mean_window,
 )
 from alignprop_cli.plan import make_plan
@@ -137,6 +140,65 @@ def test_the_estimate_is_the_largest_moment_of_a_step() -> None:
     assert found.flops == pytest.approx(4 * (one + 4300))
 
 
+def test_the_estimate_of_a_window_of_which_the_last_calls_are_stored() -> None:
+    """By hand: 10 calls of which 4 are stored, 1 image, decoder and reward computed again."""
+    found = estimate(
+        footprint(),
+        config(gradient={"method": "last_k", "k": 10}, batch_size=1),
+        micro_batch=1,
+        accumulation=1,
+        network="call",
+        decoder=True,
+        reward=True,
+        stored_calls=4,
+    )
+    # Back through the decoder, with 4 calls stored and the inputs of 6.
+    assert found.parts["stored calls"] == 4 * 2000 * 2**20 + math.ceil(6 * 0.1 * 2**20)
+    assert found.parts["decoder"] == 2500 * 2**20
+    again = 6 * 1600
+    tail = 2500 + 4300 + 160 + 330
+    assert found.flops == pytest.approx(50 * 1600 + 10 * 2000 + again + tail)
+
+
+@pytest.mark.parametrize(
+    ("gradient", "calls", "beyond"),
+    [
+        ({"method": "full"}, 30, 20.0),
+        ({"method": "last_k", "k": 7}, 9, 0.0),
+        # 1 + 2 + ... + 5 of the windows 6 to 10.
+        ({"method": "random_k", "k_min": 1, "k_max": 10}, 5, 1.5),
+        ({"method": "gaussian_k", "mean": 0.84, "std": 0.0}, 3, 5.0),
+    ],
+)
+def test_the_calls_that_are_computed_again_on_average(
+    gradient: dict[str, Any], calls: int, beyond: float
+) -> None:
+    assert mean_beyond(config(gradient=gradient).gradient, 50, calls) == pytest.approx(beyond)
+
+
+def test_the_calls_beyond_a_normal_window_are_those_of_its_integral() -> None:
+    """E max(k - 5, 0) of k normal around 8 with deviation 5, by a sum over a fine grid."""
+    grid = np.linspace(-40.0, 60.0, 200_001)
+    density = np.exp(-(((grid - 8.0) / 5.0) ** 2) / 2.0) / (5.0 * math.sqrt(2.0 * math.pi))
+    expected = (np.maximum(grid - 5.0, 0.0) * density).sum() * (grid[1] - grid[0])
+    gradient = config(gradient={"method": "gaussian_k", "mean": 0.84, "std": 0.1}).gradient
+    assert mean_beyond(gradient, 50, 5) == pytest.approx(expected, rel=1e-6)
+
+
+def test_of_the_calls_as_many_are_stored_as_fit() -> None:
+    asked = config(gradient={"method": "last_k", "k": 10}, batch_size=1)
+    plans = [
+        make_plan(asked, processes=1, footprint=footprint(), budget=gpu(gib))
+        for gib in (8.0, 16.0, 24.0, 40.0)
+    ]
+    assert [plan.checkpoint_network for plan in plans] == ["call", "call", "call", "none"]
+    stored = [plan.stored_calls for plan in plans]
+    assert 0 <= stored[0] < stored[1] < stored[2] < 10
+    work = [plan.estimate.flops for plan in plans if plan.estimate is not None]
+    assert work == sorted(work, reverse=True)
+    assert "calls but the last" in plans[1].describe()
+
+
 def test_only_what_does_not_fit_is_computed_again() -> None:
     one_call = config(gradient={"method": "last_k", "k": 1}, batch_size=1)
     levels = [
@@ -212,9 +274,16 @@ def test_every_plan_covers_the_batch_and_fits_or_says_what_would(
     decoder=st.booleans(),
     reward=st.booleans(),
     scale=st.floats(0.1, 4.0),
+    stored_calls=st.integers(0, 50),
 )
 def test_the_estimate_grows_with_calls_images_and_resolution(
-    k: int, micro_batch: int, level: Any, decoder: bool, reward: bool, scale: float
+    k: int,
+    micro_batch: int,
+    level: Any,
+    decoder: bool,
+    reward: bool,
+    scale: float,
+    stored_calls: int,
 ) -> None:
     def peak(k: int, micro_batch: int, scale: float) -> int:
         return estimate(
@@ -225,6 +294,7 @@ def test_the_estimate_grows_with_calls_images_and_resolution(
             network=level,
             decoder=decoder,
             reward=reward,
+            stored_calls=stored_calls,
         ).peak
 
     here = peak(k, micro_batch, scale)
