@@ -106,7 +106,9 @@ class Meter(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        formula = _FORMULAS.get(func._overloadpacket)
+        packet = func._overloadpacket
+        # Looked up now: operators of our own register theirs when they are imported.
+        formula = _FORMULAS.get(packet) or flop_registry.get(packet)
         if formula is None:
             # Without autograd, operators made of others arrive whole.
             with self:
@@ -148,7 +150,6 @@ def _attention_backward(
 
 
 _FORMULAS: dict[Any, Any] = {
-    **flop_registry,
     # Torch has none for the CPU's attention kernel.
     _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention,
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,

@@ -30,6 +30,7 @@ from torch import Tensor
 from alignprop_cli import images, lora
 from alignprop_cli.config import ModelConfig
 from alignprop_cli.errors import AlignPropError, AssetError, ConfigError
+from alignprop_cli.models.attention import use_narrow_attention
 from alignprop_cli.models.base import LORA_FILE, Conditioning
 from alignprop_cli.models.registry import resolve_dtype
 from alignprop_cli.sampling import Denoise, guide
@@ -61,6 +62,8 @@ class StableDiffusion:
         # Convolutions are faster so, on the CPU and on tensor cores; the numbers are the same.
         pipeline.unet.to(memory_format=torch.channels_last)
         pipeline.vae.to(memory_format=torch.channels_last)
+        if self.device.type == "cpu":
+            use_narrow_attention(pipeline.unet)
         self.fingerprint = _fingerprint(pipeline.unet)
 
     @property
