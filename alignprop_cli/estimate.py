@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -92,6 +92,35 @@ class Budget:
 
 
 @dataclass(frozen=True)
+class Correction:
+    """What a device needs, by what it was estimated to need: fixed + factor x estimate."""
+
+    fixed: float = 0.0
+    factor: float = 1.0
+
+    def __call__(self, size: float) -> float:
+        """Return the bytes that are needed where so many were estimated."""
+        return self.fixed + self.factor * size
+
+    @staticmethod
+    def through(points: Sequence[tuple[float, float]]) -> Correction:
+        """Return the line through (estimated, measured) points, one or two of them.
+
+        One point alone, or two that would mean less for more, give a line of slope 1 through the
+        worst of them.
+        """
+        if len(points) == 2 and points[0][0] != points[1][0]:
+            (x, y), (other_x, other_y) = points
+            factor = (y - other_y) / (x - other_x)
+            if factor > 0.0:
+                return Correction(y - factor * x, factor)
+        return Correction(max(y - x for x, y in points))
+
+
+UNCORRECTED = Correction()
+
+
+@dataclass(frozen=True)
 class Estimate:
     """What a plan is expected to need.
 
@@ -99,16 +128,18 @@ class Estimate:
         parts: Bytes by part at the moment of the peak.
         flops: Operations of one step of one process.
         floor: The same with nothing computed twice.
+        correction: What a measurement says of the sum of the parts.
     """
 
     parts: Mapping[str, int]
     flops: float
     floor: float
+    correction: Correction = UNCORRECTED
 
     @property
     def peak(self) -> int:
         """Return the bytes at the peak."""
-        return sum(self.parts.values())
+        return math.ceil(self.correction(sum(self.parts.values())))
 
 
 def longest_window(gradient: GradientConfig, steps: int) -> int:
@@ -156,6 +187,7 @@ def estimate(
     decoder: bool,
     reward: bool,
     stored_calls: int = 0,
+    correction: Correction = UNCORRECTED,
 ) -> Estimate:
     """Return the peak memory and the operations of one step of one process.
 
@@ -172,27 +204,16 @@ def estimate(
         decoder: Whether the decoder's blocks are.
         reward: Whether the reward's blocks are.
         stored_calls: With the level `call`, how many of the last calls are stored all the same.
+        correction: What was measured of such estimates on the device.
     """
-    steps = config.sample.num_inference_steps
-    longest = longest_window(config.gradient, steps)
+    longest = longest_window(config.gradient, config.sample.num_inference_steps)
     kept = min(stored_calls, longest) if network == "call" else 0
+    window = _Window(footprint, network, longest, kept, micro_batch)
     images, scores = footprint.decoder[decoder], footprint.reward[reward]
     m = micro_batch
 
-    def number(i: int) -> Work:
-        """Return call i of the longest window."""
-        level: Level = "none" if i >= longest - kept else network
-        return footprint.first[level] if i == 0 else footprint.call[level]
-
-    def up_to(i: int) -> float:
-        """Return what the calls before call i store."""
-        again = min(i, longest - kept)
-        figures = [number(0).saved(m)] if i else []
-        figures += [max(again - 1, 0) * footprint.call[network].saved(m)]
-        figures += [(i - max(again, 1)) * footprint.call["none"].saved(m)] if i > again else []
-        return sum(figures)
-
-    last, stored, before_last = number(longest - 1), up_to(longest), up_to(longest - 1)
+    stored, before_last = window.stored(longest), window.stored(longest - 1)
+    last = window.call(longest - 1)
     phases = {
         "roll-out": {"roll-out": footprint.rollout.forward(m)},
         "last call": {"stored calls": before_last, "network": last.forward(m)},
@@ -208,26 +229,63 @@ def estimate(
     if 0 < kept < longest:
         again = longest - kept - 1
         phases["recomputed back"] = {
-            "stored calls": up_to(again),
-            "network": number(again).backward(m),
+            "stored calls": window.stored(again),
+            "network": window.call(again).backward(m),
         }
     phase = max(phases.values(), key=lambda parts: sum(parts.values()))
     # float32 weights, gradients and AdamW's two moments.
     parts = {**footprint.weights, "LoRA and optimiser": 16 * footprint.trained, **phase}
-
-    def operations(level: Level, again_decoder: bool, again_reward: bool) -> float:
-        mean = mean_window(config.gradient, steps)
-        one, more = footprint.first[level], footprint.call[level]
-        back = one.backward_flops(m) + (mean - 1.0) * more.backward_flops(m)
-        if level == "call":
-            saved = mean - mean_beyond(config.gradient, steps, kept)
-            back -= saved * (more.backward_flops(m) - footprint.call["none"].backward_flops(m))
-        tail = (footprint.decoder[again_decoder], footprint.reward[again_reward])
-        rest = sum(part.forward_flops(m) + part.backward_flops(m) for part in tail)
-        return accumulation * (steps * footprint.rollout.forward_flops(m) + back + rest)
-
     return Estimate(
         parts={name: math.ceil(size) for name, size in parts.items()},
-        flops=operations(network, decoder, reward),
-        floor=operations("none", False, False),
+        flops=accumulation * _operations(footprint, config, m, network, kept, decoder, reward),
+        floor=accumulation * _operations(footprint, config, m, "none", 0, False, False),
+        correction=correction,
     )
+
+
+@dataclass(frozen=True)
+class _Window:
+    """The calls that carry gradient, of which the last `kept` are stored whatever the level."""
+
+    footprint: Footprint
+    level: Level
+    calls: int
+    kept: int
+    images: int
+
+    def call(self, i: int) -> Work:
+        """Return call i of the window."""
+        level: Level = "none" if i >= self.calls - self.kept else self.level
+        return self.footprint.first[level] if i == 0 else self.footprint.call[level]
+
+    def stored(self, i: int) -> float:
+        """Return the bytes that the calls before call i store."""
+        if i == 0:
+            return 0.0
+        again = max(min(i, self.calls - self.kept), 1)
+        sizes = {level: self.footprint.call[level].saved(self.images) for level in LEVELS}
+        later = (again - 1) * sizes[self.level] + (i - again) * sizes["none"]
+        return self.call(0).saved(self.images) + later
+
+
+def _operations(
+    footprint: Footprint,
+    config: Config,
+    images: int,
+    level: Level,
+    kept: int,
+    decoder: bool,
+    reward: bool,
+) -> float:
+    """Return the operations of one micro-batch, on the average over the windows."""
+    steps, gradient = config.sample.num_inference_steps, config.gradient
+    mean = mean_window(gradient, steps)
+    one, more = footprint.first[level], footprint.call[level]
+    back = one.backward_flops(images) + (mean - 1.0) * more.backward_flops(images)
+    if kept:
+        stored = mean - mean_beyond(gradient, steps, kept)
+        plain = footprint.call["none"].backward_flops(images)
+        back -= stored * (more.backward_flops(images) - plain)
+    tail = (footprint.decoder[decoder], footprint.reward[reward])
+    rest = sum(part.forward_flops(images) + part.backward_flops(images) for part in tail)
+    return steps * footprint.rollout.forward_flops(images) + back + rest

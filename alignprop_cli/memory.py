@@ -8,6 +8,8 @@ know that the prediction is right.
 
 from __future__ import annotations
 
+import resource
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -214,6 +216,15 @@ def count(
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
+
+
+def peak_gib(device: torch.device) -> float:
+    """Return the largest memory so far in GiB: allocated on CUDA, resident set otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    # Kilobytes on Linux, bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def available(device: torch.device) -> tuple[int, str]:

@@ -16,7 +16,9 @@ from alignprop_cli.estimate import (
     CUDA_CONTEXT,
     GIB,
     RESERVE,
+    UNCORRECTED,
     Budget,
+    Correction,
     Estimate,
     Footprint,
     Level,
@@ -97,6 +99,7 @@ def make_plan(
     processes: int,
     footprint: Footprint | None = None,
     budget: Budget | None = None,
+    correction: Correction = UNCORRECTED,
 ) -> Plan:
     """Divide the global batch and choose what is computed again.
 
@@ -105,6 +108,7 @@ def make_plan(
         processes: Number of processes that work on one step.
         footprint: What the parts need; None only where nothing is left to choose.
         budget: The memory of a process; None is without limit.
+        correction: What was measured of such estimates on the device.
 
     Raises:
         ConfigError: If the batch or the window group cannot be divided; names the nearest batch
@@ -130,6 +134,7 @@ def make_plan(
                     stored_calls=stored_calls,
                     decoder=decoder,
                     reward=reward,
+                    correction=correction,
                 )
             )
             group = gradient.window_group or micro_batch * processes

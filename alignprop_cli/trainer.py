@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import atexit
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -20,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from alignprop_cli import lora, rng
+from alignprop_cli import lora, memory, rng
 from alignprop_cli.checkpoint import State
 from alignprop_cli.config import Config, GradientConfig, TrainConfig
 from alignprop_cli.errors import ConfigError, RunError
@@ -121,7 +119,6 @@ class Trainer:
         note: Callable[[str], object] = lambda text: None,
     ) -> None:
         self.config = config
-        self.plan = plan
         self.model = model
         self.mixture = mixture
         self.accelerator = accelerator
@@ -137,7 +134,7 @@ class Trainer:
             eps=train.adam_epsilon,
             weight_decay=train.weight_decay,
         )
-        model.recompute_blocks(plan.checkpoint_network == "block")
+        self.adopt(plan)
         self._stream = PromptStream(list(prompts), train.seed)
         self._schedule = model.schedule(config.sample.num_inference_steps)
         self._shape = model.latent_shape(config.sample.height, config.sample.width)
@@ -177,7 +174,7 @@ class Trainer:
             learning_rate=rate,
             backprop_steps=backprop_steps,
             seconds=time.perf_counter() - started,
-            peak_memory_gib=peak_memory_gib(self.model.device),
+            peak_memory_gib=memory.peak_gib(self.model.device),
         )
 
     def _accumulate(self) -> tuple[list[Tensor], dict[str, list[Tensor]], float]:
@@ -222,6 +219,11 @@ class Trainer:
             for name, values in part_scores.items():
                 scores[name].append(values.detach())
         return losses, scores, backprop_steps / plan.accumulation
+
+    def adopt(self, plan: Plan) -> None:
+        """Go on with another plan for the same batch."""
+        self.plan = plan
+        self.model.recompute_blocks(plan.checkpoint_network == "block")
 
     def window(self, group: int) -> GradWindow:
         """Return the gradient window of a group of images in the coming step."""
@@ -361,15 +363,6 @@ def make_accelerator() -> Accelerator:
         # Left to the interpreter's end, the backend's threads can take the process down with them.
         atexit.register(accelerator.end_training)
     return accelerator
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Return the largest memory so far in GiB: allocated on CUDA, resident set otherwise."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    # Kilobytes on Linux, bytes on macOS.
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def train(

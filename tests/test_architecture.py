@@ -47,6 +47,7 @@ LAYER = {
     **dict.fromkeys(
         [
             "trainer",
+            "probe",
             "evaluator",
             "scorer",
             "pictures",

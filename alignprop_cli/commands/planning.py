@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
+from dataclasses import replace
+from typing import cast
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 from alignprop_cli import footprint, lora, memory
 from alignprop_cli.config import Config, RewardConfig
 from alignprop_cli.errors import ConfigError
-from alignprop_cli.estimate import GIB, Budget, Footprint, Work
+from alignprop_cli.estimate import GIB, Budget, Footprint, Work, estimate
 from alignprop_cli.models.outline import conditioning, outline
 from alignprop_cli.models.registry import resolve_dtype
 from alignprop_cli.plan import Plan, make_plan
+from alignprop_cli.probe import PeakOf, cuda_peak
+from alignprop_cli.probe import measure as measure_device
 from alignprop_cli.prompts import count_prompts
 from alignprop_cli.rewards import outline as reward_outline
 from alignprop_cli.rewards import registry
+from alignprop_cli.trainer import Trainer
 
 _UNITS = {"": 1, "B": 1, "MB": 10**6, "MIB": 2**20, "GB": 2**30, "GIB": 2**30}
 """Cards are sold in GB and hold GiB."""
@@ -41,8 +48,10 @@ def parse_memory(text: str) -> int:
     return int(size)
 
 
-def plan(config: Config, *, processes: int, budget: Budget) -> Plan:
-    """Return the cheapest plan that fits; nothing is counted where all is given.
+def plan(config: Config, *, processes: int, budget: Budget) -> tuple[Plan, Footprint | None]:
+    """Return the cheapest plan that fits, and what it was chosen by.
+
+    Where everything is given nothing is counted.
 
     Raises:
         ConfigError: If the batch cannot be divided.
@@ -56,7 +65,49 @@ def plan(config: Config, *, processes: int, budget: Budget) -> Plan:
         config.gradient.checkpoint_reward,
     )
     found = measure(config, budget.device_type) if "auto" in given else None
-    return make_plan(config, processes=processes, footprint=found, budget=budget)
+    return make_plan(config, processes=processes, footprint=found, budget=budget), found
+
+
+def probe(
+    trainer: Trainer, footprint: Footprint, budget: Budget, peak_of: PeakOf = cuda_peak
+) -> Plan:
+    """Return the cheapest plan that fits by what two micro-batches are measured to need.
+
+    Args:
+        trainer: With the plan that was chosen by estimates, before its first step.
+        footprint: What that was chosen by.
+        budget: The memory of a process.
+        peak_of: Measures the device.
+
+    Raises:
+        RunError: If nothing fits.
+        torch.OutOfMemoryError: If not even one image does.
+    """
+    config, first = trainer.config, trainer.plan
+
+    def predict(images: int) -> int:
+        return estimate(
+            footprint,
+            config,
+            micro_batch=images,
+            accumulation=first.accumulation,
+            network=first.checkpoint_network,
+            decoder=first.checkpoint_decoder,
+            reward=first.checkpoint_reward,
+            stored_calls=first.stored_calls,
+        ).peak
+
+    if first.checkpoint_reward:
+        # Switched on when the rewards were built, for good.
+        own = config.gradient.model_copy(update={"checkpoint_reward": True})
+        config = config.model_copy(update={"gradient": own})
+    return make_plan(
+        config,
+        processes=first.processes,
+        footprint=footprint,
+        budget=budget,
+        correction=measure_device(trainer, peak_of, predict),
+    )
 
 
 def measure(config: Config, device_type: str) -> Footprint:
@@ -188,6 +239,19 @@ def describe(plan: Plan, budget: Budget) -> list[str]:
             f"{over:.2f} x what it takes with nothing computed twice",
         ]
     return lines
+
+
+def shared_budget(accelerator: Accelerator) -> Budget:
+    """Return what each of the processes may use, the same on all: they share one plan.
+
+    On the CPU those of one machine share its RAM.
+    """
+    own = budget_of(accelerator.device)
+    size = own.bytes
+    if own.device_type == "cpu":
+        size //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    sizes = cast(Tensor, accelerator.gather(torch.tensor([size], device=accelerator.device)))
+    return replace(own, bytes=int(sizes.min()))
 
 
 def budget_of(device: torch.device, gpu_memory: str | None = None) -> Budget:

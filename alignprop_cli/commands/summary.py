@@ -10,13 +10,13 @@ from alignprop_cli import checkpoint, evaluator, report
 from alignprop_cli.commands.session import Session
 from alignprop_cli.console import table
 from alignprop_cli.evaluator import Drawn, Paired
-from alignprop_cli.trainer import peak_memory_gib
+from alignprop_cli.memory import peak_gib
 
 
 def finish(session: Session, base: Drawn, tuned: Drawn, seconds: float) -> None:
     """Write the before/after sheet and the summary, and print where everything is."""
     run, config = session.run, session.config
-    peak = peak_memory_gib(session.model.device)
+    peak = peak_gib(session.model.device)
     paired = {
         name: evaluator.compare(base.pictures, base.rewards[name], tuned.rewards[name])
         for name in session.mixture.figures

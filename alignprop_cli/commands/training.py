@@ -29,6 +29,7 @@ from alignprop_cli.commands.summary import finish
 from alignprop_cli.config import Config
 from alignprop_cli.console import Console
 from alignprop_cli.errors import AssetError, ConfigError, InterruptedRun
+from alignprop_cli.estimate import Budget, Footprint
 from alignprop_cli.evaluator import Drawn
 from alignprop_cli.models.base import DiffusionModel
 from alignprop_cli.models.registry import load_model
@@ -126,11 +127,8 @@ def run_training(
     wanted = config.output.dir
     accelerator = make_accelerator()
     _deterministic()
-    plan = planning.plan(
-        config,
-        processes=accelerator.num_processes,
-        budget=planning.budget_of(accelerator.device),
-    )
+    budget = planning.shared_budget(accelerator)
+    plan, footprint = planning.plan(config, processes=accelerator.num_processes, budget=budget)
     if not accelerator.is_main_process:
         console = Console(quiet=True)
     config = _settled(config, plan)
@@ -156,6 +154,8 @@ def run_training(
     trainer = Trainer(config, plan, model, mixture, train_prompts, accelerator, console.warn)
     if found is not None:
         restore(trainer, found, run)
+    if footprint is not None and accelerator.device.type == "cuda":
+        _probe(trainer, footprint, budget, console)
     session = Session(
         config,
         run,
@@ -254,6 +254,16 @@ def _prepare_lora(
         seed=config.train.seed,
     )
     return config
+
+
+def _probe(trainer: Trainer, footprint: Footprint, budget: Budget, console: Console) -> None:
+    """Measure what the plan needs on the device, and go on with what the measurement allows."""
+    expected = trainer.plan
+    plan = planning.probe(trainer, footprint, budget)
+    if plan.checkpoint_reward and not expected.checkpoint_reward:
+        trainer.mixture.recompute()
+    trainer.adopt(plan)
+    console.note(f"measured: {plan.describe()}")
 
 
 def _open_run(session: Session, found: Path | None) -> None:
