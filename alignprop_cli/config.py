@@ -130,6 +130,11 @@ class GradientConfig(Section):
         description="Images that share one draw of the window; null is micro-batch x processes "
         "of the first plan, which is then written to the run's config.",
     )
+    rollout_steps: PositiveInt | None = Field(
+        default=None,
+        description="Calls in place of those before the window, in training alone: cheaper, and "
+        "the pictures that are trained on change. Null is one for each.",
+    )
     checkpoint_network: Literal["auto", "none", "block", "call"] = Field(
         default="auto",
         description="What backward computes again in place of storing it: nothing, the blocks of "

@@ -288,4 +288,9 @@ def _operations(
         back -= stored * (more.backward_flops(images) - plain)
     tail = (footprint.decoder[decoder], footprint.reward[reward])
     rest = sum(part.forward_flops(images) + part.backward_flops(images) for part in tail)
-    return steps * footprint.rollout.forward_flops(images) + back + rest
+    calls = float(steps)
+    if gradient.rollout_steps is not None:
+        # Those before the window that are left out: max(steps - k - rollout_steps, 0) on average.
+        beyond = max(steps - gradient.rollout_steps, 0)
+        calls -= beyond - mean + mean_beyond(gradient, steps, beyond)
+    return calls * footprint.rollout.forward_flops(images) + back + rest

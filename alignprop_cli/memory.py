@@ -8,16 +8,12 @@ know that the prediction is right.
 
 from __future__ import annotations
 
-import resource
-import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
@@ -216,40 +212,3 @@ def count(
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
-
-
-def peak_gib(device: torch.device) -> float:
-    """Return the largest memory so far in GiB: allocated on CUDA, resident set otherwise."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    # Kilobytes on Linux, bytes on macOS.
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-def available(device: torch.device) -> tuple[int, str]:
-    """Return the bytes that can still be had on a device, and where the figure comes from.
-
-    On CUDA what the driver says is free; elsewhere the RAM that is available, or what the limit of
-    the control group leaves, if that is less.
-    """
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0], f"free on {torch.cuda.get_device_name(device)}"
-    free, source = psutil.virtual_memory().available, "free RAM"
-    for limit, used in _CGROUPS:
-        try:
-            left = int(Path(limit).read_text()) - int(Path(used).read_text())
-        except (OSError, ValueError):  # no such group, or no limit ("max")
-            continue
-        if 0 < left < free:
-            free, source = left, "limit of the control group"
-    return free, source
-
-
-_CGROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-    (
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-    ),
-)

@@ -7,9 +7,10 @@ A step takes (alpha, sigma) to (alpha_next, sigma_next).
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, cast, get_args
 
 from torch import Tensor
@@ -71,6 +72,34 @@ class NoiseSchedule:
 
     def __len__(self) -> int:
         return len(self.steps)
+
+    def shortened(self, before: int, calls: int) -> NoiseSchedule:
+        """Return the schedule with fewer steps at its beginning.
+
+        Each of the new ones goes from the level of one step to the level after another, so that the
+        rest of the chain begins where it did.
+
+        Args:
+            before: How many steps are replaced, the first ones.
+            calls: By how many, spread evenly.
+
+        Raises:
+            ValueError: If calls is less than 1, or more than what it replaces.
+        """
+        if not 1 <= calls <= before <= len(self):
+            raise ValueError(
+                f"expected 1 <= calls <= before <= {len(self)}, got calls={calls}, before={before}"
+            )
+        edges = [round(i * before / calls) for i in range(calls + 1)]
+        first = tuple(
+            replace(
+                self.steps[start],
+                alpha_next=self.steps[stop - 1].alpha_next,
+                sigma_next=self.steps[stop - 1].sigma_next,
+            )
+            for start, stop in itertools.pairwise(edges)
+        )
+        return NoiseSchedule(first + self.steps[before:], self.prediction_type)
 
 
 def diffusion_schedule(

@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from alignprop_cli import lora, memory, rng
+from alignprop_cli import lora, machine, rng
 from alignprop_cli.checkpoint import State
 from alignprop_cli.config import Config, GradientConfig, TrainConfig
 from alignprop_cli.errors import ConfigError, RunError
@@ -133,6 +133,7 @@ class Trainer:
             betas=(train.adam_beta1, train.adam_beta2),
             eps=train.adam_epsilon,
             weight_decay=train.weight_decay,
+            fused=True,
         )
         self.adopt(plan)
         self._stream = PromptStream(list(prompts), train.seed)
@@ -174,7 +175,7 @@ class Trainer:
             learning_rate=rate,
             backprop_steps=backprop_steps,
             seconds=time.perf_counter() - started,
-            peak_memory_gib=memory.peak_gib(self.model.device),
+            peak_memory_gib=machine.peak_gib(self.model.device),
         )
 
     def _accumulate(self) -> tuple[list[Tensor], dict[str, list[Tensor]], float]:
@@ -244,7 +245,7 @@ class Trainer:
             What the mixture measures and losses, each (B,). Differentiable in the LoRA's parameters
             through the window.
         """
-        seed, config = self.config.train.seed, self.config.sample
+        seed, config = self.config.train.seed, self.config
         first = self.step_number * self.plan.batch_size
         prompts = [self._stream.prompt(first + number) for number in numbers]
         keys = [(self.step_number, number) for number in numbers]
@@ -254,18 +255,25 @@ class Trainer:
             return rng.image_noise(seed, "eta", keys, self._shape, i).to(device)
 
         latents = rng.image_noise(seed, "noise", keys, self._shape).to(device)
-        conditioning = self.model.encode_prompts(prompts, config.negative_prompt)
-        denoise = self.model.denoiser(conditioning, config.guidance_scale, config.guidance_interval)
+        conditioning = self.model.encode_prompts(prompts, config.sample.negative_prompt)
+        denoise = self.model.denoiser(
+            conditioning, config.sample.guidance_scale, config.sample.guidance_interval
+        )
 
         def rollout(latents: Tensor, timestep: float) -> Tensor:
             with merged:
                 return denoise(latents, timestep)
 
+        schedule = self._schedule
+        calls = config.gradient.rollout_steps
+        if calls is not None and calls < window.start:
+            schedule = schedule.shortened(window.start, calls)
+            window = GradWindow(calls, calls + len(window))
         latents = sample(
             denoise,
             latents,
-            self._schedule,
-            eta=config.eta,
+            schedule,
+            eta=config.sample.eta,
             window=window,
             rollout=rollout,
             draw_noise=draw_noise,
@@ -314,10 +322,8 @@ class Trainer:
             complete = found.keys() == {"step", "exp_avg", "exp_avg_sq"}
             if not complete or any(value.shape != parameter.shape for value in moments):
                 raise RunError("the checkpoint's optimiser does not fit the LoRA of this run")
-            # The counter of steps stays on the CPU, where AdamW keeps it.
             self.optimizer.state[parameter] = {
-                name: value if name == "step" else value.to(parameter.device)
-                for name, value in found.items()
+                name: value.to(parameter.device) for name, value in found.items()
             }
         self.step_number, self.images_seen = state.step, state.images_seen
 
@@ -359,6 +365,7 @@ def make_accelerator() -> Accelerator:
     Without a GPU the CPU has to be asked for: only then do several processes join up on it.
     """
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+    machine.limit_threads()
     if accelerator.num_processes > 1:
         # Left to the interpreter's end, the backend's threads can take the process down with them.
         atexit.register(accelerator.end_training)

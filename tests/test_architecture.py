@@ -38,6 +38,7 @@ LAYER = {
             "prompts",
             "rng",
             "memory",
+            "machine",
             "footprint",
             "soup",
             "tiny",

@@ -185,6 +185,42 @@ def test_the_calls_beyond_a_normal_window_are_those_of_its_integral() -> None:
     assert mean_beyond(gradient, 50, 5) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    "gradient",
+    [
+        {"method": "last_k", "k": 10},
+        {"method": "random_k", "k_min": 1, "k_max": 50},
+        {"method": "random_k", "k_min": 3, "k_max": 20},
+        {"method": "full"},
+    ],
+)
+@pytest.mark.parametrize("calls", [1, 5, 40])
+def test_calls_before_the_window_that_are_left_out_cost_nothing(
+    gradient: dict[str, Any], calls: int
+) -> None:
+    """By counting the calls of every window that can be drawn."""
+
+    def flops(**more: int) -> float:
+        return estimate(
+            footprint(),
+            config(gradient={**gradient, **more}),
+            micro_batch=1,
+            accumulation=1,
+            network="none",
+            decoder=False,
+            reward=False,
+        ).floor
+
+    windows = {
+        "full": [50],
+        "last_k": [gradient.get("k", 0)],
+        "random_k": range(gradient.get("k_min", 0), gradient.get("k_max", 0) + 1),
+    }[gradient["method"]]
+    left_out = [max(50 - k - calls, 0) for k in windows]
+    expected = flops() - 1600 * sum(left_out) / len(left_out)
+    assert flops(rollout_steps=calls) == pytest.approx(expected)
+
+
 def test_of_the_calls_as_many_are_stored_as_fit() -> None:
     asked = config(gradient={"method": "last_k", "k": 10}, batch_size=1)
     plans = [

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
 import torch
 from diffusers import DDIMScheduler
+from hypothesis import given
+from hypothesis import strategies as st
 
 from alignprop_cli.schedule import NoiseSchedule, Step, diffusion_schedule
 from tests.factories import SD1_BETAS
@@ -81,3 +84,42 @@ def test_an_empty_schedule_is_refused() -> None:
 def test_an_unknown_prediction_type_is_refused_and_named() -> None:
     with pytest.raises(ValueError, match="'velocity'"):
         NoiseSchedule((Step(1, 0.5, 0.5, 1.0, 0.0),), "velocity")  # type: ignore[arg-type]
+
+
+def test_fewer_steps_at_the_beginning_end_where_all_of_them_did() -> None:
+    whole = diffusion_schedule(CUMPROD, [8, 6, 4, 2, 0], 1.0, "epsilon")
+    short = whole.shortened(before=4, calls=2)
+    assert [step.timestep for step in short.steps] == [8, 4, 0]
+    # Each begins at a level of the whole chain and ends at the next one's beginning.
+    for step, start, last in zip(short.steps[:2], (0, 2), (1, 3), strict=True):
+        assert (step.alpha, step.sigma) == (whole.steps[start].alpha, whole.steps[start].sigma)
+        assert step.alpha_next == whole.steps[last].alpha_next
+        assert step.sigma_next == whole.steps[last].sigma_next
+    assert short.steps[2] == whole.steps[4]
+
+
+def test_as_many_steps_as_before_are_the_same_schedule() -> None:
+    whole = diffusion_schedule(CUMPROD, [8, 6, 4, 2, 0], 1.0, "v_prediction")
+    for before in range(1, 6):
+        assert whole.shortened(before, before) == whole
+
+
+@given(st.integers(1, 10), st.data())
+def test_a_shortened_schedule_is_a_chain(steps: int, data: st.DataObject) -> None:
+    timesteps = [10 // steps * i for i in reversed(range(steps))]
+    whole = diffusion_schedule(CUMPROD, timesteps, 1.0, "epsilon")
+    before = data.draw(st.integers(1, steps))
+    calls = data.draw(st.integers(1, before))
+    short = whole.shortened(before, calls)
+    assert len(short) == steps - before + calls
+    assert short.steps[0].timestep == whole.steps[0].timestep
+    for step, following in itertools.pairwise(short.steps):
+        assert step.timestep > following.timestep
+        assert step.alpha_next == pytest.approx(following.alpha, abs=1e-12)
+
+
+@pytest.mark.parametrize(("before", "calls"), [(0, 0), (3, 0), (2, 3), (6, 2)])
+def test_steps_that_are_not_there_cannot_be_replaced(before: int, calls: int) -> None:
+    whole = diffusion_schedule(CUMPROD, [8, 6, 4, 2, 0], 1.0, "epsilon")
+    with pytest.raises(ValueError, match="expected 1 <= calls <= before <= 5"):
+        whole.shortened(before, calls)

@@ -126,6 +126,24 @@ def test_the_merged_lora_of_the_roll_out_does_not_change_the_gradient(
     assert entered
 
 
+def test_fewer_calls_before_the_window_are_made_and_nothing_else_changes() -> None:
+    def calls_of(**gradient: object) -> tuple[int, torch.Tensor]:
+        trainer = make_trainer(small_config(gradient={"method": "last_k", "k": 1, **gradient}))
+        made: list[object] = []
+        trainer.model.network.register_forward_pre_hook(lambda *_: made.append(None))
+        trainer.optimizer.step = lambda: None  # type: ignore[method-assign]
+        trainer.step()
+        return len(made), torch.cat([p.grad.flatten() for p in trainer.parameters])
+
+    calls, gradient = calls_of()
+    fewer, other = calls_of(rollout_steps=1)
+    same, equal = calls_of(rollout_steps=3)
+    assert (calls, fewer, same) == (4, 2, 4)
+    assert torch.equal(gradient, equal)
+    # Other pictures, and so another gradient.
+    assert relative_difference(other, gradient) > 1e-3
+
+
 def test_recomputation_does_not_change_the_gradient_bit_for_bit() -> None:
     stored = gradient_of_a_step(small_config())
     both = {"checkpoint_network": "call", "checkpoint_decoder": True}

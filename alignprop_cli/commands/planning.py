@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from alignprop_cli import footprint, lora, memory
+from alignprop_cli import footprint, lora, machine
 from alignprop_cli.config import Config, RewardConfig
 from alignprop_cli.errors import ConfigError
 from alignprop_cli.estimate import GIB, Budget, Footprint, Work, estimate
@@ -263,5 +263,5 @@ def budget_of(device: torch.device, gpu_memory: str | None = None) -> Budget:
     """
     if gpu_memory is not None:
         return Budget(parse_memory(gpu_memory), "cuda", "--gpu-memory")
-    size, source = memory.available(device)
+    size, source = machine.available(device)
     return Budget(size, device.type, source)

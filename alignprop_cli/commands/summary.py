@@ -10,7 +10,7 @@ from alignprop_cli import checkpoint, evaluator, report
 from alignprop_cli.commands.session import Session
 from alignprop_cli.console import table
 from alignprop_cli.evaluator import Drawn, Paired
-from alignprop_cli.memory import peak_gib
+from alignprop_cli.machine import peak_gib
 
 
 def finish(session: Session, base: Drawn, tuned: Drawn, seconds: float) -> None:

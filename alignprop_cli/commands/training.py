@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from alignprop_cli import __version__, adapter, checkpoint, evaluator, lora, report
+from alignprop_cli import __version__, adapter, checkpoint, evaluator, lora, machine, report
 from alignprop_cli import config as configuration
 from alignprop_cli.commands import planning
 from alignprop_cli.commands.drawing import draw
@@ -145,6 +145,7 @@ def run_training(
             "the evaluation says nothing about new ones"
         )
     model = load_model(config.model, accelerator.device)
+    machine.allow_tf32(next(model.network.parameters()).dtype)
     if planning.encodes_first(config, accelerator.device.type):
         model.keep_prompts([*train_prompts, *eval_prompts, config.sample.negative_prompt])
     mixture = build_mixture(config.reward, config.loss, accelerator.device)

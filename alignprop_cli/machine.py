@@ -1,0 +1,81 @@
+"""What this machine has and how it computes: memory, threads, precision of products."""
+
+from __future__ import annotations
+
+import math
+import os
+import resource
+import sys
+from pathlib import Path
+
+import psutil
+import torch
+
+
+def peak_gib(device: torch.device) -> float:
+    """Return the largest memory so far in GiB: allocated on CUDA, resident set otherwise."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    # Kilobytes on Linux, bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def available(device: torch.device) -> tuple[int, str]:
+    """Return the bytes that can still be had on a device, and where the figure comes from.
+
+    On CUDA what the driver says is free; elsewhere the RAM that is available, or what the limit of
+    the control group leaves, if that is less.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0], f"free on {torch.cuda.get_device_name(device)}"
+    free, source = psutil.virtual_memory().available, "free RAM"
+    for limit, used in _CGROUPS:
+        try:
+            left = int(Path(limit).read_text()) - int(Path(used).read_text())
+        except (OSError, ValueError):  # no such group, or no limit ("max")
+            continue
+        if 0 < left < free:
+            free, source = left, "limit of the control group"
+    return free, source
+
+
+_CGROUPS = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+    ),
+)
+
+
+def limit_threads() -> None:
+    """Use no more threads than the control group gives processors to.
+
+    In a container torch counts the processors of the machine, and threads that share one wait for
+    each other. What OMP_NUM_THREADS says is left alone.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), _processors(_CPU_LIMIT))))
+
+
+_CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
+
+
+def _processors(limit: Path) -> int:
+    """Return how many processors a limit file allows: microseconds of work in a period of them."""
+    try:
+        work, period = limit.read_text().split()
+        return math.ceil(int(work) / int(period))
+    except (OSError, ValueError):  # no such group, or no limit ("max")
+        return sys.maxsize
+
+
+def allow_tf32(dtype: torch.dtype) -> None:
+    """Let a GPU multiply float32 matrices as TF32 where the network itself is coarser.
+
+    TF32 keeps 10 bits of a number's digits, bfloat16 7, float16 10. A network in float32 was asked
+    for, and keeps float32.
+    """
+    coarser = dtype in (torch.bfloat16, torch.float16) and torch.cuda.is_available()
+    torch.set_float32_matmul_precision("high" if coarser else "highest")

@@ -1,0 +1,62 @@
+"""What the machine has: threads within the control group's limit, precision of products, memory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from alignprop_cli import machine
+
+
+@pytest.mark.parametrize(
+    ("limit", "processors"),
+    [("200000 100000", 2), ("150000 100000", 2), ("50000 100000", 1), ("max 100000", sys.maxsize)],
+)
+def test_the_processors_of_a_control_group_are_counted(
+    tmp_path: Path, limit: str, processors: int
+) -> None:
+    file = tmp_path / "cpu.max"
+    file.write_text(limit + "\n", encoding="utf-8")
+    assert machine._processors(file) == processors
+
+
+def test_without_a_control_group_there_is_no_limit(tmp_path: Path) -> None:
+    assert machine._processors(tmp_path / "nothing") == sys.maxsize
+
+
+@pytest.mark.parametrize(("wanted", "threads"), [(None, "1"), ("2", "2")])
+def test_threads_follow_the_limit_unless_they_are_given(
+    tmp_path: Path, wanted: str | None, threads: str
+) -> None:
+    """In a process of its own: the number of threads is the whole process's."""
+    file = tmp_path / "cpu.max"
+    file.write_text("100000 100000\n", encoding="utf-8")
+    script = (
+        "import sys, pathlib, torch; from alignprop_cli import machine; "
+        "machine._CPU_LIMIT = pathlib.Path(sys.argv[1]); machine.limit_threads(); "
+        "print(torch.get_num_threads())"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
+    environment |= {} if wanted is None else {"OMP_NUM_THREADS": wanted}
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(file)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == threads
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_of_float32_stay_exact_without_a_gpu(dtype: torch.dtype) -> None:
+    machine.allow_tf32(dtype)
+    expected = "high" if dtype == torch.bfloat16 and torch.cuda.is_available() else "highest"
+    assert torch.get_float32_matmul_precision() == expected
+    machine.allow_tf32(torch.float32)
+    assert torch.get_float32_matmul_precision() == "highest"
