@@ -25,6 +25,7 @@ from alignprop_cli.errors import ConfigError, RunError
 from alignprop_cli.models.base import DiffusionModel
 from alignprop_cli.plan import Plan
 from alignprop_cli.prompts import PromptStream
+from alignprop_cli.rewards.base import depends_on
 from alignprop_cli.rewards.composite import Mixture
 from alignprop_cli.sampling import sample
 from alignprop_cli.truncation import Full, GaussianK, GradWindow, LastK, RandomK, Truncation
@@ -155,6 +156,11 @@ class Trainer:
 
         # 2. Sum over processes, clip, check, update.
         grad_norm = self._finish_gradients()
+        if grad_norm == 0.0 and self.step_number == 0:
+            self._note(
+                "the gradient of the first step is exactly 0: the rewards do not change with the "
+                "images (do they round?), or their targets are reached"
+            )
         rate = self._set_learning_rate()
         self.optimizer.step()
         self.step_number += 1
@@ -215,7 +221,8 @@ class Trainer:
             numbers = range(first, first + plan.micro_batch)
             part_scores, part_losses = self.forward(numbers, window, merged)
             # The mean over the global batch, so that dividing it changes nothing.
-            (part_losses.sum() * (self._loss_scale / plan.batch_size)).backward()
+            with self.mixture.blamed():
+                (part_losses.sum() * (self._loss_scale / plan.batch_size)).backward()
             losses.append(part_losses.detach())
             for name, values in part_scores.items():
                 scores[name].append(values.detach())
@@ -282,7 +289,7 @@ class Trainer:
         images = self.model.decode(latents, use_checkpoint=self.plan.checkpoint_decoder)
         scores = self.mixture.score(images, prompts)
         for name in self.mixture.names:
-            if not scores[name].requires_grad:
+            if not depends_on(scores[name], images):
                 raise ConfigError(
                     f"reward '{name}' has no gradient: its answer does not depend on the images "
                     "in a differentiable way, so there is nothing to train on",

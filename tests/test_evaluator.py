@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from alignprop_cli import evaluator, lora
-from alignprop_cli.config import LossConfig, ModelConfig, SampleConfig
+from alignprop_cli.config import LossConfig, ModelConfig, RewardConfig, SampleConfig
+from alignprop_cli.errors import RunError
 from alignprop_cli.evaluator import Picture
 from alignprop_cli.models.registry import TINY, load_model
 from alignprop_cli.prompts import load_prompts
 from alignprop_cli.rewards.clip import ClipReward
-from alignprop_cli.rewards.composite import Member, Mixture
+from alignprop_cli.rewards.composite import Member, Mixture, build_mixture
 from tests.factories import fill_lora_b
 
 CPU = torch.device("cpu")
@@ -50,6 +51,16 @@ def test_the_batch_size_changes_neither_pictures_nor_figures() -> None:
         assert bytes_apart.max() <= 1
         assert (bytes_apart > 0).mean() <= 1e-3
         np.testing.assert_allclose(other.rewards["clip"], drawn.rewards["clip"], atol=1e-4)
+
+
+def test_pictures_that_are_not_finite_are_told_by_reward_and_prompt() -> None:
+    model = load_model(ModelConfig(id=str(TINY)), CPU)
+    lora.inject(model.network, rank=4, alpha=4, target_modules=("to_q",), seed=0)
+    fill_lora_b(model.network, seed=1, scale=float("nan"))
+    mixture = build_mixture({"brightness": RewardConfig()}, LossConfig(), CPU)
+    config = SampleConfig(num_inference_steps=1)
+    with pytest.raises(RunError, match=r"'brightness': image 0 .* NaN or infinity, prompt 'a cat'"):
+        evaluator.draw(model, [Picture("a cat", 0)], mixture, config, seed=0, batch_size=1)
 
 
 def pictures(prompts: int, each: int = 1) -> list[Picture]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -87,3 +87,26 @@ def check_rewards(name: str, rewards: object, prompts: Sequence[str]) -> Tensor:
             f"batch, prompt {prompts[index]!r}"
         )
     return rewards if rewards.dtype == torch.float64 else rewards.float()
+
+
+def depends_on(rewards: Tensor, images: Tensor) -> bool:
+    """Return whether the gradient of rewards reaches the images.
+
+    That they have a gradient is not enough: it may be that of weights alone.
+
+    Args:
+        rewards: Any shape.
+        images: What they may have been computed of, itself computed of something with a gradient.
+    """
+    wanted = images.grad_fn
+    seen: set[object] = {None}
+    waiting: list[Any] = [rewards.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        if node is wanted:
+            return True
+        seen.add(node)
+        waiting += [parent for parent, _ in node.next_functions]
+    return False

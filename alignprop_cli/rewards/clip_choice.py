@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from alignprop_cli.prompts import load_prompts
+from alignprop_cli.rewards.base import without_autocast
 from alignprop_cli.rewards.clip import ClipReward
 
 
@@ -53,7 +54,8 @@ class ClipChoice(ClipReward):
         seen = self.image_features(images)
         scale = self._model.logit_scale.detach().to(seen.dtype).exp()
         own = scale * (seen * self.text_features(prompts)).sum(dim=-1, keepdim=True)
-        others = scale * seen @ self.text_features(self.choices).T  # (B, N)
+        with without_autocast(images.device):
+            others = scale * seen @ self.text_features(self.choices).T  # (B, N)
         # The own prompt counts once, wherever it is.
         is_own = self._mask([[c == prompt for c in self.choices] for prompt in prompts])
         everything = torch.cat([own, others.masked_fill(is_own, -torch.inf)], dim=1)

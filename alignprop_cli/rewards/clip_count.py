@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from alignprop_cli.errors import ConfigError
+from alignprop_cli.rewards.base import without_autocast
 from alignprop_cli.rewards.clip import ClipReward
 
 
@@ -44,7 +45,9 @@ class ClipCount(ClipReward):
             numbers.append(number - 1)
             texts += others
         read = self.text_features(texts).unflatten(0, (len(prompts), self.most))  # (B, N, D)
-        cosines = torch.einsum("bd,bnd->bn", self.image_features(images), read)
+        seen = self.image_features(images)
+        with without_autocast(images.device):
+            cosines = torch.einsum("bd,bnd->bn", seen, read)
         scale = self._model.logit_scale.detach().to(cosines.dtype).exp()
         chosen = torch.tensor(numbers, device=cosines.device)[:, None]
         return (scale * cosines).log_softmax(dim=1).gather(1, chosen)[:, 0]

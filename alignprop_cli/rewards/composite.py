@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from alignprop_cli.config import LossConfig, RewardConfig
-from alignprop_cli.errors import ConfigError, RunError
+from alignprop_cli.errors import AssetError, ConfigError, RunError
 from alignprop_cli.losses import reward_loss
 from alignprop_cli.rewards import own, registry
 from alignprop_cli.rewards.base import Reward, check_inputs, check_rewards
@@ -88,7 +89,7 @@ class Mixture:
             differentiable in images as far as the member is; those beside are not.
 
         Raises:
-            ConfigError: If a member answers with a wrong shape.
+            ConfigError: If a member answers with a wrong shape or changes the images.
             RunError: If images or answers are not finite, or a member fails.
         """
         scores: dict[str, Tensor] = {}
@@ -96,12 +97,21 @@ class Mixture:
             check_inputs(member.name, images, prompts)
             scores[member.name] = check_rewards(member.name, _ask(member, images, prompts), prompts)
         for name, measure in self.beside.items():
-            scores[name] = check_rewards(name, measure(images.detach()), prompts).to(images.device)
+            with own.faults(RunError, f"'{name}' beside a reward failed"):
+                answer = measure(images.detach())
+            scores[name] = check_rewards(name, answer, prompts).to(images.device)
         return scores
 
     def losses(self, scores: Mapping[str, Tensor]) -> Tensor:
         """Return the loss of each image, shape (B,). Differentiable in the scores."""
         return torch.stack([m.loss_of(scores[m.name]) for m in self.members]).sum(dim=0)
+
+    def blamed(self) -> AbstractContextManager[None]:
+        """Return a block, for backward, in which any fault is one of the user's own rewards'."""
+        names = [f"'{name}'" for name in self.names if name not in registry.SHIPPED]
+        if not names:
+            return nullcontext()
+        return own.faults(RunError, f"the gradient of {', '.join(names)} failed")
 
     def standardise(self, name: str, mean: float, std: float) -> None:
         """Let a member's loss be that of (reward - mean) / std from now on.
@@ -130,8 +140,15 @@ def _ask(member: Member, images: Tensor, prompts: Sequence[str]) -> object:
     """Return what a reward answers; a fault in one of the user's own is told as such."""
     if member.name in registry.SHIPPED:
         return member.reward(images, prompts)
+    version = images._version
     with own.faults(RunError, f"reward '{member.name}' failed"):
-        return member.reward(images, prompts)
+        answer = member.reward(images, prompts)
+    if images._version != version:
+        raise ConfigError(
+            f"reward '{member.name}' changes the images it is given, which others use too",
+            hint="write x = x - 1 in place of x -= 1, or begin with images = images.clone()",
+        )
+    return answer
 
 
 def build_mixture(
@@ -140,7 +157,7 @@ def build_mixture(
     """Build every reward of the configuration on the device.
 
     Raises:
-        ConfigError, AssetError: As `registry.build`.
+        ConfigError, AssetError: As `registry.build`; AssetError too where a move fails.
     """
     for name, config in rewards.items():
         registry.check(name, config.options)
@@ -153,7 +170,8 @@ def build_mixture(
         elif dtype != torch.float32:
             raise ConfigError(f"reward.{name}.dtype: it holds no network that could be {dtype}")
         elif callable(move := getattr(reward, "to", None)):
-            move(device)
+            with own.faults(AssetError, f"reward '{name}': cannot be moved to {device}"):
+                move(device)
         base = (
             None
             if config.base_mean is None or config.base_std is None or not config.standardise

@@ -40,6 +40,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate, logsigmoid, pad
 from torch.nn.utils.rnn import pad_sequence
 from torchvision.ops import box_convert, nms
+from torchvision.transforms.functional import gaussian_blur
 from transformers import (
     AutoConfig,
     CLIPTokenizer,
@@ -242,14 +243,17 @@ class Detector:
         return interpolate(images, target, mode="bilinear", antialias=True, align_corners=False)
 
     def _squared(self, images: Tensor) -> Tensor:
-        """Pad with black to a square at the bottom and right, and resize, as OWLv2 is fed."""
+        """Pad with black to a square at the bottom and right, blur and resize, as OWLv2 is fed."""
         side = self.network.config.vision_config.image_size
         height, width = images.shape[-2:]
         longest = max(height, width)
         images = pad(images, (0, longest - width, 0, longest - height))
-        return interpolate(
-            images, (side, side), mode="bilinear", antialias=True, align_corners=False
-        )
+        if (sigma := (longest / side - 1.0) / 2.0) > 0.0:
+            taps = 2 * math.ceil(3.0 * sigma) + 1
+            # One axis after the other: the library's kernel is the product of both.
+            for kernel in ([taps, 1], [1, taps]):
+                images = gaussian_blur(images, kernel, [sigma, sigma])
+        return interpolate(images, (side, side), mode="bilinear", align_corners=False)
 
 
 def log_probability(log_odds: Tensor, numbers: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from alignprop_cli.errors import AlignPropError
 def faults(kind: type[AlignPropError], what: str) -> Iterator[None]:
     """Turn whatever the code within raises into an error of ours.
 
-    It may raise anything at all, and none of it is a fault of this program. What already is one of
-    our errors, and memory that ran out, pass unchanged.
+    It may raise anything at all, or end the process, and none of it is a fault of this program.
+    What already is one of our errors, and memory that ran out, pass unchanged.
 
     Args:
         kind: Of the error raised instead.
@@ -25,7 +25,7 @@ def faults(kind: type[AlignPropError], what: str) -> Iterator[None]:
         yield
     except (AlignPropError, MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise kind(
             f"{what}: {type(error).__name__}: {error}", hint="--debug shows where"
         ) from error

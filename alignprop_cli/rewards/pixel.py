@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from alignprop_cli.rewards.base import without_autocast
+
 # Rec. 601 luma, the weights of JPEG's Y channel.
 _LUMA = (0.299, 0.587, 0.114)
 
@@ -18,7 +20,8 @@ _LUMA = (0.299, 0.587, 0.114)
 def _luma(images: Tensor) -> Tensor:
     """Return brightness per pixel, (B, H, W), of images (B, 3, H, W)."""
     weights = torch.tensor(_LUMA, dtype=images.dtype, device=images.device)
-    return torch.einsum("bchw,c->bhw", images, weights)
+    with without_autocast(images.device):
+        return torch.einsum("bchw,c->bhw", images, weights)
 
 
 def brightness(images: Tensor, prompts: Sequence[str]) -> Tensor:

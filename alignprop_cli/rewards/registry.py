@@ -196,16 +196,15 @@ def _import(name: str) -> Any:
         point = next(p for p in entry_points(group=GROUP) if p.name == name)
         name = point.value
     place, _, attribute = name.rpartition(":")
-    try:
-        module = (
-            _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
-        )
-    except ImportError as error:
-        raise AssetError(f"reward '{name}': cannot import {place}: {error}") from error
-    except SyntaxError as error:
-        raise ConfigError(
-            f"reward '{name}': {error.filename}:{error.lineno}: {error.msg}"
-        ) from error
+    with own.faults(AssetError, f"reward '{name}': cannot import {place}"):
+        try:
+            module = (
+                _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+            )
+        except SyntaxError as error:
+            raise ConfigError(
+                f"reward '{name}': {error.filename}:{error.lineno}: {error.msg}"
+            ) from error
     if not hasattr(module, attribute):
         public = [n for n in vars(module) if not n.startswith("_")]
         raise ConfigError(

@@ -1,0 +1,190 @@
+"""A reward of the user's own from the command line: it works, and what is wrong with it is told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from alignprop_cli.cli import main
+from tests.factories import picture
+
+OWN = """
+import torch
+
+class Blueness:
+    def __init__(self, gain=1.0):
+        self.gain = gain
+        self.beside = {"luma": lambda images: images.mean(dim=(1, 2, 3))}
+
+    def __call__(self, images, prompts):
+        return self.gain * images[:, 2].mean(dim=(1, 2))
+"""
+
+WRONG = """
+import torch
+
+def broken(images, prompts):
+    return images.mean(dim=(1, 2, 3)) * float("nan")
+
+def single(images, prompts):
+    return images.mean()
+
+def column(images, prompts):
+    return images.mean(dim=(2, 3)).mean(dim=1, keepdim=True)
+
+def listed(images, prompts):
+    return [0.0] * len(prompts)
+
+def falls(images, prompts):
+    return 1 / 0
+
+def ends(images, prompts):
+    raise SystemExit
+
+def alone(images):
+    return images.mean(dim=(1, 2, 3))
+
+def changes(images, prompts):
+    images -= 0.5
+    return images.mean(dim=(1, 2, 3))
+
+class Unbuilt:
+    def __init__(self):
+        raise ValueError("no key")
+
+class Unmoved:
+    def to(self, device):
+        raise ValueError("too heavy")
+
+class Beside:
+    beside = {"area": lambda images: 1 / 0}
+
+    def __call__(self, images, prompts):
+        return images.mean(dim=(1, 2, 3))
+
+def blind(images, prompts):
+    return images.detach().mean(dim=(1, 2, 3))
+
+head = torch.nn.Linear(3, 1)
+
+def unfrozen(images, prompts):
+    return head(images.detach().mean(dim=(2, 3)))[:, 0]
+
+def stale(images, prompts):
+    roots = images.exp()
+    return roots.mul_(2.0).mean(dim=(1, 2, 3))
+"""
+
+SHORT = (
+    "--preset=tiny",
+    "--set=sample.num_inference_steps=1",
+    "--set=gradient.k_max=1",
+    "--set=eval.images=1",
+    "--output=out",
+)
+COMMANDS = {
+    "train": (
+        *SHORT,
+        "--steps=1",
+        "--set=train.batch_size=2",
+        "--set=train.micro_batch=2",
+        "--set=eval.sample_images=1",
+    ),
+    "evaluate": ("base", *SHORT),
+    "score": ("pictures", "--prompt=a cat"),
+}
+
+
+@pytest.fixture
+def run(capsys, tmp_path, monkeypatch):
+    """Return a function that runs a command in a folder with rewards and a picture."""
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text(OWN)
+    Path("wrong.py").write_text(WRONG)
+    Path("breaks.py").write_text("KEY = {}['key']\n")
+    Path("garbled.py").write_text("def x(:\n")
+    picture(Path("pictures/a.png"))
+
+    def call(command, *args):
+        with pytest.raises(SystemExit) as ended:
+            main([command, *COMMANDS[command], *args])
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return ended.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_ten_lines_are_a_reward(run, command) -> None:
+    assert len(OWN.split("\n")) <= 12
+    name = "own.py:Blueness"
+    code, out, err = run(command, "--reward", name, "--set", f"reward.{name}.gain=2.0", "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    rewards = (result["held_out"] if command == "train" else result)["rewards"]
+    assert set(rewards) >= {name, "luma"}
+    if command == "score":
+        assert rewards[name]["mean"] == pytest.approx(2.0 * rewards["luma"]["mean"])
+
+
+MISTAKES = [
+    ("wrong.py:broken", 4, "'wrong.py:broken' returned nan for image 0 of the batch, prompt"),
+    ("wrong.py:single", 2, "'wrong.py:single': expected a tensor of shape"),
+    ("wrong.py:column", 2, "'wrong.py:column': expected a tensor of shape"),
+    ("wrong.py:listed", 2, "'wrong.py:listed': expected a tensor of shape (1,), got list"),
+    ("wrong.py:falls", 4, "'wrong.py:falls' failed: ZeroDivisionError: division by zero"),
+    ("wrong.py:ends", 4, "'wrong.py:ends' failed: SystemExit"),
+    ("wrong.py:alone", 4, "'wrong.py:alone' failed: TypeError"),
+    ("wrong.py:changes", 2, "'wrong.py:changes' changes the images it is given"),
+    ("wrong.py:Unbuilt", 3, "'wrong.py:Unbuilt': cannot be built: ValueError: no key"),
+    ("wrong.py:Unmoved", 3, "'wrong.py:Unmoved': cannot be moved to cpu: ValueError: too heavy"),
+    ("wrong.py:Beside", 4, "'area' beside a reward failed: ZeroDivisionError"),
+    ("wrong.py:none", 2, "wrong.py has no 'none'"),
+    ("breaks.py:x", 3, "'breaks.py:x': cannot import breaks.py: KeyError: 'key'"),
+    ("garbled.py:x", 2, "garbled.py:1: invalid syntax"),
+    ("absent.py:x", 3, "no such file: absent.py"),
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize(("name", "code", "words"), MISTAKES, ids=[name for name, *_ in MISTAKES])
+def test_a_mistake_is_told_with_its_exit_code(run, command, name, code, words) -> None:
+    found, out, err = run(command, "--reward", name)
+    assert (found, out) == (code, "")
+    assert words in " ".join(err.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "words"),
+    [
+        ("wrong.py:blind", 2, "'wrong.py:blind' has no gradient"),
+        ("wrong.py:unfrozen", 2, "'wrong.py:unfrozen' has no gradient"),
+        ("wrong.py:stale", 4, "the gradient of 'wrong.py:stale' failed: RuntimeError"),
+    ],
+)
+def test_without_a_gradient_it_measures_and_does_not_train(run, name, code, words) -> None:
+    assert run("score", "--reward", name)[0] == 0
+    found, out, err = run("train", "--reward", name)
+    assert (found, out) == (code, "")
+    assert words in " ".join(err.split())
+
+
+def test_a_gradient_of_exactly_nothing_is_told(run) -> None:
+    Path("mine.py").write_text(
+        "def steps(images, prompts):\n    return images.round().mean(dim=(1, 2, 3))\n"
+    )
+    code, _, err = run("train", "--reward", "mine.py:steps")
+    assert code == 0
+    assert "the gradient of the first step is exactly 0" in " ".join(err.split())
+
+
+def test_an_option_that_it_does_not_take_is_refused(run) -> None:
+    code, _, err = run("score", "--set", "reward.own.py:Blueness.gian=2")
+    assert code == 2
+    assert "gian" in err
+    code, _, err = run("score", "--set", "reward.wrong.py:broken.weigth=2")
+    assert code == 2
+    assert "'wrong.py:broken' is a function and takes no options" in " ".join(err.split())
