@@ -21,11 +21,10 @@ from torch import Tensor
 from alignprop_cli import lora, machine, rng
 from alignprop_cli.checkpoint import State
 from alignprop_cli.config import Config, GradientConfig, TrainConfig
-from alignprop_cli.errors import ConfigError, RunError
+from alignprop_cli.errors import RunError
 from alignprop_cli.models.base import DiffusionModel
 from alignprop_cli.plan import Plan
 from alignprop_cli.prompts import PromptStream
-from alignprop_cli.rewards.base import depends_on
 from alignprop_cli.rewards.composite import Mixture
 from alignprop_cli.sampling import sample
 from alignprop_cli.truncation import Full, GaussianK, GradWindow, LastK, RandomK, Truncation
@@ -288,13 +287,7 @@ class Trainer:
         )
         images = self.model.decode(latents, use_checkpoint=self.plan.checkpoint_decoder)
         scores = self.mixture.score(images, prompts)
-        for name in self.mixture.names:
-            if not depends_on(scores[name], images):
-                raise ConfigError(
-                    f"reward '{name}' has no gradient: its answer does not depend on the images "
-                    "in a differentiable way, so there is nothing to train on",
-                    hint="it must not detach, round, or leave torch",
-                )
+        self.mixture.check_gradients(scores, images)
         return scores, self.mixture.losses(scores)
 
     def _recomputed(self, window: GradWindow) -> GradWindow | None:

@@ -13,7 +13,7 @@ from alignprop_cli.config import LossConfig, RewardConfig
 from alignprop_cli.errors import AssetError, ConfigError, RunError
 from alignprop_cli.losses import reward_loss
 from alignprop_cli.rewards import own, registry
-from alignprop_cli.rewards.base import Reward, check_inputs, check_rewards
+from alignprop_cli.rewards.base import Reward, check_inputs, check_rewards, depends_on
 from alignprop_cli.rewards.frozen import FrozenReward
 
 
@@ -101,6 +101,20 @@ class Mixture:
                 answer = measure(images.detach())
             scores[name] = check_rewards(name, answer, prompts).to(images.device)
         return scores
+
+    def check_gradients(self, scores: Mapping[str, Tensor], images: Tensor) -> None:
+        """Refuse members whose gradient does not reach the images.
+
+        Raises:
+            ConfigError: With the name of the first one.
+        """
+        for name in self.names:
+            if not depends_on(scores[name], images):
+                raise ConfigError(
+                    f"reward '{name}' has no gradient: its answer does not depend on the images "
+                    "in a differentiable way, so there is nothing to train on",
+                    hint="it must not detach, round, or leave torch",
+                )
 
     def losses(self, scores: Mapping[str, Tensor]) -> Tensor:
         """Return the loss of each image, shape (B,). Differentiable in the scores."""
