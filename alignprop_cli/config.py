@@ -227,6 +227,11 @@ class TrainConfig(Section):
     max_grad_norm: PositiveFloat | None = Field(
         default=1.0, description="The gradient is scaled down to this L2 norm; null leaves it."
     )
+    compile: bool | Literal["auto"] = Field(
+        default="auto",
+        description="Compile the blocks that the network repeats; auto tries it on a GPU, in a run "
+        "of more than 20 minutes, and keeps it where it is faster.",
+    )
     seed: Annotated[int, Field(ge=0)] = Field(
         default=0, description="Of everything random in training."
     )

@@ -62,18 +62,19 @@ def _try(trainer: Trainer, peak_of: PeakOf, images: int) -> int | None:
     return found + 8 * sum(parameter.numel() for parameter in trainer.parameters)
 
 
-def rehearse(trainer: Trainer, images: int) -> None:
-    """Do the most that one micro-batch can take, with the longest window, and forget it.
+def rehearse(trainer: Trainer, images: int, calls: int | None = None) -> None:
+    """Do one micro-batch of the coming step and forget it.
 
     Args:
         trainer: Left as it was.
         images: In the micro-batch.
+        calls: That carry gradient; None is the most that can be drawn.
     """
     steps = trainer.config.sample.num_inference_steps
-    longest = longest_window(trainer.config.gradient, steps)
+    calls = calls or longest_window(trainer.config.gradient, steps)
     merged = lora.Merged(trainer.model.network)
     try:
-        window = GradWindow(steps - longest, steps)
+        window = GradWindow(steps - calls, steps)
         _, losses = trainer.forward(range(images), window, merged)
         losses.sum().backward()
     finally:

@@ -49,6 +49,7 @@ LAYER = {
         [
             "trainer",
             "probe",
+            "compiling",
             "evaluator",
             "scorer",
             "pictures",

@@ -17,6 +17,7 @@ _MAY_CHANGE = (
     "gradient.checkpoint_network",
     "gradient.checkpoint_decoder",
     "gradient.checkpoint_reward",
+    "train.compile",
     "eval.",
     "output.",
 )

@@ -26,6 +26,7 @@ from alignprop_cli.commands.interruption import any_process, signals
 from alignprop_cli.commands.resuming import cut_metrics, newest, refuse_changes, restore
 from alignprop_cli.commands.session import Session
 from alignprop_cli.commands.summary import finish
+from alignprop_cli.compiling import compile_network
 from alignprop_cli.config import Config
 from alignprop_cli.console import Console
 from alignprop_cli.errors import AssetError, ConfigError, InterruptedRun
@@ -155,6 +156,7 @@ def run_training(
     trainer = Trainer(config, plan, model, mixture, train_prompts, accelerator, console.warn)
     if found is not None:
         restore(trainer, found, run)
+    compile_network(trainer, config.train.compile, console.note)
     if footprint is not None and accelerator.device.type == "cuda":
         _probe(trainer, footprint, budget, console)
     session = Session(
