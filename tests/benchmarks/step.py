@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import venv
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,12 @@ PEER = (
 )
 
 
-def peer_python(folder: Path) -> str:
+def peer_python(folder: Path, packages: Sequence[str] = PEER) -> str:
     """Return the interpreter of TRL's environment, which is made where it is missing."""
     python = folder / "bin" / "python"
     if not python.exists():
         venv.create(folder, with_pip=True)
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *PEER], check=True)
+        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *packages], check=True)
     return str(python)
 
 
@@ -73,9 +74,9 @@ def compare(arguments: argparse.Namespace, folder: Path) -> list[str]:
         sys.executable, HERE / "ours.py", [model, steps, threads, arguments.dtype], environment
     )
     lines = [
-        f"TRL side: {_words(peer.ask('versions'))}",
-        f"our side: {_words(ours.ask('versions'))}, {arguments.dtype}",
-        f"machine: {_machine()}, {threads} threads, Python {platform.python_version()}",
+        f"TRL side: {words(peer.ask('versions'))}",
+        f"our side: {words(ours.ask('versions'))}, {arguments.dtype}",
+        f"machine: {machine()}, {threads} threads, Python {platform.python_version()}",
         "",
         "| K | side | recompute | seconds, median (all) | TRL / ours | TFLOP | over the floor "
         "| stored MB | alive MB | network calls |",
@@ -108,11 +109,12 @@ def compare(arguments: argparse.Namespace, folder: Path) -> list[str]:
     return lines
 
 
-def _words(versions: dict[str, Any]) -> str:
+def words(versions: dict[str, Any]) -> str:
+    """Return names and versions on one line."""
     return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
-def _machine() -> str:
+def machine() -> str:
     """Return the processor's name, as far as the system tells."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
