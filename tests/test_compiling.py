@@ -1,0 +1,87 @@
+"""Compiling the blocks of the network: the same gradient, and nothing is left where it fails."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from alignprop_cli import compiling
+from alignprop_cli.compiling import compile_network
+from alignprop_cli.trainer import Trainer
+from tests.test_trainer import make_trainer, relative_difference, small_config
+
+CONFIG = small_config(
+    sample={"num_inference_steps": 2, "eta": 0.0},
+    gradient={"window_group": 2, "k_max": 2},
+    train={"batch_size": 2, "micro_batch": 2, "max_grad_norm": None, "steps": 3},
+)
+
+
+def compiled_blocks(trainer: Trainer) -> int:
+    return sum(m._compiled_call_impl is not None for m in trainer.model.network.modules())
+
+
+def gradient(trainer: Trainer) -> torch.Tensor:
+    trainer.optimizer.step = lambda: None  # type: ignore[method-assign]
+    trainer.step()
+    return torch.cat([p.grad.flatten() for p in trainer.parameters if p.grad is not None])
+
+
+def gradients(backend: str) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """Return the gradient of a step without and with compiled blocks, and what was said."""
+    plain, compiled = make_trainer(CONFIG), make_trainer(CONFIG)
+    said: list[str] = []
+    compile_network(compiled, True, said.append, backend=backend)
+    assert compiled_blocks(compiled) > 0
+    return gradient(plain), gradient(compiled), said
+
+
+def test_compiled_blocks_give_the_same_gradient() -> None:
+    """Traced and differentiated by the compiler, with the operators as they are."""
+    plain, compiled, said = gradients("aot_eager")
+    assert float(plain.norm()) > 1e-4
+    assert relative_difference(compiled, plain) < 1e-4
+    assert len(said) == 1
+    assert "compiled the network's blocks" in said[0]
+
+
+@pytest.mark.slow
+def test_blocks_compiled_to_machine_code_give_the_same_gradient() -> None:
+    plain, compiled, _ = gradients("inductor")
+    assert relative_difference(compiled, plain) < 1e-4
+
+
+def test_what_cannot_be_compiled_runs_as_it_is_and_says_so() -> None:
+    def broken(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("no compiler here\nand more of it")
+
+    trainer, said = make_trainer(CONFIG), list[str]()
+    compile_network(trainer, True, said.append, backend=broken)  # type: ignore[arg-type]
+    assert compiled_blocks(trainer) == 0
+    assert "cannot be compiled here and run as they are" in said[0]
+    assert torch.equal(gradient(trainer), gradient(make_trainer(CONFIG)))
+
+
+@pytest.mark.parametrize("wanted", [False, "auto"])
+def test_on_the_cpu_nothing_is_compiled_unless_it_is_asked_for(wanted: Any) -> None:
+    trainer = make_trainer(CONFIG)
+    compile_network(trainer, wanted, pytest.fail)
+    assert compiled_blocks(trainer) == 0
+
+
+@pytest.mark.parametrize(("seconds", "kept"), [([9.0, 9.0, 50.0, 6.0], True), ([9.0] * 4, False)])
+def test_what_is_not_faster_is_taken_back(
+    monkeypatch: pytest.MonkeyPatch, seconds: list[float], kept: bool
+) -> None:
+    """With times of a GPU's long run in place of those measured here."""
+    trainer, said = make_trainer(small_config(train={"batch_size": 8, "steps": 1000})), list[str]()
+    times = iter(seconds)
+    monkeypatch.setattr(compiling, "_timed", lambda trainer: next(times))
+    monkeypatch.setattr(
+        type(trainer.model), "device", property(lambda model: torch.device("cuda", 0))
+    )
+    compile_network(trainer, "auto", said.append, backend="aot_eager")
+    assert (compiled_blocks(trainer) > 0) is kept
+    assert ("not worth keeping" in said[0]) is not kept
