@@ -58,6 +58,11 @@ class ModelConfig(Section):
         description="Folder in diffusers format with the configs and the tokenizer that belong to "
         "a single-file checkpoint; null reads them from the hub.",
     )
+    vae_tile_size: PositiveInt | None = Field(
+        default=None,
+        description="Decode in overlapping tiles of so many pixels: less memory, and pictures "
+        "change a little. Null decodes them whole.",
+    )
     dtype: Dtype = Field(
         default="auto",
         description="Precision of the frozen weights; auto is bfloat16 on a GPU that has it, "

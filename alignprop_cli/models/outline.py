@@ -40,10 +40,12 @@ def outline(config: ModelConfig, dtype: torch.dtype) -> StableDiffusion:
         dtype: Precision of the frozen weights.
 
     Raises:
-        AssetError, ConfigError: As `registry.find`; AssetError too if the configurations of an
-            unknown model cannot be had.
+        AssetError, ConfigError: As `registry.find` and `tile_decoder`; AssetError too if the
+            configurations of an unknown model cannot be had.
     """
-    return build(_folder(config), dtype, config.id)
+    model = build(_folder(config), dtype, config.id)
+    model.tile_decoder(config.vae_tile_size)
+    return model
 
 
 def build(folder: Path, dtype: torch.dtype, name: str) -> StableDiffusion:

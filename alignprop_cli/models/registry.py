@@ -31,9 +31,9 @@ def load_model(config: ModelConfig, device: torch.device) -> DiffusionModel:
         AssetError: If a file is missing or damaged, or the hub cannot be reached or refuses.
         ConfigError: If the model is of a family that is not supported.
     """
-    from alignprop_cli.models import sd
+    from alignprop_cli.models import loading
 
-    return sd.load(config, find(config), device)
+    return loading.load(config, find(config), device)
 
 
 def find(config: ModelConfig) -> Path | None:

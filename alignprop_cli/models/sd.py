@@ -10,35 +10,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-import transformers
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.utils import convert_unet_state_dict_to_peft
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from alignprop_cli import images, lora
-from alignprop_cli.config import ModelConfig
-from alignprop_cli.errors import AlignPropError, AssetError, ConfigError
+from alignprop_cli.errors import AssetError, ConfigError
 from alignprop_cli.models.attention import use_narrow_attention
 from alignprop_cli.models.base import LORA_FILE, Conditioning
-from alignprop_cli.models.registry import resolve_dtype
 from alignprop_cli.sampling import Denoise, guide
 from alignprop_cli.schedule import NoiseSchedule, diffusion_schedule
 
 # 236 kB each for Stable Diffusion 1.x in float32.
 _CACHED_PROMPTS = 1024
-_ELSEWHERE = "set model.id to a local folder or file; `--preset tiny` works without any download"
 
 
 class StableDiffusion:
@@ -177,6 +164,25 @@ class StableDiffusion:
         vae = self.pipeline.vae
         return [*vae.post_quant_conv.parameters(), *vae.decoder.parameters()]
 
+    def tile_decoder(self, size: int | None) -> None:
+        """Decode in overlapping tiles of so many pixels from now on; None decodes whole.
+
+        Raises:
+            ConfigError: If the size is not one that tiles can have.
+        """
+        vae = self.pipeline.vae
+        vae.use_tiling = size is not None
+        if size is None:
+            return
+        # A quarter overlaps, which has to be whole latents.
+        unit = 4 * self.pipeline.vae_scale_factor
+        if size % unit:
+            raise ConfigError(
+                f"model.vae_tile_size: {size} is not a multiple of {unit}, which {self.id} needs"
+            )
+        vae.tile_sample_min_size = size
+        vae.tile_latent_min_size = size // self.pipeline.vae_scale_factor
+
     def decode(self, latents: Tensor, *, use_checkpoint: bool = False) -> Tensor:
         """Decode to images in [0, 1]; see `DiffusionModel`."""
         vae = self.pipeline.vae
@@ -285,94 +291,6 @@ def read_lora(
     named: dict[str, float] = convert_unet_state_dict_to_peft(alphas or {})
     plain = {name.replace(".lora_A.weight", ""): float(alpha) for name, alpha in named.items()}
     return convert_unet_state_dict_to_peft(state), plain, metadata
-
-
-def load(config: ModelConfig, path: Path | None, device: torch.device) -> StableDiffusion:
-    """Load a pipeline from a folder, a single file, or the hub.
-
-    Args:
-        config: The `model` section.
-        path: The local folder or file; None means that `config.id` is a hub id.
-        device: Where the weights go.
-
-    Raises:
-        AssetError: If something is missing, damaged, gated or out of reach; says which.
-        ConfigError: If the network takes more than latents (inpainting, upscaling).
-    """
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    common: dict[str, Any] = {
-        "dtype": resolve_dtype(config.dtype, device),
-        "safety_checker": None,
-        "requires_safety_checker": False,
-        "feature_extractor": None,
-    }
-    try:
-        if path is not None and path.is_file():
-            if config.config is not None:
-                common["config"] = config.config
-            pipeline = StableDiffusionPipeline.from_single_file(str(path), **common)
-        else:
-            pipeline = StableDiffusionPipeline.from_pretrained(
-                str(path or config.id),
-                revision=config.revision,
-                variant=config.variant,
-                image_encoder=None,
-                **common,
-            )
-    except _LOADING as error:
-        raise _explain(config, path, error) from error
-    channels = pipeline.unet.config.in_channels
-    if channels != pipeline.vae.config.latent_channels:
-        raise ConfigError(
-            f"model.id: the network of {config.id} takes {channels} channels, its latents have "
-            f"{pipeline.vae.config.latent_channels}: inpainting and upscaling models "
-            "cannot be trained"
-        )
-    return StableDiffusion(pipeline.to(device), config.id)
-
-
-_LOADING = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    HfHubHTTPError,
-    SafetensorError,
-    pickle.UnpicklingError,
-)
-
-
-def _explain(config: ModelConfig, path: Path | None, error: BaseException) -> AlignPropError:
-    """Say in one message what could not be loaded and what to do."""
-    text = first_line(error)
-    if path is not None:
-        return AssetError(f"model.id: cannot load {path}: {text}", hint=_ELSEWHERE)
-    causes = _causes(error)
-    if any(isinstance(c, GatedRepoError) for c in causes):
-        return AssetError(
-            f"model.id: {config.id} is gated: its licence has to be accepted first",
-            hint=f"accept it at https://huggingface.co/{config.id}, then `hf auth login`; "
-            f"or {_ELSEWHERE}",
-        )
-    if any(isinstance(c, RevisionNotFoundError) for c in causes):
-        return AssetError(f"model.revision: {config.id} has no revision {config.revision!r}")
-    if any(isinstance(c, RepositoryNotFoundError) for c in causes):
-        return AssetError(f"model.id: the hub has no model {config.id}", hint=_ELSEWHERE)
-    if any(isinstance(c, (OfflineModeIsEnabled, LocalEntryNotFoundError)) for c in causes):
-        reason = "it is not in the cache and the hub cannot be reached"
-        return AssetError(f"model.id: {config.id}: {reason} (model_index.json)", hint=_ELSEWHERE)
-    return AssetError(f"model.id: cannot load {config.id} from the hub: {text}", hint=_ELSEWHERE)
-
-
-def _causes(error: BaseException | None) -> list[BaseException]:
-    chain: list[BaseException] = []
-    while error is not None and error not in chain:
-        chain.append(error)
-        error = error.__cause__ or error.__context__
-    return chain
 
 
 def _foreign(file: Path, model_id: str, why: str) -> ConfigError:

@@ -46,7 +46,8 @@ def main() -> None:
                     continue
                 assert plan.estimate is not None
                 over = plan.estimate.flops / plan.estimate.floor
-                again = SHORT[plan.checkpoint_network] + " d" * plan.checkpoint_decoder
+                again = SHORT[plan.checkpoint_network]
+                again += str(plan.stored_calls or "") + " d" * plan.checkpoint_decoder
                 again += " r" * plan.checkpoint_reward
                 cells.append(f"{plan.micro_batch}{again}, {over:.2f}")
             print(f"| {title} | {window} |", " | ".join(cells), "|", flush=True)

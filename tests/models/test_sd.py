@@ -26,10 +26,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from alignprop_cli import lora
+from alignprop_cli import lora, memory
 from alignprop_cli.config import ModelConfig
 from alignprop_cli.errors import AlignPropError, AssetError, ConfigError
 from alignprop_cli.models.base import LORA_FILE
+from alignprop_cli.models.outline import outline
 from alignprop_cli.models.registry import load_model, resolve_dtype
 from alignprop_cli.models.sd import StableDiffusion
 from alignprop_cli.sampling import sample
@@ -182,6 +183,55 @@ def test_the_decoder_gives_float32_and_its_gradient_does_not_depend_on_checkpoin
     (expected,) = torch.autograd.grad(model.decode(latents).square().sum(), [latents])
     assert torch.equal(gradient, expected)
     assert float(gradient.norm()) > 1e-3
+
+
+def test_a_decoder_in_tiles_needs_less_and_draws_nearly_the_same(
+    model: StableDiffusion,
+) -> None:
+    latents = noise(2, 4, 16, 16).requires_grad_()
+    weight = noise(2, 3, 32, 32)
+
+    def gradient(**options: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        pictures = model.decode(latents, **options)
+        return pictures.detach(), torch.autograd.grad((pictures * weight).sum(), [latents])[0]
+
+    def peak() -> int:
+        weights = model.decoder_parameters()
+        return memory.count(
+            lambda: model.decode(latents, use_checkpoint=True), exclude=[*weights, latents]
+        ).backward
+
+    whole, whole_gradient = gradient()
+    whole_peak = peak()
+    try:
+        model.tile_decoder(32)  # a single tile
+        assert torch.equal(gradient()[0], whole)
+        model.tile_decoder(8)
+        tiled, tiled_gradient = gradient()
+        again, again_gradient = gradient(use_checkpoint=True)
+        assert peak() < 0.7 * whole_peak
+        with pytest.raises(ConfigError, match="vae_tile_size: 12 is not a multiple of 8"):
+            model.tile_decoder(12)
+    finally:
+        model.tile_decoder(None)
+    assert torch.equal(gradient()[0], whole)
+    assert torch.equal(tiled, again)
+    assert torch.equal(tiled_gradient, again_gradient)
+    assert tiled.shape == whole.shape
+    # Norms see one tile at a time: other pictures, but not quite others.
+    assert 1e-4 < float((tiled - whole).abs().mean()) < 0.3
+    cosine = torch.nn.functional.cosine_similarity(
+        tiled_gradient.flatten(), whole_gradient.flatten(), dim=0
+    )
+    assert float(cosine) > 0.3
+
+
+def test_the_size_of_tiles_is_an_option_of_the_model(tmp_path: Path) -> None:
+    path = small_pipeline(tmp_path / "model")
+    config = ModelConfig(id=str(path), vae_tile_size=8)
+    for made in (load_model(config, CPU), outline(config, torch.float32)):
+        assert made.pipeline.vae.use_tiling  # type: ignore[attr-defined]
+        assert made.pipeline.vae.tile_latent_min_size == 4  # type: ignore[attr-defined]
 
 
 def test_sizes_default_to_the_models_own_and_follow_the_units_of_the_network(
