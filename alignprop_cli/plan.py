@@ -265,6 +265,8 @@ def _too_small(smallest: Plan, config: Config, budget: Budget) -> RunError:
     largest = sorted(smallest.estimate.parts.items(), key=lambda item: -item[1])[:3]
     where = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in largest)
     advice = ["a smaller sample.height and width", "a smaller reward (or its dtype: bfloat16)"]
+    if any(name == "decoder" for name, _ in largest) and config.model.vae_tile_size is None:
+        advice.insert(0, "model.vae_tile_size: 256, which changes pictures a little")
     if longest_window(config.gradient, config.sample.num_inference_steps) > 1:
         advice.insert(0, "fewer calls with gradient (gradient.k_max)")
     if isinstance(config.train.micro_batch, int) and config.train.micro_batch > 1:
