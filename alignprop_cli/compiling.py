@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -15,6 +16,7 @@ from alignprop_cli.trainer import Trainer
 _WORTH_TRYING_SECONDS = 1200.0
 # Below this it is within what two timings differ by.
 _LEAST_GAIN = 1.03
+_FORMS = 64
 
 
 def compile_network(
@@ -27,7 +29,7 @@ def compile_network(
     """Compile the repeated blocks of the network if that makes the rest of the run shorter.
 
     A micro-batch is timed before and after; what is not faster is taken back, and so is what cannot
-    be compiled. Values and gradients are the same up to rounding.
+    be compiled, or needs more memory then. Values and gradients are the same up to rounding.
 
     Args:
         trainer: Before its first step; nothing else of it changes.
@@ -37,24 +39,30 @@ def compile_network(
         backend: Of torch.compile.
     """
     network: Any = trainer.model.network
-    if wanted is False or (wanted == "auto" and trainer.model.device.type != "cuda"):
+    steps = trainer.config.train.steps - trainer.step_number
+    unlikely = wanted == "auto" and trainer.model.device.type != "cuda"
+    if wanted is False or unlikely or steps <= 0:
         return
     _timed(trainer)  # warms up
     plain = _timed(trainer)
-    steps = trainer.config.train.steps - trainer.step_number
     if wanted == "auto" and plain * trainer.plan.accumulation * steps < _WORTH_TRYING_SECONDS:
         return
     started = time.perf_counter()
+    # All blocks share one count: levels of the network, with and without gradient, batch sizes.
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(_FORMS, dynamo.recompile_limit)
     try:
         network.compile_repeated_blocks(dynamic=False, backend=backend)
+        # With the most that can be stored, which is not what was stored before.
+        rehearse(trainer, trainer.plan.micro_batch)
         _timed(trainer)
+        took = time.perf_counter() - started
+        gain = plain / _timed(trainer)
     except (RuntimeError, ValueError, OSError) as error:
         _take_back(network)
         reason = str(error).strip().splitlines() or [type(error).__name__]
         note(f"the network's blocks cannot be compiled here and run as they are: {reason[0]}")
         return
-    took = time.perf_counter() - started
-    gain = plain / _timed(trainer)
     kept = wanted is True or gain >= _LEAST_GAIN
     if not kept:
         _take_back(network)
@@ -62,6 +70,18 @@ def compile_network(
         f"compiled the network's blocks in {took:.0f} s: a micro-batch is {gain:.2f} x as fast"
         + ("" if kept else ", not worth keeping")
     )
+
+
+@contextmanager
+def uncompiled(network: torch.nn.Module) -> Iterator[None]:
+    """Run the network uncompiled inside the block: other batch sizes, for a short time."""
+    compiled = {m: m._compiled_call_impl for m in network.modules() if m._compiled_call_impl}
+    _take_back(network)
+    try:
+        yield
+    finally:
+        for module, call in compiled.items():
+            module._compiled_call_impl = call
 
 
 def _take_back(network: torch.nn.Module) -> None:

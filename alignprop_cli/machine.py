@@ -72,10 +72,14 @@ def _processors(limit: Path) -> int:
 
 
 def allow_tf32(dtype: torch.dtype) -> None:
-    """Let a GPU multiply float32 matrices as TF32 where the network itself is coarser.
+    """Let a GPU multiply float32 numbers as TF32 where the network itself is coarser.
 
-    TF32 keeps 10 bits of a number's digits, bfloat16 7, float16 10. A network in float32 was asked
-    for, and keeps float32.
+    That are the LoRA's and the rewards' products. TF32 keeps 10 bits of a number's digits, float16
+    too, bfloat16 7. Beside a network in float32, which was asked for, everything stays float32.
+
+    Args:
+        dtype: Of the network.
     """
     coarser = dtype in (torch.bfloat16, torch.float16) and torch.cuda.is_available()
     torch.set_float32_matmul_precision("high" if coarser else "highest")
+    torch.backends.cudnn.allow_tf32 = coarser

@@ -6,7 +6,8 @@ that fit the memory the one with the fewest operations is chosen.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -100,6 +101,7 @@ def make_plan(
     footprint: Footprint | None = None,
     budget: Budget | None = None,
     correction: Correction = UNCORRECTED,
+    below: float = math.inf,
 ) -> Plan:
     """Divide the global batch and choose what is computed again.
 
@@ -109,6 +111,7 @@ def make_plan(
         footprint: What the parts need; None only where nothing is left to choose.
         budget: The memory of a process; None is without limit.
         correction: What was measured of such estimates on the device.
+        below: An estimate, in bytes, at which memory ran out on the device.
 
     Raises:
         ConfigError: If the batch or the window group cannot be divided; names the nearest batch
@@ -117,45 +120,16 @@ def make_plan(
         ValueError: If something is to be chosen and there is no footprint.
     """
     sizes = _micro_batches(config, processes, budget)
-    gradient = config.gradient
-    plans: list[Plan] = []
-    for micro_batch in sizes:
-        for network, stored_calls, decoder, reward in _choices(config):
-            accumulation = config.train.batch_size // (processes * micro_batch)
-            expected = (
-                None
-                if footprint is None
-                else estimate(
-                    footprint,
-                    config,
-                    micro_batch=micro_batch,
-                    accumulation=accumulation,
-                    network=network,
-                    stored_calls=stored_calls,
-                    decoder=decoder,
-                    reward=reward,
-                    correction=correction,
-                )
-            )
-            group = gradient.window_group or micro_batch * processes
-            plans.append(
-                Plan(
-                    micro_batch=micro_batch,
-                    accumulation=accumulation,
-                    processes=processes,
-                    window_group=group,
-                    checkpoint_network=network,
-                    checkpoint_decoder=decoder,
-                    checkpoint_reward=reward,
-                    estimate=expected,
-                    stored_calls=stored_calls,
-                )
-            )
+    plans = list(_plans(config, processes, sizes, footprint, correction))
     if footprint is None:
         if len(plans) > 1:
             raise ValueError("there is a choice of plans and no footprint to choose by")
         return plans[0]
-    fitting = [plan for plan in plans if budget is None or _peak(plan) <= budget.usable]
+    fitting = [
+        plan
+        for plan in plans
+        if (budget is None or _peak(plan) <= budget.usable) and _uncorrected(plan) < below
+    ]
     if not fitting:
         assert budget is not None
         raise _too_small(min(plans, key=_peak), config, budget)
@@ -172,9 +146,54 @@ def make_plan(
     )
 
 
+def _plans(
+    config: Config,
+    processes: int,
+    micro_batches: Sequence[int],
+    footprint: Footprint | None,
+    correction: Correction,
+) -> Iterator[Plan]:
+    """Yield every plan that the configuration allows."""
+    for micro_batch in micro_batches:
+        accumulation = config.train.batch_size // (processes * micro_batch)
+        for network, stored_calls, decoder, reward in _choices(config):
+            expected = (
+                None
+                if footprint is None
+                else estimate(
+                    footprint,
+                    config,
+                    micro_batch=micro_batch,
+                    accumulation=accumulation,
+                    network=network,
+                    stored_calls=stored_calls,
+                    decoder=decoder,
+                    reward=reward,
+                    correction=correction,
+                )
+            )
+            yield Plan(
+                micro_batch=micro_batch,
+                accumulation=accumulation,
+                processes=processes,
+                window_group=config.gradient.window_group or micro_batch * processes,
+                checkpoint_network=network,
+                checkpoint_decoder=decoder,
+                checkpoint_reward=reward,
+                estimate=expected,
+                stored_calls=stored_calls,
+            )
+
+
 def _peak(plan: Plan) -> int:
     assert plan.estimate is not None
     return plan.estimate.peak
+
+
+def _uncorrected(plan: Plan) -> float:
+    """Return a plan's estimate as it was before anything was measured."""
+    assert plan.estimate is not None
+    return sum(plan.estimate.parts.values())
 
 
 def _effort(plan: Plan) -> float:
@@ -265,8 +284,8 @@ def _too_small(smallest: Plan, config: Config, budget: Budget) -> RunError:
     largest = sorted(smallest.estimate.parts.items(), key=lambda item: -item[1])[:3]
     where = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in largest)
     advice = ["a smaller sample.height and width", "a smaller reward (or its dtype: bfloat16)"]
-    if any(name == "decoder" for name, _ in largest) and config.model.vae_tile_size is None:
-        advice.insert(0, "model.vae_tile_size: 256, which changes pictures a little")
+    if largest[0][0] == "decoder" and config.model.vae_tile_size is None:
+        advice.insert(0, "model.vae_tile_size: 256 (pictures change a little)")
     if longest_window(config.gradient, config.sample.num_inference_steps) > 1:
         advice.insert(0, "fewer calls with gradient (gradient.k_max)")
     if isinstance(config.train.micro_batch, int) and config.train.micro_batch > 1:

@@ -1,20 +1,33 @@
-"""Whether a device needs what was estimated: measured with two micro-batches before training."""
+"""Whether a device needs what was estimated: micro-batches are tried on it before training."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import cast
 
 import torch
 from torch import Tensor
 
 from alignprop_cli import lora
-from alignprop_cli.estimate import Correction, longest_window
+from alignprop_cli.errors import RunError
+from alignprop_cli.estimate import (
+    UNCORRECTED,
+    Budget,
+    Correction,
+    Footprint,
+    estimate,
+    longest_window,
+)
+from alignprop_cli.plan import Plan, make_plan
 from alignprop_cli.trainer import Trainer
 from alignprop_cli.truncation import GradWindow
 
 PeakOf = Callable[[Callable[[], object]], int]
 """Runs something and returns the most bytes that were in use on the device meanwhile."""
+
+_PLANS_TRIED = 6
 
 
 def cuda_peak(run: Callable[[], object]) -> int:
@@ -26,30 +39,91 @@ def cuda_peak(run: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated()
 
 
-def measure(trainer: Trainer, peak_of: PeakOf, predict: Callable[[int], float]) -> Correction:
-    """Return how what is needed follows from what was estimated.
+def settle(
+    trainer: Trainer, footprint: Footprint, budget: Budget, peak_of: PeakOf = cuda_peak
+) -> None:
+    """Let the trainer go on with the cheapest plan that the device is measured to hold.
 
-    Rehearses the micro-batch of the plan and half of it, with the longest window there can be. One
-    that does not fit is halved until it does; of several processes the largest figure counts.
+    The plan is tried with the longest window there can be, and so is half of its micro-batch. What
+    they need corrects the estimate, which may choose another plan, which is tried in turn. One that
+    runs out of memory is replaced by a smaller one. Of several processes the one that needs most
+    counts, so that all of them settle on the same.
 
     Args:
-        trainer: Before its first step; left as it was.
+        trainer: With a plan that was chosen by estimates, before its first step.
+        footprint: What that was chosen by.
+        budget: The memory of a process.
         peak_of: Measures the device.
-        predict: The estimated peak for a micro-batch of so many images.
 
     Raises:
-        torch.OutOfMemoryError: If not even one image fits.
+        torch.OutOfMemoryError: If not even the smallest plan fits.
+    """
+    config = trainer.config
+    held: Plan | None = None
+    plan: Plan | None = trainer.plan
+    correction, below = UNCORRECTED, math.inf
+    for _ in range(_PLANS_TRIED):
+        if plan is None or plan == held:
+            break
+        if plan.checkpoint_reward and not trainer.plan.checkpoint_reward:
+            trainer.mixture.recompute()
+        trainer.adopt(plan)
+        if plan.checkpoint_reward:
+            # Switched on for good.
+            own = config.gradient.model_copy(update={"checkpoint_reward": True})
+            config = config.model_copy(update={"gradient": own})
+        points = _measure(trainer, footprint, peak_of)
+        if points:
+            held, correction = plan, Correction.through(points)
+        else:
+            below = _estimated(trainer, footprint, plan.micro_batch)
+        try:
+            plan = make_plan(
+                config,
+                processes=plan.processes,
+                footprint=footprint,
+                budget=budget,
+                correction=correction,
+                below=below,
+            )
+        except RunError:
+            # By the estimate there is none; what was measured to fit does, nevertheless.
+            plan = None
+        if held is not None and plan is not None and replace(plan, estimate=held.estimate) == held:
+            held = plan  # the same, with the corrected estimate
+    if held is None:
+        raise torch.OutOfMemoryError("the smallest plan is too large for this device")
+    trainer.adopt(held)
+
+
+def _measure(trainer: Trainer, footprint: Footprint, peak_of: PeakOf) -> list[tuple[float, float]]:
+    """Return what was estimated and what was needed, for the plan's micro-batch and half of it.
+
+    Empty where memory ran out.
     """
     points: list[tuple[float, float]] = []
-    images = trainer.plan.micro_batch
-    while len(points) < 2 and images >= 1:
-        found = _largest(_try(trainer, peak_of, images), trainer)
-        if found is not None:
-            points.append((predict(images), found))
-        elif images == 1:
-            raise torch.OutOfMemoryError("one image at once is too much for this device")
-        images //= 2
-    return Correction.through(points)
+    for images in (trainer.plan.micro_batch, trainer.plan.micro_batch // 2):
+        if images:
+            found = _largest(_try(trainer, peak_of, images), trainer)
+            if found is None:
+                break
+            points.append((_estimated(trainer, footprint, images), found))
+    return points
+
+
+def _estimated(trainer: Trainer, footprint: Footprint, images: int) -> float:
+    """Return the peak that the trainer's plan is estimated to have with so many images at once."""
+    plan = trainer.plan
+    return estimate(
+        footprint,
+        trainer.config,
+        micro_batch=images,
+        accumulation=plan.accumulation,
+        network=plan.checkpoint_network,
+        decoder=plan.checkpoint_decoder,
+        reward=plan.checkpoint_reward,
+        stored_calls=plan.stored_calls,
+    ).peak
 
 
 def _try(trainer: Trainer, peak_of: PeakOf, images: int) -> int | None:
@@ -58,8 +132,9 @@ def _try(trainer: Trainer, peak_of: PeakOf, images: int) -> int | None:
         found = peak_of(lambda: rehearse(trainer, images))
     except torch.OutOfMemoryError:
         return None
-    # AdamW's two moments come with the first update.
-    return found + 8 * sum(parameter.numel() for parameter in trainer.parameters)
+    # AdamW's two moments come with the first update, gradients with the first micro-batch.
+    missing = (not trainer.optimizer.state) * 8 + (trainer.plan.accumulation > 1) * 4
+    return found + missing * sum(parameter.numel() for parameter in trainer.parameters)
 
 
 def rehearse(trainer: Trainer, images: int, calls: int | None = None) -> None:
@@ -76,7 +151,8 @@ def rehearse(trainer: Trainer, images: int, calls: int | None = None) -> None:
     try:
         window = GradWindow(steps - calls, steps)
         _, losses = trainer.forward(range(images), window, merged)
-        losses.sum().backward()
+        with trainer.mixture.blamed():
+            losses.sum().backward()
     finally:
         trainer.optimizer.zero_grad(set_to_none=True)
 

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from alignprop_cli import compiling
+from alignprop_cli import compiling, probe
 from alignprop_cli.compiling import compile_network
 from alignprop_cli.trainer import Trainer
+from tests.factories import TEXT_WIDTH, small_pipeline
 from tests.test_trainer import make_trainer, relative_difference, small_config
 
-CONFIG = small_config(
-    sample={"num_inference_steps": 2, "eta": 0.0},
-    gradient={"window_group": 2, "k_max": 2},
-    train={"batch_size": 2, "micro_batch": 2, "max_grad_norm": None, "steps": 3},
-)
+SECTIONS: dict[str, dict[str, object]] = {
+    "sample": {"num_inference_steps": 2, "eta": 0.0},
+    "gradient": {"window_group": 2, "k_max": 2},
+    "train": {"batch_size": 2, "micro_batch": 2, "max_grad_norm": None, "steps": 3},
+}
+CONFIG = small_config(**SECTIONS)
 
 
 def compiled_blocks(trainer: Trainer) -> int:
@@ -53,6 +56,36 @@ def test_blocks_compiled_to_machine_code_give_the_same_gradient() -> None:
     assert relative_difference(compiled, plain) < 1e-4
 
 
+def test_all_sizes_of_blocks_are_compiled_and_evaluation_is_not(tmp_path: Path) -> None:
+    """Four sizes of blocks, with and without gradient, share the compiler's limit."""
+    graphs: list[Any] = []
+
+    def counting(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    cross = "CrossAttnDownBlock2D"
+    path = small_pipeline(
+        tmp_path / "model",
+        block_out_channels=(16, 24, 32, 40),
+        down_block_types=(cross, cross, cross, cross),
+        up_block_types=("CrossAttnUpBlock2D",) * 4,
+        norm_num_groups=8,
+    )
+    trainer = make_trainer(small_config(**SECTIONS, model={"id": str(path)}))
+    compile_network(trainer, True, lambda text: None, backend=counting)  # type: ignore[arg-type]
+    first = len(graphs)
+    assert first >= 8
+    probe.rehearse(trainer, 1, calls=1)
+    assert len(graphs) == 2 * first  # another batch size
+    done = len(graphs)
+    with compiling.uncompiled(trainer.model.network):
+        assert compiled_blocks(trainer) == 0
+        trainer.model.network(torch.zeros(3, 4, 8, 8), 1, torch.zeros(3, 16, TEXT_WIDTH))
+    assert len(graphs) == done
+    assert compiled_blocks(trainer) > 0
+
+
 def test_what_cannot_be_compiled_runs_as_it_is_and_says_so() -> None:
     def broken(graph: Any, inputs: Any) -> Any:
         raise RuntimeError("no compiler here\nand more of it")
@@ -79,6 +112,7 @@ def test_what_is_not_faster_is_taken_back(
     trainer, said = make_trainer(small_config(train={"batch_size": 8, "steps": 1000})), list[str]()
     times = iter(seconds)
     monkeypatch.setattr(compiling, "_timed", lambda trainer: next(times))
+    monkeypatch.setattr(compiling, "rehearse", lambda *arguments: None)
     monkeypatch.setattr(
         type(trainer.model), "device", property(lambda model: torch.device("cuda", 0))
     )

@@ -229,6 +229,7 @@ def test_other_texts_are_refused(text: str) -> None:
 
 
 def test_the_memory_of_this_machine_is_found() -> None:
-    budget = planning.budget_of(torch.device("cpu"))
+    budget = planning.budget_of(Accelerator(cpu=True))
+    assert budget.device_type == "cpu"
     assert 0.1 * GIB < budget.bytes < 10_000 * GIB
     assert budget.usable < budget.bytes

@@ -53,10 +53,23 @@ def test_threads_follow_the_limit_unless_they_are_given(
     assert done.stdout.strip() == threads
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_products_of_float32_stay_exact_without_a_gpu(dtype: torch.dtype) -> None:
-    machine.allow_tf32(dtype)
-    expected = "high" if dtype == torch.bfloat16 and torch.cuda.is_available() else "highest"
-    assert torch.get_float32_matmul_precision() == expected
-    machine.allow_tf32(torch.float32)
+@pytest.mark.parametrize(
+    ("dtype", "gpu", "precision"),
+    [
+        (torch.float32, True, "highest"),
+        (torch.bfloat16, True, "high"),
+        (torch.float16, True, "high"),
+        (torch.bfloat16, False, "highest"),
+    ],
+)
+def test_tf32_is_for_a_gpu_beside_a_network_in_half_precision(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, gpu: bool, precision: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    try:
+        machine.allow_tf32(dtype)
+        assert torch.get_float32_matmul_precision() == precision
+        assert torch.backends.cudnn.allow_tf32 is (precision == "high")
+    finally:
+        machine.allow_tf32(torch.float32)
     assert torch.get_float32_matmul_precision() == "highest"

@@ -5,7 +5,9 @@ The device is the CPU; what it needs is counted by a `memory.Meter`, which on a 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,117 +17,165 @@ from hypothesis import strategies as st
 
 from alignprop_cli import memory, probe
 from alignprop_cli.commands import planning
-from alignprop_cli.estimate import UNCORRECTED, Budget, Correction, Footprint, estimate
-from alignprop_cli.plan import Plan
+from alignprop_cli.config import Config
+from alignprop_cli.estimate import Budget, Correction, Footprint, estimate
+from alignprop_cli.plan import Plan, make_plan
 from alignprop_cli.trainer import Trainer
 from tests.test_footprint import config, trainer
 
-MICRO_BATCH = 4
+K = 3
 
 
-def ready() -> Trainer:
-    asked = config(method="last_k", k=3)
-    return trainer(Plan(MICRO_BATCH, 2, 1, 8, "none", False, False), asked)
+def asked(**gradient: Any) -> Config:
+    return config(method="last_k", k=K, window_group=8, **gradient)
 
 
-def metered(made: Trainer, extra: Callable[[int], float] = lambda size: 0.0) -> probe.PeakOf:
-    """Return a measure of the bytes that live, weights included, as if `extra` came on top."""
+def ready(budget: Budget, footprint: Footprint, **gradient: Any) -> Trainer:
+    chosen = asked(**gradient)
+    plan = make_plan(chosen, processes=1, footprint=footprint, budget=budget)
+    return trainer(plan, chosen)
+
+
+def metered(
+    made: Trainer, on_top: Callable[[int], float] = lambda size: 0.0, limit: float = math.inf
+) -> probe.PeakOf:
+    """Return a measure of the bytes that live, weights included, on a device of our making.
+
+    Args:
+        made: Whose weights are there.
+        on_top: What it needs beside, by what is counted.
+        limit: What it holds.
+    """
     model: Any = made.model
-    there = sum(
-        p.numel() * p.element_size()
-        for part in (model.network, model.pipeline.vae, model.pipeline.text_encoder)
-        for p in part.parameters()
-    )
-    there += sum(
-        p.numel() * p.element_size()
-        for m in made.mixture.members
-        for network in m.reward.networks  # type: ignore[attr-defined]
-        for p in network.parameters()
-    )
+    networks = [n for m in made.mixture.members for n in m.reward.networks]  # type: ignore[attr-defined]
+    parts = (model.network, model.pipeline.vae, model.pipeline.text_encoder, *networks)
+    there = sum(p.numel() * p.element_size() for part in parts for p in part.parameters())
 
     def peak_of(run: Callable[[], object]) -> int:
         with memory.Meter() as meter:
             run()
         size = there + meter.peak
-        return int(size + extra(size))
+        if size + on_top(size) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return int(size + on_top(size))
 
     return peak_of
 
 
 @pytest.fixture(scope="module")
 def footprint() -> Footprint:
-    return planning.measure(config(method="last_k", k=3), "cpu")
+    return planning.measure(asked(), "cpu")
 
 
-def predict(footprint: Footprint, images: int, correction: Correction = UNCORRECTED) -> int:
+def predict(footprint: Footprint, plan: Plan, micro_batch: int) -> int:
     return estimate(
         footprint,
-        config(method="last_k", k=3),
-        micro_batch=images,
+        asked(),
+        micro_batch=micro_batch,
         accumulation=1,
-        network="none",
-        decoder=False,
-        reward=False,
-        correction=correction,
+        network=plan.checkpoint_network,
+        decoder=plan.checkpoint_decoder,
+        reward=plan.checkpoint_reward,
+        stored_calls=plan.stored_calls,
     ).peak
 
 
-def test_a_device_as_estimated_needs_no_correction(footprint: Footprint) -> None:
-    made = ready()
-    found = probe.measure(made, metered(made), lambda m: predict(footprint, m))
-    assert found.factor == pytest.approx(1.0, abs=0.1)
+def budget_for(footprint: Footprint, micro_batch: int) -> Budget:
+    """Return a machine that just holds so many images with nothing computed again."""
+    plain = Plan(micro_batch, 8 // micro_batch, 1, 8, "none", False, False)
+    return Budget(int(predict(footprint, plain, micro_batch) / 0.91), "cpu", "a machine")
+
+
+def settled(made: Trainer, footprint: Footprint, budget: Budget, peak_of: probe.PeakOf) -> Plan:
+    probe.settle(made, footprint, budget, peak_of)
+    # Whatever was tried, the plan is for the same batch and nothing was trained.
+    assert made.plan.batch_size == 8
+    assert made.plan.window_group == 8
     assert all(parameter.grad is None for parameter in made.parameters)
     assert (made.step_number, made.images_seen) == (0, 0)
+    return made.plan
 
 
-def test_what_a_device_needs_on_top_is_found_and_holds_for_other_sizes(
+def test_a_device_as_estimated_keeps_the_plan(footprint: Footprint) -> None:
+    budget = budget_for(footprint, 4)
+    made = ready(budget, footprint)
+    first = made.plan
+    assert (first.micro_batch, first.checkpoint_network) == (4, "none")
+    plan = settled(made, footprint, budget, metered(made))
+    assert plan.estimate is not None
+    assert plan.estimate.correction.factor == pytest.approx(1.0, abs=0.1)
+    assert replace(plan, estimate=first.estimate) == first
+
+
+@pytest.mark.parametrize("micro_batch", [4, 1])
+def test_a_device_that_needs_more_gets_a_plan_that_it_holds(
+    footprint: Footprint, micro_batch: int
+) -> None:
+    budget = budget_for(footprint, micro_batch)
+    made = ready(budget, footprint)
+    first = made.plan
+    peak_of = metered(made, lambda size: size / 4.0, limit=budget.bytes)
+    plan = settled(made, footprint, budget, peak_of)
+    assert predict(footprint, plan, plan.micro_batch) < predict(footprint, first, micro_batch)
+    assert plan.estimate is not None
+    # It really runs there, and the corrected estimate is what it needs.
+    needed = peak_of(lambda: probe.rehearse(made, plan.micro_batch))
+    assert plan.estimate.peak == pytest.approx(needed, rel=0.08)
+
+
+def test_a_device_that_needs_less_gets_a_cheaper_plan(footprint: Footprint) -> None:
+    budget = budget_for(footprint, 4)
+    made = ready(budget, footprint)
+    assert made.plan.micro_batch == 4
+    peak_of = metered(made, lambda size: -size / 2.0, limit=budget.bytes)
+    assert settled(made, footprint, budget, peak_of).micro_batch == 8
+
+
+def test_a_plan_that_was_measured_to_fit_is_not_refused_for_the_reserve(
     footprint: Footprint,
 ) -> None:
-    made = ready()
-    peak_of = metered(made, lambda size: 3e8 + 0.5 * size)
-    found = probe.measure(made, peak_of, lambda m: predict(footprint, m))
-    for images in (1, 3, 8):
-        real = peak_of(lambda images=images: probe.rehearse(made, images))
-        assert predict(footprint, images, found) == pytest.approx(real, rel=0.05)
-        assert predict(footprint, images) < 0.7 * real
-
-
-def test_the_plan_follows_the_measurement(footprint: Footprint) -> None:
-    made = ready()
-    budget = Budget(int(predict(footprint, 4) / 0.9), "cpu", "a machine")
-    # As is it fits; with a third more it does not, and less is stored or drawn at once.
-    as_estimated = planning.probe(made, footprint, budget, metered(made))
-    assert as_estimated.micro_batch == MICRO_BATCH
-    larger = planning.probe(made, footprint, budget, metered(made, lambda size: size / 3.0))
-    assert larger.estimate is not None
-    assert larger.estimate.peak <= budget.usable
-    assert larger.estimate.correction.factor == pytest.approx(4.0 / 3.0, abs=0.15)
-    work = [p.estimate.flops for p in (as_estimated, larger) if p.estimate is not None]
-    assert larger.micro_batch < MICRO_BATCH or work[1] > work[0]
-
-
-def test_sizes_that_do_not_fit_are_halved_until_they_do(footprint: Footprint) -> None:
-    made = ready()
-    tried: list[int] = []
+    """Only one plan is allowed; it needs 96 % of the machine, of which 8 % are to be kept."""
+    only = {"checkpoint_network": "none", "checkpoint_decoder": False, "checkpoint_reward": False}
+    chosen = asked(**only)
+    train = chosen.train.model_copy(update={"micro_batch": 8})
+    plan = Plan(8, 1, 1, 8, "none", False, False)
+    made = trainer(plan, chosen.model_copy(update={"train": train}))
     peak_of = metered(made)
-
-    def scarce(run: Callable[[], object]) -> int:
-        tried.append(MICRO_BATCH // 2 ** len(tried))
-        if tried[-1] > 1:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return peak_of(run)
-
-    found = probe.measure(made, scarce, lambda m: predict(footprint, m))
-    assert tried == [4, 2, 1]
-    assert found.factor == 1.0
+    budget = Budget(int(peak_of(lambda: probe.rehearse(made, 8)) / 0.96), "cpu", "a machine")
+    assert settled(made, footprint, budget, peak_of) == plan
 
 
-def test_a_device_that_holds_not_even_one_image_says_so(footprint: Footprint) -> None:
-    def full(run: Callable[[], object]) -> int:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+def test_a_device_that_holds_not_even_the_smallest_plan_says_so(footprint: Footprint) -> None:
+    budget = budget_for(footprint, 4)
+    made = ready(budget, footprint)
+    with pytest.raises(torch.OutOfMemoryError, match="the smallest plan is too large"):
+        probe.settle(made, footprint, budget, metered(made, limit=1.0))
 
-    with pytest.raises(torch.OutOfMemoryError, match="one image at once"):
-        probe.measure(ready(), full, lambda m: predict(footprint, m))
+
+def test_a_settled_plan_computes_the_same_step(footprint: Footprint) -> None:
+    budget = budget_for(footprint, 4)
+    changed, plain = ready(budget, footprint), ready(budget, footprint)
+    peak_of = metered(changed, lambda size: size / 4.0, limit=budget.bytes)
+    assert settled(changed, footprint, budget, peak_of) != plain.plan
+    for made in (changed, plain):
+        made.optimizer.step = lambda: None  # type: ignore[method-assign]
+        made.step()
+    ours, theirs = (
+        torch.cat([p.grad.flatten() for p in made.parameters if p.grad is not None])
+        for made in (changed, plain)
+    )
+    assert float(theirs.norm()) > 1e-4
+    assert float((ours - theirs).norm() / theirs.norm()) < 1e-4
+
+
+def test_the_optimisers_moments_are_counted_once() -> None:
+    plan = Plan(8, 1, 1, 8, "none", False, False)
+    made = trainer(plan, asked())
+    before = probe._try(made, lambda run: 1000, 1)
+    numbers = sum(parameter.numel() for parameter in made.parameters)
+    assert before == 1000 + 8 * numbers
+    made.step()
+    assert probe._try(made, lambda run: 1000, 1) == 1000
 
 
 @given(
@@ -149,7 +199,8 @@ def test_measurements_that_contradict_the_estimate_shift_it_by_the_worst() -> No
 
 
 def test_rehearsing_changes_nothing_that_training_computes() -> None:
-    first, second = ready(), ready()
+    plan = Plan(4, 2, 1, 8, "none", False, False)
+    first, second = trainer(plan, asked()), trainer(plan, asked())
     probe.rehearse(first, 2)
     for made in (first, second):
         made.step()

@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from alignprop_cli import evaluator
+from alignprop_cli.compiling import uncompiled
 from alignprop_cli.config import Config
 from alignprop_cli.console import Console
 from alignprop_cli.evaluator import Drawn, Picture
@@ -45,16 +46,17 @@ def draw(
             bar.advance(now - done)
             done = now
 
-        drawn = evaluator.draw(
-            model,
-            [pictures[i] for i in mine],
-            mixture,
-            config.sample,
-            seed=config.eval.seed,
-            batch_size=config.eval.batch_size,
-            features=features,
-            on_batch=on_batch,
-        )
+        with uncompiled(model.network):
+            drawn = evaluator.draw(
+                model,
+                [pictures[i] for i in mine],
+                mixture,
+                config.sample,
+                seed=config.eval.seed,
+                batch_size=config.eval.batch_size,
+                features=features,
+                on_batch=on_batch,
+            )
     if state.num_processes == 1:
         return drawn
     shares: list[tuple[list[int], Drawn]] = gather_object([(mine, drawn)])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import cast
 
 import torch
@@ -15,16 +14,13 @@ from torch import Tensor
 from alignprop_cli import footprint, lora, machine
 from alignprop_cli.config import Config, RewardConfig
 from alignprop_cli.errors import ConfigError
-from alignprop_cli.estimate import GIB, Budget, Footprint, Work, estimate
+from alignprop_cli.estimate import GIB, Budget, Footprint, Work
 from alignprop_cli.models.outline import conditioning, outline
 from alignprop_cli.models.registry import resolve_dtype
 from alignprop_cli.plan import Plan, make_plan
-from alignprop_cli.probe import PeakOf, cuda_peak
-from alignprop_cli.probe import measure as measure_device
 from alignprop_cli.prompts import count_prompts
 from alignprop_cli.rewards import outline as reward_outline
 from alignprop_cli.rewards import registry
-from alignprop_cli.trainer import Trainer
 
 _UNITS = {"": 1, "B": 1, "MB": 10**6, "MIB": 2**20, "GB": 2**30, "GIB": 2**30}
 """Cards are sold in GB and hold GiB."""
@@ -66,48 +62,6 @@ def plan(config: Config, *, processes: int, budget: Budget) -> tuple[Plan, Footp
     )
     found = measure(config, budget.device_type) if "auto" in given else None
     return make_plan(config, processes=processes, footprint=found, budget=budget), found
-
-
-def probe(
-    trainer: Trainer, footprint: Footprint, budget: Budget, peak_of: PeakOf = cuda_peak
-) -> Plan:
-    """Return the cheapest plan that fits by what two micro-batches are measured to need.
-
-    Args:
-        trainer: With the plan that was chosen by estimates, before its first step.
-        footprint: What that was chosen by.
-        budget: The memory of a process.
-        peak_of: Measures the device.
-
-    Raises:
-        RunError: If nothing fits.
-        torch.OutOfMemoryError: If not even one image does.
-    """
-    config, first = trainer.config, trainer.plan
-
-    def predict(images: int) -> int:
-        return estimate(
-            footprint,
-            config,
-            micro_batch=images,
-            accumulation=first.accumulation,
-            network=first.checkpoint_network,
-            decoder=first.checkpoint_decoder,
-            reward=first.checkpoint_reward,
-            stored_calls=first.stored_calls,
-        ).peak
-
-    if first.checkpoint_reward:
-        # Switched on when the rewards were built, for good.
-        own = config.gradient.model_copy(update={"checkpoint_reward": True})
-        config = config.model_copy(update={"gradient": own})
-    return make_plan(
-        config,
-        processes=first.processes,
-        footprint=footprint,
-        budget=budget,
-        correction=measure_device(trainer, peak_of, predict),
-    )
 
 
 def measure(config: Config, device_type: str) -> Footprint:
@@ -241,27 +195,20 @@ def describe(plan: Plan, budget: Budget) -> list[str]:
     return lines
 
 
-def shared_budget(accelerator: Accelerator) -> Budget:
-    """Return what each of the processes may use, the same on all: they share one plan.
+def budget_of(accelerator: Accelerator, gpu_memory: str | None = None) -> Budget:
+    """Return the memory that each process may use, the same for all: they share one plan.
 
     On the CPU those of one machine share its RAM.
-    """
-    own = budget_of(accelerator.device)
-    size = own.bytes
-    if own.device_type == "cpu":
-        size //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    sizes = cast(Tensor, accelerator.gather(torch.tensor([size], device=accelerator.device)))
-    return replace(own, bytes=int(sizes.min()))
-
-
-def budget_of(device: torch.device, gpu_memory: str | None = None) -> Budget:
-    """Return the memory that a process may use.
 
     Args:
-        device: Where it runs.
+        accelerator: Where it runs.
         gpu_memory: What may be used of a card, which need not be here.
     """
     if gpu_memory is not None:
         return Budget(parse_memory(gpu_memory), "cuda", "--gpu-memory")
+    device = accelerator.device
     size, source = machine.available(device)
-    return Budget(size, device.type, source)
+    if device.type == "cpu":
+        size //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    sizes = cast(Tensor, accelerator.gather(torch.tensor([size], device=device)))
+    return Budget(int(sizes.min()), device.type, source)

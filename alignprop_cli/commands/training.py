@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from alignprop_cli import __version__, adapter, checkpoint, evaluator, lora, machine, report
+from alignprop_cli import __version__, adapter, checkpoint, evaluator, lora, report
 from alignprop_cli import config as configuration
 from alignprop_cli.commands import planning
 from alignprop_cli.commands.drawing import draw
@@ -30,11 +30,11 @@ from alignprop_cli.compiling import compile_network
 from alignprop_cli.config import Config
 from alignprop_cli.console import Console
 from alignprop_cli.errors import AssetError, ConfigError, InterruptedRun
-from alignprop_cli.estimate import Budget, Footprint
 from alignprop_cli.evaluator import Drawn
 from alignprop_cli.models.base import DiffusionModel
 from alignprop_cli.models.registry import load_model
 from alignprop_cli.plan import Plan, make_plan
+from alignprop_cli.probe import settle
 from alignprop_cli.prompts import check_prompts, load_prompts
 from alignprop_cli.rewards import registry
 from alignprop_cli.rewards.composite import build_mixture
@@ -71,7 +71,7 @@ def describe(
         checkpoint.new_run(config.output.dir, name)
     elif (found := newest(resume)) is not None:
         refuse_changes(found, config)
-    budget = planning.budget_of(accelerator.device, gpu_memory)
+    budget = planning.budget_of(accelerator, gpu_memory)
     found = planning.measure(config, budget.device_type)
     plan = make_plan(
         config,
@@ -128,7 +128,7 @@ def run_training(
     wanted = config.output.dir
     accelerator = make_accelerator()
     _deterministic()
-    budget = planning.shared_budget(accelerator)
+    budget = planning.budget_of(accelerator)
     plan, footprint = planning.plan(config, processes=accelerator.num_processes, budget=budget)
     if not accelerator.is_main_process:
         console = Console(quiet=True)
@@ -146,7 +146,6 @@ def run_training(
             "the evaluation says nothing about new ones"
         )
     model = load_model(config.model, accelerator.device)
-    machine.allow_tf32(next(model.network.parameters()).dtype)
     if planning.encodes_first(config, accelerator.device.type):
         model.keep_prompts([*train_prompts, *eval_prompts, config.sample.negative_prompt])
     mixture = build_mixture(config.reward, config.loss, accelerator.device)
@@ -156,9 +155,10 @@ def run_training(
     trainer = Trainer(config, plan, model, mixture, train_prompts, accelerator, console.warn)
     if found is not None:
         restore(trainer, found, run)
-    compile_network(trainer, config.train.compile, console.note)
     if footprint is not None and accelerator.device.type == "cuda":
-        _probe(trainer, footprint, budget, console)
+        settle(trainer, footprint, budget)
+        console.note(f"measured: {trainer.plan.describe()}")
+    compile_network(trainer, config.train.compile, console.note)
     session = Session(
         config,
         run,
@@ -257,16 +257,6 @@ def _prepare_lora(
         seed=config.train.seed,
     )
     return config
-
-
-def _probe(trainer: Trainer, footprint: Footprint, budget: Budget, console: Console) -> None:
-    """Measure what the plan needs on the device, and go on with what the measurement allows."""
-    expected = trainer.plan
-    plan = planning.probe(trainer, footprint, budget)
-    if plan.checkpoint_reward and not expected.checkpoint_reward:
-        trainer.mixture.recompute()
-    trainer.adopt(plan)
-    console.note(f"measured: {plan.describe()}")
 
 
 def _open_run(session: Session, found: Path | None) -> None:

@@ -53,10 +53,21 @@ class NarrowAttention:
 
 
 def use_narrow_attention(network: Any) -> None:
-    """Let the layers of a U-Net that have narrow heads attend by `NarrowAttention`."""
+    """Let the layers of a U-Net's transformers that have narrow heads attend by it."""
     for module in network.modules():
-        if isinstance(module, Attention) and module.inner_dim // module.heads < WIDTH:
+        if isinstance(module, Attention) and _is_plain(module):
             module.set_processor(NarrowAttention())
+
+
+def _is_plain(layer: Attention) -> bool:
+    """Return whether a layer has narrow heads and nothing that `NarrowAttention` leaves out."""
+    parts = (layer.group_norm, layer.spatial_norm, layer.norm_q, layer.norm_k, layer.norm_cross)
+    return (
+        layer.inner_dim // layer.heads < WIDTH
+        and not any(parts)
+        and not layer.residual_connection
+        and layer.rescale_output_factor == 1.0
+    )
 
 
 def _widen(tensor: Tensor) -> Tensor:
@@ -89,7 +100,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
 @attend.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     batch, heads, length, _ = query.shape
-    return query.new_empty(query.shape), query.new_empty((batch, heads, length))
+    exact = torch.float64 if query.dtype == torch.float64 else torch.float32
+    return query.new_empty(query.shape), query.new_empty((batch, heads, length), dtype=exact)
 
 
 @torch.library.custom_op("alignprop::attend_backward", mutates_args=())

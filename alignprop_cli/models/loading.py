@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 
+from alignprop_cli import machine
 from alignprop_cli.config import ModelConfig
 from alignprop_cli.errors import AlignPropError, AssetError, ConfigError
 from alignprop_cli.models.registry import resolve_dtype
@@ -70,6 +71,7 @@ def load(config: ModelConfig, path: Path | None, device: torch.device) -> Stable
             f"{pipeline.vae.config.latent_channels}: inpainting and upscaling models "
             "cannot be trained"
         )
+    machine.allow_tf32(common["dtype"])
     model = StableDiffusion(pipeline.to(device), config.id)
     model.tile_decoder(config.vae_tile_size)
     return model

@@ -178,7 +178,8 @@ class StableDiffusion:
         unit = 4 * self.pipeline.vae_scale_factor
         if size % unit:
             raise ConfigError(
-                f"model.vae_tile_size: {size} is not a multiple of {unit}, which {self.id} needs"
+                f"model.vae_tile_size: {size} is not a multiple of {unit}, which {self.id} needs; "
+                f"nearest: {max(unit, round(size / unit) * unit)}"
             )
         vae.tile_sample_min_size = size
         vae.tile_latent_min_size = size // self.pipeline.vae_scale_factor

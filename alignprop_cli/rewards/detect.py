@@ -180,9 +180,9 @@ class Detector:
             sigmoid is the library's score.
         """
         images = images.to(exact(images.dtype))
-        sized = self._fitted(images) if self._words is None else self._squared(images)
-        inputs = normalise(sized, self.mean, self.std).to(self.network.dtype)
         with without_autocast(images.device):
+            sized = self._fitted(images) if self._words is None else self._squared(images)
+            inputs = normalise(sized, self.mean, self.std).to(self.network.dtype)
             if self._words is not None:
                 # The steps of its forward, less the words, which are always the same, and a mask
                 # of words that casts to float32.

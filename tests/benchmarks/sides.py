@@ -84,6 +84,12 @@ class Side:
                 return json.loads(line.removeprefix("answer "))
         raise RuntimeError("the other side ended; see what it printed above")
 
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
 
 def median(values: list[float]) -> float:
     """Return the median."""

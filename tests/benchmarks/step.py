@@ -67,15 +67,36 @@ def compare(arguments: argparse.Namespace, folder: Path) -> list[str]:
         "TOKENIZERS_PARALLELISM": "false",
     }
     model = str(make_model(folder / "model"))
-    peer = Side(
-        peer_python(arguments.environment), HERE / "peer.py", [model, steps, threads], environment
-    )
-    ours = Side(
-        sys.executable, HERE / "ours.py", [model, steps, threads, arguments.dtype], environment
-    )
+    python = peer_python(arguments.environment)
+
+    def start(name: str) -> Side:
+        if name == "TRL":
+            return Side(python, HERE / "peer.py", [model, steps, threads], environment)
+        own = [model, steps, threads, arguments.dtype]
+        return Side(sys.executable, HERE / "ours.py", own, environment)
+
+    started: dict[str, Side] = {}
+
+    def ask(name: str, command: str, k: int = 1, **more: Any) -> Any:
+        """Ask a side, which for large windows starts anew, since memory is short for two."""
+        sent = more if command == "versions" else {"k": k, **more}
+        if k < arguments.apart:
+            if name not in started:
+                started[name] = start(name)
+            return started[name].ask(command, **sent)
+        for other in started.values():
+            other.close()
+        started.clear()
+        alone = start(name)
+        if command == "step":
+            alone.ask("step", **{**sent, "k": 1})  # warms up
+        answer = alone.ask(command, **sent)
+        alone.close()
+        return answer
+
     lines = [
-        f"TRL side: {words(peer.ask('versions'))}",
-        f"our side: {words(ours.ask('versions'))}, {arguments.dtype}",
+        f"TRL side: {words(ask('TRL', 'versions'))}",
+        f"our side: {words(ask('ours', 'versions'))}, {arguments.dtype}",
         f"machine: {machine()}, {threads} threads, Python {platform.python_version()}",
         "",
         "| K | side | recompute | seconds, median (all) | TRL / ours | TFLOP | over the floor "
@@ -83,16 +104,16 @@ def compare(arguments: argparse.Namespace, folder: Path) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for k in arguments.windows:
-        floor = ours.ask("floor", k=k)["flops"]
-        counted = {"TRL": peer.ask("count", k=k)}
+        floor = ask("ours", "floor", k)["flops"]
+        counted = {"TRL": ask("TRL", "count", k)}
         times: dict[str, list[float]] = {"TRL": []}
         for level in arguments.levels:
-            counted[level] = ours.ask("count", k=k, level=level)
+            counted[level] = ask("ours", "count", k, level=level)
         timed = arguments.levels[0]
         times[timed] = []
         for _ in range(arguments.reps):
-            times["TRL"].append(peer.ask("step", k=k)["seconds"])
-            times[timed].append(ours.ask("step", k=k, level=timed)["seconds"])
+            times["TRL"].append(ask("TRL", "step", k)["seconds"])
+            times[timed].append(ask("ours", "step", k, level=timed)["seconds"])
             print(f"K = {k}: {times}", file=sys.stderr, flush=True)
         for side, row in counted.items():
             taken = "not timed"
@@ -132,6 +153,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--dtype", default="float32", help="of our frozen weights")
     parser.add_argument("--windows", type=int, nargs="+", default=[1, 10, 50])
+    parser.add_argument(
+        "--apart",
+        type=int,
+        default=50,
+        help="windows of so many calls and more are measured in processes of their own",
+    )
     parser.add_argument(
         "--levels",
         nargs="+",

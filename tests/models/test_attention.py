@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch.nn.functional import scaled_dot_product_attention
 
 from alignprop_cli.memory import SavedBytes, count
-from alignprop_cli.models.attention import NarrowAttention, attend
+from alignprop_cli.models.attention import NarrowAttention, attend, use_narrow_attention
 from tests.factories import randn
 
 SHAPE = (2, 3, 7, 5)
@@ -50,6 +51,34 @@ def test_it_stores_and_counts_no_zeros() -> None:
         attend(*given)
     # Beside its inputs: what it returns, and a number for each head and place.
     assert kept.total == 8 * (2 * 3 * 7 * 5 + 2 * 3 * 7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_operator_keeps_its_promises_to_the_compiler(dtype: torch.dtype) -> None:
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+    torch.library.opcheck(attend, tuple(inputs(dtype)), test_utils=checks)
+
+
+def test_a_layer_with_more_to_it_keeps_its_processor() -> None:
+    network = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 16),
+        down_block_types=("AttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "AttnUpBlock2D"),
+        cross_attention_dim=8,
+        attention_head_dim=4,
+        norm_num_groups=4,
+        layers_per_block=1,
+    )
+    latents, text = (
+        randn(i, *s, dtype=torch.float32) for i, s in ((0, (1, 4, 8, 8)), (1, (1, 3, 8)))
+    )
+    with torch.no_grad():
+        expected = network(latents, 1, text).sample
+        use_narrow_attention(network)
+        kinds = {type(layer) for layer in network.attn_processors.values()}
+        assert kinds == {AttnProcessor2_0, NarrowAttention}
+        assert torch.allclose(network(latents, 1, text).sample, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("context", [None, randn(4, 2, 5, 12, dtype=torch.float32)])
