@@ -33,8 +33,8 @@ def compile_network(
 
     Args:
         trainer: Before its first step; nothing else of it changes.
-        wanted: True compiles and keeps it, whatever it wins; `auto` tries on a GPU, in a run of
-            more than 20 minutes: on the CPU it won 1 to 3 % after 19 to 41 s.
+        wanted: True compiles and keeps it, whatever it wins; `auto` tries on a GPU, in a run that
+            takes more than 20 minutes with one call in the window. On the CPU it won 1 to 3 %.
         note: Told what became of it.
         backend: Of torch.compile.
     """
