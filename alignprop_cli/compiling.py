@@ -43,8 +43,11 @@ def compile_network(
     unlikely = wanted == "auto" and trainer.model.device.type != "cuda"
     if wanted is False or unlikely or steps <= 0:
         return
-    _timed(trainer)  # warms up
-    plain = _timed(trainer)
+    try:
+        _timed(trainer)  # warms up
+        plain = _timed(trainer)
+    except torch.OutOfMemoryError:
+        return  # the step itself knows what to do
     if wanted == "auto" and plain * trainer.plan.accumulation * steps < _WORTH_TRYING_SECONDS:
         return
     started = time.perf_counter()
