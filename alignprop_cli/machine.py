@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
+import platform
 import resource
 import sys
 from pathlib import Path
@@ -69,6 +71,25 @@ def _processors(limit: Path) -> int:
         return math.ceil(int(work) / int(period))
     except (OSError, ValueError):  # no such group, or no limit ("max")
         return sys.maxsize
+
+
+def keep_memory() -> None:
+    """Let what one step frees be there for the next, where glibc hands out the RAM.
+
+    Else large tensors go back to the kernel, which gives and clears their pages anew in every step:
+    a third of a step's time where all 50 calls of a chain are stored (`tests/benchmarks/step.py`).
+    The process then holds on to the most memory that it needed, which on the CPU is the plan's.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(
+            _MMAP_MAX, 0
+        )  # nothing is mapped by itself, which would be unmapped when freed
+        libc.mallopt(_TRIM_THRESHOLD, -1)  # and the heap is not cut at its end
+
+
+# Of malloc.h.
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 
 
 def allow_tf32(dtype: torch.dtype) -> None:

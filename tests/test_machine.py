@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -73,3 +75,24 @@ def test_tf32_is_for_a_gpu_beside_a_network_in_half_precision(
     finally:
         machine.allow_tf32(torch.float32)
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="no glibc here")
+@pytest.mark.parametrize("kept", [True, False])
+def test_memory_freed_by_a_step_is_there_for_the_next(kept: bool) -> None:
+    """In a process of its own: what malloc does is the whole process's."""
+    script = (
+        "import resource, torch\n"
+        "from alignprop_cli import machine\n"
+        f"{'machine.keep_memory()' if kept else ''}\n"
+        "def step():\n"
+        "    tensors = [torch.ones(1 << 24) for _ in range(4)]\n"  # of 64 MiB
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "faults = [step() for _ in range(5)]\n"  # the first ones find no gap of the right size
+        "print(faults[-1] - faults[-2])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    pages = 4 * (1 << 26) / resource.getpagesize()
+    assert (int(done.stdout) < pages / 100) is kept

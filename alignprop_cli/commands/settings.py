@@ -28,9 +28,10 @@ def reward_weights(values: Sequence[str] | None) -> dict[str, float | None]:
     for text in reward_names(values):
         name, _, last = text.rpartition(":")
         try:
-            weight = float(last) if name else None
+            # file.py:attribute, even where the attribute is called nan
+            weight = float(last) if name and not last.isidentifier() else None
         except ValueError:
-            weight = None  # file.py:attribute
+            weight = None
         name = name if weight is not None else text
         if name in found:
             raise ConfigError(f"--reward: {name} is given twice")

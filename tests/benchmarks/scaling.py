@@ -3,6 +3,8 @@
 The window, micro-batch, steps and size of the embedded model, one at a time. Time is the
 median of a few steps, memory the most bytes that lived at once beside the weights (counted, not
 sampled). An exponent is the slope of a straight line through the logarithms: 1 is proportional.
+Then the same batch of preset tiny by one process and by several, one thread each: there memory is
+the largest resident set of the first process, with torch and the weights.
 
 Run:  python tests/benchmarks/scaling.py --threads 1
 """
@@ -10,7 +12,13 @@ Run:  python tests/benchmarks/scaling.py --threads 1
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -75,16 +83,42 @@ def measure(reps: int, **values: int) -> tuple[float, float]:
     return taken, meter.peak / 1e6
 
 
+def in_processes(reps: int, processes: int) -> tuple[float, float]:
+    """Return the seconds of a step of preset tiny and the largest resident set in MB."""
+    launcher = ["torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
+    train = ["train", "--preset=tiny", f"--steps={reps + 1}", "--seed=0", "--quiet"]
+    # Every step has the same window.
+    settings = ["gradient.method=last_k", "gradient.k=3", "eval.images=2", "eval.sample_images=2"]
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(
+            [sys.executable, "-m", *launcher, "--local-addr=localhost", "-m", "alignprop_cli"]
+            + [*train, f"--output={folder}/run", *(f"--set={setting}" for setting in settings)],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+            check=True,
+        )
+        lines = (Path(folder) / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    seconds = statistics.median(record["seconds"] for record in records[1:])  # after warming up
+    return seconds, max(record["peak_memory_gib"] for record in records) * 2**30 / 1e6
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--reps", type=int, default=5)
+    parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     print(f"base {BASE}, {arguments.threads} thread(s), medians of {arguments.reps}")
     print("\n| | seconds | exponent | MB | exponent |\n|---|---|---|---|---|")
-    for axis, points in AXES.items():
-        results = [measure(arguments.reps, **(BASE | {axis: point})) for point in points]
+    for axis, points in {**AXES, "processes": arguments.processes}.items():
+        results = [
+            in_processes(arguments.reps, point)
+            if axis == "processes"
+            else measure(arguments.reps, **(BASE | {axis: point}))
+            for point in points
+        ]
         places = np.log([point**2 if axis == "size" else point for point in points])
         seconds, memory = np.log(np.array(results)).T
         slopes = [np.polyfit(places, figures, 1)[0] for figures in (seconds, memory)]

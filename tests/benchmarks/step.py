@@ -89,7 +89,7 @@ def compare(arguments: argparse.Namespace, folder: Path) -> list[str]:
         started.clear()
         alone = start(name)
         if command == "step":
-            alone.ask("step", **{**sent, "k": 1})  # warms up
+            alone.ask("step", **sent)  # warms up
         answer = alone.ask(command, **sent)
         alone.close()
         return answer

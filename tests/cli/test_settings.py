@@ -15,11 +15,12 @@ def test_names_are_split_and_come_once():
 
 
 def test_weights_follow_names_which_may_hold_colons_themselves():
-    given = ["clip", "hps:2,dir/mine.py:best", "a.b:c:-0.5", "brightness:1e-3"]
+    given = ["clip", "hps:2,dir/mine.py:best", "mine.py:nan", "a.b:c:-0.5", "brightness:1e-3"]
     assert reward_weights(given) == {
         "clip": None,
         "hps": 2.0,
         "dir/mine.py:best": None,
+        "mine.py:nan": None,
         "a.b:c": -0.5,
         "brightness": 0.001,
     }
