@@ -91,8 +91,11 @@ def in_processes(reps: int, processes: int) -> tuple[float, float]:
     settings = ["gradient.method=last_k", "gradient.k=3", "eval.images=2", "eval.sample_images=2"]
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run(
-            [sys.executable, "-m", *launcher, "--local-addr=localhost", "-m", "alignprop_cli"]
-            + [*train, f"--output={folder}/run", *(f"--set={setting}" for setting in settings)],
+            [
+                *(sys.executable, "-m", *launcher, "--local-addr=localhost", "-m", "alignprop_cli"),
+                *(*train, f"--output={folder}/run"),
+                *(f"--set={setting}" for setting in settings),
+            ],
             env={**os.environ, "OMP_NUM_THREADS": "1"},
             stdout=subprocess.DEVNULL,
             check=True,
