@@ -15,7 +15,7 @@ import typer
 from alignprop_cli import __version__
 from alignprop_cli.commands import evaluate, score, soup, train
 from alignprop_cli.console import Console
-from alignprop_cli.errors import AlignPropError, RunError
+from alignprop_cli.errors import AlignPropError, RunError, first_line
 
 ISSUES = "please report it with the output of --debug"
 
@@ -87,11 +87,10 @@ def _known(error: Exception) -> AlignPropError:
         )
     # By name: naming torch's own class would import torch.
     if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
-        lines = str(error).strip().splitlines() or ["no detail"]
         return RunError(
-            f"out of memory: {lines[0]}",
+            f"out of memory: {first_line(error)}",
             hint="set train.micro_batch=1, gradient.checkpoint_network=call and "
-            "gradient.checkpoint_decoder=true, or a smaller gradient.k_max",
+            "gradient.checkpoint_decoder=true, or a smaller sample.height and width",
         )
     return AlignPropError(
         f"unexpected {type(error).__name__}: {error}", hint=f"this is a bug; {ISSUES}"

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 
+from alignprop_cli.errors import first_line
 from alignprop_cli.probe import rehearse
 from alignprop_cli.trainer import Trainer
 
@@ -48,7 +49,8 @@ def compile_network(
         _timed(trainer)  # warms up
         plain = _timed(trainer)
     except torch.OutOfMemoryError:
-        return  # the step itself knows what to do
+        note("the network's blocks are not compiled: memory ran out before that")
+        return
     if wanted == "auto" and plain * trainer.plan.accumulation * steps < _WORTH_TRYING_SECONDS:
         return
     started = time.perf_counter()
@@ -64,8 +66,9 @@ def compile_network(
         gain = plain / _timed(trainer)
     except (RuntimeError, ValueError, OSError) as error:
         _take_back(network)
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        note(f"the network's blocks cannot be compiled here and run as they are: {reason[0]}")
+        note(
+            f"the network's blocks cannot be compiled here and run as they are: {first_line(error)}"
+        )
         return
     kept = wanted is True or gain >= _LEAST_GAIN
     if not kept:

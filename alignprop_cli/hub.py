@@ -19,7 +19,7 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 
-from alignprop_cli.errors import AlignPropError, AssetError
+from alignprop_cli.errors import AlignPropError, AssetError, first_line
 
 _LOADING = (
     OSError,
@@ -54,8 +54,7 @@ def loading(option: str, place: str, *, alternative: str = "") -> Iterator[None]
     except AlignPropError:
         raise
     except _LOADING as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        reason, hint = lines[0], f"set {option} to a local copy"
+        reason, hint = first_line(error), f"set {option} to a local copy"
         hint += f", or {alternative}" if alternative else ""
         if isinstance(error, GatedRepoError):
             reason = "it is gated: accept its licence on the hub, then `hf auth login`"

@@ -32,21 +32,26 @@ def available(device: torch.device) -> tuple[int, str]:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0], f"free on {torch.cuda.get_device_name(device)}"
     free, source = psutil.virtual_memory().available, "free RAM"
-    for limit, used in _CGROUPS:
+    for folder, limit, used, cache in _CGROUPS:
         try:
-            left = int(Path(limit).read_text()) - int(Path(used).read_text())
-        except (OSError, ValueError):  # no such group, or no limit ("max")
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            # Files that were read count as used, and are let go when memory is wanted.
+            taken = int((folder / used).read_text()) - int(stat[cache])
+            left = max(int((folder / limit).read_text()) - taken, 0)
+        except (OSError, ValueError, KeyError):  # no such group, or no limit ("max")
             continue
-        if 0 < left < free:
+        if left < free:
             free, source = left, "limit of the control group"
     return free, source
 
 
 _CGROUPS = (
-    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
     (
-        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        Path("/sys/fs/cgroup/memory"),
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_inactive_file",
     ),
 )
 
@@ -76,16 +81,15 @@ def _processors(limit: Path) -> int:
 def keep_memory() -> None:
     """Let what one step frees be there for the next, where glibc hands out the RAM.
 
-    Else large tensors go back to the kernel, which gives and clears their pages anew in every step:
-    a third of a step's time where all 50 calls of a chain are stored (`tests/benchmarks/step.py`).
-    The process then holds on to the most memory that it needed, which on the CPU is the plan's.
+    Else large tensors go back to the kernel, which gives and clears their pages anew in every step
+    (what that takes: tests/benchmarks/results/step_epyc-2-cores_202611.md). The process then holds
+    on to the most memory that it needed.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        libc.mallopt(
-            _MMAP_MAX, 0
-        )  # nothing is mapped by itself, which would be unmapped when freed
-        libc.mallopt(_TRIM_THRESHOLD, -1)  # and the heap is not cut at its end
+        # No tensor is mapped by itself, to be unmapped when freed; the heap keeps its end.
+        libc.mallopt(_MMAP_MAX, 0)
+        libc.mallopt(_TRIM_THRESHOLD, -1)
 
 
 # Of malloc.h.

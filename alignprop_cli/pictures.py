@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from alignprop_cli.errors import AssetError
+from alignprop_cli.errors import AssetError, first_line
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
@@ -155,8 +155,7 @@ def read_picture(path: Path) -> Decoded:
                 texts["UserComment"] = comment
             return Decoded(np.asarray(_flatten(ImageOps.exif_transpose(image))), texts)
     except _UNREADABLE as error:
-        lines = str(error).strip().splitlines()
-        raise ValueError(lines[0] if lines else type(error).__name__) from error
+        raise ValueError(first_line(error)) from error
 
 
 def _user_comment(image: Image.Image) -> str | None:

@@ -7,7 +7,7 @@ that fit the memory the one with the fewest operations is chosen.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -114,8 +114,7 @@ def make_plan(
         below: An estimate, in bytes, at which memory ran out on the device.
 
     Raises:
-        ConfigError: If the batch or the window group cannot be divided; names the nearest batch
-            size that can.
+        ConfigError: If the batch or the window group cannot be divided; names values that can.
         RunError: If no plan fits the budget; names the smallest that would do.
         ValueError: If something is to be chosen and there is no footprint.
     """
@@ -246,8 +245,9 @@ def _micro_batches(config: Config, processes: int, budget: Budget | None) -> lis
     if group is not None and (group % processes or train.batch_size % group):
         raise _undivided(
             "gradient.window_group",
-            f"{group} must be a multiple of micro-batch x processes "
-            f"({processes} processes) and divide train.batch_size",
+            f"{group} must be a multiple of micro-batch x processes ({processes} processes) and "
+            f"divide train.batch_size ({train.batch_size}); these do: "
+            f"{_listed(processes * m for m in _divisors(share))}",
         )
     if isinstance(train.micro_batch, int):
         micro_batch = train.micro_batch
@@ -255,13 +255,15 @@ def _micro_batches(config: Config, processes: int, budget: Budget | None) -> lis
             raise _undivided(
                 "train.micro_batch",
                 f"{micro_batch} x {processes} processes does not divide train.batch_size "
-                f"({train.batch_size})",
+                f"({train.batch_size}); these do: {_listed(_divisors(share))}",
             )
         if group is not None and group % (micro_batch * processes):
+            groups = [processes * m for m in _divisors(share) if m % micro_batch == 0]
             raise _undivided(
                 "gradient.window_group",
                 f"{group} must be a multiple of micro-batch x processes "
-                f"({micro_batch} x {processes}) and divide train.batch_size",
+                f"({micro_batch} x {processes}) and divide train.batch_size ({train.batch_size}); "
+                f"these do: {_listed(groups)}",
             )
         return [micro_batch]
     limit = min(share, _LARGEST.get(budget.device_type if budget else "cpu", 1))
@@ -270,6 +272,14 @@ def _micro_batches(config: Config, processes: int, budget: Budget | None) -> lis
         for m in range(1, limit + 1)
         if share % m == 0 and (group is None or group % (m * processes) == 0)
     ]
+
+
+def _divisors(number: int) -> list[int]:
+    return [m for m in range(1, number + 1) if number % m == 0]
+
+
+def _listed(numbers: Iterable[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def _undivided(key: str, message: str) -> ConfigError:
@@ -283,13 +293,25 @@ def _too_small(smallest: Plan, config: Config, budget: Budget) -> RunError:
     assert smallest.estimate is not None
     largest = sorted(smallest.estimate.parts.items(), key=lambda item: -item[1])[:3]
     where = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in largest)
-    advice = ["a smaller sample.height and width", "a smaller reward (or its dtype: bfloat16)"]
-    if largest[0][0] == "decoder" and config.model.vae_tile_size is None:
-        advice.insert(0, "model.vae_tile_size: 256 (pictures change a little)")
-    if longest_window(config.gradient, config.sample.num_inference_steps) > 1:
-        advice.insert(0, "fewer calls with gradient (gradient.k_max)")
+    names = {name for name, _ in largest}
+    gradient, advice = config.gradient, list[str]()
     if isinstance(config.train.micro_batch, int) and config.train.micro_batch > 1:
-        advice.insert(0, "train.micro_batch: auto")
+        advice.append("train.micro_batch: auto")
+    fixed: dict[str, object] = {
+        "network": gradient.checkpoint_network in ("none", "block"),
+        "decoder": gradient.checkpoint_decoder is False,
+        "reward": gradient.checkpoint_reward is False,
+    }
+    advice += [f"gradient.checkpoint_{part}: auto" for part, whether in fixed.items() if whether]
+    longest = longest_window(gradient, config.sample.num_inference_steps)
+    if "stored calls" in names and longest > 1:
+        fewer = {"last_k": "a smaller gradient.k", "random_k": "a smaller gradient.k_max"}
+        advice.append(fewer.get(gradient.method, "gradient.method: last_k"))
+    if "decoder" in names and config.model.vae_tile_size is None:
+        advice.append("model.vae_tile_size: 256 (pictures change a little)")
+    if any(reward.dtype == "float32" for reward in config.reward.values()):
+        advice.append("bfloat16 as the dtype of a reward with a network")
+    advice.append("a smaller sample.height and width")
     return RunError(
         f"no plan fits {budget.bytes / GIB:.2f} GiB ({budget.source}): the smallest needs "
         f"{needed / GIB:.2f} GiB, most of it for {where}",

@@ -28,6 +28,8 @@ PeakOf = Callable[[Callable[[], object]], int]
 """Runs something and returns the most bytes that were in use on the device meanwhile."""
 
 _PLANS_TRIED = 6
+# Where memory ran out it is not known by how much: the next plan is this much smaller.
+_SMALLER = 0.8
 
 
 def cuda_peak(run: Callable[[], object]) -> int:
@@ -74,26 +76,35 @@ def settle(
             config = config.model_copy(update={"gradient": own})
         points = _measure(trainer, footprint, peak_of)
         if points:
-            held, correction = plan, Correction.through(points)
+            correction = Correction.through(points)
+            held = _corrected(plan, correction)
         else:
             below = _estimated(trainer, footprint, plan.micro_batch)
-        try:
-            plan = make_plan(
-                config,
-                processes=plan.processes,
-                footprint=footprint,
-                budget=budget,
-                correction=correction,
-                below=below,
-            )
-        except RunError:
-            # By the estimate there is none; what was measured to fit does, nevertheless.
-            plan = None
-        if held is not None and plan is not None and replace(plan, estimate=held.estimate) == held:
-            held = plan  # the same, with the corrected estimate
+        plan = None
+        for limit in [below] if held is not None else [_SMALLER * below, below]:
+            try:
+                plan = make_plan(
+                    config,
+                    processes=trainer.plan.processes,
+                    footprint=footprint,
+                    budget=budget,
+                    correction=correction,
+                    below=limit,
+                )
+                break
+            except RunError:
+                # By the estimate there is none; what was measured to fit does, nevertheless.
+                continue
     if held is None:
         raise torch.OutOfMemoryError("the smallest plan is too large for this device")
     trainer.adopt(held)
+
+
+def _corrected(plan: Plan, correction: Correction) -> Plan:
+    """Return the plan with what was measured in its estimate."""
+    if plan.estimate is None:
+        return plan
+    return replace(plan, estimate=replace(plan.estimate, correction=correction))
 
 
 def _measure(trainer: Trainer, footprint: Footprint, peak_of: PeakOf) -> list[tuple[float, float]]:

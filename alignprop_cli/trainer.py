@@ -366,8 +366,6 @@ def make_accelerator() -> Accelerator:
     """
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     machine.limit_threads()
-    if accelerator.device.type == "cpu":
-        machine.keep_memory()
     if accelerator.num_processes > 1:
         # Left to the interpreter's end, the backend's threads can take the process down with them.
         atexit.register(accelerator.end_training)

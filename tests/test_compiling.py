@@ -104,18 +104,52 @@ def test_on_the_cpu_nothing_is_compiled_unless_it_is_asked_for(wanted: Any) -> N
     assert compiled_blocks(trainer) == 0
 
 
-@pytest.mark.parametrize(("seconds", "kept"), [([9.0, 9.0, 50.0, 6.0], True), ([9.0] * 4, False)])
-def test_what_is_not_faster_is_taken_back(
-    monkeypatch: pytest.MonkeyPatch, seconds: list[float], kept: bool
-) -> None:
-    """With times of a GPU's long run in place of those measured here."""
-    trainer, said = make_trainer(small_config(train={"batch_size": 8, "steps": 1000})), list[str]()
-    times = iter(seconds)
-    monkeypatch.setattr(compiling, "_timed", lambda trainer: next(times))
+def on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, steps: int, seconds: list[float | Exception]
+) -> Trainer:
+    """Return a trainer of a run on a GPU, whose micro-batches take so many seconds."""
+    train = {"batch_size": 8, "micro_batch": 8, "steps": steps}
+    trainer, times = make_trainer(small_config(train=train)), iter(seconds)
+
+    def timed(trainer: Trainer) -> float:
+        taken = next(times)
+        if isinstance(taken, Exception):
+            raise taken
+        return taken
+
+    monkeypatch.setattr(compiling, "_timed", timed)
     monkeypatch.setattr(compiling, "rehearse", lambda *arguments: None)
     monkeypatch.setattr(
         type(trainer.model), "device", property(lambda model: torch.device("cuda", 0))
     )
+    return trainer
+
+
+@pytest.mark.parametrize(("steps", "tried"), [(133, False), (134, True)])
+def test_a_run_of_twenty_minutes_and_more_is_worth_trying(
+    monkeypatch: pytest.MonkeyPatch, steps: int, tried: bool
+) -> None:
+    said: list[str] = []
+    trainer = on_a_gpu(monkeypatch, steps, [9.0, 9.0, 50.0, 6.0])
+    assert trainer.plan.accumulation == 1
+    compile_network(trainer, "auto", said.append, backend="aot_eager")
+    assert (compiled_blocks(trainer) > 0) is tried
+    assert len(said) == tried
+
+
+def test_where_memory_runs_out_before_compiling_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    trainer = on_a_gpu(monkeypatch, 1000, [torch.OutOfMemoryError("CUDA out of memory")])
+    compile_network(trainer, True, said.append)
+    assert compiled_blocks(trainer) == 0
+    assert said == ["the network's blocks are not compiled: memory ran out before that"]
+
+
+@pytest.mark.parametrize(("seconds", "kept"), [([9.0, 9.0, 50.0, 6.0], True), ([9.0] * 4, False)])
+def test_what_is_not_faster_is_taken_back(
+    monkeypatch: pytest.MonkeyPatch, seconds: list[float | Exception], kept: bool
+) -> None:
+    trainer, said = on_a_gpu(monkeypatch, 1000, seconds), list[str]()
     compile_network(trainer, "auto", said.append, backend="aot_eager")
     assert (compiled_blocks(trainer) > 0) is kept
     assert ("not worth keeping" in said[0]) is not kept

@@ -97,12 +97,16 @@ def test_a_batch_that_cannot_be_divided_names_the_nearest_that_can() -> None:
 
 
 def test_a_micro_batch_that_does_not_divide_the_share_of_a_process_is_refused() -> None:
-    with pytest.raises(ConfigError, match="4 x 2 processes does not divide"):
+    with pytest.raises(
+        ConfigError, match=r"4 x 2 processes does not divide .* \(12\); these do: 1, 2, 3, 6$"
+    ):
         make_plan(config(batch_size=12, micro_batch=4), processes=2, footprint=footprint())
 
 
 def test_a_window_group_smaller_than_all_processes_is_refused() -> None:
-    with pytest.raises(ConfigError, match="must be a multiple of micro-batch x processes"):
+    with pytest.raises(
+        ConfigError, match=r"2 must be a multiple of .* \(2 x 2\) .* these do: 4, 8$"
+    ):
         make_plan(
             config(batch_size=8, micro_batch=2, window_group=2), processes=2, footprint=footprint()
         )
@@ -249,13 +253,45 @@ def test_a_budget_that_is_too_small_names_the_smallest_that_would_do() -> None:
     with pytest.raises(RunError, match=r"no plan fits 3\.00 GiB \(a card\)") as caught:
         make_plan(config(batch_size=4), processes=1, footprint=footprint(), budget=gpu(3))
     needed = float(str(caught.value).split("the smallest needs ")[1].split(" GiB")[0])
-    assert caught.value.hint is not None
-    assert "gradient.k_max" in caught.value.hint
     make_plan(config(batch_size=4), processes=1, footprint=footprint(), budget=gpu(needed + 0.01))
     with pytest.raises(RunError):
         make_plan(
             config(batch_size=4), processes=1, footprint=footprint(), budget=gpu(needed - 0.02)
         )
+
+
+@pytest.mark.parametrize(
+    ("gradient", "train", "advice", "never"),
+    [
+        # What is computed again is open: fewer calls would save next to nothing.
+        ({"method": "last_k", "k": 10}, {}, "a smaller sample.height", "gradient.k"),
+        (
+            {"method": "last_k", "k": 10, "checkpoint_network": "none"},
+            {},
+            "gradient.checkpoint_network: auto, a smaller gradient.k,",
+            "k_max",
+        ),
+        ({"checkpoint_network": "block"}, {}, "a smaller gradient.k_max,", "gradient.k,"),
+        (
+            {"method": "full", "checkpoint_network": "none"},
+            {},
+            "auto, gradient.method: last_k,",
+            "k_max",
+        ),
+        ({"checkpoint_decoder": False}, {"micro_batch": 2}, "micro_batch: auto", "reward: auto"),
+        ({"checkpoint_decoder": False}, {}, "checkpoint_decoder: auto, model.vae_tile", "micro_"),
+    ],
+)
+def test_the_advice_is_what_would_help(
+    gradient: dict[str, Any], train: dict[str, Any], advice: str, never: str
+) -> None:
+    asked = config(gradient=gradient, batch_size=4, **train)
+    with pytest.raises(RunError) as caught:
+        make_plan(asked, processes=1, footprint=footprint(), budget=gpu(3))
+    hint = caught.value.hint
+    assert hint is not None
+    assert advice in hint
+    assert never not in hint
 
 
 @given(

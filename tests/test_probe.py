@@ -138,11 +138,50 @@ def test_a_plan_that_was_measured_to_fit_is_not_refused_for_the_reserve(
     only = {"checkpoint_network": "none", "checkpoint_decoder": False, "checkpoint_reward": False}
     chosen = asked(**only)
     train = chosen.train.model_copy(update={"micro_batch": 8})
-    plan = Plan(8, 1, 1, 8, "none", False, False)
-    made = trainer(plan, chosen.model_copy(update={"train": train}))
-    peak_of = metered(made)
-    budget = Budget(int(peak_of(lambda: probe.rehearse(made, 8)) / 0.96), "cpu", "a machine")
-    assert settled(made, footprint, budget, peak_of) == plan
+    chosen = chosen.model_copy(update={"train": train})
+    plan = make_plan(chosen, processes=1, footprint=footprint)
+    made = trainer(plan, chosen)
+    peak_of = metered(made, lambda size: size / 4.0)
+    needed = peak_of(lambda: probe.rehearse(made, 8))
+    budget = Budget(int(needed / 0.96), "cpu", "a machine")
+    found = settled(made, footprint, budget, peak_of)
+    assert found.estimate is not None
+    assert replace(found, estimate=plan.estimate) == plan
+    # What is said of it is what was measured.
+    assert found.estimate.peak == pytest.approx(needed, rel=0.02)
+
+
+@pytest.mark.parametrize("factor", [1.3, 1.5, 2.5])
+def test_a_device_that_needs_far_more_than_estimated_gets_a_plan_too(
+    footprint: Footprint, factor: float
+) -> None:
+    """Thirty calls can be stored or not: plans that differ by one call do not help here.
+
+    Nothing runs: the device needs a multiple of what is estimated.
+    """
+    chosen = config(steps=30, method="full", window_group=8)
+    train = chosen.train.model_copy(update={"micro_batch": 1})
+    chosen = chosen.model_copy(update={"train": train})
+    plain = make_plan(chosen, processes=1, footprint=footprint)
+    assert plain.estimate is not None
+    budget = Budget(plain.estimate.peak, "cpu", "a machine")
+    plan = make_plan(chosen, processes=1, footprint=footprint, budget=budget)
+    assert plan.stored_calls > 20
+    made = trainer(plan, chosen)
+
+    def peak_of(run: Callable[[], object]) -> int:
+        needed = factor * probe._estimated(made, footprint, 1)
+        if needed > budget.bytes:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return int(needed)
+
+    probe.settle(made, footprint, budget, peak_of)
+    found = made.plan.estimate
+    assert found is not None
+    assert found.peak <= budget.bytes
+    assert found.peak == pytest.approx(peak_of(lambda: None), rel=0.01)
+    # It is not needlessly small: no plan with a tenth more would have fitted.
+    assert found.peak > 0.75 * budget.bytes or made.plan.stored_calls == 0
 
 
 def test_a_device_that_holds_not_even_the_smallest_plan_says_so(footprint: Footprint) -> None:
@@ -176,6 +215,9 @@ def test_the_optimisers_moments_are_counted_once() -> None:
     assert before == 1000 + 8 * numbers
     made.step()
     assert probe._try(made, lambda run: 1000, 1) == 1000
+    # With a second micro-batch the gradients of the first are there too.
+    made.adopt(replace(plan, micro_batch=4, accumulation=2))
+    assert probe._try(made, lambda run: 1000, 1) == 1000 + 4 * numbers
 
 
 @given(

@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from alignprop_cli import __version__, adapter, checkpoint, evaluator, lora, report
+from alignprop_cli import __version__, adapter, checkpoint, evaluator, lora, machine, report
 from alignprop_cli import config as configuration
 from alignprop_cli.commands import planning
 from alignprop_cli.commands.drawing import draw
@@ -127,6 +127,8 @@ def run_training(
     eval_prompts = load_prompts(config.eval.prompts)
     wanted = config.output.dir
     accelerator = make_accelerator()
+    if accelerator.device.type == "cpu":
+        machine.keep_memory()
     _deterministic()
     budget = planning.budget_of(accelerator)
     plan, footprint = planning.plan(config, processes=accelerator.num_processes, budget=budget)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from diffusers.models.attention_processor import Attention
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import pad
 from torch.utils.flop_counter import (
     register_flop_formula,
     sdpa_backward_flop_count,
@@ -28,7 +28,10 @@ _ATEN = torch.ops.aten
 
 
 class NarrowAttention:
-    """Processor of diffusers' `Attention` layers as U-Nets have them: no mask, no norms within."""
+    """Processor of diffusers' `Attention` layers as U-Nets have them: no mask, no norms within.
+
+    The heads are narrow, the tensors on the CPU.
+    """
 
     def __call__(
         self,
@@ -44,16 +47,13 @@ class NarrowAttention:
             layer.unflatten(-1, (attn.heads, -1)).transpose(1, 2)  # (B, heads, L, channels)
             for layer in (attn.to_q(hidden_states), attn.to_k(context), attn.to_v(context))
         )
-        if query.device.type == "cpu" and query.shape[-1] < WIDTH:
-            attended: Tensor = attend(query, key, value)[0]
-        else:
-            attended = scaled_dot_product_attention(query, key, value)
+        attended: Tensor = attend(query, key, value)[0]
         projection, dropout = attn.to_out
         return dropout(projection(attended.transpose(1, 2).flatten(2)))
 
 
 def use_narrow_attention(network: Any) -> None:
-    """Let the layers of a U-Net's transformers that have narrow heads attend by it."""
+    """Let the layers of a U-Net's transformers that have narrow heads attend by it, on the CPU."""
     for module in network.modules():
         if isinstance(module, Attention) and _is_plain(module):
             module.set_processor(NarrowAttention())

@@ -22,9 +22,9 @@ from safetensors import SafetensorError
 
 from alignprop_cli import machine
 from alignprop_cli.config import ModelConfig
-from alignprop_cli.errors import AlignPropError, AssetError, ConfigError
+from alignprop_cli.errors import AlignPropError, AssetError, ConfigError, first_line
 from alignprop_cli.models.registry import resolve_dtype
-from alignprop_cli.models.sd import StableDiffusion, first_line
+from alignprop_cli.models.sd import StableDiffusion
 
 _ELSEWHERE = "set model.id to a local folder or file; `--preset tiny` works without any download"
 

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from alignprop_cli import images, lora
-from alignprop_cli.errors import AssetError, ConfigError
+from alignprop_cli.errors import AssetError, ConfigError, first_line
 from alignprop_cli.models.attention import use_narrow_attention
 from alignprop_cli.models.base import LORA_FILE, Conditioning
 from alignprop_cli.sampling import Denoise, guide
@@ -299,12 +299,6 @@ def _foreign(file: Path, model_id: str, why: str) -> ConfigError:
         f"{file}: this LoRA does not belong to model {model_id}: {why}",
         hint="give the model it was trained on with --model",
     )
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message, or its type where there is none."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
 
 
 def _fingerprint(network: torch.nn.Module) -> str:

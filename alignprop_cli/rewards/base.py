@@ -67,7 +67,7 @@ def check_inputs(name: str, images: Tensor, prompts: Sequence[str]) -> None:
 
 
 def check_rewards(name: str, rewards: object, prompts: Sequence[str]) -> Tensor:
-    """Return rewards as float32 of shape (B,), or refuse them.
+    """Return rewards of shape (B,) as float32, float64 as it is, or refuse them.
 
     Raises:
         ConfigError: If it is not a tensor of shape (B,).

@@ -57,6 +57,10 @@ class Mixture:
     Attributes:
         names: Of the members.
         beside: Figures that members report beside their rewards: functions of images by name.
+
+    Raises:
+        ConfigError: If what a member reports beside is no such mapping, or has the name of another
+            figure.
     """
 
     def __init__(self, members: Sequence[Member]) -> None:
@@ -64,7 +68,14 @@ class Mixture:
         self.names = tuple(member.name for member in members)
         self.beside: dict[str, Callable[[Tensor], Tensor]] = {}
         for member in members:
-            self.beside |= getattr(member.reward, "beside", {})
+            for name, measure in _beside(member).items():
+                if name in self.figures:
+                    raise ConfigError(
+                        f"reward '{member.name}': '{name}', which it reports beside, is another "
+                        "figure's name too",
+                        hint="give one of them another name",
+                    )
+                self.beside[name] = measure
 
     @property
     def figures(self) -> tuple[str, ...]:
@@ -74,7 +85,8 @@ class Mixture:
     @property
     def features(self) -> Callable[[Tensor], Tensor] | None:
         """Return what gives features of images (B, D), of the first member that can, if any."""
-        found = (getattr(member.reward, "image_features", None) for member in self.members)
+        rewards = [m.reward for m in self.members if isinstance(m.reward, FrozenReward)]
+        found = (getattr(reward, "image_features", None) for reward in rewards)
         return next(filter(None, found), None)
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -85,17 +97,19 @@ class Mixture:
             prompts: B texts.
 
         Returns:
-            For each of `figures` a tensor of shape (B,), float32. Those of members are
-            differentiable in images as far as the member is; those beside are not.
+            For each of `figures` a tensor of shape (B,), float32 (or float64 where the member
+            answers so), on the images' device. Those of members are differentiable in images as
+            far as the member is; those beside are not.
 
         Raises:
             ConfigError: If a member answers with a wrong shape or changes the images.
             RunError: If images or answers are not finite, or a member fails.
         """
         scores: dict[str, Tensor] = {}
+        check_inputs(", ".join(self.names), images, prompts)
         for member in self.members:
-            check_inputs(member.name, images, prompts)
-            scores[member.name] = check_rewards(member.name, _ask(member, images, prompts), prompts)
+            answer = check_rewards(member.name, _ask(member, images, prompts), prompts)
+            scores[member.name] = answer.to(images.device)
         for name, measure in self.beside.items():
             with own.faults(RunError, f"'{name}' beside a reward failed"):
                 answer = measure(images.detach())
@@ -148,6 +162,18 @@ class Mixture:
         for member in self.members:
             if isinstance(member.reward, FrozenReward):
                 member.reward.recompute()
+
+
+def _beside(member: Member) -> Mapping[str, Callable[[Tensor], Tensor]]:
+    """Return what a member reports beside its reward: functions of images by name."""
+    beside: object = getattr(member.reward, "beside", {})
+    if isinstance(beside, Mapping) and all(
+        isinstance(name, str) and callable(measure) for name, measure in beside.items()
+    ):
+        return beside
+    raise ConfigError(
+        f"reward '{member.name}': beside must map names to functions of images, got {beside!r}"
+    )
 
 
 def _ask(member: Member, images: Tensor, prompts: Sequence[str]) -> object:

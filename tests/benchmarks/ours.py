@@ -15,7 +15,7 @@ import torch
 from sides import PROMPTS, lora_values, serve, timed
 
 import alignprop_cli
-from alignprop_cli import lora
+from alignprop_cli import lora, machine
 from alignprop_cli.commands import planning
 from alignprop_cli.config import Config
 from alignprop_cli.memory import Meter, SavedBytes
@@ -35,6 +35,7 @@ class Ours:
         self.folder, self.steps, self.dtype = folder, steps, dtype
         self.calls = 0
         self.accelerator = make_accelerator()
+        machine.keep_memory()
         config = self._config(1, "none")
         self.model = load_model(config.model, self.accelerator.device)
         lora.inject(

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from sides import serve, timed
 
 import alignprop_cli
-from alignprop_cli import evaluator, lora, rng
+from alignprop_cli import evaluator, lora, machine, rng
 from alignprop_cli.config import Config
 from alignprop_cli.models.registry import load_model
 from alignprop_cli.plan import make_plan
@@ -32,6 +32,7 @@ class Ours:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.accelerator = make_accelerator()
+        machine.keep_memory()
         self.model = load_model(config.model, self.accelerator.device)
         lora.inject(
             self.model.network,

@@ -217,6 +217,47 @@ def test_figures_beside_a_reward_are_measured_and_never_trained_on() -> None:
     torch.testing.assert_close(mixture.losses(scores), -scores["mine"])
 
 
+class Beside:
+    """A reward that reports something beside, and gives features to whoever asks."""
+
+    image_features = 3
+
+    def __init__(self, beside: object) -> None:
+        self.beside = beside
+
+    def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return images.mean(dim=(1, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("beside", "match"),
+    [
+        ({"brightness": torch.sum}, "reward 'mine': 'brightness', which it reports beside, is ano"),
+        (
+            ["sharp"],
+            r"reward 'mine': beside must map names to functions of images, got \['sharp'\]",
+        ),
+        ({"sharp": 1.0}, r"reward 'mine': beside must map names .* got {'sharp': 1.0}"),
+    ],
+)
+def test_a_figure_beside_a_reward_never_takes_the_place_of_another(
+    beside: object, match: str
+) -> None:
+    brightness = Member("brightness", registry.build("brightness", {}), 1.0, LossConfig())
+    mine = Member("mine", Beside(beside), 1.0, LossConfig())
+    with pytest.raises(ConfigError, match=match):
+        Mixture([brightness, mine])
+
+
+def test_features_are_those_of_shipped_rewards_alone(clip: ClipReward) -> None:
+    mine = Member("mine", Beside({}), 1.0, LossConfig())
+    assert Mixture([mine]).features is None
+    images = pictures()
+    found = Mixture([mine, Member("clip", clip, 1.0, LossConfig())]).features
+    assert found is not None
+    torch.testing.assert_close(found(images), clip.image_features(images))
+
+
 def test_a_precision_without_a_network_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"reward\.brightness\.dtype: it holds no network"):
         build_mixture({"brightness": RewardConfig(dtype="bfloat16")}, LossConfig(), CPU)
