@@ -44,10 +44,14 @@ class OfficialHps:
         try:
             from hpsv2.src import open_clip  # type: ignore[import-not-found]
         except (ImportError, FileNotFoundError) as error:
+            hint = (
+                "pip install --no-deps hpsv2, and copy bpe_simple_vocab_16e6.txt.gz from the "
+                "folder of open_clip to hpsv2/src/open_clip"
+            )
+            if getattr(error, "name", None) in ("tkinter", "_tkinter"):
+                hint = "it imports turtle without using it: install Python's tkinter (python3-tk)"
             raise AssetError(
-                f"reward.hps-official: the package hpsv2 does not load: {error}",
-                hint="pip install --no-deps hpsv2, and copy bpe_simple_vocab_16e6.txt.gz from the "
-                "folder of open_clip to hpsv2/src/open_clip",
+                f"reward.hps-official: the package hpsv2 does not load: {error}", hint=hint
             ) from error
         file = locate(weights, FILES[version], option="reward.hps-official.weights")
         self._model: Any

@@ -387,7 +387,10 @@ def test_a_plan_is_made_for_cards_that_are_not_here(run) -> None:
     assert code == 4
     flat = " ".join(err.split())
     assert "no plan fits 4.00 GiB (--gpu-memory)" in flat
-    assert "gradient.k_max" in flat
+    assert "bfloat16 as the dtype of a reward with a network, a smaller sample.height" in flat
+    advised = ("reward.aesthetic.dtype=bfloat16", "sample.height=256", "sample.width=256")
+    code, _, _ = run(*dry, "--gpu-memory", "4GB", *(f"--set={advice}" for advice in advised))
+    assert code == 0
     for wrong in (("--gpu-memory", "much"), ("--gpus", 2)):
         code, _, err = run(*dry, *wrong)
         assert code == 2

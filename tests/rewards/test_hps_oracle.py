@@ -40,9 +40,14 @@ PROMPTS = [
 ]
 # What `img_score.initialize_model` does, on a small configuration and without LAION's weights.
 SCRIPT = """
-import json, sys, warnings
+import json, sys, types, warnings
 warnings.simplefilter("ignore")
 from pathlib import Path
+try:
+    import tkinter
+except ImportError:
+    # The package imports a name of turtle's, which needs tkinter, and never uses it.
+    sys.modules["turtle"] = types.SimpleNamespace(forward=None)
 from hpsv2 import img_score
 from hpsv2.src.open_clip import create_model_and_transforms, factory
 config, weights, files, prompts = json.loads(sys.stdin.read())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from alignprop_cli.images import CLIP_MEAN, CLIP_STD
 from alignprop_cli.rewards import hps
 from alignprop_cli.rewards.aesthetic import AestheticReward, affine
 from alignprop_cli.rewards.hps import HpsReward
+from alignprop_cli.rewards.hps_official import OfficialHps
 from alignprop_cli.rewards.pickscore import PickScore
 from tests.factories import aesthetic_head, generator, open_clip_config
 from tests.rewards.small import (
@@ -239,3 +242,24 @@ def test_without_the_network_the_message_names_the_option(
         build()
     assert str(caught.value).startswith(option)
     assert caught.value.hint == f"set {option} to a local copy"
+
+
+@pytest.mark.parametrize(
+    ("fault", "hint"),
+    [
+        ('ModuleNotFoundError("No module named tkinter", name="tkinter")', "install .* tkinter"),
+        ('FileNotFoundError("bpe_simple_vocab_16e6.txt.gz")', "copy bpe_simple_vocab_16e6"),
+    ],
+)
+def test_what_the_official_package_lacks_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str, hint: str
+) -> None:
+    package = tmp_path / "hpsv2" / "src" / "open_clip"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(f"raise {fault}\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("hpsv2", "hpsv2.src", "hpsv2.src.open_clip"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    with pytest.raises(AssetError, match=r"reward\.hps-official: the package hpsv2") as caught:
+        OfficialHps()
+    assert re.search(hint, caught.value.hint or "")
