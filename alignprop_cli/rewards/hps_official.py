@@ -45,7 +45,7 @@ class OfficialHps:
             from hpsv2.src import open_clip  # type: ignore[import-not-found]
         except (ImportError, FileNotFoundError) as error:
             hint = (
-                "pip install --no-deps hpsv2, and copy bpe_simple_vocab_16e6.txt.gz from the "
+                "pip install --no-deps hpsv2 clint args, copy bpe_simple_vocab_16e6.txt.gz from the "
                 "folder of open_clip to hpsv2/src/open_clip"
             )
             if getattr(error, "name", None) in ("tkinter", "_tkinter"):
