@@ -36,9 +36,9 @@ def available(device: torch.device) -> tuple[int, str]:
         try:
             stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
             # Files that were read count as used, and are let go when memory is wanted.
-            taken = int((folder / used).read_text()) - int(stat[cache])
+            taken = int((folder / used).read_text()) - int(stat.get(cache, 0))
             left = max(int((folder / limit).read_text()) - taken, 0)
-        except (OSError, ValueError, KeyError):  # no such group, or no limit ("max")
+        except (OSError, ValueError):  # no such group, or no limit ("max")
             continue
         if left < free:
             free, source = left, "limit of the control group"

@@ -269,8 +269,8 @@ def _micro_batches(config: Config, processes: int, budget: Budget | None) -> lis
     limit = min(share, _LARGEST.get(budget.device_type if budget else "cpu", 1))
     return [
         m
-        for m in range(1, limit + 1)
-        if share % m == 0 and (group is None or group % (m * processes) == 0)
+        for m in _divisors(share)
+        if m <= limit and (group is None or group % (m * processes) == 0)
     ]
 
 
@@ -297,19 +297,20 @@ def _too_small(smallest: Plan, config: Config, budget: Budget) -> RunError:
     gradient, advice = config.gradient, list[str]()
     if isinstance(config.train.micro_batch, int) and config.train.micro_batch > 1:
         advice.append("train.micro_batch: auto")
-    fixed: dict[str, object] = {
-        "network": gradient.checkpoint_network in ("none", "block"),
-        "decoder": gradient.checkpoint_decoder is False,
-        "reward": gradient.checkpoint_reward is False,
-    }
-    advice += [f"gradient.checkpoint_{part}: auto" for part, whether in fixed.items() if whether]
+    if gradient.checkpoint_network in ("none", "block"):
+        advice.append("gradient.checkpoint_network: auto")
+    if gradient.checkpoint_decoder is False:
+        advice.append("gradient.checkpoint_decoder: auto")
+    if gradient.checkpoint_reward is False:
+        advice.append("gradient.checkpoint_reward: auto")
     longest = longest_window(gradient, config.sample.num_inference_steps)
     if "stored calls" in names and longest > 1:
         fewer = {"last_k": "a smaller gradient.k", "random_k": "a smaller gradient.k_max"}
         advice.append(fewer.get(gradient.method, "gradient.method: last_k"))
     if "decoder" in names and config.model.vae_tile_size is None:
         advice.append("model.vae_tile_size: 256 (pictures change a little)")
-    if any(reward.dtype == "float32" for reward in config.reward.values()):
+    coarse = all(reward.dtype != "float32" for reward in config.reward.values())
+    if smallest.estimate.parts.get("reward weights", 0) > 0 and not coarse:
         advice.append("bfloat16 as the dtype of a reward with a network")
     advice.append("a smaller sample.height and width")
     return RunError(

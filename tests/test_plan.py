@@ -265,6 +265,8 @@ def test_a_budget_that_is_too_small_names_the_smallest_that_would_do() -> None:
     [
         # What is computed again is open: fewer calls would save next to nothing.
         ({"method": "last_k", "k": 10}, {}, "a smaller sample.height", "gradient.k"),
+        # The reward holds no network.
+        ({}, {}, "a smaller sample.height", "bfloat16"),
         (
             {"method": "last_k", "k": 10, "checkpoint_network": "none"},
             {},

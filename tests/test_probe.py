@@ -180,8 +180,8 @@ def test_a_device_that_needs_far_more_than_estimated_gets_a_plan_too(
     assert found is not None
     assert found.peak <= budget.bytes
     assert found.peak == pytest.approx(peak_of(lambda: None), rel=0.01)
-    # It is not needlessly small: no plan with a tenth more would have fitted.
-    assert found.peak > 0.75 * budget.bytes or made.plan.stored_calls == 0
+    # Nor is it needlessly small: 92 % may be used.
+    assert found.peak > 0.85 * budget.bytes
 
 
 def test_a_device_that_holds_not_even_the_smallest_plan_says_so(footprint: Footprint) -> None:

@@ -45,8 +45,8 @@ class OfficialHps:
             from hpsv2.src import open_clip  # type: ignore[import-not-found]
         except (ImportError, FileNotFoundError) as error:
             hint = (
-                "pip install --no-deps hpsv2 clint args, copy bpe_simple_vocab_16e6.txt.gz from the "
-                "folder of open_clip to hpsv2/src/open_clip"
+                "pip install --no-deps hpsv2 clint args, and copy "
+                "bpe_simple_vocab_16e6.txt.gz from the folder of open_clip to hpsv2/src/open_clip"
             )
             if getattr(error, "name", None) in ("tkinter", "_tkinter"):
                 hint = "it imports turtle without using it: install Python's tkinter (python3-tk)"

@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -115,23 +116,27 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     print(f"base {BASE}, {arguments.threads} thread(s), medians of {arguments.reps}")
     print("\n| | seconds | exponent | MB | exponent |\n|---|---|---|---|---|")
-    for axis, points in {**AXES, "processes": arguments.processes}.items():
-        results = [
-            in_processes(arguments.reps, point)
-            if axis == "processes"
-            else measure(arguments.reps, **(BASE | {axis: point}))
-            for point in points
-        ]
-        places = np.log([point**2 if axis == "size" else point for point in points])
-        seconds, memory = np.log(np.array(results)).T
-        slopes = [np.polyfit(places, figures, 1)[0] for figures in (seconds, memory)]
-        columns = [", ".join(f"{row[i]:.3g}" for row in results) for i in (0, 1)]
-        name = "pixels, from sizes" if axis == "size" else axis
-        print(
-            f"| {name} {', '.join(map(str, points))} | {columns[0]} | {slopes[0]:.2f} "
-            f"| {columns[1]} | {slopes[1]:.2f} |",
-            flush=True,
-        )
+    for axis, points in AXES.items():
+        results = [measure(arguments.reps, **(BASE | {axis: point})) for point in points]
+        size = axis == "size"
+        places = [point**2 if size else point for point in points]
+        print(row("pixels, from sizes" if size else axis, points, places, results), flush=True)
+    points = arguments.processes
+    results = [in_processes(arguments.reps, point) for point in points]
+    print(row("processes", points, points, results))
+
+
+def row(
+    name: str, points: Sequence[int], places: Sequence[int], results: Sequence[tuple[float, float]]
+) -> str:
+    """Return a line of the table: (seconds, MB) at the points, fitted over the places."""
+    seconds, memory = np.log(np.array(results)).T
+    slopes = [np.polyfit(np.log(places), figures, 1)[0] for figures in (seconds, memory)]
+    columns = [", ".join(f"{result[i]:.3g}" for result in results) for i in (0, 1)]
+    return (
+        f"| {name} {', '.join(map(str, points))} | {columns[0]} | {slopes[0]:.2f} "
+        f"| {columns[1]} | {slopes[1]:.2f} |"
+    )
 
 
 if __name__ == "__main__":
