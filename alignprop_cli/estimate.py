@@ -17,9 +17,11 @@ LEVELS: tuple[Level, ...] = get_args(Level)
 GIB = 2**30
 
 # CUDA's own context and the libraries' work space, before anything is allocated.
-CUDA_CONTEXT = GIB // 2
-# What is left free for fragmentation and for what the estimate does not see.
-RESERVE = 0.08
+_CUDA_CONTEXT = GIB // 2
+# What is left free for gaps between tensors and for what the estimate does not see. glibc leaves
+# many gaps: a process on the CPU held 1.27 and 1.31 times as much (34 million weights, 50 and 10
+# calls stored; tests/benchmarks/results/step_epyc-2-cores_202611.md).
+_RESERVE, _CPU_RESERVE = 0.08, 0.25
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,19 @@ class Budget:
     @property
     def usable(self) -> int:
         """Return what the estimate may reach."""
-        context = CUDA_CONTEXT if self.device_type == "cuda" else 0
-        return int((self.bytes - context) * (1.0 - RESERVE))
+        return int((self.bytes - self._context) * (1.0 - self._reserve))
+
+    def least(self, peak: int) -> int:
+        """Return the bytes that would do for an estimate."""
+        return math.ceil(peak / (1.0 - self._reserve)) + self._context
+
+    @property
+    def _context(self) -> int:
+        return _CUDA_CONTEXT if self.device_type == "cuda" else 0
+
+    @property
+    def _reserve(self) -> float:
+        return _CPU_RESERVE if self.device_type == "cpu" else _RESERVE
 
 
 @dataclass(frozen=True)

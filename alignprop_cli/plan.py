@@ -14,9 +14,7 @@ from typing import Literal
 from alignprop_cli.config import Config
 from alignprop_cli.errors import ConfigError, Problem, RunError
 from alignprop_cli.estimate import (
-    CUDA_CONTEXT,
     GIB,
-    RESERVE,
     UNCORRECTED,
     Budget,
     Correction,
@@ -288,8 +286,7 @@ def _undivided(key: str, message: str) -> ConfigError:
 
 def _too_small(smallest: Plan, config: Config, budget: Budget) -> RunError:
     """Say how much memory would do, where it goes, and what to change."""
-    needed = _peak(smallest) / (1.0 - RESERVE)
-    needed += CUDA_CONTEXT if budget.device_type == "cuda" else 0
+    needed = budget.least(_peak(smallest))
     assert smallest.estimate is not None
     largest = sorted(smallest.estimate.parts.items(), key=lambda item: -item[1])[:3]
     where = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in largest)

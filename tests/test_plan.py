@@ -341,6 +341,17 @@ def test_every_plan_covers_the_batch_and_fits_or_says_what_would(
     assert plan.estimate.flops >= plan.estimate.floor
 
 
+@given(peak=st.integers(1, 200 * GIB), device_type=st.sampled_from(["cpu", "cuda"]))
+def test_the_least_budget_for_an_estimate_is_the_one_that_just_holds_it(
+    peak: int, device_type: str
+) -> None:
+    least = Budget(0, device_type, "").least(peak)
+    assert Budget(least, device_type, "").usable >= peak
+    assert Budget(least - 2, device_type, "").usable < peak
+    # On the CPU a process held up to 1.31 times what was estimated.
+    assert device_type != "cpu" or least > 1.31 * peak
+
+
 @given(
     k=st.integers(1, 49),
     micro_batch=st.integers(1, 16),
