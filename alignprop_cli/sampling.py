@@ -152,7 +152,8 @@ def sample(
             same values.
         draw_noise: Gives the fresh noise of step i; needed where eta > 0.
         recomputed: The calls of the window that backward computes again in place of storing their
-            activations. Values and gradients are the same bit for bit on the CPU.
+            activations. Values and gradients are the same bit for bit on the CPU; gradients come by
+            `backward` alone, not by `torch.autograd.grad`.
 
     Returns:
         Clean latents, shape (B, C, h, w). Differentiable in the parameters of `denoise` through
@@ -171,11 +172,15 @@ def sample(
                 if has_grad and recomputed is not None and i in recomputed:
                     # The timestep is an argument, not a closure over the loop: the call is
                     # repeated during backward, when a closure would see the last timestep.
+                    # Reentrant where it can be, with a gradient into the call: that keeps no graph,
+                    # whose small nodes would lie between the places of freed activations, so that
+                    # glibc could not use those again
+                    # (tests/benchmarks/results/heap_epyc-2-cores_202611.md).
                     noise_pred = checkpoint(
                         denoise,
                         latents,
                         step.timestep,
-                        use_reentrant=False,
+                        use_reentrant=latents.requires_grad,
                         preserve_rng_state=False,
                     )
                 elif has_grad or rollout is None:

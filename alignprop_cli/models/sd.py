@@ -142,7 +142,8 @@ class StableDiffusion:
 
         def denoise(latents: Tensor, timestep: float) -> Tensor:
             guided = guidance_scale != 1.0 and low <= timestep <= high
-            inputs, embeds = (torch.cat([latents, latents]), both) if guided else (latents, text)
+            # One use of latents, so that its gradient is the same sum where the call is recomputed.
+            inputs, embeds = (latents.repeat(2, 1, 1, 1), both) if guided else (latents, text)
             timesteps = torch.full((len(inputs),), timestep, device=inputs.device)
             noise_pred: Tensor = network(
                 inputs.to(network.dtype), timesteps, embeds, return_dict=False

@@ -5,6 +5,7 @@ Arguments: the model's folder, the number of sampling steps, the number of threa
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,30 @@ class Ours:
         trainer.forward = forward  # type: ignore[method-assign]
         return {**kept, "flops": meter.flops, "peak": meter.peak, "calls": self.calls}
 
+    def heap(self, k: int, level: str) -> dict[str, float]:
+        """Do one step; return MiB: resident before and at most, counted on, free after forward."""
+        trainer = self._trainer(k, level)
+        forward = trainer.forward
+        found = {"before": machine.peak_gib(self.model.device) * 1024}
+
+        def looked(*arguments: Any) -> Any:
+            result = forward(*arguments)
+            info = _mallinfo()
+            found.update(used=info.uordblks / 2**20, free=info.fordblks / 2**20)
+            return result
+
+        found["used before"] = _mallinfo().uordblks / 2**20
+        trainer.forward = looked  # type: ignore[method-assign]
+        trainer.step()
+        trainer.forward = forward  # type: ignore[method-assign]
+        config = self._config(k, level)
+        plan = make_plan(config, processes=1, footprint=planning.measure(config, "cpu"))
+        assert plan.estimate is not None
+        there = sum(b for name, b in plan.estimate.parts.items() if name.endswith(" weights"))
+        found["most"] = machine.peak_gib(self.model.device) * 1024
+        found["expected"] = (plan.estimate.peak - there) / 2**20
+        return found
+
     def floor(self, k: int) -> dict[str, float]:
         """Return the fewest operations that a step can take, counted on the meta device."""
         config = self._config(k, "none")
@@ -131,7 +156,41 @@ class Ours:
         return {package.__name__: package.__version__ for package in packages}
 
 
+class _Heap(ctypes.Structure):
+    """What glibc says of its heap, in bytes; malloc.h names the fields."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena",
+            "ordblks",
+            "smblks",
+            "hblks",
+            "hblkhd",
+            "usmblks",
+            "fsmblks",
+            "uordblks",
+            "fordblks",
+            "keepcost",
+        )
+    )
+
+
+def _mallinfo() -> Any:
+    libc = ctypes.CDLL(None)
+    libc.mallinfo2.restype = _Heap
+    return libc.mallinfo2()
+
+
 if __name__ == "__main__":
     torch.set_num_threads(int(sys.argv[3]))
     ours = Ours(sys.argv[1], int(sys.argv[2]), sys.argv[4])
-    serve({"step": ours.step, "count": ours.count, "floor": ours.floor, "versions": ours.versions})
+    serve(
+        {
+            "step": ours.step,
+            "count": ours.count,
+            "heap": ours.heap,
+            "floor": ours.floor,
+            "versions": ours.versions,
+        }
+    )
