@@ -16,11 +16,10 @@ LEVELS: tuple[Level, ...] = get_args(Level)
 
 GIB = 2**30
 
-# CUDA's own context and the libraries' work space, before anything is allocated.
-_CUDA_CONTEXT = GIB // 2
-# What is left free for gaps between tensors and for what the estimate does not see. glibc leaves
-# many gaps: a process on the CPU held 1.27 and 1.31 times as much (34 million weights, 50 and 10
-# calls stored; tests/benchmarks/results/step_epyc-2-cores_202611.md).
+# What is taken beside the tensors: CUDA's own context; what libraries load in the first step.
+_CONTEXT = {"cuda": GIB // 2, "cpu": GIB // 4}
+# The share left free for gaps between tensors and for what the estimate does not see. glibc leaves
+# more gaps: tests/benchmarks/results/heap_epyc-2-cores_202611.md.
 _RESERVE, _CPU_RESERVE = 0.08, 0.25
 
 
@@ -97,7 +96,7 @@ class Budget:
 
     @property
     def _context(self) -> int:
-        return _CUDA_CONTEXT if self.device_type == "cuda" else 0
+        return _CONTEXT.get(self.device_type, 0)
 
     @property
     def _reserve(self) -> float:

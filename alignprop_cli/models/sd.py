@@ -16,6 +16,7 @@ from diffusers.utils import convert_unet_state_dict_to_peft
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from alignprop_cli import images, lora
 from alignprop_cli.errors import AssetError, ConfigError, first_line
@@ -156,7 +157,7 @@ class StableDiffusion:
     def recompute_blocks(self, on: bool) -> None:
         """Switch recomputation of the network's blocks; see `DiffusionModel`."""
         if on:
-            self.network.enable_gradient_checkpointing()
+            self.network.enable_gradient_checkpointing(_recompute)
         else:
             self.network.disable_gradient_checkpointing()
 
@@ -305,3 +306,11 @@ def _foreign(file: Path, model_id: str, why: str) -> ConfigError:
 def _fingerprint(network: torch.nn.Module) -> str:
     lines = sorted(f"{name} {tuple(p.shape)}" for name, p in network.named_parameters())
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _recompute(block: torch.nn.Module, hidden_states: Tensor, *others: Any) -> Any:
+    """Run a block of the network so that backward computes it again; as in `sampling.sample`."""
+    reentrant = hidden_states.requires_grad
+    return checkpoint(
+        block, hidden_states, *others, use_reentrant=reentrant, preserve_rng_state=False
+    )
