@@ -110,7 +110,7 @@ def test_memory_freed_by_a_step_is_there_for_the_next(kept: bool) -> None:
         "def step():\n"
         "    tensors = [torch.ones(1 << 24) for _ in range(4)]\n"  # of 64 MiB
         "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
-        "faults = [step() for _ in range(5)]\n"  # the first ones find no gap of the right size
+        "faults = [step() for _ in range(12)]\n"  # the first five may find no gap of the right size
         "print(faults[-1] - faults[-2])\n"
     )
     # Whoever runs the tests may have set malloc up already.
