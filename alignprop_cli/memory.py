@@ -77,7 +77,8 @@ class SavedBytes:
             storage = tensor.untyped_storage()
             # Held, so that its number is not given to another one.
             self._seen[number] = (storage.nbytes(), storage)
-        return tensor
+        # Without its node: an output kept by the node that made it would never be freed.
+        return tensor.detach()
 
 
 class Meter(TorchDispatchMode):

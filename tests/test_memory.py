@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -72,6 +73,16 @@ def test_recomputing_keeps_less_and_computes_one_forward_more() -> None:
     # Recomputing stops at the last tensor that is needed, so it is not quite a whole forward.
     assert 0.95 * none.forward_flops < extra <= none.forward_flops
     assert none.backward_flops < block.backward_flops <= call.backward_flops
+
+
+def test_a_counted_graph_is_freed_with_its_result() -> None:
+    given = torch.zeros(8, requires_grad=True)
+    with memory.SavedBytes() as kept:
+        result = given.exp()  # keeps its own output for backward
+    kept.release()
+    output = weakref.ref(result)
+    del result
+    assert output() is None
 
 
 def test_what_is_kept_is_counted_by_storage_and_without_what_was_there() -> None:
