@@ -26,6 +26,8 @@ from alignprop_cli.validation import parse
 from tests.factories import mid_pipeline
 
 STEPS = 5
+# By block the first call of a window is counted as the others are, which store a little more.
+CLOSE: dict[Level, float] = {"none": 0.01, "block": 0.02, "call": 0.01}
 
 
 def config(
@@ -100,7 +102,9 @@ def test_the_bytes_that_a_real_step_stores_are_the_predicted_ones(
     with memory.SavedBytes(weights_of(made)) as kept:
         losses = forward(made, micro_batch, GradWindow(STEPS - k, STEPS))
     assert losses.requires_grad
-    assert kept.total == pytest.approx(expected_bytes(predicted, plan, k), rel=0.03)
+    assert kept.total == pytest.approx(
+        expected_bytes(predicted, plan, k), rel=CLOSE[plan.checkpoint_network]
+    )
 
 
 @pytest.mark.parametrize("k", [1, 2, STEPS])
@@ -111,7 +115,9 @@ def test_the_bytes_of_a_window_of_which_the_last_calls_are_stored(
     made = trainer(plan)
     with memory.SavedBytes(weights_of(made)) as kept:
         assert forward(made, 2, GradWindow(STEPS - k, STEPS)).requires_grad
-    assert kept.total == pytest.approx(expected_bytes(predicted, plan, k), rel=0.03)
+    assert kept.total == pytest.approx(
+        expected_bytes(predicted, plan, k), rel=CLOSE[plan.checkpoint_network]
+    )
 
 
 @pytest.mark.slow
@@ -128,9 +134,11 @@ def test_the_stored_bytes_of_a_larger_model_are_the_predicted_ones(
     made = trainer(plan, chosen)
     for k in (1, 10, 12):
         with memory.SavedBytes(weights_of(made)) as kept:
-            # Not named: the next graph would be built while this one is held.
-            assert forward(made, micro_batch, GradWindow(12 - k, 12)).requires_grad
-        assert kept.total == pytest.approx(expected_bytes(found, plan, k), rel=0.03)
+            losses = forward(made, micro_batch, GradWindow(12 - k, 12))
+        assert losses.requires_grad
+        assert kept.total == pytest.approx(expected_bytes(found, plan, k), rel=CLOSE[level])
+        del losses  # or the next graph would be built while this one is held
+        kept.release()
 
 
 @pytest.mark.parametrize("k", [1, STEPS])
@@ -157,7 +165,7 @@ def test_the_published_architectures_have_their_known_sizes() -> None:
         "stabilityai/stable-diffusion-2-1": (865_910_724, 340_387_840, (4, 96, 96)),
     }
     for name, (network, text_encoder, shape) in sizes.items():
-        model = outline(ModelConfig(id=name), torch.bfloat16)
+        model = outline(ModelConfig(id=name), torch.bfloat16, "cuda")
         assert model.device.type == "meta"
         assert sum(p.numel() for p in model.network.parameters()) == network
         assert sum(p.numel() for p in model.pipeline.vae.parameters()) == 83_653_863

@@ -72,7 +72,7 @@ def measure(config: Config, device_type: str) -> Footprint:
         device_type: Where it will run: `cuda` or `cpu`.
     """
     dtype = _dtype(config.model.dtype, device_type)
-    model = outline(config.model, dtype)
+    model = outline(config.model, dtype, device_type)
     lora.inject(
         model.network,
         rank=config.lora.rank,

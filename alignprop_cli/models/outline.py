@@ -16,6 +16,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from alignprop_cli import hub
 from alignprop_cli.config import ModelConfig
+from alignprop_cli.models.attention import use_narrow_attention
 from alignprop_cli.models.base import Conditioning
 from alignprop_cli.models.registry import find
 from alignprop_cli.models.sd import StableDiffusion
@@ -32,12 +33,13 @@ _KNOWN = {
 """Which of the shipped architectures a hub id has."""
 
 
-def outline(config: ModelConfig, dtype: torch.dtype) -> StableDiffusion:
+def outline(config: ModelConfig, dtype: torch.dtype, device_type: str) -> StableDiffusion:
     """Return the model that a configuration names, on the meta device.
 
     Args:
         config: The `model` section.
         dtype: Precision of the frozen weights.
+        device_type: Where it will run: `cuda` or `cpu`.
 
     Raises:
         AssetError, ConfigError: As `registry.find` and `tile_decoder`; AssetError too if the
@@ -45,6 +47,8 @@ def outline(config: ModelConfig, dtype: torch.dtype) -> StableDiffusion:
     """
     model = build(_folder(config), dtype, config.id)
     model.tile_decoder(config.vae_tile_size)
+    if device_type == "cpu":
+        use_narrow_attention(model.network)
     return model
 
 

@@ -229,7 +229,7 @@ def test_a_decoder_in_tiles_needs_less_and_draws_nearly_the_same(
 def test_the_size_of_tiles_is_an_option_of_the_model(tmp_path: Path) -> None:
     path = small_pipeline(tmp_path / "model")
     config = ModelConfig(id=str(path), vae_tile_size=8)
-    for made in (load_model(config, CPU), outline(config, torch.float32)):
+    for made in (load_model(config, CPU), outline(config, torch.float32, "cpu")):
         assert made.pipeline.vae.use_tiling  # type: ignore[attr-defined]
         assert made.pipeline.vae.tile_latent_min_size == 4  # type: ignore[attr-defined]
 
