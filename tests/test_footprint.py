@@ -23,7 +23,7 @@ from alignprop_cli.rewards.composite import build_mixture
 from alignprop_cli.trainer import Trainer
 from alignprop_cli.truncation import GradWindow
 from alignprop_cli.validation import parse
-from tests.factories import mid_pipeline
+from tests.factories import mid_pipeline, small_pipeline
 
 STEPS = 5
 # By block the first call of a window is counted as the others are, which store a little more.
@@ -118,6 +118,18 @@ def test_the_bytes_of_a_window_of_which_the_last_calls_are_stored(
     assert kept.total == pytest.approx(
         expected_bytes(predicted, plan, k), rel=CLOSE[plan.checkpoint_network]
     )
+
+
+def test_the_bytes_of_narrow_heads_are_those_of_the_attention_that_the_cpu_takes(
+    tmp_path: Path,
+) -> None:
+    chosen = config(str(small_pipeline(tmp_path / "narrow")), steps=2)  # 8 channels a head
+    plan = Plan(2, 4, 1, 8, "none", False, False)
+    made = trainer(plan, chosen)
+    with memory.SavedBytes(weights_of(made)) as kept:
+        assert forward(made, 2, GradWindow(0, 2)).requires_grad
+    found = planning.measure(chosen, "cpu")
+    assert kept.total == pytest.approx(expected_bytes(found, plan, 2), rel=0.01)
 
 
 @pytest.mark.slow

@@ -16,7 +16,6 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from alignprop_cli import hub
 from alignprop_cli.config import ModelConfig
-from alignprop_cli.models.attention import use_narrow_attention
 from alignprop_cli.models.base import Conditioning
 from alignprop_cli.models.registry import find
 from alignprop_cli.models.sd import StableDiffusion
@@ -45,20 +44,19 @@ def outline(config: ModelConfig, dtype: torch.dtype, device_type: str) -> Stable
         AssetError, ConfigError: As `registry.find` and `tile_decoder`; AssetError too if the
             configurations of an unknown model cannot be had.
     """
-    model = build(_folder(config), dtype, config.id)
+    model = build(_folder(config), dtype, config.id, device_type)
     model.tile_decoder(config.vae_tile_size)
-    if device_type == "cpu":
-        use_narrow_attention(model.network)
     return model
 
 
-def build(folder: Path, dtype: torch.dtype, name: str) -> StableDiffusion:
+def build(folder: Path, dtype: torch.dtype, name: str, device_type: str) -> StableDiffusion:
     """Return the model whose configurations are in a folder in diffusers format.
 
     Args:
         folder: With unet/, vae/, text_encoder/ and scheduler/; weights and tokenizer are not read.
         dtype: Precision of the frozen weights.
         name: What to call it.
+        device_type: Where it will run: `cuda` or `cpu`.
 
     Raises:
         AssetError: If a configuration is missing or damaged.
@@ -81,7 +79,7 @@ def build(folder: Path, dtype: torch.dtype, name: str) -> StableDiffusion:
         feature_extractor=None,  # type: ignore[arg-type]
         requires_safety_checker=False,
     )
-    return StableDiffusion(pipeline, name)
+    return StableDiffusion(pipeline, name, device_type)
 
 
 def conditioning(model: StableDiffusion, batch_size: int) -> Conditioning:

@@ -35,9 +35,12 @@ class StableDiffusion:
     Args:
         pipeline: Loaded, on its device, frozen here.
         model_id: What the user called it.
+        device_type: Where it will run; None is where it is.
     """
 
-    def __init__(self, pipeline: StableDiffusionPipeline, model_id: str) -> None:
+    def __init__(
+        self, pipeline: StableDiffusionPipeline, model_id: str, device_type: str | None = None
+    ) -> None:
         self.id = model_id
         self.pipeline = pipeline
         self.network = pipeline.unet
@@ -50,7 +53,7 @@ class StableDiffusion:
         # Convolutions are faster so, on the CPU and on tensor cores; the numbers are the same.
         pipeline.unet.to(memory_format=torch.channels_last)
         pipeline.vae.to(memory_format=torch.channels_last)
-        if self.device.type == "cpu":
+        if (device_type or self.device.type) == "cpu":
             use_narrow_attention(pipeline.unet)
         self.fingerprint = _fingerprint(pipeline.unet)
 
