@@ -1,6 +1,6 @@
 """TRL 0.22.2's AlignPropTrainer as one side of `step.py`; runs in its own environment.
 
-Arguments: the model's folder, the number of sampling steps, the number of threads.
+Arguments: the model's folder, the number of sampling steps, the number of threads, the precision.
 """
 
 from __future__ import annotations
@@ -23,17 +23,19 @@ from alignprop_cli.memory import Meter, SavedBytes
 
 RANK = 4
 
+_MIXED = {"float32": "no", "bfloat16": "bf16"}
+
 
 class Peer:
     """The trainer, with a window of our choice."""
 
-    def __init__(self, folder: str, steps: int) -> None:
+    def __init__(self, folder: str, steps: int, dtype: str) -> None:
         self.steps = steps
         # It logs through accelerate before there is any state, which raises.
         PartialState(cpu=True)
         pipeline = DefaultDDPOStableDiffusionPipeline(folder, use_lora=True)
         config = AlignPropConfig(
-            mixed_precision="no",
+            mixed_precision=_MIXED[dtype],
             allow_tf32=False,
             sample_num_steps=steps,
             sample_eta=0.0,
@@ -47,7 +49,10 @@ class Peer:
             project_kwargs={"project_dir": folder},
         )
         self.trainer = AlignPropTrainer(
-            config, lambda images, prompts, _: (reward(images, prompts), {}), self._prompt, pipeline
+            config,
+            lambda images, prompts, _: (reward(images.float(), prompts), {}),
+            self._prompt,
+            pipeline,
         )
         pipeline.set_progress_bar_config(disable=True)
         self.pipeline = pipeline.sd_pipeline
@@ -102,5 +107,5 @@ class Peer:
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     torch.set_num_threads(int(sys.argv[3]))
-    peer = Peer(sys.argv[1], int(sys.argv[2]))
+    peer = Peer(sys.argv[1], int(sys.argv[2]), sys.argv[4])
     serve({"step": peer.step, "count": peer.count, "versions": peer.versions})

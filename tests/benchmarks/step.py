@@ -70,10 +70,10 @@ def compare(arguments: argparse.Namespace, folder: Path) -> list[str]:
     python = peer_python(arguments.environment)
 
     def start(name: str) -> Side:
+        given = [model, steps, threads, arguments.dtype]
         if name == "TRL":
-            return Side(python, HERE / "peer.py", [model, steps, threads], environment)
-        own = [model, steps, threads, arguments.dtype]
-        return Side(sys.executable, HERE / "ours.py", own, environment)
+            return Side(python, HERE / "peer.py", given, environment)
+        return Side(sys.executable, HERE / "ours.py", given, environment)
 
     started: dict[str, Side] = {}
 
@@ -96,8 +96,9 @@ def compare(arguments: argparse.Namespace, folder: Path) -> list[str]:
 
     lines = [
         f"TRL side: {words(ask('TRL', 'versions'))}",
-        f"our side: {words(ask('ours', 'versions'))}, {arguments.dtype}",
-        f"machine: {machine()}, {threads} threads, Python {platform.python_version()}",
+        f"our side: {words(ask('ours', 'versions'))}",
+        f"machine: {machine()}, {threads} threads, {arguments.dtype}, "
+        f"Python {platform.python_version()}",
         "",
         "| K | side | recompute | seconds, median (all) | TRL / ours | TFLOP | over the floor "
         "| stored MB | alive MB | network calls |",
@@ -151,7 +152,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--reps", type=int, default=5)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--dtype", default="float32", help="of our frozen weights")
+    parser.add_argument("--dtype", default="float32", help="of the frozen weights")
     parser.add_argument("--windows", type=int, nargs="+", default=[1, 10, 50])
     parser.add_argument(
         "--apart",
