@@ -35,8 +35,9 @@ def compile_network(
     Args:
         trainer: Before its first step; nothing else of it changes.
         wanted: True compiles and keeps it, whatever it wins; `auto` tries on a GPU, in a run that
-            takes more than 20 minutes with one call in the window. On the CPU it won 1 to 3 % (34
-            million weights, torch 2.15) and 15 % (the embedded model, torch 2.14).
+            takes more than 20 minutes with one call in the window. Not on the CPU, where runs
+            repeat bit for bit and a timing must not decide how they round; there it won 1 to 3 %
+            (34 million weights, torch 2.15) and 15 % (the embedded model, torch 2.14).
         note: Told what became of it.
         backend: Of torch.compile.
     """
