@@ -152,7 +152,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--reps", type=int, default=5)
     parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--dtype", default="float32", help="of the frozen weights")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of frozen weights"
+    )
     parser.add_argument("--windows", type=int, nargs="+", default=[1, 10, 50])
     parser.add_argument(
         "--apart",
