@@ -16,7 +16,8 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -210,3 +211,15 @@ def make_run(run: Path) -> None:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--output: cannot make the folder {run}: {error}") from error
+
+
+@contextmanager
+def removed_if_empty(run: Path) -> Iterator[None]:
+    """Do what is inside the block; if that fails before it wrote a file, remove the folder."""
+    try:
+        yield
+    except BaseException:
+        # Refused for a folder that holds anything.
+        with suppress(OSError):
+            run.rmdir()
+        raise

@@ -139,48 +139,48 @@ def run_training(
     if found is not None:
         refuse_changes(found, config)
     run = resume or _new_run(wanted, name, accelerator)
-
-    console.note(f"alignprop {__version__}: {config.model.id} on {accelerator.device}")
-    console.note(f"plan: {plan.describe()}")
-    if both := set(train_prompts) & set(eval_prompts):
-        console.warn(
-            f"{len(both)} of the {len(set(eval_prompts))} prompts of eval.prompts are trained on: "
-            "the evaluation says nothing about new ones"
+    with checkpoint.removed_if_empty(run):
+        console.note(f"alignprop {__version__}: {config.model.id} on {accelerator.device}")
+        console.note(f"plan: {plan.describe()}")
+        if both := set(train_prompts) & set(eval_prompts):
+            console.warn(
+                f"{len(both)} of the {len(set(eval_prompts))} prompts of eval.prompts are trained "
+                "on: the evaluation says nothing about new ones"
+            )
+        model = load_model(config.model, accelerator.device)
+        if planning.encodes_first(config, accelerator.device.type):
+            model.keep_prompts([*train_prompts, *eval_prompts, config.sample.negative_prompt])
+        mixture = build_mixture(config.reward, config.loss, accelerator.device)
+        if plan.checkpoint_reward:
+            mixture.recompute()
+        config = _prepare_lora(config, model, found, console)
+        trainer = Trainer(config, plan, model, mixture, train_prompts, accelerator, console.warn)
+        if found is not None:
+            restore(trainer, found, run)
+        if footprint is not None and accelerator.device.type == "cuda":
+            settle(trainer, footprint, budget)
+            console.note(f"measured: {trainer.plan.describe()}")
+        compile_network(trainer, config.train.compile, console.note)
+        session = Session(
+            config,
+            run,
+            trainer,
+            model,
+            mixture,
+            accelerator,
+            console,
+            evaluator.choose(eval_prompts, config.eval.images, config.eval.images_per_prompt),
+            evaluator.choose(eval_prompts, min(config.eval.sample_images, config.eval.images)),
         )
-    model = load_model(config.model, accelerator.device)
-    if planning.encodes_first(config, accelerator.device.type):
-        model.keep_prompts([*train_prompts, *eval_prompts, config.sample.negative_prompt])
-    mixture = build_mixture(config.reward, config.loss, accelerator.device)
-    if plan.checkpoint_reward:
-        mixture.recompute()
-    config = _prepare_lora(config, model, found, console)
-    trainer = Trainer(config, plan, model, mixture, train_prompts, accelerator, console.warn)
-    if found is not None:
-        restore(trainer, found, run)
-    if footprint is not None and accelerator.device.type == "cuda":
-        settle(trainer, footprint, budget)
-        console.note(f"measured: {trainer.plan.describe()}")
-    compile_network(trainer, config.train.compile, console.note)
-    session = Session(
-        config,
-        run,
-        trainer,
-        model,
-        mixture,
-        accelerator,
-        console,
-        evaluator.choose(eval_prompts, config.eval.images, config.eval.images_per_prompt),
-        evaluator.choose(eval_prompts, min(config.eval.sample_images, config.eval.images)),
-    )
-    if accelerator.is_main_process:
-        _open_run(session, found)
-    with lora.disabled(model.network):
-        base = draw(config, console, model, mixture, session.held_out, "base model")
-    _standardise(session, base)
-    _train(session)
-    tuned = draw(config, console, model, mixture, session.held_out, "tuned model")
-    if accelerator.is_main_process:
-        finish(session, base, tuned, time.perf_counter() - started)
+        if accelerator.is_main_process:
+            _open_run(session, found)
+        with lora.disabled(model.network):
+            base = draw(config, console, model, mixture, session.held_out, "base model")
+        _standardise(session, base)
+        _train(session)
+        tuned = draw(config, console, model, mixture, session.held_out, "tuned model")
+        if accelerator.is_main_process:
+            finish(session, base, tuned, time.perf_counter() - started)
 
 
 def _new_run(wanted: str | None, name: str, accelerator: Accelerator) -> Path:

@@ -227,6 +227,8 @@ def test_bad_input_gets_one_message_and_the_documented_exit_code(
     for part in parts:
         assert part in flat
     assert Path("full/mine.txt").read_text() == "keep me"
+    # The next run of that name is not a second one.
+    assert list(Path("runs").glob("*")) == []
 
 
 def test_all_problems_are_reported_together(run) -> None:
