@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -124,6 +125,12 @@ class Console:
         )
         with Progress(*columns, console=self._err, transient=True) as progress:
             yield Bar(progress, total, label)
+
+
+def write_bytes(data: bytes) -> None:
+    """Write to standard output as it is: names of files need not be UTF-8."""
+    sys.stdout.buffer.write(data)
+    sys.stdout.flush()
 
 
 def table(

@@ -6,7 +6,9 @@ import csv
 import functools
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +55,40 @@ PLACES = (
 )
 PLACES_EVAL = ("an airport", "a shop", "a ski slope", "a workshop", "a city square", "a cinema")
 
-BUILT_IN = (
-    "animals",
-    "animals-eval",
-    "dogs",
-    "dogs-eval",
-    "places",
-    "places-eval",
-    "shapes",
-    "shapes-heldout",
-)
+
+@dataclass(frozen=True)
+class PromptSet:
+    """A built-in prompt set.
+
+    Args:
+        prompts: The texts, or `module:function` that returns them.
+        grouped: Whether the first word of a prompt is its group, for figures by group.
+        checker: `module:function` that says of images what of their prompts they have right, where
+            there is one; see `evaluation.checks`.
+    """
+
+    prompts: tuple[str, ...] | str
+    grouped: bool = False
+    checker: str | None = None
+
+
+def _dogs(places: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"{dogs} {place}" for dogs in _COUNTS for place in places)
+
+
+# The shapes are named, not imported: the embedded model is a guest here like any other.
+_SHAPES = "alignprop_cli.tiny.language"
+_SHAPES_CHECKER = "alignprop_cli.tiny.checker:check_parts"
+BUILT_IN: Mapping[str, PromptSet] = {
+    "animals": PromptSet(ANIMALS),
+    "animals-eval": PromptSet(ANIMALS_EVAL),
+    "dogs": PromptSet(_dogs(_DOG_PLACES), grouped=True),
+    "dogs-eval": PromptSet(_dogs(_DOG_PLACES_EVAL), grouped=True),
+    "places": PromptSet(PLACES),
+    "places-eval": PromptSet(PLACES_EVAL),
+    "shapes": PromptSet(f"{_SHAPES}:train_prompts", True, _SHAPES_CHECKER),
+    "shapes-heldout": PromptSet(f"{_SHAPES}:heldout_prompts", True, _SHAPES_CHECKER),
+}
 
 HPD_STYLES = ("anime", "concept-art", "paintings", "photo")
 """The benchmark of HPDv2, fetched from the hub: `hpd:anime`, ..., and `hpd` for all four."""
@@ -107,10 +133,9 @@ def load_groups(name: str) -> dict[str, str]:
     Raises:
         ConfigError, AssetError: As `load_prompts`.
     """
-    if name.startswith(("dogs", "shapes")) and name in BUILT_IN:
-        return {prompt: prompt.partition(" ")[0] for prompt in _built_in(name)}
     if name in BUILT_IN:
-        return {}
+        grouped = _built_in(name) if BUILT_IN[name].grouped else []
+        return {prompt: prompt.partition(" ")[0] for prompt in grouped}
     if name.partition(":")[0] == "hpd":
         return {prompt: style for style in _styles(name) for prompt in _hpd(f"hpd:{style}")}
     rows = [(p, v) for p, v in _rows(Path(name).expanduser(), name) if isinstance(v, dict)]
@@ -134,19 +159,11 @@ def _rows(path: Path, name: str) -> list[tuple[str, Any]]:
 
 
 def _built_in(name: str) -> list[str]:
-    listed = {
-        "animals": ANIMALS,
-        "animals-eval": ANIMALS_EVAL,
-        "dogs": [f"{dogs} {place}" for dogs in _COUNTS for place in _DOG_PLACES],
-        "dogs-eval": [f"{dogs} {place}" for dogs in _COUNTS for place in _DOG_PLACES_EVAL],
-        "places": PLACES,
-        "places-eval": PLACES_EVAL,
-    }
-    if name in listed:
-        return list(listed[name])
-    from alignprop_cli.tiny import data
-
-    return data.train_prompts() if name == "shapes" else data.heldout_prompts()
+    prompts = BUILT_IN[name].prompts
+    if isinstance(prompts, str):
+        module, _, function = prompts.partition(":")
+        prompts = getattr(import_module(module), function)()
+    return list(prompts)
 
 
 def count_prompts(names: Sequence[str]) -> int:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
+from alignprop_cli.estimators import GradWindow
 from alignprop_cli.schedule import NoiseSchedule, PredictionType, Step
-from alignprop_cli.truncation import GradWindow
 
 Denoise = Callable[[Tensor, float], Tensor]
 """(latents, timestep) -> noise_pred, guidance applied, same shape and dtype as latents."""

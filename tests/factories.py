@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from alignprop_cli.report import save_picture
+from alignprop_cli.evaluation.sheet import save_picture
 
 TEXT_WIDTH = 32
 """Width of the text embeddings of `small_pipeline`."""

@@ -17,12 +17,12 @@ from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from alignprop_cli import lora
-from alignprop_cli.config import ModelConfig
-from alignprop_cli.models.registry import TINY, load_model
-from alignprop_cli.models.sd import StableDiffusion
+from alignprop_cli.config.schema import ModelConfig
+from alignprop_cli.estimators import GradWindow
+from alignprop_cli.lora import layers as lora
+from alignprop_cli.models.families import TINY, load_model
+from alignprop_cli.models.unet import StableDiffusion
 from alignprop_cli.sampling import sample
-from alignprop_cli.truncation import GradWindow
 from tests.factories import PICTURE_PX, fill_lora_b, generator, randn, small_pipeline
 
 # float64 rounds to 1e-16; a chain of a few hundred layers loses three to four digits of that.

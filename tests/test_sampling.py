@@ -15,9 +15,9 @@ from diffusers import (
 )
 from torch import Tensor
 
+from alignprop_cli.estimators import GradWindow
 from alignprop_cli.sampling import ddim_step, guide, predict_x0_epsilon, sample
 from alignprop_cli.schedule import NoiseSchedule, PredictionType, Step, diffusion_schedule
-from alignprop_cli.truncation import GradWindow
 from tests.factories import SD1_BETAS, randn
 
 PREDICTIONS: tuple[PredictionType, ...] = ("epsilon", "v_prediction", "sample", "flow")

@@ -23,8 +23,8 @@ from alignprop_cli.commands import (
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from alignprop_cli.adapter import Located
-    from alignprop_cli.config import Config
+    from alignprop_cli.config.schema import Config
+    from alignprop_cli.lora.files import Located
 
 BASE = "base"
 """What the base model alone is called; a folder of that name is ./base."""
@@ -118,7 +118,7 @@ def _run(
     folder = Path(output).expanduser() if output else _default_folder(located)
     check_output(folder, overwrite=overwrite, ours=OURS)
 
-    from alignprop_cli.commands.evaluation import run_evaluation, variants
+    from alignprop_cli.evaluation.compare import run_evaluation, variants
 
     run_evaluation(
         config,
@@ -132,8 +132,8 @@ def _run(
 
 def _locate(targets: list[str]) -> list[Located]:
     """Return the LoRAs that are named; none for the base model alone."""
-    from alignprop_cli import adapter
     from alignprop_cli.errors import ConfigError
+    from alignprop_cli.lora import files as adapter
 
     if BASE in targets and len(targets) > 1:
         raise ConfigError("evaluate: the base model is always drawn: name the LoRAs alone")
@@ -185,8 +185,8 @@ def configuration(
     """
     from pathlib import Path
 
-    from alignprop_cli import adapter
     from alignprop_cli.commands import settings
+    from alignprop_cli.lora import files as adapter
     from alignprop_cli.rewards import registry
 
     header = {} if located is None else adapter.read_header(located.file)
@@ -221,8 +221,8 @@ def _own_settings(
         AssetError: If the configuration in the header is damaged.
         ConfigError: If there is no configuration and nothing says what the base model is.
     """
-    from alignprop_cli.adapter import recorded_config
     from alignprop_cli.errors import ConfigError
+    from alignprop_cli.lora.files import recorded_config
 
     if given:
         return None, {}

@@ -14,7 +14,7 @@ Method = Literal["exact", "factor", "svd", "ties", "dare_linear"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How members are mixed; see `alignprop_cli.soup.mix`."""
+    """How members are mixed; see `alignprop_cli.lora.mixing.mix`."""
 
     method: Method = "exact"
     rank: int | None = None

@@ -15,7 +15,7 @@ from alignprop_cli.commands import (
     RewardOption,
     SetOption,
 )
-from alignprop_cli.commands.rows import Format
+from alignprop_cli.scoring.rows import Format
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -74,11 +74,12 @@ def score(
     """
     from pathlib import Path
 
-    from alignprop_cli.captions import PromptFinder
-    from alignprop_cli.commands import scoring, settings
+    from alignprop_cli.commands import settings
     from alignprop_cli.console import Console
     from alignprop_cli.errors import ConfigError
-    from alignprop_cli.pictures import find_pictures
+    from alignprop_cli.scoring import run as scoring
+    from alignprop_cli.scoring.captions import PromptFinder
+    from alignprop_cli.scoring.files import find_pictures
 
     console = Console(as_json=as_json, quiet=quiet)
     target = Path(output).expanduser() if output else None
@@ -135,9 +136,9 @@ def _format(
     """Return the format of the rows, or refuse what cannot be written."""
     from importlib.util import find_spec
 
-    from alignprop_cli.commands import rows
     from alignprop_cli.commands.outputs import check_output_file, make_parent
     from alignprop_cli.errors import ConfigError
+    from alignprop_cli.scoring import rows
 
     if target is None:
         if as_json and wanted not in (None, "table"):

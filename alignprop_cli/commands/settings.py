@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignprop_cli import presets
-from alignprop_cli.config import Config
+from alignprop_cli.config import presets
+from alignprop_cli.config.schema import Config
+from alignprop_cli.config.validation import parse
 from alignprop_cli.errors import ConfigError
-from alignprop_cli.validation import parse
 
 
 def reward_names(values: Sequence[str] | None) -> list[str]:

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
-    from alignprop_cli.adapter import Adapter
     from alignprop_cli.console import Console
-    from alignprop_cli.soup import Mixed
+    from alignprop_cli.lora.files import Adapter
+    from alignprop_cli.lora.mixing import Mixed
 
 BASE = ("base", "stablediffusion")
 """What the base model is called as a member; a folder of that name is ./base."""
@@ -134,9 +134,9 @@ def _make(
     """
     from pathlib import Path
 
-    from alignprop_cli import adapter
     from alignprop_cli.commands.outputs import check_output
     from alignprop_cli.errors import ConfigError
+    from alignprop_cli.lora import files as adapter
     from alignprop_cli.models.base import LORA_FILE
 
     (names, coefficients), (output, overwrite) = members, place
@@ -183,8 +183,8 @@ def _compare(
         reward: Those of `--reward`; None are those of the members.
         images: Pictures drawn with each; None is what the members were evaluated with.
     """
-    from alignprop_cli import adapter
     from alignprop_cli.commands.evaluate import configuration
+    from alignprop_cli.lora import files as adapter
     from alignprop_cli.prompts import load_groups, load_prompts
 
     located = {share: adapter.locate(str(place)) for share, place in made.items()}
@@ -193,7 +193,7 @@ def _compare(
     config = configuration(str(first.file.parent), first, None, None, [], reward, flags)
     prompts, groups = load_prompts(config.eval.prompts), load_groups(config.eval.prompts)
 
-    from alignprop_cli.commands.evaluation import Variant, run_evaluation
+    from alignprop_cli.evaluation.compare import Variant, run_evaluation
 
     variants = [
         Variant("tuned" if share is None else _share_name(share), found, at=share)
@@ -235,9 +235,10 @@ def _mix(
     recipe: Recipe,
 ) -> tuple[dict[str, Any], list[str]]:
     """Check the members, mix them, write the result, and return what there is to say of it."""
-    from alignprop_cli import adapter, checkpoint
-    from alignprop_cli import soup as maths
     from alignprop_cli.errors import ConfigError
+    from alignprop_cli.lora import files as adapter
+    from alignprop_cli.lora import mixing as maths
+    from alignprop_cli.storage import write_whole
 
     present = [(a, c) for a, c in zip(adapters, coefficients, strict=True) if a is not None]
     _check_members([a for a, _ in present], allow_missing=recipe.allow_missing)
@@ -257,7 +258,7 @@ def _mix(
         for name, a, c in zip(names, adapters, coefficients, strict=True)
     ]
     header = _header([a for a, _ in present], made_of, recipe)
-    checkpoint.write_whole(folder, lambda made: adapter.write(made, mixed.layers, header))
+    write_whole(folder, lambda made: adapter.write(made, mixed.layers, header))
     return _describe(folder, made_of, mixed, recipe)
 
 
@@ -265,15 +266,15 @@ def _describe(
     folder: Path, members: list[dict[str, Any]], mixed: Mixed, recipe: Recipe
 ) -> tuple[dict[str, Any], list[str]]:
     """Return what was made, for programs and for people."""
-    from alignprop_cli import adapter
     from alignprop_cli.models.base import LORA_FILE
+    from alignprop_cli.storage import sha256
 
     file = folder / LORA_FILE
     ranks = sorted({factors.rank for factors in mixed.layers.values()})
     values: dict[str, Any] = {
         "folder": str(folder.resolve()),
         "adapter": str(file.resolve()),
-        "sha256": adapter.sha256(file),
+        "sha256": sha256(file),
         "members": members,
         "method": recipe.method,
         "error": mixed.error,
@@ -300,8 +301,8 @@ def _check_members(adapters: list[Adapter], *, allow_missing: bool) -> None:
         ConfigError: If they do not belong together.
         RunError: If weights are not finite.
     """
-    from alignprop_cli import soup as maths
     from alignprop_cli.errors import ConfigError, RunError
+    from alignprop_cli.lora import mixing as maths
 
     for member in adapters:
         damage = maths.not_finite(member.layers)
@@ -340,7 +341,7 @@ def _header(
     from dataclasses import asdict
 
     from alignprop_cli import __version__
-    from alignprop_cli.adapter import recorded_config
+    from alignprop_cli.lora.files import recorded_config
 
     header = {
         "alignprop.version": __version__,

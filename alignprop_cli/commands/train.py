@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-    from alignprop_cli.config import Config
+    from alignprop_cli.config.schema import Config
     from alignprop_cli.console import Console
 
 
@@ -92,7 +92,7 @@ def train(
         _show(console, settings)
         return
 
-    from alignprop_cli.commands.training import describe, run_training
+    from alignprop_cli.training.run import describe, run_training
 
     _only_with_dry_run(dry_run, gpu_memory, gpus)
     if dry_run:
@@ -117,7 +117,7 @@ def _only_with_dry_run(dry_run: bool, gpu_memory: str | None, gpus: int | None) 
 
 
 def _list(console: Console) -> None:
-    from alignprop_cli import presets
+    from alignprop_cli.config import presets
     from alignprop_cli.console import table
 
     rows = [(name, presets.summary(name)) for name in presets.names()]
@@ -136,7 +136,7 @@ def _settings(
     """Resolve the configuration: that of a run to go on with, or of a new one."""
     from pathlib import Path
 
-    from alignprop_cli import presets
+    from alignprop_cli.config import presets
     from alignprop_cli.errors import ConfigError
 
     if run is not None:
@@ -216,7 +216,7 @@ def _run_name(preset: str | None, config: str | None) -> str:
 
 
 def _show(console: Console, settings: Config) -> None:
-    from alignprop_cli.config import dump
+    from alignprop_cli.config.schema import dump
 
     console.result(
         "alignprop.config/1",

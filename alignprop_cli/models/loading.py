@@ -20,11 +20,11 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 
-from alignprop_cli import machine
-from alignprop_cli.config import ModelConfig
+from alignprop_cli import device as machine
+from alignprop_cli.config.schema import ModelConfig
+from alignprop_cli.device import resolve_dtype
 from alignprop_cli.errors import AlignPropError, AssetError, ConfigError, first_line
-from alignprop_cli.models.registry import resolve_dtype
-from alignprop_cli.models.sd import StableDiffusion
+from alignprop_cli.models.unet import StableDiffusion
 
 _ELSEWHERE = "set model.id to a local folder or file; `--preset tiny` works without any download"
 

@@ -22,9 +22,9 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, cast
 
-from alignprop_cli.config import RewardConfig
+from alignprop_cli.config.schema import RewardConfig
 from alignprop_cli.errors import AssetError, ConfigError, did_you_mean
-from alignprop_cli.rewards import own
+from alignprop_cli.rewards import user as own
 from alignprop_cli.rewards.base import Reward
 
 GROUP = "alignprop.rewards"

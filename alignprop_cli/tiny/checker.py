@@ -16,7 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from alignprop_cli.tiny.data import BACKGROUNDS, COLOURS, SHAPES, Floats, Pixels, coverage, parse
+from alignprop_cli.tiny.language import (
+    BACKGROUNDS,
+    COLOURS,
+    SHAPES,
+    SIZE_PX,
+    Floats,
+    Pixels,
+    coverage,
+    is_language,
+    parse,
+)
 
 # Smaller pieces are specks, not objects: about a third of the smallest object's area.
 _SMALLEST_PX = 22
@@ -71,6 +81,21 @@ def check(images: Pixels, prompts: Sequence[str]) -> list[Check]:
             )
         )
     return result
+
+
+def check_parts(images: Pixels, prompts: Sequence[str]) -> dict[str, NDArray[np.bool_]]:
+    """Return which images have each part of their prompt right, shape (N,) each.
+
+    Empty where a prompt is not of the language or the images are not of its size.
+    """
+    if images.shape[1:3] != (SIZE_PX, SIZE_PX) or not all(map(is_language, prompts)):
+        return {}
+    found = check(images, prompts)
+    parts = {part: part for part in ("background", "colour", "shape", "count")}
+    return {
+        name: np.array([getattr(one, part) for one in found])
+        for name, part in (parts | {"all": "all_right"}).items()
+    }
 
 
 def look(image: Pixels) -> Seen:

@@ -16,15 +16,17 @@ import torch
 from sides import PROMPTS, lora_values, serve, timed
 
 import alignprop_cli
-from alignprop_cli import lora, machine
-from alignprop_cli.commands import planning
-from alignprop_cli.config import Config
-from alignprop_cli.memory import Meter, SavedBytes
-from alignprop_cli.models.registry import load_model
-from alignprop_cli.plan import Plan, make_plan
-from alignprop_cli.rewards.composite import build_mixture
-from alignprop_cli.trainer import Trainer, make_accelerator
-from alignprop_cli.validation import parse
+from alignprop_cli import device as machine
+from alignprop_cli.config.schema import Config
+from alignprop_cli.config.validation import parse
+from alignprop_cli.device import make_accelerator
+from alignprop_cli.lora import layers as lora
+from alignprop_cli.models.families import load_model
+from alignprop_cli.planning import request as planning
+from alignprop_cli.planning.meter import Meter, SavedBytes
+from alignprop_cli.planning.plan import Plan, make_plan
+from alignprop_cli.rewards.mixture import build_mixture
+from alignprop_cli.training.trainer import Trainer
 
 RANK = 4
 

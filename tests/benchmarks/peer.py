@@ -18,8 +18,8 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from sides import PROMPTS, lora_values, reward, serve, timed
 from trl import AlignPropConfig, AlignPropTrainer, DefaultDDPOStableDiffusionPipeline
 
-# alignprop_cli.memory needs nothing but torch and psutil; step.py puts it on the path.
-from alignprop_cli.memory import Meter, SavedBytes
+# alignprop_cli.planning.meter needs nothing but torch and psutil; step.py puts it on the path.
+from alignprop_cli.planning.meter import Meter, SavedBytes
 
 RANK = 4
 

@@ -16,14 +16,18 @@ from safetensors.torch import load_file, save_file
 from sides import serve, timed
 
 import alignprop_cli
-from alignprop_cli import evaluator, lora, machine, rng
-from alignprop_cli.config import Config
-from alignprop_cli.models.registry import load_model
-from alignprop_cli.plan import make_plan
+from alignprop_cli import device as machine
+from alignprop_cli import rng
+from alignprop_cli.config.schema import Config
+from alignprop_cli.config.validation import parse
+from alignprop_cli.device import make_accelerator
+from alignprop_cli.evaluation import draw as evaluator
+from alignprop_cli.lora import layers as lora
+from alignprop_cli.models.families import load_model
+from alignprop_cli.planning.plan import make_plan
 from alignprop_cli.prompts import load_prompts
-from alignprop_cli.rewards.composite import build_mixture
-from alignprop_cli.trainer import Trainer, make_accelerator
-from alignprop_cli.validation import parse
+from alignprop_cli.rewards.mixture import build_mixture
+from alignprop_cli.training.trainer import Trainer
 
 
 class Ours:

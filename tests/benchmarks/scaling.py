@@ -26,14 +26,15 @@ import numpy as np
 import torch
 from sides import timed
 
-from alignprop_cli import lora
-from alignprop_cli.memory import Meter
-from alignprop_cli.models.registry import load_model
-from alignprop_cli.plan import make_plan
+from alignprop_cli.config.validation import parse
+from alignprop_cli.device import make_accelerator
+from alignprop_cli.lora import layers as lora
+from alignprop_cli.models.families import load_model
+from alignprop_cli.planning.meter import Meter
+from alignprop_cli.planning.plan import make_plan
 from alignprop_cli.prompts import load_prompts
-from alignprop_cli.rewards.composite import build_mixture
-from alignprop_cli.trainer import Trainer, make_accelerator
-from alignprop_cli.validation import parse
+from alignprop_cli.rewards.mixture import build_mixture
+from alignprop_cli.training.trainer import Trainer
 
 BASE = {"k": 4, "micro_batch": 4, "steps": 8, "size": 48}
 AXES = {

@@ -32,8 +32,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from alignprop_cli import pictures
-from alignprop_cli.tiny import data
+from alignprop_cli.scoring import files as pictures
+from alignprop_cli.tiny import language as data
 
 LARGE_PX = 256
 LOOP = 100
@@ -138,10 +138,10 @@ def one_by_one(model_folder: Path, files: list[Path]) -> tuple[float, list[float
 
 def batched(model_folder: Path, files: list[Path], target: Path) -> tuple[float, list[float]]:
     """Score the same files in this process with ours, loading left out alike."""
-    from alignprop_cli import scorer
-    from alignprop_cli.captions import PromptFinder
-    from alignprop_cli.config import LossConfig, RewardConfig
-    from alignprop_cli.rewards.composite import build_mixture
+    from alignprop_cli.config.schema import LossConfig, RewardConfig
+    from alignprop_cli.rewards.mixture import build_mixture
+    from alignprop_cli.scoring import scorer
+    from alignprop_cli.scoring.captions import PromptFinder
 
     device = torch.device("cpu")
     reward = {"clip": RewardConfig.model_validate({"model": str(model_folder)})}

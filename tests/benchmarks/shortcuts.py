@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from alignprop_cli import evaluator
-from alignprop_cli.models.registry import load_model
+from alignprop_cli.config.validation import parse
+from alignprop_cli.evaluation import draw as evaluator
+from alignprop_cli.models.families import load_model
 from alignprop_cli.prompts import load_prompts
-from alignprop_cli.rewards.composite import build_mixture
+from alignprop_cli.rewards.mixture import build_mixture
 from alignprop_cli.tiny.checker import check
-from alignprop_cli.validation import parse
 
 STEPS, WINDOW, PICTURES = 20, 5, 320
 

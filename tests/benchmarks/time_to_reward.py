@@ -32,8 +32,8 @@ from sides import Side, median
 
 HERE, ROOT = step.HERE, step.ROOT
 sys.path.insert(0, str(ROOT))
-from alignprop_cli import presets  # noqa: E402
-from alignprop_cli.config import Config  # noqa: E402
+from alignprop_cli.config import presets  # noqa: E402
+from alignprop_cli.config.schema import Config  # noqa: E402
 
 MODEL = ROOT / "alignprop_cli" / "tiny" / "pipeline"
 # The reward needs them in TRL's environment too, and torchvision fits one torch only.

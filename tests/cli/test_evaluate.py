@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from alignprop_cli import lora
 from alignprop_cli.cli import main
-from alignprop_cli.config import ModelConfig
+from alignprop_cli.config.schema import ModelConfig
+from alignprop_cli.lora import layers as lora
 from alignprop_cli.models.base import LORA_FILE
-from alignprop_cli.models.registry import load_model
+from alignprop_cli.models.families import load_model
 from alignprop_cli.rewards.clip import ClipReward
 from tests.factories import fill_lora_b, small_pipeline
 

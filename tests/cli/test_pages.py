@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from alignprop_cli.cli import main
-from alignprop_cli.report import save_picture
+from alignprop_cli.evaluation.sheet import save_picture
 from tests.factories import small_pipeline
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")

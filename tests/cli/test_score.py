@@ -14,10 +14,10 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from alignprop_cli import scorer
 from alignprop_cli.cli import main
-from alignprop_cli.commands import rows, scoring
-from alignprop_cli.report import save_picture
+from alignprop_cli.evaluation.sheet import save_picture
+from alignprop_cli.scoring import rows, scorer
+from alignprop_cli.scoring import run as scoring
 from tests.factories import picture
 
 

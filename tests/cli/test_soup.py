@@ -7,12 +7,14 @@ import json
 import pytest
 import torch
 
-from alignprop_cli import adapter, lora
 from alignprop_cli.cli import main
-from alignprop_cli.config import ModelConfig
+from alignprop_cli.config.schema import ModelConfig
+from alignprop_cli.lora import files as adapter
+from alignprop_cli.lora import layers as lora
+from alignprop_cli.lora.mixing import Factors
 from alignprop_cli.models.base import LORA_FILE
-from alignprop_cli.models.registry import load_model
-from alignprop_cli.soup import Factors
+from alignprop_cli.models.families import load_model
+from alignprop_cli.storage import sha256
 from tests.factories import fill_lora_b, randn, small_pipeline
 
 
@@ -61,7 +63,7 @@ def test_the_result_is_the_mix_and_says_what_it_is_made_of(capsys, tmp_path):
         torch.testing.assert_close(factors.delta(), expected, rtol=1e-5, atol=1e-6)
     members = json.loads(mixed.header["alignprop.merged_from"])
     assert [m["coefficient"] for m in members] == pytest.approx([0.7, 0.3])
-    assert members[0]["sha256"] == adapter.sha256(a / LORA_FILE)
+    assert members[0]["sha256"] == sha256(a / LORA_FILE)
     assert mixed.header["alignprop.base_fingerprint"] == "f1"
     # A soup was not trained.
     kept = json.loads(mixed.header["alignprop.config"])
@@ -292,7 +294,7 @@ def test_a_mix_can_be_evaluated_right_away(capsys, tmp_path):
     assert "contrast" in out
     assert "0.5 x" in err
     results = json.loads((folder / "evaluation" / "results.json").read_text())
-    assert results["adapters"]["tuned"]["sha256"] == adapter.sha256(folder / LORA_FILE)
+    assert results["adapters"]["tuned"]["sha256"] == sha256(folder / LORA_FILE)
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from alignprop_cli import rng
 from alignprop_cli.cli import main
 from alignprop_cli.models.base import LORA_FILE
-from alignprop_cli.models.registry import TINY
+from alignprop_cli.models.families import TINY
 
 FAST = (
     "--set=sample.num_inference_steps=2",
@@ -123,9 +123,11 @@ def test_the_adapter_draws_the_same_pictures_in_plain_diffusers(run) -> None:
     pipeline.load_lora_weights(Path(summary["adapter"]).parent)
     pipeline.set_progress_bar_config(disable=True)
 
-    from alignprop_cli import evaluator, lora, presets
-    from alignprop_cli.models.registry import load_model
-    from alignprop_cli.rewards.composite import build_mixture
+    from alignprop_cli.config import presets
+    from alignprop_cli.evaluation import draw as evaluator
+    from alignprop_cli.lora import layers as lora
+    from alignprop_cli.models.families import load_model
+    from alignprop_cli.rewards.mixture import build_mixture
 
     config = presets.resolve(config=Path("r/config.yaml"))
     model = load_model(config.model, torch.device("cpu"))

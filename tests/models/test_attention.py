@@ -8,8 +8,8 @@ from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch.nn.functional import scaled_dot_product_attention
 
-from alignprop_cli.memory import SavedBytes, count
 from alignprop_cli.models.attention import NarrowAttention, attend, use_narrow_attention
+from alignprop_cli.planning.meter import SavedBytes, count
 from tests.factories import randn
 
 SHAPE = (2, 3, 7, 5)

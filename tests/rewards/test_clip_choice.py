@@ -10,7 +10,7 @@ import torch
 from alignprop_cli.errors import ConfigError
 from alignprop_cli.rewards.clip import ClipReward
 from alignprop_cli.rewards.clip_choice import ClipChoice
-from alignprop_cli.tiny import data
+from alignprop_cli.tiny import language as data
 from tests.factories import generator, small_clip
 
 SET = ["a cat", "two dogs", "a boat", "a house"]

@@ -11,7 +11,7 @@ import torch
 from alignprop_cli.errors import ConfigError
 from alignprop_cli.rewards.clip import ClipReward
 from alignprop_cli.rewards.clip_count import ClipCount, other_numbers
-from alignprop_cli.tiny import data
+from alignprop_cli.tiny import language as data
 from tests.factories import generator, small_clip
 
 PROMPTS = ["two cats", "one small dog in a park", "four boats"]

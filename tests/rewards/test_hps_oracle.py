@@ -60,7 +60,7 @@ official = [
     [float(x) for x in img_score.score(files, p, cp=weights, hps_version="v2.1")] for p in prompts
 ]
 from alignprop_cli.rewards import hps_official
-from alignprop_cli.pictures import read_picture
+from alignprop_cli.scoring.files import read_picture
 import torch
 hps_official.ARCHITECTURE = "small-hps"
 reward = hps_official.OfficialHps(weights=weights)

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from alignprop_cli.config import LossConfig
+from alignprop_cli.config.schema import LossConfig
 from alignprop_cli.errors import ConfigError, RunError
 from alignprop_cli.rewards import registry
 from alignprop_cli.rewards.base import Reward
-from alignprop_cli.rewards.composite import Member, Mixture
 from alignprop_cli.rewards.frozen import FrozenReward
+from alignprop_cli.rewards.mixture import Member, Mixture
 from tests.rewards.small import NETWORKS, PROMPTS, SIZE, SMALL, pictures, shrink_hps
 
 CPU = torch.device("cpu")

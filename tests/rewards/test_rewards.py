@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from alignprop_cli.config import LossConfig, RewardConfig
+from alignprop_cli.config.schema import LossConfig, RewardConfig
 from alignprop_cli.errors import AssetError, ConfigError, RunError
 from alignprop_cli.prompts import load_prompts
 from alignprop_cli.rewards import pixel, registry
 from alignprop_cli.rewards.base import depends_on
 from alignprop_cli.rewards.clip import ClipReward
-from alignprop_cli.rewards.composite import Member, Mixture, build_mixture
+from alignprop_cli.rewards.mixture import Member, Mixture, build_mixture
 from tests.factories import generator, small_clip
 
 PIXEL = ("brightness", "redness", "contrast", "colourfulness", "symmetry")

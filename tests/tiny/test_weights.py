@@ -12,12 +12,12 @@ from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 from transformers import CLIPTokenizer
 
-from alignprop_cli.models.registry import TINY
+from alignprop_cli.models.families import TINY
 from alignprop_cli.rewards.clip import TINY as ALIGNER
 from alignprop_cli.rewards.clip import ClipReward
-from alignprop_cli.tiny import data
-from alignprop_cli.tiny.aligner import neighbours
+from alignprop_cli.tiny import language as data
 from alignprop_cli.tiny.checker import check
+from alignprop_cli.tiny.make.aligner import neighbours
 
 
 @pytest.fixture(scope="module")

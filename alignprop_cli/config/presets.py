@@ -1,0 +1,250 @@
+"""Find, list, read, extend and override presets, keeping track of who set what.
+
+Later wins: defaults < preset (after what it extends) < --config file < --set < named flags.
+A file that has a `reward` section replaces the one it inherits; `--set reward.NAME.KEY=VALUE`
+changes one option.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from alignprop_cli.config.schema import Config
+from alignprop_cli.config.validation import parse
+from alignprop_cli.errors import AssetError, ConfigError, Problem, did_you_mean
+
+Tree = dict[str, Any]
+
+
+@dataclass
+class Layers:
+    """Values merged so far, and who set each dotted key."""
+
+    values: Tree = field(default_factory=dict[str, Any])
+    origins: dict[str, str] = field(default_factory=dict[str, str])
+
+    def set(self, key: str, value: Any, origin: str) -> None:
+        """Set one dotted key.
+
+        Raises:
+            ConfigError: If the key passes through a value that is not a section.
+        """
+        *parents, last = _parts(key)
+        node = self.values
+        for parent in parents:
+            child = node.get(parent)
+            if child is None:
+                # A bare name, such as that of a reward with its defaults.
+                child = node[parent] = {}
+            if not isinstance(child, dict):
+                raise ConfigError(f"{origin}: {key}: '{parent}' is a value, not a section")
+            node = cast(Tree, child)
+        node[last] = value
+        self.origins[key] = origin
+
+
+def _parts(key: str) -> list[str]:
+    """Split a dotted key; the name of a reward of one's own, `file.py:attribute`, stays whole."""
+    place, colon, rest = key.partition(":")
+    if not colon or not place.startswith("reward."):
+        return key.split(".")
+    attribute, *options = rest.split(".")
+    return ["reward", f"{place.removeprefix('reward.')}:{attribute}", *options]
+
+
+def directory() -> Path:
+    """Return the folder of the shipped presets, installed or in a source tree."""
+    package = Path(__file__).parent.parent
+    installed = package / "_presets"
+    return installed if installed.is_dir() else package.parent / "presets"
+
+
+def names() -> list[str]:
+    """Return the names of the shipped presets, sorted."""
+    return sorted(path.stem for path in directory().glob("*.yaml"))
+
+
+def summary(name: str) -> str:
+    """Return the first comment line of a shipped preset."""
+    lines = preset_path(name).read_text(encoding="utf-8").splitlines()
+    return lines[0].lstrip("# ") if lines and lines[0].startswith("#") else ""
+
+
+def preset_path(name: str) -> Path:
+    """Return the file of a shipped preset.
+
+    Raises:
+        ConfigError: If there is none of this name.
+    """
+    if name not in names():
+        raise ConfigError(
+            f"--preset: unknown preset '{name}'.{did_you_mean(name, names())}",
+            hint="`alignprop train --list-presets` lists them; a file of your own goes to --config",
+        )
+    return directory() / f"{name}.yaml"
+
+
+def read(path: Path, layers: Layers, seen: tuple[Path, ...] = ()) -> None:
+    """Read a YAML file, and first what it extends, into the layers.
+
+    Args:
+        path: The file. Its `extends:` names a shipped preset or a file beside it.
+        layers: Changed in place.
+        seen: Files being read, to find a circle.
+
+    Raises:
+        AssetError: If the file cannot be read.
+        ConfigError: If it is not a YAML mapping, repeats a key, or extends itself.
+    """
+    if path in seen:
+        raise ConfigError(f"{path}: extends itself through {' -> '.join(p.name for p in seen)}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise AssetError(f"{path}: cannot read this configuration: {error}") from error
+    root = _compose(text, path)
+    tree, lines = ({}, {}) if root is None else _convert(root, path)
+    parent = tree.pop("extends", None)
+    if parent is not None:
+        if not isinstance(parent, str):
+            raise ConfigError(f"{path}: extends: expected the name of a preset, got {parent!r}")
+        beside = path.parent / parent
+        read(beside if beside.is_file() else preset_path(parent), layers, (*seen, path))
+    if "reward" in tree:
+        layers.values.pop("reward", None)
+    _merge(layers.values, tree)
+    layers.origins |= {key: f"{path.name}:{line}" for key, line in lines.items()}
+
+
+def override(layers: Layers, assignments: Iterable[str]) -> None:
+    """Apply `--set key=value` texts; values are read as YAML.
+
+    Raises:
+        ConfigError: If one is not of the form key=value, or its value is not YAML.
+    """
+    problems: list[Problem] = []
+    for text in assignments:
+        key, equals, raw = text.partition("=")
+        if not equals or not key.strip():
+            problems.append(Problem(text, "expected key=value, for instance train.steps=40"))
+            continue
+        try:
+            layers.set(key.strip(), yaml.safe_load(raw), "--set")
+        except (yaml.YAMLError, ValueError):
+            problems.append(Problem(key, f"cannot read the value {raw!r}; quote it"))
+    if problems:
+        raise ConfigError("--set: cannot be read", problems)
+
+
+def choose_rewards(layers: Layers, rewards: Mapping[str, float | None]) -> None:
+    """Keep the options of the named rewards, and drop all other rewards.
+
+    Args:
+        layers: Changed in place.
+        rewards: Weight of each; None leaves it as it is.
+
+    Raises:
+        ConfigError: If `--set` changes a reward that is not named.
+    """
+    found = layers.values.get("reward")
+    known = cast(Tree, found) if isinstance(found, dict) else {}
+    for key, origin in layers.origins.items():
+        section, _, rest = key.partition(".")
+        name = rest.partition(".")[0]
+        if origin == "--set" and section == "reward" and name in known and name not in rewards:
+            raise ConfigError(f"--set: {key}: {name} is not among those of --reward")
+    # Set directly: a name may hold dots, as file.py:attribute does.
+    chosen: Tree = {name: known.get(name) for name in rewards}
+    for name, weight in rewards.items():
+        if weight is not None:
+            options = chosen[name]
+            before = cast(Tree, options) if isinstance(options, dict) else {}
+            chosen[name] = {**before, "weight": weight}
+    layers.values["reward"] = chosen
+    layers.origins["reward"] = "--reward"
+
+
+def resolve(
+    *,
+    preset: str | None = None,
+    config: Path | None = None,
+    assignments: Iterable[str] = (),
+    rewards: Mapping[str, float | None] | None = None,
+    flags: Mapping[str, Any] | None = None,
+) -> Config:
+    """Return the complete configuration from everything the command line was given.
+
+    Args:
+        preset: Name of a shipped preset.
+        config: File of the user's own, read after the preset.
+        assignments: `--set` texts.
+        rewards: Those of `--reward`, with their weights; see `choose_rewards`.
+        flags: Dotted key to value of the named flags; None values were not given.
+
+    Raises:
+        ConfigError, AssetError: As `read`, `override` and `config.parse`.
+    """
+    layers = Layers()
+    if preset is not None:
+        read(preset_path(preset), layers)
+    if config is not None:
+        read(config, layers)
+    override(layers, assignments)
+    if rewards:
+        choose_rewards(layers, rewards)
+    for key, value in (flags or {}).items():
+        if value is not None:
+            layers.set(key, value, f"--{key.rpartition('.')[2] if key != 'model.id' else 'model'}")
+    source = f"preset {preset}" if config is None and preset else str(config or "command line")
+    return parse(layers.values, layers.origins, source=source)
+
+
+def _merge(base: Tree, other: Mapping[str, Any]) -> None:
+    for key, value in other.items():
+        if isinstance(value, dict) and isinstance(base.get(key), dict):
+            _merge(cast(Tree, base[key]), cast(Tree, value))
+        else:
+            base[key] = value
+
+
+def _compose(text: str, path: Path) -> yaml.MappingNode | None:
+    """Parse to nodes, which know their lines."""
+    try:
+        root = cast(Any, yaml).compose(text, Loader=yaml.SafeLoader)
+    except yaml.YAMLError as error:
+        place = " ".join(str(error).split())
+        raise ConfigError(f"{path}: not valid YAML: {place}") from error
+    if root is not None and not isinstance(root, yaml.MappingNode):
+        raise ConfigError(f"{path}: expected `key: value` lines at the top")
+    return root
+
+
+def _convert(root: yaml.MappingNode, path: Path) -> tuple[Tree, dict[str, int]]:
+    """Return the values and the line of every dotted key; repeated keys are refused."""
+    lines: dict[str, int] = {}
+
+    def walk(node: yaml.MappingNode, prefix: str) -> None:
+        for key_node, value_node in node.value:
+            key = prefix + str(key_node.value)
+            line = key_node.start_mark.line + 1
+            if key in lines:
+                raise ConfigError(
+                    f"{path}:{line}: {key} is given twice, first on line {lines[key]}"
+                )
+            lines[key] = line
+            if isinstance(value_node, yaml.MappingNode):
+                walk(value_node, f"{key}.")
+
+    walk(root, "")
+    loader = yaml.SafeLoader("")
+    try:
+        tree = cast(Any, loader).construct_document(root)
+    except (yaml.YAMLError, ValueError) as error:
+        place = " ".join(str(error).split())
+        raise ConfigError(f"{path}: a value cannot be read: {place}") from error
+    return cast(Tree, tree), lines

@@ -1,0 +1,170 @@
+"""From nested values to a complete configuration, or to all that is wrong with them.
+
+Problems are reported together, each with the nearest known key and the place it came from.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+from pydantic import BaseModel, ValidationError
+
+from alignprop_cli.config.schema import Config, LossConfig, RewardConfig
+from alignprop_cli.errors import ConfigError, Problem, did_you_mean
+
+
+def parse(
+    values: Mapping[str, Any],
+    origins: Mapping[str, str] | None = None,
+    *,
+    source: str = "configuration",
+    extra_problems: Iterable[Problem] = (),
+) -> Config:
+    """Check nested values against the schema and return the complete configuration.
+
+    Args:
+        values: Nested mapping, as read from YAML.
+        origins: For each dotted key who set it (`file.yaml:12`, `--set`), for the messages.
+        source: What the values are, for the first line of the message.
+        extra_problems: Problems found elsewhere, reported together with these.
+
+    Raises:
+        ConfigError: With every problem: unknown keys (and the nearest known one), wrong types,
+            values out of range, and combinations that cannot work.
+    """
+    origins = origins or {}
+    problems = list(extra_problems)
+    config, wrong = _validate(values)
+    problems += [_problem(details, origins) for details in wrong]
+    if config is not None:
+        problems += [
+            Problem(p.key, p.message, origin_of(p.key, origins)) for p in _impossible(config)
+        ]
+    if problems or config is None:
+        problems = list({problem.key: problem for problem in reversed(problems)}.values())[::-1]
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise ConfigError(
+            f"{source}: {count}",
+            problems,
+            hint="`alignprop train --preset NAME --show-preset` prints every key of a preset",
+        )
+    return config
+
+
+def origin_of(key: str, origins: Mapping[str, str]) -> str | None:
+    """Return who set this dotted key, or the nearest part of it."""
+    while key:
+        if key in origins:
+            return origins[key]
+        key = key.rpartition(".")[0]
+    return None
+
+
+def _validate(values: Mapping[str, Any]) -> tuple[Config | None, list[Any]]:
+    """Return the configuration and what pydantic refuses.
+
+    Where something is refused, what remains without it is still returned, if it is valid, so that
+    impossible combinations are found in the same pass.
+    """
+    try:
+        return Config.model_validate(values), []
+    except ValidationError as error:
+        wrong = error.errors(include_url=False)
+    rest = copy.deepcopy(dict(values))
+    for details in wrong:
+        node: Any = rest
+        path = [p for p in details["loc"] if p not in _UNION_TAGS]
+        for part in path[:-1]:
+            node = cast(dict[Any, Any], node).get(part) if isinstance(node, dict) else None
+        if isinstance(node, dict):
+            cast(dict[Any, Any], node).pop(path[-1], None)
+    try:
+        return Config.model_validate(rest), wrong
+    except ValidationError:
+        return None, wrong
+
+
+def _section(path: tuple[str | int, ...]) -> type[BaseModel] | None:
+    """Return the schema of the section at this path, if there is one."""
+    if not path:
+        return Config
+    if path[0] == "reward":
+        return {2: RewardConfig, 3: LossConfig}.get(len(path))
+    field = Config.model_fields.get(str(path[0]))
+    kind = field.annotation if field is not None else None
+    return (
+        kind if len(path) == 1 and isinstance(kind, type) and issubclass(kind, BaseModel) else None
+    )
+
+
+def _problem(details: Any, origins: Mapping[str, str]) -> Problem:
+    """Turn one of pydantic's errors into ours."""
+    path: tuple[str | int, ...] = tuple(p for p in details["loc"] if p not in _UNION_TAGS)
+    key = ".".join(map(str, path))
+    if details["type"] == "extra_forbidden":
+        section = _section(path[:-1])
+        known = section.model_fields if section is not None else ()
+        message = f"unknown key '{path[-1]}'.{did_you_mean(str(path[-1]), known)}"
+    else:
+        message = f"{details['msg'][0].lower()}{details['msg'][1:]}, got {details['input']!r}"
+    return Problem(key, message, origin_of(key, origins))
+
+
+# pydantic appends the branch of a union that failed to the location of an error.
+_UNION_TAGS = frozenset({"int", "bool", "constrained-int", "literal['auto']", "tuple[str, ...]"})
+
+
+def _impossible(config: Config) -> Iterable[Problem]:
+    """Yield what each section allows by itself but the whole cannot be."""
+    steps, gradient, train = config.sample.num_inference_steps, config.gradient, config.train
+    if not config.reward:
+        yield Problem(
+            "reward", "no reward is given; name one, for instance --set reward.clip.model=tiny"
+        )
+    low, high = config.sample.guidance_interval
+    if low > high:
+        yield Problem("sample.guidance_interval", f"{low} to {high} is empty: give the lower first")
+    if gradient.method == "last_k" and gradient.k > steps:
+        yield Problem(
+            "gradient.k", f"{gradient.k} is more than sample.num_inference_steps ({steps})"
+        )
+    if gradient.method == "random_k":
+        k_max = gradient.k_max or steps
+        if k_max > steps:
+            yield Problem(
+                "gradient.k_max", f"{k_max} is more than sample.num_inference_steps ({steps})"
+            )
+        if gradient.k_min > k_max:
+            yield Problem(
+                "gradient.k_min", f"{gradient.k_min} is more than gradient.k_max ({k_max})"
+            )
+    if gradient.method == "gaussian_k" and steps < 2:
+        yield Problem(
+            "gradient.method", "gaussian_k needs sample.num_inference_steps of at least 2"
+        )
+    micro_batch = train.micro_batch if isinstance(train.micro_batch, int) else 1
+    if train.batch_size % micro_batch:
+        yield Problem(
+            "train.micro_batch",
+            f"{micro_batch} does not divide train.batch_size ({train.batch_size})",
+        )
+    group = gradient.window_group
+    if group is not None and train.batch_size % group:
+        yield Problem(
+            "gradient.window_group",
+            f"{group} does not divide train.batch_size ({train.batch_size})",
+        )
+    if group is not None and group % micro_batch:
+        yield Problem(
+            "train.micro_batch", f"{micro_batch} does not divide gradient.window_group ({group})"
+        )
+    for name, reward in config.reward.items():
+        if (reward.base_mean is None) != (reward.base_std is None):
+            yield Problem(f"reward.{name}.base_mean", "give base_mean and base_std, or neither")
+    losses = {"loss": config.loss} if any(r.loss is None for r in config.reward.values()) else {}
+    losses |= {f"reward.{name}.loss": r.loss for name, r in config.reward.items() if r.loss}
+    for key, loss in losses.items():
+        if loss.kind != "maximise" and loss.target is None:
+            yield Problem(f"{key}.target", f"{key}.kind is {loss.kind}, which needs a target")

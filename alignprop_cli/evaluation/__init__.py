@@ -1,0 +1,1 @@
+"""Draw with fixed prompts and seeds, compare, and show."""

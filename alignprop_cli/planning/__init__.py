@@ -1,0 +1,1 @@
+"""What fits the memory and how a step is divided."""

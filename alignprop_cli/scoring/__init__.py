@@ -1,0 +1,1 @@
+"""Reward models over a folder of images."""

@@ -1,0 +1,342 @@
+"""The prompt of a picture file: asked for, from a table, beside it, inside it, or by its place."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from alignprop_cli.errors import AssetError, ConfigError
+from alignprop_cli.prompts import HPD_STYLES, load_prompts
+from alignprop_cli.scoring.files import Found, named
+
+PROMPT_COLUMNS = ("prompt", "text", "caption")
+SOURCES = (
+    "flag",
+    "file",
+    "metadata",
+    "sidecar",
+    "picture",
+    "a1111",
+    "comfyui",
+    "geneval",
+    "hpd",
+    "none",
+)
+"""Where a prompt can be from, in the order in which they are asked."""
+
+_METADATA = ("metadata.jsonl", "metadata.csv")
+_SIDECARS = (".txt", ".caption")
+
+_NEGATIVE = re.compile(r"^Negative prompt:", re.MULTILINE)
+_STEPS = re.compile(r"^Steps: \d+", re.MULTILINE)
+_NETWORKS = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>")
+# Where the nodes of ComfyUI keep a text, and where they pass on what another node made of one.
+_GRAPH_TEXTS = ("text", "text_g", "text_l", "clip_l", "clip_g", "t5xxl")
+_GRAPH_LINKS = (
+    "positive",
+    "guider",
+    "conditioning",
+    "conditioning_1",
+    "conditioning_2",
+    "conditioning_to",
+    "conditioning_from",
+)
+_HPD_NAME = re.compile(r"\d{5}")
+
+# Prompts may be longer than the module's own limit.
+csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
+
+Table = dict[str, str]
+"""Prompt by file name as written, with forward slashes."""
+
+
+def read_table(path: Path, *, lenient: bool = False) -> Table:
+    """Read which prompt belongs to which file, from .jsonl or .csv.
+
+    Each line or row has `file_name`, and the prompt as `prompt`, `text` or `caption`.
+
+    Args:
+        path: The file.
+        lenient: Pass over lines that lack these: it may be about something else.
+
+    Raises:
+        AssetError: If it cannot be read.
+        ConfigError: If it is of another kind, or a line lacks something; names the line.
+    """
+    table: Table = {}
+    for line, row in _rows(path):
+        name, prompt = row.get("file_name"), _prompt(row)
+        if not isinstance(name, str) or prompt is None:
+            if lenient:
+                continue
+            raise ConfigError(
+                f"prompts: {path}:{line}: expected file_name and one of "
+                f"{', '.join(PROMPT_COLUMNS)} as texts, got {', '.join(map(str, row)) or 'nothing'}"
+            )
+        table[name.replace("\\", "/").removeprefix("./")] = prompt
+    return table
+
+
+def _rows(path: Path) -> list[tuple[int, Mapping[str, Any]]]:
+    readers = {".jsonl": _jsonl_rows, ".csv": _csv_rows}
+    if path.suffix.lower() not in readers:
+        raise ConfigError(f"prompts: {path}: expected a .jsonl or .csv file")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise AssetError(f"prompts: cannot read {path}: {error}") from error
+    return list(readers[path.suffix.lower()](text, path))
+
+
+def _prompt(row: Mapping[str, Any]) -> str | None:
+    found = (row.get(column) for column in PROMPT_COLUMNS)
+    return next((text for text in found if isinstance(text, str) and text.strip()), None)
+
+
+def _jsonl_rows(text: str, path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    # Not splitlines: a JSON text may hold other line separators than \n.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row: Any = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"prompts: {path}:{number}: not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise ConfigError(f"prompts: {path}:{number}: expected an object, got {line.strip()!r}")
+        yield number, cast(Mapping[str, Any], row)
+
+
+def _csv_rows(text: str, path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    rows = csv.DictReader(io.StringIO(text, newline=""))
+    try:
+        for row in rows:
+            yield rows.line_num, row
+    except csv.Error as error:
+        raise ConfigError(f"prompts: {path}:{rows.line_num}: {error}") from error
+
+
+@dataclass
+class PromptFinder:
+    """Finds the prompt of a picture, from the first of `SOURCES` that has one.
+
+    Args:
+        prompt: One for all pictures.
+        table: A file that says which prompt belongs to which picture.
+
+    Raises:
+        AssetError, ConfigError: As `read_table`.
+    """
+
+    prompt: str | None = None
+    table: Path | None = None
+    _tables: dict[Path, Table] = field(default_factory=dict[Path, Table], repr=False)
+    _geneval: dict[Path, str | None] = field(default_factory=dict[Path, "str | None"], repr=False)
+    _styles: dict[str, list[str]] = field(default_factory=dict[str, list[str]], repr=False)
+
+    def find(
+        self, found: Found, texts: Mapping[str, str], *, fetch: bool = True
+    ) -> tuple[str | None, str]:
+        """Return the prompt, None where there is none, and its source, one of `SOURCES`.
+
+        Args:
+            found: The picture.
+            texts: What the picture itself carries.
+            fetch: Whether prompts of HPDv2 may be fetched from the hub.
+
+        Raises:
+            AssetError, ConfigError: As `read_table`, for a metadata file beside the picture; as
+                `load_prompts`, for pictures of HPDv2's benchmark.
+        """
+        prompt, source = self._find(found, texts, fetch=fetch)
+        # Half of a pair of surrogates, which JSON can hold, is no text that could be written.
+        return prompt and prompt.encode("utf-8", "replace").decode("utf-8"), source
+
+    def _find(
+        self, found: Found, texts: Mapping[str, str], *, fetch: bool
+    ) -> tuple[str | None, str]:
+        if self.prompt is not None:
+            return self.prompt, "flag"
+        if self.table is not None:
+            prompt = self._look_up(self.table, found.path, (self.table.parent, found.root))
+            if prompt is not None:
+                return prompt, "file"
+        for folder in _upwards(found.path.parent, found.root):
+            for name in _METADATA:
+                if (folder / name).is_file() and self._of_geneval(folder / name) is None:
+                    prompt = self._look_up(folder / name, found.path, (folder,))
+                    if prompt is not None:
+                        return prompt, "metadata"
+        for suffix in _SIDECARS:
+            sidecar = found.path.with_suffix(suffix)
+            if sidecar.is_file() and os.access(sidecar, os.R_OK):
+                text = sidecar.read_text(encoding="utf-8-sig", errors="replace").strip()
+                if text:
+                    return text, "sidecar"
+        prompt, source = carried(texts)
+        return (prompt, source) if prompt is not None else self._by_place(found.path, fetch=fetch)
+
+    def _look_up(self, file: Path, picture: Path, roots: Iterable[Path]) -> str | None:
+        if file not in self._tables:
+            self._tables[file] = read_table(file, lenient=file != self.table)
+        table, place = self._tables[file], Path(named(picture))
+        names = [place.as_posix()]
+        for root in map(named, roots):
+            if place.is_relative_to(root):
+                names.append(place.relative_to(root).as_posix())
+        return next((table[name] for name in names if name in table), None)
+
+    def _by_place(self, path: Path, *, fetch: bool) -> tuple[str | None, str]:
+        """Return the prompt that a benchmark's layout of folders implies."""
+        # GenEval: NNNNN/metadata.jsonl beside NNNNN/samples/; the grid beside it is no sample.
+        if path.parent.name == "samples":
+            prompt = self._of_geneval(path.parent.parent / "metadata.jsonl")
+            if prompt is not None:
+                return prompt, "geneval"
+        # HPSv2: style/NNNNN.jpg, numbered as the prompts of the style are.
+        style = path.parent.name
+        if fetch and style in HPD_STYLES and _HPD_NAME.fullmatch(path.stem):
+            if style not in self._styles:
+                self._styles[style] = load_prompts(f"hpd:{style}")
+            if int(path.stem) < len(self._styles[style]):
+                return self._styles[style][int(path.stem)], "hpd"
+        return None, "none"
+
+    def _of_geneval(self, file: Path) -> str | None:
+        if file not in self._geneval:
+            self._geneval[file] = _geneval(file)
+        return self._geneval[file]
+
+
+def _upwards(folder: Path, root: Path) -> Iterator[Path]:
+    """Yield a folder and those above it, up to the root."""
+    while True:
+        yield folder
+        if folder == root or not folder.is_relative_to(root):
+            return
+        folder = folder.parent
+
+
+def carried(texts: Mapping[str, str]) -> tuple[str | None, str]:
+    """Return the prompt that a picture carries, and which program has written it.
+
+    Args:
+        texts: As `pictures.Decoded` has them: ours and ComfyUI's graph as `prompt`, A1111's as
+            `parameters` in a PNG and as `UserComment` elsewhere.
+    """
+    own = texts.get("prompt", "").strip()
+    graph = _graph(own)
+    if own and graph is None:
+        return own, "picture"
+    for text in (texts.get("parameters"), texts.get("UserComment")):
+        if text is not None and (prompt := _a1111(text)):
+            return prompt, "a1111"
+    if graph is not None and (asked := _asked(graph)) is not None:
+        return asked, "comfyui"
+    return None, "none"
+
+
+def _a1111(text: str) -> str | None:
+    """Return what stands above the negative prompt and the settings; None without settings."""
+    settings = _STEPS.search(text)
+    if settings is None:
+        return None
+    negative = _NEGATIVE.search(text)
+    end = min(match.start() for match in (settings, negative) if match is not None)
+    return " ".join(_NETWORKS.sub("", text[:end]).split()) or None
+
+
+def _graph(text: str) -> dict[str, Any] | None:
+    """Return ComfyUI's graph, nodes by their number; None where the text is something else."""
+    if not text.startswith("{"):
+        return None
+    try:
+        # ComfyUI writes NaN for what has changed since; Python reads that.
+        graph: Any = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(graph, dict):
+        return None
+    nodes = cast(dict[str, Any], graph)
+    shaped = nodes and all(isinstance(n, dict) and "class_type" in n for n in nodes.values())
+    return nodes if shaped else None
+
+
+def _asked(graph: Mapping[str, Any]) -> str | None:
+    """Return the text that reaches every sampler as what it shall draw; None if not one for sure.
+
+    A node that is not understood may change the text: then there is none.
+    """
+    samplers = [node for node in graph.values() if "Sampler" in str(node["class_type"])]
+    pending = [name for node in samplers for name in _links(graph, node, ("positive", "guider"))]
+    seen: set[str] = set()
+    found: set[str] = set()
+    while pending:
+        name = pending.pop()
+        if name in seen:
+            continue
+        seen.add(name)
+        node = graph[name]
+        if str(node["class_type"]).startswith("CLIPTextEncode"):
+            texts = _encoded(graph, node)
+            if texts is None:
+                return None
+            found |= texts
+            continue
+        onward = _links(graph, node, _GRAPH_LINKS)
+        if not onward:
+            return None
+        pending += onward
+    return found.pop() if len(found) == 1 else None
+
+
+def _inputs(node: Mapping[str, Any]) -> dict[str, Any]:
+    inputs = node.get("inputs")
+    return cast(dict[str, Any], inputs) if isinstance(inputs, dict) else {}
+
+
+def _links(graph: Mapping[str, Any], node: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
+    """Return the numbers of the nodes that some inputs come from."""
+    values = [_inputs(node).get(key) for key in keys]
+    names = [str(value[0]) for value in values if isinstance(value, list) and value]
+    return [name for name in names if name in graph]
+
+
+def _encoded(graph: Mapping[str, Any], node: Mapping[str, Any]) -> set[str] | None:
+    """Return the texts that a text encoder is given; None where one is not clear."""
+    found: set[str] = set()
+    for key in _GRAPH_TEXTS:
+        value = _inputs(node).get(key)
+        if isinstance(value, list):
+            # A node that holds one text and is given nothing passes on that text.
+            sources = _links(graph, node, (key,))
+            inputs = list(_inputs(graph[sources[0]]).values()) if sources else []
+            if len(inputs) != 1:
+                return None
+            value = inputs[0]
+        if value is not None and not isinstance(value, str):
+            return None
+        if value and value.strip():
+            found.add(value.strip())
+    return found
+
+
+def _geneval(file: Path) -> str | None:
+    """Return the prompt of GenEval's metadata: one object, with a tag and no file name."""
+    if file.suffix != ".jsonl" or not file.is_file():
+        return None
+    try:
+        rows = _rows(file)
+    except (AssetError, ConfigError):
+        return None  # told where its prompts are looked up
+    if len(rows) != 1 or "tag" not in rows[0][1] or "file_name" in rows[0][1]:
+        return None
+    return _prompt(rows[0][1])

@@ -1,0 +1,223 @@
+"""The rows of `score`: streamed to standard output, or to a file that can be taken up again.
+
+While a file is being made its rows are lines of JSON in `NAME.partial`; when all are there, they
+become the file that was asked for, and the partial one goes.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+from alignprop_cli.console import write_bytes
+from alignprop_cli.errors import AssetError, ConfigError
+
+Format = Literal["table", "csv", "jsonl", "parquet"]
+Row = dict[str, Any]
+
+SCHEMA = "alignprop.score.partial/1"
+# The names of files need not be UTF-8: their bytes come back as they were.
+_TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape"}
+_FIXED = ("prompt", "prompt_source", "content")
+
+
+def columns(names: Sequence[str]) -> tuple[str, ...]:
+    """Return the columns of a row with rewards of these names."""
+    return ("file", *names, *_FIXED)
+
+
+def partial_of(target: Path) -> Path:
+    """Return where the rows of a file are while it is being made."""
+    return target.with_name(f"{target.name}.partial")
+
+
+@contextmanager
+def to_standard_output(
+    chosen: Format, names: Sequence[str], *, listed: bool
+) -> Iterator[Callable[[Row], None]]:
+    """Give a function that prints a row of csv or jsonl, or nothing where a table will follow."""
+    if listed:
+        yield lambda row: None
+        return
+
+    def echo(text: str) -> None:
+        write_bytes(text.encode(**_TEXT))
+
+    if chosen == "csv":
+        echo(_csv(columns(names)))
+        yield lambda row: echo(_csv(list(row.values())))
+    else:
+        yield lambda row: echo(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def to_file(
+    target: Path, chosen: Format, names: Sequence[str], asked: Mapping[str, Any], kept: list[Row]
+) -> Iterator[Callable[[Row], None]]:
+    """Give a function that adds a row; after the block the file is whole.
+
+    Where the block fails, the rows that there are stay in the partial file.
+
+    Args:
+        target: The file.
+        chosen: csv, jsonl or parquet.
+        names: Of the rewards.
+        asked: What the rows depend on, compared by `resume`.
+        kept: Rows to begin with.
+    """
+    partial = partial_of(target)
+    started = partial.with_name(f".{partial.name}.{os.getpid()}")
+    try:
+        with started.open("w", **_TEXT) as file:
+            for line in ({"schema": SCHEMA, **asked}, *kept):
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            # Only now, when they are on the disk: a row that was kept must not be lost.
+            file.flush()
+            os.fsync(file.fileno())
+            started.replace(partial)
+            empty = not kept
+
+            def add(row: Row) -> None:
+                nonlocal empty
+                empty = False
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.flush()
+
+            try:
+                yield add
+            finally:
+                if empty:
+                    partial.unlink()
+        _convert(partial, started, chosen, columns(names))
+        started.replace(target)
+        partial.unlink()
+    finally:
+        started.unlink(missing_ok=True)
+
+
+def resume(target: Path, chosen: Format, names: Sequence[str], asked: Mapping[str, Any]) -> Resumed:
+    """Return the rows that a file, or what was written of it, already has.
+
+    Raises:
+        AssetError: If it cannot be read.
+        ConfigError: If it was made with other rewards or prompts.
+    """
+    partial = partial_of(target)
+    if partial.is_file():
+        header, *rows = _lines(partial, torn=True) or [{}]
+        if header != {"schema": SCHEMA, **asked}:
+            raise _other(partial)
+        return Resumed(rows, whole=False)
+    if not target.is_file():
+        return Resumed([], whole=True)
+    try:
+        rows = _read(target, chosen, names)
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
+        raise AssetError(f"--resume: cannot read {target}: {error}") from error
+    prompt = asked["prompt"]
+    for row in rows:
+        if tuple(row) != columns(names):
+            raise _other(target)
+        if (row["prompt_source"] == "flag" or prompt is not None) and row["prompt"] != prompt:
+            raise _other(target)
+    return Resumed(rows, whole=True)
+
+
+class Resumed:
+    """Rows of an earlier run.
+
+    Args:
+        rows: In their order.
+        whole: Whether that run came to its end.
+    """
+
+    def __init__(self, rows: list[Row], *, whole: bool) -> None:
+        self.rows = rows
+        self.whole = whole
+
+    def keep(self, unfinished: set[str]) -> list[Row]:
+        """Return the rows, without those of files that are to be measured together once more."""
+        return [row for row in self.rows if row["file"] not in unfinished]
+
+
+def _other(file: Path) -> ConfigError:
+    return ConfigError(
+        f"--resume: {file} was made with other rewards, options or prompts",
+        hint="choose another place with --output, or begin anew with --overwrite",
+    )
+
+
+def _csv(cells: Sequence[Any]) -> str:
+    text = io.StringIO()
+    # The module does not see that a carriage return alone ends a row for readers too.
+    quoting = csv.QUOTE_ALL if any("\r" in str(cell) for cell in cells) else csv.QUOTE_MINIMAL
+    csv.writer(text, lineterminator="\n", quoting=quoting).writerow(cells)
+    return text.getvalue()
+
+
+def _lines(file: Path, *, torn: bool) -> list[Row]:
+    """Return the lines of JSON; of a torn file the last one may be cut short."""
+    try:
+        # Not splitlines: a prompt may hold other line separators than \n.
+        lines = file.read_text(**_TEXT).split("\n")
+        rows = [json.loads(line) for line in (lines[:-1] if torn else lines) if line]
+        if not all(isinstance(row, dict) for row in rows):
+            raise ValueError("expected an object in every line")
+        return rows
+    except (OSError, ValueError) as error:
+        raise AssetError(
+            f"--resume: cannot read {file}: {error}", hint="begin anew with --overwrite"
+        ) from error
+
+
+def _convert(partial: Path, file: Path, chosen: Format, header: Sequence[str]) -> None:
+    """Write the rows of a partial file in the format that was asked for."""
+    with partial.open(**_TEXT) as lines:
+        next(lines)
+        if chosen == "parquet":
+            _write_parquet((json.loads(line) for line in lines), file, header)
+            return
+        with file.open("w", newline="", **_TEXT) as out:
+            if chosen == "csv":
+                out.write(_csv(header))
+            for line in lines:
+                out.write(line if chosen == "jsonl" else _csv(list(json.loads(line).values())))
+
+
+def _write_parquet(rows: Iterator[Row], file: Path, header: Sequence[str]) -> None:
+    # An extra, and without types.
+    pyarrow: Any = import_module("pyarrow")
+    parquet: Any = import_module("pyarrow.parquet")
+    texts = ("file", *_FIXED)
+    schema = pyarrow.schema(
+        [(name, pyarrow.string() if name in texts else pyarrow.float64()) for name in header]
+    )
+    with parquet.ParquetWriter(file, schema) as writer:
+        while group := list(islice(rows, 4096)):
+            for row in group:
+                row["file"] = row["file"].encode(**_TEXT).decode("utf-8", "replace")
+            writer.write_table(pyarrow.Table.from_pylist(group, schema=schema))
+
+
+def _read(target: Path, chosen: Format, names: Sequence[str]) -> list[Row]:
+    if chosen == "jsonl":
+        return _lines(target, torn=False)
+    if chosen == "parquet":
+        parquet: Any = import_module("pyarrow.parquet")
+        return parquet.read_table(target).to_pylist()
+    with target.open(newline="", **_TEXT) as file:
+        return [
+            {
+                name: float(cell) if name in names else (cell or None if name == "prompt" else cell)
+                for name, cell in row.items()
+            }
+            for row in csv.DictReader(file)
+        ]

@@ -1,0 +1,251 @@
+"""Measure picture files: decode them in worker processes, score them chunk by chunk.
+
+The files are taken in chunks of a fixed number, so that the same pictures share a batch however
+often the work is taken up again. Pictures are not kept; of each its figures and digest are, a few
+hundred bytes. What cannot be measured is told, never silently left out.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from alignprop_cli.errors import RunError
+from alignprop_cli.rewards import registry
+from alignprop_cli.rewards.mixture import Mixture
+from alignprop_cli.scoring.captions import PromptFinder
+from alignprop_cli.scoring.files import Decoded, Found, named, read_picture
+
+CHUNK = 16
+"""So many consecutive files are decoded, and as far as their sizes allow measured, at once."""
+
+# Large pictures are measured sooner, so that so much, and one picture, is held at once.
+_MOST_PIXELS = CHUNK * 1024**2
+
+_AHEAD = 4
+"""Pictures that each worker decodes ahead."""
+
+Known = MutableMapping[tuple[str, str | None], dict[str, float]]
+"""Rewards by content and prompt."""
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One measured picture.
+
+    Args:
+        path: The file.
+        prompt: What it was measured with; None where no reward needed one.
+        prompt_source: Where the prompt is from, one of `captions.SOURCES`.
+        content: Digest of the pixels; see `Decoded.digest`.
+        rewards: By name.
+        again: Whether the same content with the same prompt was measured before.
+    """
+
+    path: Path
+    prompt: str | None
+    prompt_source: str
+    content: str
+    rewards: dict[str, float]
+    again: bool = False
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A picture that could not be measured, and why."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Ready:
+    found: Found
+    decoded: Decoded
+    digest: str
+    prompt: str | None
+    source: str
+
+    @property
+    def pixels(self) -> int:
+        return self.decoded.pixels.shape[0] * self.decoded.pixels.shape[1]
+
+    @property
+    def key(self) -> tuple[str, str | None]:
+        return self.digest, self.prompt
+
+
+class _Files(Dataset[tuple[Decoded, str] | str]):
+    """Decodes one file at a time: the picture with its digest, or why it cannot be read."""
+
+    def __init__(self, paths: Sequence[Path]) -> None:
+        self.paths = paths
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Decoded, str] | str:
+        return _decode(self.paths[index])
+
+
+def _decode(path: Path) -> tuple[Decoded, str] | str:
+    try:
+        decoded = read_picture(path)
+    except ValueError as error:
+        return str(error)
+    return decoded, decoded.digest()
+
+
+def _as_it_is(read: Any) -> Any:
+    return read
+
+
+def chunks(found: Sequence[Found], done: Collection[str] = ()) -> list[list[Found]]:
+    """Divide files into chunks of `CHUNK`, then leave out those that are done.
+
+    Args:
+        found: All files.
+        done: Whole names, see `pictures.named`.
+
+    Returns:
+        The chunks with something left: what is new shares a chunk with the same files as ever.
+    """
+    divided = (found[i : i + CHUNK] for i in range(0, len(found), CHUNK))
+    left = ([each for each in chunk if named(each.path) not in done] for chunk in divided)
+    return [chunk for chunk in left if chunk]
+
+
+def needs_prompt(name: str, options: Mapping[str, Any]) -> bool:
+    """Return whether a reward looks at the prompt; of those of others it is supposed."""
+    spec = registry.SHIPPED.get(name)
+    if spec is None:
+        return True
+    return spec.reads_prompt and (spec.instead is None or options.get(spec.instead) is None)
+
+
+def score(
+    divided: Sequence[Sequence[Found]],
+    mixture: Mixture,
+    finder: PromptFinder,
+    *,
+    asking: Sequence[str],
+    device: torch.device,
+    workers: int = 0,
+    known: Known | None = None,
+) -> Iterator[Scored | Skipped]:
+    """Measure pictures one chunk after the other, in their order.
+
+    Args:
+        divided: As `chunks` returns them.
+        mixture: The rewards, on the device.
+        finder: Of the prompts.
+        asking: Names of the rewards that cannot do without one; see `needs_prompt`.
+        device: Where the rewards are.
+        workers: Processes that decode ahead; 0 decodes in this one.
+        known: What is measured already; added to. The same content is never measured twice.
+
+    Yields:
+        For every picture its rewards or the reason why there are none.
+
+    Raises:
+        ConfigError, AssetError: If a metadata file is wrong or a reward answers in a wrong shape.
+        RunError: If a reward is not finite, or a worker dies.
+    """
+    known = {} if known is None else known
+    loader = DataLoader(
+        _Files([found.path for chunk in divided for found in chunk]),
+        batch_size=None,
+        num_workers=workers,
+        # Arrays stay arrays: tensors would go through /dev/shm, which containers keep small.
+        collate_fn=_as_it_is,
+        prefetch_factor=_AHEAD if workers else None,
+    )
+    decoded = _watched(loader)
+    for chunk in divided:
+        prepared: list[_Ready | Skipped] = []
+        pixels = 0
+        for found in chunk:
+            prepared.append(each := _prepare(found, next(decoded), finder, asking))
+            pixels += each.pixels if isinstance(each, _Ready) else 0
+            if pixels >= _MOST_PIXELS:
+                yield from _results(prepared, known, mixture, device)
+                prepared, pixels = [], 0
+        yield from _results(prepared, known, mixture, device)
+
+
+def _results(
+    prepared: Sequence[_Ready | Skipped], known: Known, mixture: Mixture, device: torch.device
+) -> Iterator[Scored | Skipped]:
+    """Measure what is new among some pictures, and yield the results of all in their order."""
+    ready = [each for each in prepared if isinstance(each, _Ready)]
+    new: dict[tuple[str, str | None], _Ready] = {}
+    for each in ready:
+        if each.key not in known:
+            new.setdefault(each.key, each)
+    for batch in _batches(list(new.values())):
+        known.update(_measure(batch, mixture, device))
+    for each in prepared:
+        if isinstance(each, Skipped):
+            yield each
+            continue
+        again = new.get(each.key) is not each
+        yield Scored(each.found.path, each.prompt, each.source, each.digest, known[each.key], again)
+
+
+def _watched(loader: DataLoader[Any]) -> Iterator[tuple[Decoded, str] | str]:
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise RunError(
+            f"a process that decodes pictures ended: {str(error).splitlines()[0]}",
+            hint="most often memory has run out: try --workers 0",
+        ) from error
+
+
+def _prepare(
+    found: Found,
+    read: tuple[Decoded, str] | str,
+    finder: PromptFinder,
+    asking: Sequence[str],
+) -> _Ready | Skipped:
+    """Find the prompt of a decoded picture."""
+    if isinstance(read, str):
+        return Skipped(found.path, read)
+    decoded, digest = read
+    prompt, source = finder.find(found, decoded.texts, fetch=bool(asking))
+    if prompt is None and asking:
+        return Skipped(found.path, f"no prompt found, which {', '.join(asking)} needs")
+    return _Ready(found, decoded, digest, prompt, source)
+
+
+def _batches(ready: Sequence[_Ready]) -> Iterator[list[_Ready]]:
+    """Yield pictures of one size together."""
+    sizes: dict[tuple[int, ...], list[_Ready]] = defaultdict(list)
+    for each in ready:
+        sizes[each.decoded.pixels.shape].append(each)
+    yield from sizes.values()
+
+
+@torch.no_grad()
+def _measure(
+    batch: Sequence[_Ready], mixture: Mixture, device: torch.device
+) -> dict[tuple[str, str | None], dict[str, float]]:
+    stacked = torch.from_numpy(np.stack([ready.decoded.pixels for ready in batch]))
+    if device.type == "cuda":
+        stacked = stacked.pin_memory()
+    images = stacked.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255.0
+    scores = mixture.score(images, [ready.prompt or "" for ready in batch])
+    columns = {name: values.tolist() for name, values in scores.items()}
+    return {
+        ready.key: {name: values[index] for name, values in columns.items()}
+        for index, ready in enumerate(batch)
+    }

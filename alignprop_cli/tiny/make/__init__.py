@@ -1,0 +1,1 @@
+"""The scripts that made the embedded model; not in the wheel."""

@@ -1,0 +1,124 @@
+"""Train the embedded model from scratch: `python -m alignprop_cli.tiny.make.build --work DIR`.
+
+Three stages, each resumable, each printing its figures: autoencoder, unet, aligner. Then `finish`
+writes the weights in half precision, and the card with the figures measured on them. Users and
+tests never run this.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline
+from PIL import Image
+
+from alignprop_cli.tiny.make import aligner, autoencoder, tokenizer, unet
+
+HERE = Path(__file__).parent
+STEPS = {"autoencoder": 3000, "unet": 2300, "aligner": 3000}
+GUIDANCE_SCALE = 3.0
+_CARD_SAMPLES = 500
+
+
+def main() -> None:
+    """Run the stages that were asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, required=True, help="folder for states; resumable")
+    parser.add_argument("--stage", choices=[*STEPS, "finish", "all"], default="all")
+    parser.add_argument("--output", type=Path, default=HERE, help="folder for the weights")
+    arguments = parser.parse_args()
+    work, stage = arguments.work, arguments.stage
+    work.mkdir(parents=True, exist_ok=True)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    words = tokenizer.save(work / "tokenizer")
+    if stage in ("autoencoder", "all"):
+        vae = autoencoder.train(work, device, STEPS["autoencoder"])
+        # Latents of another autoencoder would be of no use to the network.
+        (work / "latents.pt").unlink(missing_ok=True)
+        torch.save(vae.state_dict(), work / "autoencoder.pt")
+    vae = load_autoencoder(work, device)
+    if stage in ("unet", "all"):
+        pipeline = unet.train(vae, words, work, device, STEPS["unet"])
+        # Pictures of another network would teach the aligner the wrong mistakes.
+        (work / "generated.pt").unlink(missing_ok=True)
+        save_pipeline(pipeline, work / "tokenizer", arguments.output / "pipeline")
+    if stage in ("aligner", "all"):
+        model = aligner.train(
+            load_pipeline(arguments.output, device), work, device, STEPS["aligner"]
+        )
+        aligner.save(model, arguments.output / "aligner")
+    if stage in ("finish", "all"):
+        write_card(arguments.output, work)
+
+
+def load_autoencoder(work: Path, device: torch.device) -> AutoencoderKL:
+    """Return the autoencoder of stage one."""
+    vae = autoencoder.new_autoencoder()
+    vae.load_state_dict(torch.load(work / "autoencoder.pt", weights_only=True))
+    return vae.to(device).eval().requires_grad_(False)
+
+
+def load_pipeline(output: Path, device: torch.device) -> StableDiffusionPipeline:
+    """Return what was written, as everybody loads it."""
+    pipeline = StableDiffusionPipeline.from_pretrained(output / "pipeline", safety_checker=None)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def save_pipeline(pipeline: StableDiffusionPipeline, words: Path, directory: Path) -> None:
+    """Write the pipeline in half precision, with the tokenizer's files for old readers too."""
+    # Calls leave their padding and truncation behind in the tokenizer.
+    pipeline.tokenizer.backend_tokenizer.no_padding()
+    pipeline.tokenizer.backend_tokenizer.no_truncation()
+    pipeline.to("cpu", torch.float16).save_pretrained(directory)
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(words / name, directory / "tokenizer" / name)
+    # transformers follows the config's dtype where none is asked for; diffusers takes float32.
+    config = directory / "text_encoder" / "config.json"
+    config.write_text(
+        json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n"
+    )
+
+
+def write_card(output: Path, work: Path) -> None:
+    """Measure what was written, from the files, and write card.json and the sample sheet."""
+    pipeline = load_pipeline(output, torch.device("cpu"))
+    model = open_clip.create_model(f"local-dir:{output / 'aligner'}", precision="fp32").eval()
+    size = sum(file.stat().st_size for file in output.rglob("*.safetensors"))
+    card = {
+        "weights_megabytes": round(size / 1e6, 2),
+        "parameters": {
+            "unet": pipeline.unet.num_parameters(),
+            "vae": pipeline.vae.num_parameters(),
+            "text_encoder": pipeline.text_encoder.num_parameters(),
+            "aligner": sum(p.numel() for p in model.parameters()),
+        },
+        "steps": STEPS,
+        "autoencoder": autoencoder.figures(pipeline.vae, 300),
+        "samples": {
+            "pictures": _CARD_SAMPLES,
+            "prompts": "held out",
+            "num_inference_steps": 20,
+            "guidance_scale": GUIDANCE_SCALE,
+            "right": unet.figures(pipeline, _CARD_SAMPLES, guidance_scale=GUIDANCE_SCALE),
+        },
+        "aligner_true_prompt_first": aligner.figures(model, work, 500),
+    }
+    (output / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(card, indent=2))
+    pictures, _ = unet.samples(pipeline, 40, guidance_scale=GUIDANCE_SCALE, seed=100)
+    rows = [np.concatenate(pictures[i : i + 10], axis=1) for i in range(0, 40, 10)]
+    sheet = Image.fromarray(np.concatenate(rows))
+    sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.BICUBIC).save(
+        output / "samples.png", optimize=True
+    )
+
+
+if __name__ == "__main__":
+    main()

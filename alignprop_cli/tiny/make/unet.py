@@ -1,0 +1,226 @@
+"""Stage two of the embedded model: the network and the text encoder, trained together."""
+
+from __future__ import annotations
+
+import copy
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.training_utils import EMAModel
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from alignprop_cli.tiny import language as data
+from alignprop_cli.tiny.checker import check
+from alignprop_cli.tiny.make.tokenizer import MAX_LENGTH
+
+PICTURES = 32_000
+"""Drawings that are encoded once, each also mirrored."""
+BATCH = 64
+LEARNING_RATE = 1.5e-3
+CAPTION_DROP = 0.1
+_FALL = 0.27
+"""Share of the steps, the last ones, over which the learning rate falls to zero."""
+
+
+def scheduler() -> DDIMScheduler:
+    """Return the noise schedule: v prediction down to zero signal."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        prediction_type="v_prediction",
+        steps_offset=1,
+        timestep_spacing="trailing",
+        rescale_betas_zero_snr=True,
+    )
+
+
+def new_unet() -> UNet2DConditionModel:
+    """Return an untrained network of 4.0 M parameters."""
+    return UNet2DConditionModel(
+        sample_size=12,
+        in_channels=12,
+        out_channels=12,
+        block_out_channels=(64, 128),
+        layers_per_block=1,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=4,
+        cross_attention_dim=96,
+        norm_num_groups=16,
+    )
+
+
+def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Return an untrained text encoder of 0.2 M parameters."""
+    end = tokenizer.eos_token_id
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=96,
+            intermediate_size=256,
+            projection_dim=96,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=MAX_LENGTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=end,
+            pad_token_id=end,
+        )
+    )
+
+
+@torch.no_grad()
+def encode_drawings(vae: AutoencoderKL, work: Path, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return latents (2 N, 12, 12, 12) in float16 and prompt numbers (2 N,), kept in a file."""
+    file = work / "latents.pt"
+    if file.is_file():
+        kept = torch.load(file, weights_only=True)
+        return kept["latents"], kept["chosen"]
+    pictures, chosen = data.draw_many(data.train_prompts(), PICTURES, seed=3)
+    parts: list[Tensor] = []
+    for flip in (False, True):
+        for start in range(0, PICTURES, 200):
+            batch = torch.from_numpy(pictures[start : start + 200]).permute(0, 3, 1, 2)
+            images = (batch.flip(-1) if flip else batch).to(device).float() / 127.5 - 1.0
+            parts.append(vae.encode(images).latent_dist.mode().half().cpu())
+    numbers = torch.from_numpy(np.concatenate([chosen, chosen]))
+    torch.save({"latents": torch.cat(parts), "chosen": numbers}, file)
+    return torch.cat(parts), numbers
+
+
+def train(
+    vae: AutoencoderKL, tokenizer: CLIPTokenizer, work: Path, device: torch.device, steps: int
+) -> StableDiffusionPipeline:
+    """Train to `steps`, going on from the last kept state, and return the averaged model."""
+    torch.manual_seed(4)
+    unet, text = new_unet().to(device), new_text_encoder(tokenizer).to(device)
+    both = torch.nn.ModuleDict({"unet": unet, "text": text})
+    optimizer = torch.optim.AdamW(
+        both.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-3
+    )
+    average = EMAModel(both.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
+    step = 0
+    kept = work / "unet.pt"
+    if kept.is_file():
+        state = torch.load(kept, weights_only=True, map_location=device)
+        both.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        average.load_state_dict(state["average"])
+        step = state["step"]
+    latents, chosen = encode_drawings(vae, work, device)
+    tokens = _tokens(tokenizer, [*data.train_prompts(), ""])
+    noise_levels = scheduler().alphas_cumprod.to(device)
+    started, losses = time.perf_counter(), []
+    while step < steps:
+        for group in optimizer.param_groups:
+            # Shapes are learned late and only at the full rate; the fall at the end cleans up.
+            rise, fall = (step + 1) / 200, (steps - step) / (_FALL * steps)
+            group["lr"] = LEARNING_RATE * min(rise, fall, 1.0)
+        # A function of the step, so that a resumed training sees the same batches.
+        generator = torch.Generator().manual_seed(step)
+        pick = torch.randint(len(latents), (BATCH,), generator=generator)
+        prompts = chosen[pick].clone()
+        prompts[torch.rand(BATCH, generator=generator) < CAPTION_DROP] = len(tokens) - 1
+        x0 = latents[pick].float().to(device)
+        noise = torch.randn(x0.shape, generator=generator).to(device)
+        timesteps = torch.randint(1000, (BATCH,), generator=generator).to(device)
+        signal = noise_levels[timesteps].view(-1, 1, 1, 1)
+        alpha, sigma = signal.sqrt(), (1.0 - signal).sqrt()
+        embeds = text(tokens[prompts].to(device))[0]
+        velocity = unet(alpha * x0 + sigma * noise, timesteps, embeds, return_dict=False)[0]
+        loss = torch.nn.functional.mse_loss(velocity, alpha * noise - sigma * x0)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(both.parameters(), 1.0)
+        optimizer.step()
+        average.step(both.parameters())
+        losses.append(loss.item())
+        step += 1
+        if step % 100 == 0:
+            seconds = time.perf_counter() - started
+            print(f"unet step {step} loss {np.mean(losses[-100:]):.4f} {seconds:.0f} s", flush=True)
+        if step % 500 == 0 or step == steps:
+            torch.save(
+                {
+                    "model": both.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "average": average.state_dict(),
+                    "step": step,
+                },
+                kept,
+            )
+        if step % 1500 == 0 or step == steps:
+            pipeline = assemble(vae, both, average, tokenizer)
+            print(f"unet step {step} checker {figures(pipeline, 64)}", flush=True)
+    return assemble(vae, both, average, tokenizer)
+
+
+def assemble(
+    vae: AutoencoderKL, both: torch.nn.ModuleDict, average: EMAModel, tokenizer: CLIPTokenizer
+) -> StableDiffusionPipeline:
+    """Return a pipeline with the averaged weights, apart from those in training."""
+    copied = copy.deepcopy(both)
+    average.copy_to(copied.parameters())
+    pipeline = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=copied["text"].eval(),
+        tokenizer=tokenizer,
+        unet=copied["unet"].eval(),
+        scheduler=scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def samples(
+    pipeline: StableDiffusionPipeline,
+    count: int,
+    *,
+    steps: int = 20,
+    guidance_scale: float = 3.0,
+    seed: int = 0,
+) -> tuple[data.Pixels, list[str]]:
+    """Return pictures (count, 48, 48, 3) of held-out prompts, spread evenly, and the prompts."""
+    heldout = data.heldout_prompts()
+    prompts = [heldout[i * len(heldout) // count % len(heldout)] for i in range(count)]
+    if count > len(heldout):
+        prompts = [heldout[i % len(heldout)] for i in range(count)]
+    parts: list[data.Pixels] = []
+    for start in range(0, count, 50):
+        batch = prompts[start : start + 50]
+        generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
+        images = pipeline(
+            batch,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            generator=generators,
+            output_type="np",
+        ).images
+        parts.append(np.rint(images * 255.0).astype(np.uint8))
+    return np.concatenate(parts), prompts
+
+
+def figures(
+    pipeline: StableDiffusionPipeline, count: int, *, guidance_scale: float = 3.0
+) -> dict[str, float]:
+    """Return the shares of samples of held-out prompts that the checker reads as right."""
+    checks = check(*samples(pipeline, count, guidance_scale=guidance_scale))
+    names = ("background", "colour", "shape", "count", "all_right")
+    return {name: round(float(np.mean([getattr(c, name) for c in checks])), 3) for name in names}
+
+
+def _tokens(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
+    """Return token numbers, shape (prompts, MAX_LENGTH)."""
+    return tokenizer(
+        prompts, padding="max_length", max_length=MAX_LENGTH, truncation=True, return_tensors="pt"
+    ).input_ids

@@ -1,0 +1,1 @@
+"""One optimiser step (trainer.py) and the run around it (run.py)."""

@@ -1,0 +1,111 @@
+"""Going on with a run: what may change, what is restored, and where its metrics are cut."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from alignprop_cli.config.schema import Config, differences
+from alignprop_cli.config.validation import parse
+from alignprop_cli.errors import ConfigError, Problem, RunError
+from alignprop_cli.lora import layers as lora
+from alignprop_cli.lora.files import checkpoints
+from alignprop_cli.storage import write_text
+from alignprop_cli.training import checkpoint
+from alignprop_cli.training.trainer import Trainer
+
+_MAY_CHANGE = (
+    "train.steps",
+    "train.micro_batch",
+    "gradient.checkpoint_network",
+    "gradient.checkpoint_decoder",
+    "gradient.checkpoint_reward",
+    "train.compile",
+    "eval.",
+    "output.",
+)
+"""Settings, or beginnings of them, with which a run may be resumed differently: the plan, and what
+is drawn and kept. The learning rate does not look at the number of steps.
+"""
+
+
+def newest(run: Path) -> Path | None:
+    """Return the newest checkpoint; a run that was stopped before its first one has none."""
+    found = checkpoints(run)
+    return found[-1] if found else None
+
+
+def refuse_changes(found: Path, config: Config) -> None:
+    """Refuse to go on with a run in a way that would make it another run.
+
+    Raises:
+        ConfigError: With every setting that differs from those of the checkpoint.
+        RunError: If the checkpoint does not say what they were.
+    """
+    try:
+        stored = json.loads(checkpoint.header(found)["alignprop.config"])
+        before = parse(stored, source=str(found)).model_dump(mode="json")
+    except (KeyError, ValueError) as error:
+        raise RunError(f"{found}: damaged checkpoint: it does not say how it was made") from error
+    after = config.model_dump(mode="json")
+    problems = [
+        Problem(key, f"{old!r} in the run, {new!r} now")
+        for key, (old, new) in differences(before, after).items()
+        if not key.startswith(_MAY_CHANGE)
+    ]
+    if problems:
+        raise ConfigError(
+            f"--resume: {found.parent.parent}: these settings cannot change within a run",
+            problems,
+            hint=f"a new run from its weights: --set lora.init={found}",
+        )
+
+
+def restore(trainer: Trainer, found: Path, run: Path) -> None:
+    """Continue from a checkpoint."""
+    steps = trainer.config.train.steps
+    state = checkpoint.load(found)
+    fingerprint = checkpoint.header(found).get("alignprop.base_fingerprint")
+    if fingerprint != trainer.model.fingerprint:
+        raise ConfigError(
+            f"--resume: {found} was trained on another network than {trainer.model.id} is now: "
+            f"fingerprint {fingerprint}, here {trainer.model.fingerprint}"
+        )
+    # A run that was killed after its last step has no summary of it yet and can still be finished.
+    if state.step > steps or (state.step == steps and _summarised(run) == steps):
+        raise ConfigError(
+            f"--resume: {found} is at step {state.step} and train.steps is {steps}: nothing to do",
+            hint=f"give a larger number, for instance --steps {state.step + steps}",
+        )
+    lora.set_weights(trainer.model.network, checkpoint.load_lora(found))
+    trainer.load_state(state)
+
+
+def _summarised(run: Path) -> int | None:
+    """Return the step that the run's summary is about; None where there is no whole one."""
+    try:
+        return int(json.loads((run / "summary.json").read_text(encoding="utf-8"))["steps"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def cut_metrics(run: Path, done: int) -> bool:
+    """Drop the lines of steps after `done` from the run's metrics, and half a line at its end.
+
+    Returns:
+        Whether there was any line.
+
+    Raises:
+        RunError: If a line in the middle is damaged.
+    """
+    metrics = run / "metrics.jsonl"
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
+    if lines and not lines[-1].endswith("}"):
+        # Half a line, from a run that was killed while writing it.
+        lines.pop()
+    try:
+        kept = [line for line in lines if json.loads(line)["step"] <= done]
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{metrics}: damaged: {error}", hint="remove the damaged line") from error
+    write_text(metrics, "".join(f"{line}\n" for line in kept))
+    return bool(lines)

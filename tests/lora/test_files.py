@@ -1,0 +1,146 @@
+"""LoRA files are found, read with their real scaling, and written so that they read the same."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from alignprop_cli.errors import AssetError, ConfigError
+from alignprop_cli.lora import files as adapter
+from alignprop_cli.lora.mixing import Factors
+from alignprop_cli.models.base import LORA_FILE
+
+
+def save(
+    path, settings=None, *, rank=2, names=("unet.x.to_q", "unet.y.to_k"), extra=None, peft=False
+):
+    """Write a LoRA file with constant weights."""
+    down, up = (
+        (".lora_A.weight", ".lora_B.weight") if peft else (".lora.down.weight", ".lora.up.weight")
+    )
+    state = {}
+    for name in names:
+        state |= {name + down: torch.ones(rank, 4), name + up: torch.ones(6, rank)}
+    header = {"format": "pt"}
+    if settings is not None:
+        header["lora_adapter_metadata"] = json.dumps({f"unet.{k}": v for k, v in settings.items()})
+    save_file(state | (extra or {}), path, metadata=header)
+    return path
+
+
+def scalings(path):
+    return {name: factors.scaling for name, factors in adapter.read(path).layers.items()}
+
+
+def test_a_missing_alpha_is_the_rank(tmp_path):
+    assert scalings(save(tmp_path / "a.safetensors")) == {"x.to_q": 1.0, "y.to_k": 1.0}
+
+
+def test_alpha_comes_from_the_header_and_its_patterns(tmp_path):
+    settings = {"r": 2, "lora_alpha": 4, "alpha_pattern": {"to_k": 1}}
+    assert scalings(save(tmp_path / "a.safetensors", settings)) == {"x.to_q": 2.0, "y.to_k": 0.5}
+
+
+def test_rslora_is_read_with_its_real_scaling(tmp_path):
+    settings = {"r": 4, "lora_alpha": 4, "use_rslora": True}
+    path = save(tmp_path / "a.safetensors", settings, rank=4)
+    assert scalings(path) == {"x.to_q": 2.0, "y.to_k": 2.0}
+
+
+def test_peft_names_and_alphas_beside_the_weights_are_read(tmp_path):
+    extra = {"unet.x.to_q.alpha": torch.tensor(8.0)}
+    path = save(tmp_path / "a.safetensors", extra=extra, peft=True)
+    assert scalings(path) == {"x.to_q": 4.0, "y.to_k": 1.0}
+
+
+def test_what_is_written_reads_back_with_the_rank_of_every_layer(tmp_path):
+    layers = {
+        "x.to_q": Factors(torch.rand(2, 4), torch.rand(6, 2), 1.0),
+        "y.to_q": Factors(torch.rand(5, 4), torch.rand(6, 5), 1.0),
+    }
+    file = adapter.write(tmp_path, layers, {"alignprop.version": "0"})
+    read = adapter.read(file)
+    assert file.name == LORA_FILE
+    assert read.header["alignprop.version"] == "0"
+    for name, factors in layers.items():
+        torch.testing.assert_close(read.layers[name].delta(), factors.delta(), rtol=0, atol=0)
+    settings = json.loads(read.header["lora_adapter_metadata"])
+    other = {"y.to_q": 5} if settings["unet.r"] == 2 else {"x.to_q": 2}
+    assert settings["unet.rank_pattern"] == settings["unet.alpha_pattern"] == other
+
+
+@pytest.mark.parametrize(
+    ("settings", "extra", "error", "words"),
+    [
+        ({"use_dora": True}, {}, ConfigError, "DoRA"),
+        (None, {"unet.x.to_q.lora_magnitude_vector": torch.ones(6)}, ConfigError, "DoRA"),
+        (None, {"unet.x.to_v.lora.down.weight": torch.ones(2, 4)}, AssetError, "unexpected"),
+        (None, {"unet.x.to_q.bias": torch.ones(6)}, AssetError, "unexpected"),
+    ],
+)
+def test_what_is_more_or_less_than_a_lora_is_refused(tmp_path, settings, extra, error, words):
+    path = save(tmp_path / "a.safetensors", settings, extra=extra)
+    with pytest.raises(error, match=words):
+        adapter.read(path)
+
+
+def test_files_that_are_no_lora_are_refused(tmp_path):
+    other = tmp_path / "other.safetensors"
+    save_file({"weight": torch.ones(3)}, other)
+    with pytest.raises(AssetError, match="holds no LoRA"):
+        adapter.read(other)
+
+
+def test_a_run_means_its_newest_checkpoint(tmp_path):
+    run = tmp_path / "run"
+    for step in (2, 10):
+        folder = run / "checkpoints" / f"step-{step:06d}"
+        folder.mkdir(parents=True)
+        save(folder / LORA_FILE)
+    (run / "config.yaml").write_text("{}")
+    newest = run / "checkpoints" / "step-000010"
+    assert adapter.locate(str(run)) == adapter.Located(newest / LORA_FILE, run=run)
+    oldest = run / "checkpoints" / "step-000002"
+    found = adapter.locate(str(oldest))
+    assert found == adapter.Located(oldest / LORA_FILE, run=run.resolve(), step="step-000002")
+    assert adapter.locate(str(oldest / LORA_FILE)).file == oldest / LORA_FILE
+
+
+def test_what_does_not_exist_is_said(tmp_path):
+    with pytest.raises(AssetError, match="no such file or folder"):
+        adapter.locate(str(tmp_path / "none"))
+    with pytest.raises(AssetError, match="holds no LoRA"):
+        adapter.locate(str(tmp_path))
+
+
+def test_a_damaged_header_is_said(tmp_path):
+    path = save(tmp_path / "a.safetensors", {"lora_alpha": "many"})
+    with pytest.raises(AssetError, match=r"alpha of layer x\.to_q"):
+        adapter.read(path)
+    with pytest.raises(AssetError, match=r"alignprop\.config"):
+        adapter.recorded_config({"alignprop.config": "{"}, path)
+    assert adapter.recorded_config({}, path) is None
+
+
+def test_kohyas_format_is_read_with_its_alphas_and_without_the_text_encoder(tmp_path):
+    layer = "down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    text = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+    state = {
+        f"{name}.{part}": value
+        for name in (f"lora_unet_{layer}", text)
+        for part, value in (
+            ("lora_down.weight", torch.full((4, 6), 0.5)),
+            ("lora_up.weight", torch.full((5, 4), 2.0)),
+            ("alpha", torch.tensor(1.0)),
+        )
+    }
+    save_file(state, tmp_path / "kohya.safetensors")
+    found = adapter.read(tmp_path / "kohya.safetensors")
+    (name,) = found.layers
+    assert name == "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    # alpha / rank B A = 1/4 x 4 x 2.0 x 0.5
+    torch.testing.assert_close(found.layers[name].delta(), torch.ones(5, 6, dtype=torch.float64))
+    assert found.left_out == 1

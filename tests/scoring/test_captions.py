@@ -1,0 +1,217 @@
+"""The prompt of a picture comes from the first place that has one."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from alignprop_cli.errors import ConfigError
+from alignprop_cli.scoring import captions
+from alignprop_cli.scoring.captions import PromptFinder, carried, read_table
+from alignprop_cli.scoring.files import Found, read_picture
+from tests.factories import picture
+
+
+def prompt_of(path, root=None, **options):
+    texts = read_picture(path).texts
+    return PromptFinder(**options).find(Found(path, root or path.parent), texts)
+
+
+def test_prompts_come_from_the_first_source_that_has_one(tmp_path):
+    path = picture(tmp_path / "sub" / "a.png", prompt="own")
+    table = tmp_path / "prompts.csv"
+    assert prompt_of(path) == ("own", "picture")
+    path.with_suffix(".caption").write_text("kohya's\n")
+    assert prompt_of(path) == ("kohya's", "sidecar")
+    path.with_suffix(".txt").write_text("beside\n")
+    assert prompt_of(path) == ("beside", "sidecar")
+    (tmp_path / "metadata.jsonl").write_text(
+        '\n{"file_name": "sub/a.png", "text": "of the folder\\u2028", "other": 1}\n'
+    )
+    assert prompt_of(path) == ("beside", "sidecar")
+    assert prompt_of(path, tmp_path) == ("of the folder\u2028", "metadata")
+    (path.parent / "metadata.csv").write_text('file_name,caption\na.png,"nearer, and quoted"\n')
+    assert prompt_of(path, tmp_path) == ("nearer, and quoted", "metadata")
+    table.write_text("file_name,prompt\nsub/a.png,from the file\n")
+    assert prompt_of(path, table=table) == ("from the file", "file")
+    assert prompt_of(path, table=table, prompt="flag") == ("flag", "flag")
+
+
+def test_a_table_does_not_answer_for_files_of_the_same_name_elsewhere(tmp_path):
+    path = picture(tmp_path / "sub" / "a.png")
+    (tmp_path / "metadata.csv").write_text("file_name,prompt\na.png,another picture\n")
+    assert prompt_of(path, tmp_path) == (None, "none")
+
+
+A1111 = """two cats, (masterpiece:1.2),
+<lora:fur:0.8> on a mat
+Negative prompt: dog,
+Steps of stone
+Steps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1, Size: 512x512"""
+
+
+def test_the_settings_of_a1111_are_cut_off_its_prompt():
+    expected = ("two cats, (masterpiece:1.2), on a mat", "a1111")
+    assert carried({"parameters": A1111}) == expected
+    assert carried({"UserComment": A1111}) == expected
+    assert carried({"parameters": "a cat\nSteps: 20, Seed: 1"}) == ("a cat", "a1111")
+    # Without settings it may be anything; with nothing before them there is no prompt.
+    assert carried({"UserComment": "holiday 2019"}) == (None, "none")
+    assert carried({"parameters": "Negative prompt: dog\nSteps: 20"}) == (None, "none")
+
+
+def graph(*texts, combine=False):
+    """Return a graph as ComfyUI saves it, whose sampler is asked for the given texts."""
+    nodes = {
+        "3": {"class_type": "KSampler", "inputs": {"positive": ["20", 0], "negative": ["7", 0]}},
+        "7": {"class_type": "CLIPTextEncode", "inputs": {"text": "ugly", "clip": ["4", 1]}},
+        "20": {"class_type": "ControlNetApply", "inputs": {"conditioning": ["30", 0]}},
+        "30": {
+            "class_type": "ConditioningCombine",
+            "inputs": {"conditioning_1": ["40", 0], "conditioning_2": [str(39 + len(texts)), 0]},
+        },
+    }
+    for number, text in enumerate(texts, start=40):
+        nodes[str(number)] = {"class_type": "CLIPTextEncode", "inputs": {"text": text}}
+    return nodes
+
+
+def test_a_graph_of_comfyui_is_followed_from_its_sampler():
+    assert carried({"prompt": json.dumps(graph("a cat"))}) == ("a cat", "comfyui")
+    # A text may come from a node of its own, and the two encoders of SDXL have one each.
+    nodes = graph(["50", 0]) | {"50": {"class_type": "PrimitiveString", "inputs": {"value": "x"}}}
+    assert carried({"prompt": json.dumps(nodes)}) == ("x", "comfyui")
+    nodes["40"]["inputs"] = {"text_g": "a dog", "text_l": "a dog", "width": 1024}
+    assert carried({"prompt": json.dumps(nodes)}) == ("a dog", "comfyui")
+    guided = {
+        "1": {"class_type": "SamplerCustomAdvanced", "inputs": {"guider": ["2", 0]}},
+        "2": {"class_type": "BasicGuider", "inputs": {"conditioning": ["40", 0]}},
+    }
+    nodes = {**graph("flux"), **guided, "3": {"class_type": "Note", "inputs": {}}}
+    assert carried({"prompt": json.dumps(nodes)}) == ("flux", "comfyui")
+
+
+ENCODED = {"class_type": "CLIPTextEncode", "inputs": {"text": "a cat"}}
+JOINED = {"class_type": "StringConcatenate", "inputs": {"string_a": "a", "string_b": "b"}}
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        graph("a cat", "a dog"),
+        graph("a cat") | {"20": {"class_type": "Unknown", "inputs": {"clip": ["40", 0]}}},
+        graph(["50", 0]) | {"50": JOINED},
+        graph("a cat") | {"40": ENCODED | {"inputs": {"clip_l": "a cat", "t5xxl": ["50", 0]}}},
+        graph("a cat")
+        | {"41": ENCODED | {"inputs": {"text": "a dog"}}}
+        | {
+            "20": {
+                "class_type": "ConditioningConcat",
+                "inputs": {"conditioning_to": ["40", 0], "conditioning_from": ["41", 0]},
+            }
+        },
+        {"3": {"class_type": "KSampler"}},
+        {"3": {"class_type": "KSampler", "inputs": {"positive": ["3", 0]}}},
+        {"3": {"class_type": "KSampler", "inputs": {"positive": [[], 0]}}},
+    ],
+    ids=[
+        "two texts",
+        "an unknown node",
+        "a joined text",
+        "half a text",
+        "two joined",
+        "no inputs",
+        "a circle",
+        "a wrong link",
+    ],
+)
+def test_a_graph_that_is_not_clear_gives_no_prompt(nodes):
+    assert carried({"prompt": json.dumps(nodes)}) == (None, "none")
+
+
+def test_a_text_that_is_nested_without_end_is_no_graph():
+    text = '{"a":' + "[" * 100_000
+    assert carried({"prompt": text}) == (text, "picture")
+
+
+def test_a_table_counts_from_its_own_folder_first_and_a_link_by_its_name(tmp_path):
+    inner = picture(tmp_path / "sub" / "a.png")
+    (tmp_path / "p.csv").write_text("file_name,prompt\na.png,TOP\nsub/a.png,INNER\n")
+    assert prompt_of(inner, inner.parent, table=tmp_path / "p.csv") == ("INNER", "file")
+    (tmp_path / "sub" / "b.png").symlink_to(inner)
+    (tmp_path / "sub" / "metadata.jsonl").write_text(
+        '{"file_name": "a.png", "text": "A"}\n{"file_name": "b.png", "text": "B"}\n'
+    )
+    assert prompt_of(inner) == ("A", "metadata")
+    assert prompt_of(inner.with_name("b.png")) == ("B", "metadata")
+
+
+def test_metadata_about_something_else_and_empty_prompts_are_passed_over(tmp_path):
+    path = picture(tmp_path / "a.png", prompt="own")
+    (tmp_path / "metadata.csv").write_text("file_name,label\na.png,3\n")
+    assert prompt_of(path) == ("own", "picture")
+    (tmp_path / "metadata.csv").write_text("file_name,text,caption\na.png,,c\n")
+    assert prompt_of(path) == ("c", "metadata")
+    (tmp_path / "p.csv").write_text("file_name,label\na.png,3\n")
+    with pytest.raises(ConfigError, match="expected file_name"):
+        prompt_of(path, table=tmp_path / "p.csv")
+
+
+def test_tables_hold_any_line_separator_and_long_prompts(tmp_path):
+    path, long = picture(tmp_path / "a.png"), "x" * 200_000
+    (tmp_path / "metadata.csv").write_text(f"file_name,text\na.png,a\u2028b\x85c{long}\n", "utf-8")
+    assert prompt_of(path) == (f"a\u2028b\x85c{long}", "metadata")
+
+
+def test_half_a_pair_of_surrogates_becomes_a_question_mark(tmp_path):
+    path = picture(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "a \\ud83d"}\n')
+    assert prompt_of(path) == ("a ?", "metadata")
+
+
+def test_what_only_begins_like_a_graph_is_a_prompt():
+    assert carried({"prompt": "{a|b} cat"}) == ("{a|b} cat", "picture")
+    assert carried({"prompt": '{"a": 1}'}) == ('{"a": 1}', "picture")
+
+
+def test_the_folders_of_geneval_say_the_prompt_of_their_samples(tmp_path):
+    sample = picture(tmp_path / "00007" / "samples" / "00000.png")
+    grid = picture(tmp_path / "00007" / "grid.png")
+    line = {"tag": "counting", "include": [{"class": "cat", "count": 2}], "prompt": "two cats"}
+    (tmp_path / "00007" / "metadata.jsonl").write_text(json.dumps(line))
+    assert prompt_of(sample, tmp_path) == ("two cats", "geneval")
+    assert prompt_of(grid, tmp_path) == (None, "none")
+
+
+def test_the_folders_of_hpsv2_say_the_prompt_by_its_number(tmp_path, monkeypatch):
+    asked = []
+
+    def load_prompts(name):
+        asked.append(name)
+        return ["first", "second"]
+
+    # The real ones come from the hub.
+    monkeypatch.setattr(captions, "load_prompts", load_prompts)
+    finder = PromptFinder()
+    paths = [picture(tmp_path / "anime" / f"0000{n}.jpg") for n in (0, 1, 2)]
+    found = [finder.find(Found(path, tmp_path), {}) for path in paths]
+    assert found == [("first", "hpd"), ("second", "hpd"), (None, "none")]
+    assert asked == ["hpd:anime"]
+    assert finder.find(Found(tmp_path / "anime" / "cover.jpg", tmp_path), {}) == (None, "none")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("a.jsonl", '{"file_name": "a.png"', "a.jsonl:1: not JSON"),
+        ("a.jsonl", '\n["a.png", "x"]', "a.jsonl:2: expected an object"),
+        ("a.jsonl", '{"prompt": "x"}', "a.jsonl:1: expected file_name"),
+        ("a.csv", "file,prompt\na.png,x\n", "a.csv:2: expected file_name"),
+        ("a.txt", "x", "expected a .jsonl or .csv"),
+    ],
+)
+def test_a_table_that_cannot_be_understood_names_the_line(tmp_path, name, text, words):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        read_table(tmp_path / name)

@@ -1,0 +1,156 @@
+"""Compiling the blocks of the network: the same gradient, and nothing is left where it fails."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from alignprop_cli.planning import probe
+from alignprop_cli.training import compiling
+from alignprop_cli.training.compiling import compile_network
+from alignprop_cli.training.trainer import Trainer
+from tests.factories import TEXT_WIDTH, small_pipeline
+from tests.training.test_trainer import make_trainer, relative_difference, small_config
+
+SECTIONS: dict[str, dict[str, object]] = {
+    "sample": {"num_inference_steps": 2, "eta": 0.0},
+    "gradient": {"window_group": 2, "k_max": 2},
+    "train": {"batch_size": 2, "micro_batch": 2, "max_grad_norm": None, "steps": 3},
+}
+CONFIG = small_config(**SECTIONS)
+
+
+def compiled_blocks(trainer: Trainer) -> int:
+    return sum(m._compiled_call_impl is not None for m in trainer.model.network.modules())
+
+
+def gradient(trainer: Trainer) -> torch.Tensor:
+    trainer.optimizer.step = lambda: None  # type: ignore[method-assign]
+    trainer.step()
+    return torch.cat([p.grad.flatten() for p in trainer.parameters if p.grad is not None])
+
+
+def gradients(backend: str) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """Return the gradient of a step without and with compiled blocks, and what was said."""
+    plain, compiled = make_trainer(CONFIG), make_trainer(CONFIG)
+    said: list[str] = []
+    compile_network(compiled, True, said.append, backend=backend)
+    assert compiled_blocks(compiled) > 0
+    return gradient(plain), gradient(compiled), said
+
+
+def test_compiled_blocks_give_the_same_gradient() -> None:
+    """Traced and differentiated by the compiler, with the operators as they are."""
+    plain, compiled, said = gradients("aot_eager")
+    assert float(plain.norm()) > 1e-4
+    assert relative_difference(compiled, plain) < 1e-4
+    assert len(said) == 1
+    assert "compiled the network's blocks" in said[0]
+
+
+@pytest.mark.slow
+def test_blocks_compiled_to_machine_code_give_the_same_gradient() -> None:
+    plain, compiled, _ = gradients("inductor")
+    assert relative_difference(compiled, plain) < 1e-4
+
+
+def test_all_sizes_of_blocks_are_compiled_and_evaluation_is_not(tmp_path: Path) -> None:
+    """Four sizes of blocks, with and without gradient, share the compiler's limit."""
+    graphs: list[Any] = []
+
+    def counting(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    cross = "CrossAttnDownBlock2D"
+    path = small_pipeline(
+        tmp_path / "model",
+        block_out_channels=(16, 24, 32, 40),
+        down_block_types=(cross, cross, cross, cross),
+        up_block_types=("CrossAttnUpBlock2D",) * 4,
+        norm_num_groups=8,
+    )
+    trainer = make_trainer(small_config(**SECTIONS, model={"id": str(path)}))
+    compile_network(trainer, True, lambda text: None, backend=counting)  # type: ignore[arg-type]
+    first = len(graphs)
+    assert first >= 8
+    probe.rehearse(trainer, 1, calls=1)
+    assert len(graphs) == 2 * first  # another batch size
+    done = len(graphs)
+    with compiling.uncompiled(trainer.model.network):
+        assert compiled_blocks(trainer) == 0
+        trainer.model.network(torch.zeros(3, 4, 8, 8), 1, torch.zeros(3, 16, TEXT_WIDTH))
+    assert len(graphs) == done
+    assert compiled_blocks(trainer) > 0
+
+
+def test_what_cannot_be_compiled_runs_as_it_is_and_says_so() -> None:
+    def broken(graph: Any, inputs: Any) -> Any:
+        raise RuntimeError("no compiler here\nand more of it")
+
+    trainer, said = make_trainer(CONFIG), list[str]()
+    compile_network(trainer, True, said.append, backend=broken)  # type: ignore[arg-type]
+    assert compiled_blocks(trainer) == 0
+    assert "cannot be compiled here and run as they are" in said[0]
+    assert torch.equal(gradient(trainer), gradient(make_trainer(CONFIG)))
+
+
+@pytest.mark.parametrize("wanted", [False, "auto"])
+def test_on_the_cpu_nothing_is_compiled_unless_it_is_asked_for(wanted: Any) -> None:
+    trainer = make_trainer(CONFIG)
+    compile_network(trainer, wanted, pytest.fail)
+    assert compiled_blocks(trainer) == 0
+
+
+def on_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, steps: int, seconds: list[float | Exception]
+) -> Trainer:
+    """Return a trainer of a run on a GPU, whose micro-batches take so many seconds."""
+    train = {"batch_size": 8, "micro_batch": 8, "steps": steps}
+    trainer, times = make_trainer(small_config(train=train)), iter(seconds)
+
+    def timed(trainer: Trainer) -> float:
+        taken = next(times)
+        if isinstance(taken, Exception):
+            raise taken
+        return taken
+
+    monkeypatch.setattr(compiling, "_timed", timed)
+    monkeypatch.setattr(compiling, "rehearse", lambda *arguments: None)
+    monkeypatch.setattr(
+        type(trainer.model), "device", property(lambda model: torch.device("cuda", 0))
+    )
+    return trainer
+
+
+@pytest.mark.parametrize(("steps", "tried"), [(133, False), (134, True)])
+def test_a_run_of_twenty_minutes_and_more_is_worth_trying(
+    monkeypatch: pytest.MonkeyPatch, steps: int, tried: bool
+) -> None:
+    said: list[str] = []
+    trainer = on_a_gpu(monkeypatch, steps, [9.0, 9.0, 50.0, 6.0])
+    assert trainer.plan.accumulation == 1
+    compile_network(trainer, "auto", said.append, backend="aot_eager")
+    assert (compiled_blocks(trainer) > 0) is tried
+    assert len(said) == tried
+
+
+def test_where_memory_runs_out_before_compiling_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    trainer = on_a_gpu(monkeypatch, 1000, [torch.OutOfMemoryError("CUDA out of memory")])
+    compile_network(trainer, True, said.append)
+    assert compiled_blocks(trainer) == 0
+    assert said == ["the network's blocks are not compiled: memory ran out before that"]
+
+
+@pytest.mark.parametrize(("seconds", "kept"), [([9.0, 9.0, 50.0, 6.0], True), ([9.0] * 4, False)])
+def test_what_is_not_faster_is_taken_back(
+    monkeypatch: pytest.MonkeyPatch, seconds: list[float | Exception], kept: bool
+) -> None:
+    trainer, said = on_a_gpu(monkeypatch, 1000, seconds), list[str]()
+    compile_network(trainer, "auto", said.append, backend="aot_eager")
+    assert (compiled_blocks(trainer) > 0) is kept
+    assert ("not worth keeping" in said[0]) is not kept

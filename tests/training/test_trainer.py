@@ -1,0 +1,336 @@
+"""The laws of a training step, on the embedded model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from alignprop_cli import rng
+from alignprop_cli.config.schema import Config
+from alignprop_cli.config.validation import parse
+from alignprop_cli.errors import RunError
+from alignprop_cli.lora import layers as lora
+from alignprop_cli.models.families import load_model
+from alignprop_cli.planning.plan import make_plan
+from alignprop_cli.prompts import load_prompts
+from alignprop_cli.rewards import pixel
+from alignprop_cli.rewards.mixture import Member, Mixture, build_mixture
+from alignprop_cli.training.trainer import Trainer, learning_rate
+
+SMALL = {
+    "sample": {"num_inference_steps": 4, "guidance_scale": 3.0, "eta": 0.5},
+    "gradient": {
+        "method": "random_k",
+        "window_group": 8,
+        "checkpoint_network": "none",
+        "checkpoint_decoder": False,
+        "checkpoint_reward": False,
+    },
+    "reward": {"clip": {"model": "tiny"}},
+    "train": {"prompts": "shapes", "batch_size": 8, "micro_batch": 8, "learning_rate": 1.0e-3},
+}
+
+
+def small_config(**sections: dict[str, object]) -> Config:
+    values = {name: dict(section) for name, section in SMALL.items()}
+    for name, section in sections.items():
+        values[name] = {**values.get(name, {}), **section}
+    return parse(values)
+
+
+def make_trainer(config: Config, mixture: Mixture | None = None) -> Trainer:
+    accelerator = Accelerator(cpu=True)
+    model = load_model(config.model, accelerator.device)
+    lora.inject(
+        model.network,
+        rank=config.lora.rank,
+        alpha=config.lora.rank,
+        target_modules=config.lora.target_modules,
+        seed=config.train.seed,
+    )
+    # B is zero at first, and so would be A's gradient.
+    for index, parameter in enumerate(lora.trainable(model.network)):
+        generator = torch.Generator().manual_seed(index)
+        parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    mixture = mixture or build_mixture(config.reward, config.loss, accelerator.device)
+    plan = make_plan(config, processes=1)
+    return Trainer(config, plan, model, mixture, load_prompts("shapes"), accelerator)
+
+
+def gradient_of_a_step(config: Config) -> torch.Tensor:
+    trainer = make_trainer(config)
+    trainer.optimizer.step = lambda: None  # type: ignore[method-assign]
+    trainer.step()
+    return torch.cat([p.grad.flatten() for p in trainer.parameters if p.grad is not None])
+
+
+def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def test_dividing_the_batch_into_micro_batches_does_not_change_the_gradient() -> None:
+    # No clipping: it would hide a wrong scale. No fresh noise: with eta 0.5 the chain enlarges the
+    # rounding of float32, which differs between batch sizes, to 5e-5; the next test has eta 0.5.
+    sections = {"sample": {"eta": 0.0}}
+    whole = gradient_of_a_step(
+        small_config(**sections, train={"micro_batch": 8, "max_grad_norm": None})
+    )
+    assert float(whole.norm()) > 1e-4
+    for micro_batch in (4, 1):
+        train = {"micro_batch": micro_batch, "max_grad_norm": None}
+        divided = gradient_of_a_step(small_config(**sections, train=train))
+        # float32, other order of summation
+        assert relative_difference(divided, whole) < 1e-5
+
+
+def double_gradient_of_a_step(config: Config, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+    """As `gradient_of_a_step`, with the whole chain in float64."""
+    draw = rng.image_noise
+    with monkeypatch.context() as patch:
+        patch.setattr(rng, "image_noise", lambda *args: draw(*args).double())
+        member = Member("colourfulness", pixel.colourfulness, 1.0, config.loss)
+        trainer = make_trainer(config, Mixture([member]))
+        for module in (trainer.model.network, trainer.model.pipeline.vae):
+            module.double()
+        trainer.model.pipeline.text_encoder.double()
+        trainer.optimizer.step = lambda: None  # type: ignore[method-assign]
+        trainer.step()
+    return torch.cat([p.grad.flatten() for p in trainer.parameters])
+
+
+def test_dividing_the_batch_changes_nothing_but_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same law in float64, with fresh noise in every step, to 1e-12."""
+
+    def gradient(micro_batch: int) -> torch.Tensor:
+        config = small_config(train={"micro_batch": micro_batch, "max_grad_norm": None})
+        return double_gradient_of_a_step(config, monkeypatch)
+
+    whole = gradient(8)
+    assert whole.dtype == torch.float64
+    assert float(whole.norm()) > 1e-4
+    for micro_batch in (4, 1):
+        assert relative_difference(gradient(micro_batch), whole) < 1e-12
+
+
+def test_the_merged_lora_of_the_roll_out_does_not_change_the_gradient(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # 2 of the 4 calls are rolled out.
+    window = {"method": "last_k", "k": 2}
+    config = small_config(gradient=window, train={"max_grad_norm": None})
+    single, double = gradient_of_a_step(config), double_gradient_of_a_step(config, monkeypatch)
+    entered: list[bool] = []
+    monkeypatch.setattr(lora.Merged, "__enter__", lambda self: entered.append(True))
+    assert relative_difference(single, gradient_of_a_step(config)) < 1e-4
+    assert relative_difference(double, double_gradient_of_a_step(config, monkeypatch)) < 1e-10
+    assert entered
+
+
+def test_fewer_calls_before_the_window_are_made_and_nothing_else_changes() -> None:
+    def calls_of(**gradient: object) -> tuple[int, torch.Tensor]:
+        trainer = make_trainer(small_config(gradient={"method": "last_k", "k": 1, **gradient}))
+        made: list[object] = []
+        trainer.model.network.register_forward_pre_hook(lambda *_: made.append(None))
+        trainer.optimizer.step = lambda: None  # type: ignore[method-assign]
+        trainer.step()
+        return len(made), torch.cat([p.grad.flatten() for p in trainer.parameters])
+
+    calls, gradient = calls_of()
+    fewer, other = calls_of(rollout_steps=1)
+    same, equal = calls_of(rollout_steps=3)
+    assert (calls, fewer, same) == (4, 2, 4)
+    assert torch.equal(gradient, equal)
+    # Other pictures, and so another gradient.
+    assert relative_difference(other, gradient) > 1e-3
+
+
+def test_recomputation_does_not_change_the_gradient_bit_for_bit() -> None:
+    stored = gradient_of_a_step(small_config())
+    both = {"checkpoint_network": "call", "checkpoint_decoder": True}
+    recomputed = gradient_of_a_step(small_config(gradient=both))
+    assert torch.equal(stored, recomputed)
+
+
+def test_the_same_seed_gives_the_same_step_and_another_seed_another_one() -> None:
+    first = make_trainer(small_config())
+    again = make_trainer(small_config())
+    other = make_trainer(small_config(train={"seed": 1}))
+    records = [trainer.step() for trainer in (first, again, other)]
+    assert records[0].loss == records[1].loss
+    assert records[0].loss != records[2].loss
+    for a, b in zip(first.parameters, again.parameters, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_restored_trainer_continues_bit_for_bit() -> None:
+    config = small_config(sample={"num_inference_steps": 2}, train={"batch_size": 8})
+    straight = make_trainer(config)
+    straight.step()
+    state, weights = straight.state(), lora.weights(straight.model.network)
+    expected = straight.step()
+
+    resumed = make_trainer(config)
+    lora.set_weights(resumed.model.network, weights)
+    resumed.load_state(state)
+    record = resumed.step()
+    assert (record.loss, record.grad_norm, record.step) == (
+        expected.loss,
+        expected.grad_norm,
+        expected.step,
+    )
+    for a, b in zip(resumed.parameters, straight.parameters, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_an_optimiser_that_lost_a_part_is_refused() -> None:
+    trainer = make_trainer(small_config(sample={"num_inference_steps": 2}))
+    trainer.step()
+    state = trainer.state()
+    del state.optimizer["0.exp_avg_sq"]
+    with pytest.raises(RunError, match="does not fit"):
+        trainer.load_state(state)
+
+
+@pytest.mark.parametrize(
+    ("decay", "expected"),
+    [
+        (None, [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        (4, [0.5, 1.0, 0.75, 0.5, 0.25, 0.25, 0.25]),
+    ],
+)
+def test_the_learning_rate_rises_then_falls_and_does_not_look_at_the_number_of_steps(
+    decay: int | None, expected: list[float]
+) -> None:
+    for steps in (3, 7):
+        train = {
+            "learning_rate": 1.0,
+            "warmup_steps": 1,
+            "steps": steps,
+            "lr_decay_steps": decay,
+        }
+        config = parse({"reward": {"clip": {}}, "train": train}).train
+        assert [learning_rate(config, step) for step in range(7)] == pytest.approx(expected)
+
+
+def test_a_reward_that_is_not_finite_stops_the_step_before_anything_is_updated() -> None:
+    def broken(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        return images.mean(dim=(1, 2, 3)) / 0.0 * 0.0
+
+    config = small_config(sample={"num_inference_steps": 2})
+    trainer = make_trainer(config, Mixture([Member("broken", broken, 1.0, config.loss)]))
+    before = lora.weights(trainer.model.network)
+    with pytest.raises(RunError, match="reward 'broken' returned nan"):
+        trainer.step()
+    after = lora.weights(trainer.model.network)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert trainer.step_number == 0
+
+
+def test_a_gradient_that_is_not_finite_stops_the_step_before_anything_is_updated() -> None:
+    class Explode(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, images: torch.Tensor) -> torch.Tensor:
+            return images.mean(dim=(1, 2, 3))
+
+        @staticmethod
+        def backward(ctx: object, grad: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+            return torch.full((len(grad), 3, 48, 48), float("inf"))
+
+    config = small_config(sample={"num_inference_steps": 2})
+    member = Member("inf", lambda images, prompts: Explode.apply(images), 1.0, config.loss)
+    trainer = make_trainer(config, Mixture([member]))
+    before = lora.weights(trainer.model.network)
+    with pytest.raises(RunError, match="step 1: the gradient is not finite"):
+        trainer.step()
+    after = lora.weights(trainer.model.network)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_toy_reward_rises() -> None:
+    config = small_config(
+        sample={"num_inference_steps": 3, "eta": 0.0},
+        gradient={"method": "last_k", "k": 2},
+        reward={"brightness": {}},
+        train={"learning_rate": 3.0e-3},
+    )
+    config = config.model_copy(update={"reward": {"brightness": config.reward["brightness"]}})
+    trainer = make_trainer(config)
+    means = [trainer.step().rewards["brightness"].mean for _ in range(8)]
+    assert means[-1] > means[0] + 0.02
+
+
+class Full:
+    """Raises out of memory at the chosen calls of a function that it stands in for."""
+
+    def __init__(self, function, calls: set[int]) -> None:
+        self.function, self.calls, self.count = function, calls, 0
+
+    def __call__(self, *args, **kwargs):
+        self.count += 1
+        if self.count in self.calls:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return self.function(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("where", "calls", "left"),
+    [
+        ("network", {1}, 4),  # in the roll-out of the first part
+        ("network", {7}, 4),  # of the second step
+        ("decode", {2}, 4),
+        ("score", {1, 2}, 2),  # twice in a row
+        ("backward", {1}, 4),
+    ],
+)
+def test_running_out_of_memory_changes_the_parts_and_not_the_result(
+    monkeypatch: pytest.MonkeyPatch, where: str, calls: set[int], left: int
+) -> None:
+    config = small_config(sample={"eta": 0.0})
+    undisturbed = make_trainer(config)
+    records = [undisturbed.step() for _ in range(2)]
+
+    trainer = make_trainer(config)
+    said: list[str] = []
+    monkeypatch.setattr(trainer, "_note", said.append)
+    owner, name = {
+        "network": (trainer.model.network, "forward"),
+        "decode": (trainer.model, "decode"),
+        "score": (trainer.mixture, "score"),
+        "backward": (torch.Tensor, "backward"),
+    }[where]
+    full = Full(getattr(owner, name), calls)
+    stand_in = (lambda self, *a, **k: full(self, *a, **k)) if where == "backward" else full
+    monkeypatch.setattr(owner, name, stand_in)
+    again = [trainer.step() for _ in range(2)]
+
+    assert trainer.plan.micro_batch == left
+    assert trainer.plan.batch_size == 8
+    assert len(said) == len(calls)
+    assert "out of memory" in said[0]
+    assert (again[1].step, again[1].images_seen) == (2, 16)
+    for before, after in zip(records, again, strict=True):
+        assert after.loss == pytest.approx(before.loss, rel=1e-5)
+        assert after.backprop_steps == before.backprop_steps
+    mine, theirs = (
+        torch.cat([p.detach().flatten() for p in t.parameters]) for t in (trainer, undisturbed)
+    )
+    assert relative_difference(mine, theirs) < 1e-4
+
+
+def test_running_out_of_memory_with_one_image_is_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small_config(train={"micro_batch": 1, "batch_size": 2}, gradient={"window_group": 2})
+    trainer = make_trainer(config)
+    before = [parameter.detach().clone() for parameter in trainer.parameters]
+    monkeypatch.setattr(trainer.model, "decode", Full(trainer.model.decode, {1}))
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, trainer.parameters, strict=True))
+    assert trainer.step_number == 0
+
+
+@pytest.mark.parametrize("level", ["block", "call"])
+def test_every_level_of_recomputation_has_the_same_gradient(level: str) -> None:
+    plain = gradient_of_a_step(small_config())
+    again = gradient_of_a_step(small_config(gradient={"checkpoint_network": level}))
+    assert torch.equal(plain, again)
