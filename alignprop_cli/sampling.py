@@ -4,27 +4,135 @@ Shapes: B images, C latent channels, h x w latent pixels.
 
     latents (B, C, h, w)  --denoise-->  noise_pred (B, C, h, w)  --ddim_step-->  latents
 
-Everything here knows tensors only. `sample` runs the whole chain; which network calls carry
-gradient is a value made in `truncation.py`.
+Everything here knows tensors only. `rollout` runs calls without gradient; `backprop` runs the rest
+of the chain along a path that an estimator drew (estimators.py).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
-from alignprop_cli.estimators import GradWindow
+from alignprop_cli.estimators import GradPath
 from alignprop_cli.schedule import NoiseSchedule, PredictionType, Step
 
-Denoise = Callable[[Tensor, float], Tensor]
-"""(latents, timestep) -> noise_pred, guidance applied, same shape and dtype as latents."""
+Denoise = Callable[[Tensor, Step], Tensor]
+"""(latents, step) -> noise_pred, guidance applied, same shape and dtype as latents."""
 
 DrawNoise = Callable[[int], Tensor]
 """(index of the step) -> standard normal noise, same shape and dtype as latents."""
+
+
+@dataclass(frozen=True)
+class Embeds:
+    """What prompts become for the network.
+
+    Args:
+        tensors: By name, as the family's network reads them, e.g. {"hidden", "pooled"}; batched,
+            (B, ...), or of one prompt without that dimension.
+    """
+
+    tensors: Mapping[str, Tensor]
+
+    def to(self, device: torch.device) -> Embeds:
+        """Return the same on a device."""
+        return Embeds({name: tensor.to(device) for name, tensor in self.tensors.items()})
+
+    def __getitem__(self, rows: slice) -> Embeds:
+        return Embeds({name: tensor[rows] for name, tensor in self.tensors.items()})
+
+    def followed_by(self, other: Embeds) -> Embeds:
+        """Return both batches in one, this one's rows first."""
+        return Embeds(
+            {name: torch.cat([own, other.tensors[name]]) for name, own in self.tensors.items()}
+        )
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the network is told about the prompts of a batch.
+
+    Args:
+        text: Embeddings of the prompts, batched.
+        negative: The same for the unconditional branch; None: no classifier-free guidance.
+    """
+
+    text: Embeds
+    negative: Embeds | None = None
+
+    def __getitem__(self, rows: slice) -> Conditioning:
+        return Conditioning(self.text[rows], None if self.negative is None else self.negative[rows])
+
+
+Predict = Callable[[Tensor, float, Embeds], Tensor]
+"""(latents, timestep, embeds) -> noise_pred, one branch per row, unguided."""
+
+Rescale = Callable[[Tensor, Tensor], Tensor]
+"""(guided, text) predictions -> the guided one rescaled, for families that do so."""
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How the two branches of classifier-free guidance are combined.
+
+    Args:
+        scale: w, in the convention of diffusers for the family.
+        interval: (low, high) in sigma: calls at other noise levels run the text branch alone.
+        origin: Where the difference is added: "uncond" is u + w (c - u), "text" is c + w (c - u).
+        rescale: Applied to the guided prediction; None leaves it.
+
+    Source of the interval: Kynkaanniemi et al. 2024, arXiv:2404.07724.
+    """
+
+    scale: float
+    interval: tuple[float, float] = (0.0, 1.0)
+    origin: Literal["uncond", "text"] = "uncond"
+    rescale: Rescale | None = None
+
+    def applies(self, sigma: float) -> bool:
+        """Return whether a call at this noise level needs both branches."""
+        neutral = 1.0 if self.origin == "uncond" else 0.0
+        return self.scale != neutral and self.interval[0] <= sigma <= self.interval[1]
+
+    def combine(self, noise_pred_uncond: Tensor, noise_pred_text: Tensor) -> Tensor:
+        """Return the guided prediction, shape (B, C, h, w). Differentiable in both."""
+        scale = self.scale + (self.origin == "text")
+        guided = guide(noise_pred_uncond, noise_pred_text, scale)
+        return guided if self.rescale is None else self.rescale(guided, noise_pred_text)
+
+
+def guided(predict: Predict, conditioning: Conditioning, guidance: Guidance) -> Denoise:
+    """Return the guided network call of a batch.
+
+    Both branches go through the network in one batch, the unconditional one first; where guidance
+    does not apply the text branch runs alone.
+
+    Args:
+        predict: The network, unguided.
+        conditioning: Of B prompts.
+        guidance: How the branches are combined.
+
+    Returns:
+        (latents, step) -> noise_pred, in latents' dtype. Differentiable in latents and in the
+        trainable parameters of `predict`.
+    """
+    text, negative = conditioning.text, conditioning.negative
+    both = None if negative is None else negative.followed_by(text)
+
+    def denoise(latents: Tensor, step: Step) -> Tensor:
+        if both is None or not guidance.applies(step.sigma):
+            return predict(latents, step.timestep, text)
+        # One use of latents, so that its gradient is the same sum where the call is recomputed.
+        branches = predict(latents.repeat(2, 1, 1, 1), step.timestep, both)
+        return guidance.combine(*branches.chunk(2))
+
+    return denoise
 
 
 def guide(noise_pred_uncond: Tensor, noise_pred_text: Tensor, guidance_scale: float) -> Tensor:
@@ -125,70 +233,228 @@ def ddim_step(
     return latents
 
 
+def rollout(
+    denoise: Denoise,
+    latents: Tensor,
+    schedule: NoiseSchedule,
+    *,
+    calls: int | None = None,
+    eta: float = 0.0,
+    draw_noise: DrawNoise | None = None,
+) -> Tensor:
+    """Run the first calls of the chain without any gradient.
+
+    Args:
+        denoise: (latents, step) -> noise_pred with guidance applied.
+        latents: Standard normal noise at the first step, shape (B, C, h, w).
+        schedule: Noise levels of all steps.
+        calls: How many, the first ones; None runs the whole chain.
+        eta: Share of fresh noise per step in [0, 1].
+        draw_noise: Gives the fresh noise of step i; needed where eta > 0.
+
+    Returns:
+        Latents before call number `calls`, shape (B, C, h, w). Not differentiable; no activation is
+        stored.
+
+    Raises:
+        ValueError: If eta > 0 and draw_noise is None.
+    """
+    with torch.no_grad():
+        for i, step in enumerate(schedule.steps[:calls]):
+            noise_pred = denoise(latents, step)
+            latents = _step(noise_pred, latents, step, i, schedule, eta, draw_noise)
+    return latents
+
+
+def backprop(
+    denoise: Denoise,
+    latents: Tensor,
+    schedule: NoiseSchedule,
+    path: GradPath,
+    *,
+    eta: float = 0.0,
+    draw_noise: DrawNoise | None = None,
+    plain: Denoise | None = None,
+    recomputed: Collection[int] = (),
+) -> Tensor:
+    """Run the rest of the chain along a path, so that the reward's gradient flows back through it.
+
+    Only the network call sits under the gradient switch. The arithmetic of the step stays outside
+    it, so the path through `latents` survives after a call without gradient. At those no graph is
+    kept and no activation is stored.
+
+    Args:
+        denoise: (latents, step) -> noise_pred with guidance applied.
+        latents: What `rollout` returned for `path.rollout_calls` calls, shape (B, C, h, w).
+        schedule: Noise levels of all steps.
+        path: Which calls carry gradient, what their input is and where the chain ends.
+        eta: Share of fresh noise per step in [0, 1].
+        draw_noise: Gives the fresh noise of step i; needed where eta > 0. With `path.copies` also
+            that of the copies, numbered from T on.
+        plain: Takes the place of `denoise` at calls without gradient, where a cheaper call gives
+            the same values.
+        recomputed: The calls that backward computes again instead of storing their activations.
+            Values and gradients are the same bit for bit on the CPU; gradients come by `backward`
+            alone, not by `torch.autograd.grad`.
+
+    Returns:
+        Clean latents, shape (B, C, h, w); with n copies (n B, C, h, w), one copy of the batch after
+        the other. Differentiable in the parameters of `denoise` through the path's calls, and in
+        `latents`; the gradient stops at all other calls.
+
+    Raises:
+        ValueError: If eta > 0 and draw_noise is None.
+    """
+    if path.copies:
+        return _copies(denoise, latents, schedule, path, draw_noise, recomputed)
+    jump: Tensor | None = None
+    for i, step in list(enumerate(schedule.steps))[path.rollout_calls(len(schedule)) :]:
+        if i in path:
+            # 1. The input: the true latents in value, and as much of their gradient as is asked.
+            latents = _mix(_attach(latents, jump), path.input_grad)
+            noise_pred = _call(denoise, latents, step, again=i in recomputed)
+            if path.end == "predicted" and i == path.calls[-1]:
+                latents, _ = predict_x0_epsilon(noise_pred, latents, step, schedule.prediction_type)
+                break
+            if path.leaps:
+                # 2. The gradient goes on in one jump to the next of the calls, or to the end.
+                jump = _jump(noise_pred, latents, schedule, i, path)
+                latents, noise_pred = latents.detach(), noise_pred.detach()
+        else:
+            with torch.no_grad():
+                noise_pred = (plain or denoise)(latents, step)
+        # 3. The step itself, outside of any switch.
+        latents = _step(noise_pred, latents, step, i, schedule, eta, draw_noise)
+    return _weigh(_attach(latents, jump), path.weight)
+
+
 def sample(
     denoise: Denoise,
     latents: Tensor,
     schedule: NoiseSchedule,
     *,
     eta: float = 0.0,
-    window: GradWindow | None = None,
-    rollout: Denoise | None = None,
+    path: GradPath | None = None,
+    plain: Denoise | None = None,
     draw_noise: DrawNoise | None = None,
-    recomputed: GradWindow | None = None,
+    recomputed: Collection[int] = (),
 ) -> Tensor:
-    """Run the whole chain from noise to clean latents.
-
-    Only the network call sits under the gradient switch. The arithmetic of the step stays outside
-    it, so the path through `latents` survives after a window that ends before the last step.
-    Outside the window no graph is kept and no activation is stored.
+    """Run the whole chain from noise to clean latents: `rollout`, then `backprop` along a path.
 
     Args:
-        denoise: (latents, timestep) -> noise_pred with guidance applied.
+        denoise: As in `backprop`.
         latents: Standard normal noise at the first step, shape (B, C, h, w).
         schedule: Noise levels of all steps.
         eta: Share of fresh noise per step in [0, 1].
-        window: The calls that carry gradient; None means a roll-out without any gradient.
-        rollout: Takes the place of `denoise` outside the window, where a cheaper call gives the
-            same values.
+        path: None means no gradient at all.
+        plain: As in `backprop`.
         draw_noise: Gives the fresh noise of step i; needed where eta > 0.
-        recomputed: The calls of the window that backward computes again in place of storing their
-            activations. Values and gradients are the same bit for bit on the CPU; gradients come by
-            `backward` alone, not by `torch.autograd.grad`.
+        recomputed: As in `backprop`.
 
     Returns:
-        Clean latents, shape (B, C, h, w). Differentiable in the parameters of `denoise` through
-        the calls inside the window, and in `latents`; the gradient stops at all other calls.
+        Clean latents, as `backprop`.
 
     Raises:
         ValueError: If eta > 0 and draw_noise is None.
     """
+    if not torch.is_grad_enabled():
+        path = None
+    calls = None if path is None else path.rollout_calls(len(schedule))
+    latents = rollout(
+        plain or denoise, latents, schedule, calls=calls, eta=eta, draw_noise=draw_noise
+    )
+    if path is None:
+        return latents
+    return backprop(
+        denoise,
+        latents,
+        schedule,
+        path,
+        eta=eta,
+        draw_noise=draw_noise,
+        plain=plain,
+        recomputed=recomputed,
+    )
+
+
+def _call(denoise: Denoise, latents: Tensor, step: Step, *, again: bool) -> Tensor:
+    """Call the network with gradient; `again` recomputes it in backward."""
+    with torch.enable_grad():
+        if not again:
+            return denoise(latents, step)
+        # The step is an argument, not a closure over the loop: the call is repeated during
+        # backward, when a closure would see the last step. Reentrant where it can be, with a
+        # gradient into the call: that keeps no graph, whose small nodes would lie between the
+        # places of freed activations, so that glibc could not use those again
+        # (tests/benchmarks/results/heap_epyc-2-cores_202611.md).
+        return checkpoint(
+            denoise,
+            latents,
+            step,
+            use_reentrant=latents.requires_grad,
+            preserve_rng_state=False,
+        )
+
+
+def _step(
+    noise_pred: Tensor,
+    latents: Tensor,
+    step: Step,
+    i: int,
+    schedule: NoiseSchedule,
+    eta: float,
+    draw_noise: DrawNoise | None,
+) -> Tensor:
+    """Take step i, with its fresh noise where eta > 0."""
     if eta > 0.0 and draw_noise is None:
-        raise ValueError(f"eta is {eta}: sample needs draw_noise where eta > 0")
-    grad_allowed = torch.is_grad_enabled() and window is not None
-    with torch.set_grad_enabled(grad_allowed):
-        for i, step in enumerate(schedule.steps):
-            has_grad = grad_allowed and window is not None and i in window
-            with torch.set_grad_enabled(has_grad):
-                if has_grad and recomputed is not None and i in recomputed:
-                    # The timestep is an argument, not a closure over the loop: the call is
-                    # repeated during backward, when a closure would see the last timestep.
-                    # Reentrant where it can be, with a gradient into the call: that keeps no graph,
-                    # whose small nodes would lie between the places of freed activations, so that
-                    # glibc could not use those again
-                    # (tests/benchmarks/results/heap_epyc-2-cores_202611.md).
-                    noise_pred = checkpoint(
-                        denoise,
-                        latents,
-                        step.timestep,
-                        use_reentrant=latents.requires_grad,
-                        preserve_rng_state=False,
-                    )
-                elif has_grad or rollout is None:
-                    noise_pred = denoise(latents, step.timestep)
-                else:
-                    noise_pred = rollout(latents, step.timestep)
-            noise = draw_noise(i) if draw_noise is not None and eta > 0.0 else None
-            latents = ddim_step(
-                noise_pred, latents, step, schedule.prediction_type, eta=eta, noise=noise
-            )
-    return latents
+        raise ValueError(f"eta is {eta}: the chain needs draw_noise where eta > 0")
+    noise = draw_noise(i) if draw_noise is not None and eta > 0.0 else None
+    return ddim_step(noise_pred, latents, step, schedule.prediction_type, eta=eta, noise=noise)
+
+
+def _mix(latents: Tensor, alpha: float) -> Tensor:
+    """Return the same values with a share alpha of the gradient."""
+    if alpha == 1.0:
+        return latents
+    return latents.detach() if alpha == 0.0 else torch.lerp(latents.detach(), latents, alpha)
+
+
+def _weigh(latents: Tensor, weight: float) -> Tensor:
+    """Return the same values with the gradient multiplied by a factor."""
+    return latents if weight == 1.0 else latents.detach() + weight * (latents - latents.detach())
+
+
+def _attach(latents: Tensor, jump: Tensor | None) -> Tensor:
+    """Return the values of latents with the gradient of a jump (straight-through)."""
+    return latents if jump is None else latents.detach() + (jump - jump.detach())
+
+
+def _jump(
+    noise_pred: Tensor, latents: Tensor, schedule: NoiseSchedule, i: int, path: GradPath
+) -> Tensor:
+    """Go from call i to the level before the path's next call, or to the end, in one step."""
+    later = [call for call in path.calls if call > i]
+    last = schedule.steps[later[0] - 1 if later else -1]
+    across = replace(schedule.steps[i], alpha_next=last.alpha_next, sigma_next=last.sigma_next)
+    return ddim_step(noise_pred, latents, across, schedule.prediction_type)
+
+
+def _copies(
+    denoise: Denoise,
+    latents: Tensor,
+    schedule: NoiseSchedule,
+    path: GradPath,
+    draw_noise: DrawNoise | None,
+    recomputed: Collection[int],
+) -> Tensor:
+    """Take the path's only call once for each copy, from the clean latents noised anew."""
+    if draw_noise is None:
+        raise ValueError("a path with copies needs draw_noise")
+    (i,) = path.calls
+    step = schedule.steps[i]
+    ends: list[Tensor] = []
+    for copy in range(path.copies):
+        noised = step.alpha * latents + step.sigma * draw_noise(len(schedule) + copy)
+        noise_pred = _call(denoise, noised, step, again=i in recomputed)
+        ends.append(ddim_step(noise_pred, noised, step, schedule.prediction_type))
+    return _weigh(torch.cat(ends), path.weight)
