@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from alignprop_cli.config.schema import ModelConfig
-from alignprop_cli.sampling import Conditioning, Embeds
+from alignprop_cli.sampling import Conditioning, Embeds, Guidance
 from alignprop_cli.schedule import NoiseSchedule
 
 
@@ -178,6 +178,27 @@ class Family:
     on_meta: Callable[[Source, str], MetaModel]
     guidance_origin: Literal["uncond", "text"] = "uncond"
     stack: Callable[[Sequence[Embeds]], Embeds] = stack
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How images are sampled, in training and evaluation alike.
+
+    Args:
+        num_inference_steps: T, network calls of one chain.
+        guidance: How the two branches are combined.
+        eta: Share of fresh noise per step in [0, 1]; 0 is deterministic.
+        height: Pixels; None is the model's own.
+        width: Likewise.
+        negative_prompt: What the unconditional branch is given.
+    """
+
+    num_inference_steps: int
+    guidance: Guidance
+    eta: float = 0.0
+    height: int | None = None
+    width: int | None = None
+    negative_prompt: str = ""
 
 
 @dataclass
