@@ -23,7 +23,6 @@ from alignprop_cli.prompts import PromptStream
 from alignprop_cli.rewards.mixture import Mixture
 from alignprop_cli.sampling import Denoise, DrawNoise, backprop, guided, rollout
 from alignprop_cli.training.batches import Settings, StepImage, batches, images_of_step
-from alignprop_cli.training.checkpoint import State
 from alignprop_cli.training.optimizer import Optimizer
 from alignprop_cli.training.record import StepRecord, Totals
 
@@ -201,12 +200,3 @@ class Trainer:
         keys = [(self.step_number, image.number) for image in batch]
         noise = rng.image_noise(self.settings.seed, purpose, keys, self.shape, *counters)
         return noise.to(self.model.device)
-
-    def state(self) -> State:
-        """Return the counters and a copy of the optimiser's tensors."""
-        return State(self.step_number, self.images_seen, self.optimizer.state())
-
-    def load_state(self, state: State) -> None:
-        """Continue from a checkpoint; RunError if its optimiser belongs to other parameters."""
-        self.optimizer.load_state(state.optimizer)
-        self.step_number, self.images_seen = state.step, state.images_seen
