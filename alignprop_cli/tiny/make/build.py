@@ -20,7 +20,7 @@ from PIL import Image
 
 from alignprop_cli.tiny.make import aligner, autoencoder, tokenizer, unet
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent
 STEPS = {"autoencoder": 3000, "unet": 2300, "aligner": 3000}
 GUIDANCE_SCALE = 3.0
 _CARD_SAMPLES = 500
