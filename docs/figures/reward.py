@@ -18,7 +18,7 @@ import numpy as np
 
 FILE = Path(__file__).with_name("reward.png")
 REWARD = "clip"
-SMOOTHED_OVER = 5
+SMOOTHED_OVER = 8
 
 
 def main(run: Path) -> None:
@@ -30,7 +30,13 @@ def main(run: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
     axes.plot(seen, rewards, color="#93c5fd", lw=1.0, marker=".", label="each step")
-    axes.plot(seen[SMOOTHED_OVER - 1 :], smooth, color="#1d4ed8", lw=2.0, label="mean of 5 steps")
+    axes.plot(
+        seen[SMOOTHED_OVER - 1 :],
+        smooth,
+        color="#1d4ed8",
+        lw=2.0,
+        label=f"mean of {SMOOTHED_OVER} steps",
+    )
     axes.set(xlabel="images seen in training", ylabel=f"mean reward ({REWARD})")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False, fontsize=9)
