@@ -1,9 +1,9 @@
 """Stage three of the embedded model: the image-text model, used as the alignment reward.
 
 It learns to tell the prompt of an image from prompts that differ in one word: on drawings, on
-blurred, noisy and autoencoded drawings, and on images sampled from the network, with what the checker
-sees in them as their prompt and what was asked for among the wrong ones. Without the last it tells
-a triangle from a star in a drawing but hardly in an image that is neither quite.
+blurred, noisy and autoencoded drawings, and on images of the network. Of the last the checker says
+what they show, and what was asked for is among the wrong prompts. Without them it tells a triangle
+from a star in a drawing but hardly in an image that is neither quite.
 The temperature is fixed and high: cosines of right and wrong prompts end far apart, which leaves
 the reward room to rise.
 """
