@@ -41,9 +41,7 @@ def soup(
     method: Annotated[Method, typer.Option("--method", help="how the members are mixed")] = "exact",
     rank: Annotated[
         int | None,
-        typer.Option(
-            "--rank", min=1, help="of the result; for svd, ties, dare_linear; default: the largest"
-        ),
+        typer.Option("--rank", min=1, help="rank of svd, ties, dare_linear; default: the largest"),
     ] = None,
     density: Annotated[
         float | None,
@@ -51,17 +49,14 @@ def soup(
     ] = None,
     seed: Annotated[int, typer.Option("--seed", min=0, help="of dare_linear")] = 0,
     allow_missing: Annotated[
-        bool,
-        typer.Option("--allow-missing", help="mix LoRAs that change different layers"),
+        bool, typer.Option("--allow-missing", help="mix LoRAs that change different layers")
     ] = False,
     evaluate: Annotated[
         bool, typer.Option("--evaluate", help="compare the mix with the base model right away")
     ] = False,
     sweep: Annotated[
         str | None,
-        typer.Option(
-            "--sweep", help="FROM:TO:STEP: a mix of A and B for each share of A, compared"
-        ),
+        typer.Option("--sweep", help="FROM:TO:STEP: one mix for each share of A, compared"),
     ] = None,
     reward: RewardOption = None,
     images: Annotated[
@@ -97,40 +92,31 @@ def soup(
     recipe = Recipe(method, rank, density, seed, allow_missing)
     check_recipe(recipe)
     shares = None if sweep is None else sweep_shares(sweep, members, coef)
-    chosen, place = member_shares(members, coef), (output, overwrite)
+    names, coefficients = member_shares(members, coef)
+
+    from alignprop_cli.lora.soup import prepare
+
+    made = prepare(names, coefficients, shares, output, recipe)
+    check_output(made.folder, overwrite=overwrite, ours=made.contents)
     console, alone = Console(as_json=as_json, quiet=quiet), not evaluate and shares is None
-    made = _make(console, chosen, shares, recipe, place, alone=alone)
+    _make(console, made, alone=alone)
     if not alone:
         _compare(console, made, reward, images)
 
 
-def _make(
-    console: Console,
-    members: tuple[list[str], list[float]],
-    shares: list[float] | None,
-    recipe: Recipe,
-    place: tuple[str | None, bool],
-    *,
-    alone: bool,
-) -> Soup:
+def _make(console: Console, soup: Soup, *, alone: bool) -> None:
     """Make the mixes, and print what was made; as notes where an evaluation follows."""
-    from alignprop_cli.lora.soup import prepare
-
-    output, overwrite = place
-    soup = prepare(*members, shares, output, allow_missing=recipe.allow_missing)
-    check_output(soup.folder, overwrite=overwrite, ours=soup.contents)
     for text in soup.left_out:
         console.warn(text)
     for text in soup.remarks:
         console.note(text)
-    values, lines = soup.make(recipe)
+    values, lines = soup.make()
     if alone:
         lines.append(f"next: alignprop evaluate {soup.folder}")
         console.result("alignprop.soup/1", values, lines)
     else:
         for line in lines:
             console.note(line)
-    return soup
 
 
 def _compare(console: Console, soup: Soup, reward: list[str] | None, images: int | None) -> None:

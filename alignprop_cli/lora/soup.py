@@ -60,11 +60,13 @@ class Soup:
         members: At least one of them is not the base model.
         folder: Where everything goes.
         mixes: One, in that folder, or those of a sweep, in folders inside.
+        recipe: How they are mixed.
     """
 
     members: Sequence[Member]
     folder: Path
     mixes: Sequence[Mix]
+    recipe: Recipe
 
     @property
     def contents(self) -> list[str]:
@@ -89,7 +91,7 @@ class Soup:
             return [f"the shares add up to {total:g}: the mix is not an average"]
         return ["a share is negative: this goes on beyond a member"] if least < 0.0 else []
 
-    def make(self, recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
+    def make(self) -> tuple[dict[str, Any], list[str]]:
         """Write the mixes.
 
         Returns:
@@ -99,7 +101,7 @@ class Soup:
             ConfigError: If the method cannot mix the members.
             RunError: If a number of a mix is too large for float32.
         """
-        made = [_make(mix, self.members, recipe) for mix in self.mixes]
+        made = [_make(mix, self.members, self.recipe) for mix in self.mixes]
         return made[0] if self.mixes[0].share is None else ({}, [])
 
 
@@ -108,8 +110,7 @@ def prepare(
     coefficients: Sequence[float],
     shares: Sequence[float] | None,
     output: str | None,
-    *,
-    allow_missing: bool,
+    recipe: Recipe,
 ) -> Soup:
     """Read the members of a soup, and say where its mixes go.
 
@@ -118,7 +119,7 @@ def prepare(
         coefficients: The share of each, for a mix alone.
         shares: Of the first of two members, along a sweep; None is a mix alone.
         output: The folder that the user named.
-        allow_missing: Whether the members may change different layers.
+        recipe: How they are mixed.
 
     Raises:
         AlignPropError: As `files.locate` and `files.read`.
@@ -132,14 +133,14 @@ def prepare(
         Member(name, found.label, files.read(found.file)) if found else Member(name, "base", None)
         for name, found in zip(names, located, strict=True)
     ]
-    _check_members([m.adapter for m in members if m.adapter is not None], allow_missing)
+    _check_members([m.adapter for m in members if m.adapter is not None], recipe.allow_missing)
     labels = [member.label for member in members]
     default = _default_name(labels, None if shares is not None else coefficients)
     folder = Path(output or default).expanduser()
     if shares is None:
-        return Soup(members, folder, [Mix(folder, coefficients)])
+        return Soup(members, folder, [Mix(folder, coefficients)], recipe)
     mixes = [Mix(folder / f"share-{share:g}", [share, 1.0 - share], share) for share in shares]
-    return Soup(members, folder, mixes)
+    return Soup(members, folder, mixes, recipe)
 
 
 def _default_name(labels: list[str], coefficients: Sequence[float] | None) -> str:
