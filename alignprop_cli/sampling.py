@@ -95,10 +95,14 @@ class Guidance:
     origin: Literal["uncond", "text"] = "uncond"
     rescale: Rescale | None = None
 
+    @property
+    def enabled(self) -> bool:
+        """Return whether any call needs both branches."""
+        return self.scale != (1.0 if self.origin == "uncond" else 0.0)
+
     def applies(self, sigma: float) -> bool:
         """Return whether a call at this noise level needs both branches."""
-        neutral = 1.0 if self.origin == "uncond" else 0.0
-        return self.scale != neutral and self.interval[0] <= sigma <= self.interval[1]
+        return self.enabled and self.interval[0] <= sigma <= self.interval[1]
 
     def combine(self, noise_pred_uncond: Tensor, noise_pred_text: Tensor) -> Tensor:
         """Return the guided prediction, shape (B, C, h, w). Differentiable in both."""
@@ -238,29 +242,31 @@ def rollout(
     latents: Tensor,
     schedule: NoiseSchedule,
     *,
-    calls: int | None = None,
+    start: int = 0,
+    stop: int | None = None,
     eta: float = 0.0,
     draw_noise: DrawNoise | None = None,
 ) -> Tensor:
-    """Run the first calls of the chain without any gradient.
+    """Run the calls start <= i < stop of the chain without any gradient.
 
     Args:
         denoise: (latents, step) -> noise_pred with guidance applied.
-        latents: Standard normal noise at the first step, shape (B, C, h, w).
+        latents: As they are before call `start`, shape (B, C, h, w); standard normal before 0.
         schedule: Noise levels of all steps.
-        calls: How many, the first ones; None runs the whole chain.
+        start: The first call.
+        stop: The call before which to stop; None runs to the end.
         eta: Share of fresh noise per step in [0, 1].
         draw_noise: Gives the fresh noise of step i; needed where eta > 0.
 
     Returns:
-        Latents before call number `calls`, shape (B, C, h, w). Not differentiable; no activation is
-        stored.
+        Latents before call `stop`, shape (B, C, h, w). Not differentiable; no activation is stored.
 
     Raises:
         ValueError: If eta > 0 and draw_noise is None.
     """
     with torch.no_grad():
-        for i, step in enumerate(schedule.steps[:calls]):
+        for i in range(len(schedule))[start:stop]:
+            step = schedule.steps[i]
             noise_pred = denoise(latents, step)
             latents = _step(noise_pred, latents, step, i, schedule, eta, draw_noise)
     return latents
@@ -308,7 +314,8 @@ def backprop(
     if path.copies:
         return _copies(denoise, latents, schedule, path, draw_noise, recomputed)
     jump: Tensor | None = None
-    for i, step in list(enumerate(schedule.steps))[path.rollout_calls(len(schedule)) :]:
+    for i in range(path.rollout_calls(len(schedule)), len(schedule)):
+        step = schedule.steps[i]
         if i in path:
             # 1. The input: the true latents in value, and as much of their gradient as is asked.
             latents = _mix(_attach(latents, jump), path.input_grad)
@@ -359,9 +366,9 @@ def sample(
     """
     if not torch.is_grad_enabled():
         path = None
-    calls = None if path is None else path.rollout_calls(len(schedule))
+    stop = None if path is None else path.rollout_calls(len(schedule))
     latents = rollout(
-        plain or denoise, latents, schedule, calls=calls, eta=eta, draw_noise=draw_noise
+        plain or denoise, latents, schedule, stop=stop, eta=eta, draw_noise=draw_noise
     )
     if path is None:
         return latents
