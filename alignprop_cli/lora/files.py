@@ -175,6 +175,7 @@ def read(file: Path) -> Adapter:
     except (OSError, SafetensorError) as error:
         raise _unreadable(file, error) from error
     settings = formats.read_settings(header.get(_METADATA, "{}"), f"{file}: {_METADATA}")
+    # Only PEFT keeps rank and alpha in a file of their own.
     if any(name.startswith(formats.PEFT) for name in state):
         settings = _settings_beside(file)
     layers, left_out = formats.read_layers(state, settings, file)

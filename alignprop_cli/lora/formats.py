@@ -1,7 +1,7 @@
 """From the tensors of a LoRA file to the factors of every layer, whoever wrote it.
 
     diffusers   unet.<layer>.lora.down.weight and .lora.up.weight, or .lora_A.weight and
-                .lora_B.weight; before 2023-11 .processor.to_q_lora.down.weight and so on
+                .lora_B.weight; of old .processor.to_q_lora.down.weight and so on
     PEFT        base_model.model.<layer>.lora_A.weight and .lora_B.weight
     kohya       lora_unet_<layer, _ for .>.lora_down.weight and .lora_up.weight
 
@@ -108,6 +108,7 @@ def read_settings(text: str, where: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise AssetError(f"{where}: expected an object, got {text[:40]}")
     settings: dict[str, Any] = {str(k).removeprefix(NETWORK): v for k, v in found.items()}
+    # Whatever makes the update more than two factors and a number is refused by its name.
     kind = settings.get("peft_type", "LORA")
     if kind != "LORA":
         _refuse(where, f"a {kind}")
@@ -155,6 +156,7 @@ def read_layers(
         ConfigError: If it is another kind of adapter, or a LoRA of text encoders alone.
         RunError: If a number is not finite.
     """
+    # No command trains or uses text encoders with a LoRA: their layers are counted, to be told.
     texts = {_TEXT_TENSOR.sub("", name) for name in state if _TEXT.match(name)}
     names = sorted(name for name in state if not _TEXT.match(name))
     if texts and not names:
@@ -178,7 +180,7 @@ def read_layers(
 
 
 def _present(name: str) -> str:
-    """Return today's name of a tensor that diffusers called otherwise before 2023-11."""
+    """Return today's name of a tensor that older diffusers called otherwise."""
 
     def rename(found: re.Match[str]) -> str:
         layer = "to_out.0" if found[1] == "to_out" else found[1]
@@ -222,6 +224,7 @@ def _layer(name: str, file: Path) -> str | None:
         return layer if layer.split(".")[0] in _FIRST_WORDS else None
     if name.startswith(_KOHYA):
         flat = name.removeprefix(_KOHYA)
+        # No other split gives the words of a UNet's names, so this turns the renaming back.
         words = _WORD.findall(flat)
         if "_".join(words) == flat and words[0] in _FIRST_WORDS:
             return ".".join(words)
@@ -256,6 +259,7 @@ def _factors(layer: str, tensors: _Tensors, settings: Mapping[str, Any], file: P
     ):
         raise AssetError(f"{file}: layer {layer}: shapes {shapes} share no rank")
     rank = down.shape[0]
+    # What others wrote may hold anything: wrong types, patterns that are none, numbers too large.
     try:
         recorded = _by_pattern(settings, "r", "rank_pattern", layer)
         alpha = _by_pattern(settings, "lora_alpha", "alpha_pattern", layer)
@@ -263,6 +267,7 @@ def _factors(layer: str, tensors: _Tensors, settings: Mapping[str, Any], file: P
         beside = None if tensors.alpha is None else _scalar(tensors.alpha[1])
     except (AttributeError, TypeError, ValueError, OverflowError, re.error) as error:
         raise AssetError(f"{file}: alpha of layer {layer} cannot be read: {error}") from error
+    # A configuration that contradicts the tensors leaves open what alpha is over.
     if recorded is not None and recorded != rank:
         raise AssetError(f"{file}: layer {layer} has rank {rank}, its configuration {recorded:g}")
     if None not in (alpha, beside) and alpha != beside:

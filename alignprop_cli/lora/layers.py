@@ -119,6 +119,7 @@ def load(network: torch.nn.Module, adapter: Adapter, model_id: str) -> None:
     inject_adapter_in_model(config, network, adapter_name=ADAPTER, state_dict=names)
     network._hf_peft_config_loaded = True  # type: ignore[assignment]
     network.requires_grad_(False)
+    # peft makes them in the precision of the network, in which the file's numbers would be rounded.
     for name, factors in adapter.layers.items():
         layer = network.get_submodule(name)
         for half, value in (("lora_A", factors.down), ("lora_B", factors.up)):

@@ -200,6 +200,7 @@ def _make(mix: Mix, members: Sequence[Member], recipe: Recipe) -> tuple[dict[str
     ]
     header = _header([adapter for adapter, _ in present], made_of, recipe)
     weights, metadata = files.packed(mixed.layers)
+    # The only names that `files.read` gives back layers of.
     prefix = formats.NETWORK
     write_whole(
         mix.folder,
