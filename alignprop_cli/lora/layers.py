@@ -10,9 +10,9 @@ import copy
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
@@ -27,6 +27,8 @@ from alignprop_cli.lora.factors import adapter_settings, whole
 from alignprop_cli.lora.files import Adapter
 
 ADAPTER = "default"
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def inject(
@@ -291,6 +293,15 @@ class Merged:
         """Return the memory of the weights that are held."""
         weights = (plain.get_parameter("weight") for *_, plain in self._layers)
         return sum(weight.numel() * weight.element_size() for weight in weights)
+
+    def around(self, call: Callable[P, R]) -> Callable[P, R]:
+        """Return a function that is made of the same calls inside the block."""
+
+        def merged(*arguments: P.args, **options: P.kwargs) -> R:
+            with self:
+                return call(*arguments, **options)
+
+        return merged
 
     def __enter__(self) -> None:
         for parent, name, _, plain in self._layers:

@@ -135,6 +135,34 @@ class Mixture:
         """Return the loss of each image, shape (B,). Differentiable in the scores."""
         return torch.stack([m.loss_of(scores[m.name]) for m in self.members]).sum(dim=0)
 
+    def differentiate(
+        self, images: Tensor, prompts: Sequence[str], to_loss: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Score images and go back to them, and no further.
+
+        Args:
+            images: Shape (B, 3, H, W), in [0, 1]; their own graph is not touched.
+            prompts: B texts.
+            to_loss: From the losses of the images, shape (B,), to the number whose gradient is
+                wanted.
+
+        Returns:
+            The gradient in images (B, 3, H, W), the losses (B,) and what `score` returns, detached.
+
+        Raises:
+            ConfigError, RunError: As `score` and `check_gradients`.
+        """
+        leaf = images.detach().requires_grad_()
+        # A copy: a reward that changes its images in place is found out, and harms nothing.
+        scored = leaf.clone()
+        scores = self.score(scored, prompts)
+        self.check_gradients(scores, scored)
+        losses = self.losses(scores)
+        with self.blamed():
+            to_loss(losses).backward()
+        assert leaf.grad is not None
+        return leaf.grad, losses.detach(), {name: v.detach() for name, v in scores.items()}
+
     def blamed(self) -> AbstractContextManager[None]:
         """Return a block in which a fault is told as that of the user's own rewards.
 
