@@ -20,7 +20,7 @@ but a cheaper direction, with K = 1 reaching mostly fine detail and large K also
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import NormalDist
 from typing import Literal, Protocol
 
@@ -63,6 +63,10 @@ class GradPath:
         if self.copies:
             return num_inference_steps
         return self.calls[0] if self.calls else num_inference_steps
+
+    def earlier(self, calls: int) -> GradPath:
+        """Return the same path in a chain that has so many calls fewer before it."""
+        return replace(self, calls=tuple(i - calls for i in self.calls))
 
 
 def window(start: int, stop: int) -> GradPath:

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from alignprop_cli.commands import (
+from alignprop_cli.commands.options import (
     DebugOption,
     JsonOption,
     OutputOption,
     OverwriteOption,
     QuietOption,
     RewardOption,
+    check_output,
 )
 from alignprop_cli.commands.recipe import Method, Recipe, check_recipe, member_shares, sweep_shares
 
@@ -134,7 +135,6 @@ def _make(
     """
     from pathlib import Path
 
-    from alignprop_cli.commands.outputs import check_output
     from alignprop_cli.errors import ConfigError
     from alignprop_cli.lora import files as adapter
     from alignprop_cli.models.base import LORA_FILE
@@ -183,17 +183,15 @@ def _compare(
         reward: Those of `--reward`; None are those of the members.
         images: Pictures drawn with each; None is what the members were evaluated with.
     """
-    from alignprop_cli.commands.evaluate import configuration
+    from alignprop_cli.commands import settings
     from alignprop_cli.lora import files as adapter
-    from alignprop_cli.prompts import load_groups, load_prompts
 
     located = {share: adapter.locate(str(place)) for share, place in made.items()}
     first = next(iter(located.values()))
-    flags = {"model.id": ("--model", None), "eval.images": ("--images", images)}
-    config = configuration(str(first.file.parent), first, None, None, [], reward, flags)
-    prompts, groups = load_prompts(config.eval.prompts), load_groups(config.eval.prompts)
+    flags = {"eval.images": images}
+    config = settings.for_evaluation(str(first.file.parent), first, reward=reward, flags=flags)
 
-    from alignprop_cli.evaluation.compare import Variant, run_evaluation
+    from alignprop_cli.evaluation.run import Variant, run_evaluation
 
     variants = [
         Variant("tuned" if share is None else _share_name(share), found, at=share)
@@ -201,7 +199,7 @@ def _compare(
     ]
     place = made.get(None, first.file.parent.parent)
     axis = "share of the first member"
-    run_evaluation(config, console, variants, prompts, groups, place / "evaluation", axis=axis)
+    run_evaluation(config, console, variants, place / "evaluation", axis=axis)
 
 
 def _tell(console: Console, adapters: list[Adapter | None], coefficients: list[float]) -> None:
