@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, get_args
 
 from alignprop_cli.estimators import Estimator
@@ -157,10 +158,15 @@ class Chain:
         """Return how many clean latents one image has: one, or one for each copy."""
         return max(self.estimator.copies, 1)
 
-    @property
+    @cached_property
     def longest(self) -> int:
         """Return the most calls with gradient that one image has; every copy is one more."""
         return self.ends * self.estimator.longest(self.num_inference_steps)
+
+    @cached_property
+    def mean(self) -> float:
+        """Return the mean number of calls with gradient, copies not counted."""
+        return self.estimator.mean(self.num_inference_steps)
 
     @property
     def is_attached(self) -> bool:
@@ -240,19 +246,21 @@ def estimate(
         correction: What was measured of such estimates on the device.
     """
     return Estimate(
-        parts=peak_parts(footprint, chain, division),
+        parts=peak_parts(footprint, chain, division, images),
         flops=images * operations(footprint, chain, division),
         floor=images * operations(footprint, chain, NOTHING_RECOMPUTED),
         correction=correction,
     )
 
 
-def peak_parts(footprint: Footprint, chain: Chain, division: Division) -> dict[str, int]:
+def peak_parts(
+    footprint: Footprint, chain: Chain, division: Division, images: int
+) -> dict[str, int]:
     """Return the bytes by part at the moment of the peak.
 
-    Images are rolled out by `rollout_batch`. Each micro-batch then goes through the calls with
-    gradient, which are stored; its clean latents are decoded, scored and differentiated by
-    `decode_batch`; last it goes back through the calls. The peak is the largest of these moments.
+    All images are rolled out first, by `rollout_batch`. Each micro-batch then goes through the
+    calls with gradient, which are stored; its clean latents are decoded, scored and differentiated
+    by `decode_batch`; last it goes back through the calls. The peak is the largest of these.
     """
     m, d = division.micro_batch, division.decode_batch
     decoder = footprint.decoder[division.checkpoint_decoder]
@@ -286,8 +294,8 @@ def peak_parts(footprint: Footprint, chain: Chain, division: Division) -> dict[s
         **footprint.weights,
         # float32 weights, gradients and AdamW's two moments.
         "LoRA and optimiser": 16 * footprint.trained,
-        # What was rolled out; clean latents and their gradient.
-        "latents": footprint.latents * (division.rollout_batch + 2 * m * chain.ends),
+        # All that were rolled out; the clean ones of a micro-batch and their gradient.
+        "latents": footprint.latents * (images + 2 * m * chain.ends),
         **phase,
     }
     return {name: math.ceil(size) for name, size in parts.items()}
@@ -327,7 +335,7 @@ def operations(footprint: Footprint, chain: Chain, division: Division) -> float:
     """
     steps, estimator = chain.num_inference_steps, chain.estimator
     level, kept = division.checkpoint_network, division.stored_calls
-    mean = estimator.mean(steps)
+    mean = chain.mean
 
     # 1. Forward through the chain. Copies come on top of it; some calls before the first one with
     # gradient may be left out: max(beyond - k, 0) of them, for k with gradient.

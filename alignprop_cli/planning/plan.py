@@ -9,9 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Literal
 
 from alignprop_cli.errors import ConfigError, Problem, RunError
+from alignprop_cli.estimators import GradPath
 from alignprop_cli.planning.estimate import (
     GIB,
     NOTHING_RECOMPUTED,
@@ -102,6 +104,12 @@ class Plan(Division):
         """Return the micro-batches of one step in one process."""
         return math.ceil(self.share / self.micro_batch)
 
+    def recomputed_calls(self, path: GradPath) -> tuple[int, ...]:
+        """Return the calls of a path that backward recomputes as a whole."""
+        if self.checkpoint_network != "call":
+            return ()
+        return path.calls[: max(len(path.calls) - self.stored_calls, 0)]
+
     def halved(self) -> Plan:
         """Return the plan with half of each batch size, rounded down, for when memory ran out.
 
@@ -121,8 +129,11 @@ class Plan(Division):
     def describe(self) -> str:
         """Return the plan in one line for people."""
         # 1. The batches; those that are as large as the micro-batch go without saying.
-        text = f"{self.batch_size} images a step = {self.accumulation} x micro-batch of "
-        text += f"{self.micro_batch}" + f" x {self.processes} processes" * (self.processes > 1)
+        text = f"{self.batch_size} images a step = "
+        text += f"{self.processes} processes x " if self.processes > 1 else ""
+        text += f"{self.accumulation} micro-batch{'es' if self.accumulation > 1 else ''} of "
+        text += "at most " if self.share % self.micro_batch else ""
+        text += f"{self.micro_batch}"
         parts = [f"roll-out by {self.rollout_batch}"] * (self.rollout_batch != self.micro_batch)
         parts += [f"decoder by {self.decode_batch}"] * (self.decode_batch != self.micro_batch)
         text += f" ({', '.join(parts)})" if parts else ""
@@ -194,7 +205,7 @@ class _Search:
     below: float
 
     def peak(self, plan: Plan) -> int:
-        return sum(peak_parts(self.footprint, self.request, plan).values())
+        return sum(peak_parts(self.footprint, self.request, plan, plan.share).values())
 
     def fits(self, plan: Plan) -> bool:
         size, usable = self.peak(plan), math.inf if self.budget is None else self.budget.usable
@@ -211,9 +222,11 @@ class _Search:
                 _with_micro_batch(choice, self.request, micro, self.device_type)
                 for micro in _micro_batches(self.request, self.device_type)
             )
-            plan = next(filter(self.fits, plans), None)
-            if plan is not None:
-                found.append((operations(self.footprint, self.request, plan) / floor, plan))
+            # Smallest first, since most choices hold few images or none.
+            fitting = list(takewhile(self.fits, plans))
+            if fitting:
+                work = operations(self.footprint, self.request, choice) / floor
+                found.append((work, fitting[-1]))
 
         # 2. Rounded first, since a few operations do not outweigh a larger micro-batch; then to the
         # last one, then the least memory.
@@ -235,7 +248,7 @@ class _Search:
 
     def smallest(self) -> Plan:
         """Return the plan that needs the least memory."""
-        micro = _micro_batches(self.request, self.device_type)[-1]
+        micro = _micro_batches(self.request, self.device_type)[0]
         return min(
             (
                 _with_micro_batch(c, self.request, micro, self.device_type)
@@ -290,11 +303,11 @@ def _with_micro_batch(choice: Plan, request: PlanRequest, micro: int, device_typ
 
 
 def _micro_batches(request: PlanRequest, device_type: str) -> list[int]:
-    """Return the micro-batches to choose from, largest first."""
+    """Return the micro-batches to choose from, smallest first."""
     if request.micro_batch != "auto":
         return [request.micro_batch]
     limit = _LARGEST.get(device_type, 1)
-    return [m for m in _divisors(request.share) if m <= limit]
+    return [m for m in _divisors(request.share)[::-1] if m <= limit]
 
 
 def _rollout_batches(request: PlanRequest, micro: int, device_type: str) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
@@ -29,44 +29,34 @@ class Rewards(Protocol):
         ...
 
 
-class Trainer(Protocol):
+class Trial(Protocol):
     """What the probe needs of a trainer."""
 
     @property
     def plan(self) -> Plan:
-        """Return the plan by which the next step runs."""
+        """Return the plan in force."""
         ...
 
     @property
     def mixture(self) -> Rewards:
-        """Return its rewards."""
+        """Return the rewards."""
         ...
 
     @property
-    def parameters(self) -> Iterable[torch.nn.Parameter]:
-        """Return what is trained."""
-        ...
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        """Return what updates it."""
+    def missing_bytes(self) -> int:
+        """Return what a step needs beside what `run_micro_batch` does."""
         ...
 
     def apply_plan(self, plan: Plan) -> None:
-        """Run the coming steps by another plan for the same batch."""
+        """Divide the same batch in another way from now on."""
         ...
 
-    def run_micro_batch(self, calls: int | None = None, plan: Plan | None = None) -> None:
-        """Run one roll-out batch and one micro-batch of the coming step, and forget them.
-
-        Args:
-            calls: That carry gradient; None is the most that can be drawn.
-            plan: Whose batches are taken; None is the trainer's own.
-        """
+    def run_micro_batch(self) -> object:
+        """Run a roll-out batch and a micro-batch with the longest path there can be."""
         ...
 
     def largest(self, value: int | None) -> int | None:
-        """Return the largest value of all processes; None if it is None in any of them."""
+        """Return the largest value of all processes; None if one has none."""
         ...
 
 
@@ -80,13 +70,13 @@ def cuda_peak(run: Callable[[], object]) -> int:
 
 
 def settle(
-    trainer: Trainer,
+    trial: Trial,
     request: PlanRequest,
     footprint: Footprint,
     budget: Budget,
     measure_peak: MeasurePeak = cuda_peak,
 ) -> None:
-    """Give the trainer the cheapest plan that the device is measured to hold.
+    """Apply the cheapest plan that the device is measured to hold.
 
     The plan is tried with the longest path there can be, and so are batches of half its size. What
     they need corrects the estimate, which may choose another plan, which is tried in turn. One that
@@ -94,7 +84,7 @@ def settle(
     counts, so that all of them settle on the same.
 
     Args:
-        trainer: With a plan that was chosen by estimates, before its first step.
+        trial: Of a trainer before its first step, with a plan that was chosen by estimates.
         request: What that plan was made for.
         footprint: What it was chosen by.
         budget: The memory of a process.
@@ -104,19 +94,19 @@ def settle(
         torch.OutOfMemoryError: If not even the smallest plan fits.
     """
     held: Plan | None = None
-    plan: Plan | None = trainer.plan
+    plan: Plan | None = trial.plan
     correction, below = UNCORRECTED, math.inf
     for _ in range(_PLANS_TRIED):
         if plan is None or plan == held:
             break
         # 1. Try it.
-        if plan.checkpoint_reward and not trainer.plan.checkpoint_reward:
-            trainer.mixture.recompute()
-        trainer.apply_plan(plan)
+        if plan.checkpoint_reward and not trial.plan.checkpoint_reward:
+            trial.mixture.recompute()
+        trial.apply_plan(plan)
         if plan.checkpoint_reward:
             # Switched on for good.
             request = replace(request, checkpoint_reward=True)
-        points = _measure(trainer, request, footprint, measure_peak)
+        points = _measure(trial, request, footprint, measure_peak)
 
         # 2. Learn from it: what such estimates are worth, or where memory ends.
         if points:
@@ -142,7 +132,7 @@ def settle(
                 continue
     if held is None:
         raise torch.OutOfMemoryError("the smallest plan is too large for this device")
-    trainer.apply_plan(held)
+    trial.apply_plan(held)
 
 
 def _corrected(plan: Plan, correction: Correction) -> Plan:
@@ -153,33 +143,28 @@ def _corrected(plan: Plan, correction: Correction) -> Plan:
 
 
 def _measure(
-    trainer: Trainer, request: PlanRequest, footprint: Footprint, measure_peak: MeasurePeak
+    trial: Trial, request: PlanRequest, footprint: Footprint, measure_peak: MeasurePeak
 ) -> list[tuple[float, float]]:
-    """Return what was estimated and what was needed, for the trainer's plan and half of it.
+    """Return what was estimated and what was needed, for the plan in force and half of it.
 
-    Empty where memory ran out.
+    Empty where memory ran out. Leaves the plan in force.
     """
     points: list[tuple[float, float]] = []
-    plan = trainer.plan
+    plan, missing = trial.plan, trial.missing_bytes
     for tried in [plan, plan.halved()] if plan.micro_batch > 1 else [plan]:
-        found = trainer.largest(_try(trainer, tried, measure_peak))
+        trial.apply_plan(tried)
+        try:
+            own = measure_peak(trial.run_micro_batch) + missing
+        except torch.OutOfMemoryError:
+            own = None
+        found = trial.largest(own)
         if found is None:
             break
         points.append((_estimated(tried, request, footprint), found))
+    trial.apply_plan(plan)
     return points
 
 
 def _estimated(plan: Plan, request: PlanRequest, footprint: Footprint) -> float:
     """Return the peak that a plan is estimated to have."""
     return estimate(footprint, request, plan, images=plan.share).peak
-
-
-def _try(trainer: Trainer, plan: Plan, measure_peak: MeasurePeak) -> int | None:
-    """Return the peak of a step by a plan, or None where memory ran out."""
-    try:
-        found = measure_peak(lambda: trainer.run_micro_batch(plan=plan))
-    except torch.OutOfMemoryError:
-        return None
-    # AdamW's two moments come with the first update, gradients with the first micro-batch.
-    missing = (not trainer.optimizer.state) * 8 + (plan.accumulation > 1) * 4
-    return found + missing * sum(parameter.numel() for parameter in trainer.parameters)

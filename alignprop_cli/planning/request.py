@@ -37,19 +37,20 @@ def make_estimator(gradient: GradientConfig) -> Estimator:
     return _ESTIMATORS[gradient.method](gradient)
 
 
-def plan_request(config: Config, processes: int) -> PlanRequest:
+def plan_request(config: Config, processes: int, estimator: Estimator | None = None) -> PlanRequest:
     """Return what a plan has to be made for.
 
     Args:
         config: The complete configuration.
         processes: That work on one step.
+        estimator: Where the gradient flows; None is what the configuration names.
     """
     train, gradient = config.train, config.gradient
     return PlanRequest(
         batch_size=train.batch_size,
         processes=processes,
         num_inference_steps=config.sample.num_inference_steps,
-        estimator=make_estimator(gradient),
+        estimator=estimator or make_estimator(gradient),
         rollout_steps=gradient.rollout_steps,
         rollout_batch=train.rollout_batch,
         micro_batch=train.micro_batch,
@@ -137,7 +138,6 @@ def _rewards(
     uncounted: list[str] = []
     for name, config in rewards.items():
         dtype: torch.dtype = getattr(torch, config.dtype)
-        weights += registry.parameters(name, config.options) * dtype.itemsize
         for again in (False, True):
             # A new one each time: recomputation is switched on for good.
             reward = registry.on_meta(name, config.options, dtype)
@@ -146,6 +146,8 @@ def _rewards(
                 break
             if again:
                 reward.recompute()
+            else:
+                weights += reward.parameters * dtype.itemsize
             there = [t for n in reward.networks for t in (*n.parameters(), *n.buffers())]
             work = footprint.count_reward(reward, image_size, device_type=device_type, there=there)
             parts[again].append(work)
