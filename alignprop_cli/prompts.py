@@ -33,26 +33,14 @@ ANIMALS_EVAL = ("snail", "hippopotamus", "cheetah", "crocodile", "lobster", "oct
 _COUNTS = ("one dog", "two dogs", "three dogs", "four dogs", "five dogs")
 _DOG_PLACES = ("in a park", "on a beach", "on a street", "in the snow", "on a sofa", "in a garden")
 _DOG_PLACES_EVAL = ("in a forest", "on a bridge", "in a kitchen")
+# Where people and things stand about, so that there is something to remove.
+# fmt: off
 PLACES = (
-    "a street",
-    "a beach in summer",
-    "a railway station",
-    "a market",
-    "a park bench",
-    "a kitchen",
-    "a classroom",
-    "a library",
-    "a football field",
-    "a bus stop",
-    "an office",
-    "a restaurant",
-    "a stage",
-    "a swimming pool",
-    "a playground",
-    "a hospital corridor",
-    "a museum",
-    "a farm",
+    "a street", "a beach in summer", "a railway station", "a market", "a park bench", "a kitchen",
+    "a classroom", "a library", "a football field", "a bus stop", "an office", "a restaurant",
+    "a stage", "a swimming pool", "a playground", "a hospital corridor", "a museum", "a farm",
 )
+# fmt: on
 PLACES_EVAL = ("an airport", "a shop", "a ski slope", "a workshop", "a city square", "a cinema")
 
 
@@ -62,9 +50,9 @@ class PromptSet:
 
     Args:
         prompts: The texts, or `module:function` that returns them.
-        grouped: Whether the first word of a prompt is its group, for figures by group.
+        grouped: Whether the first word of a prompt is its group, for metrics by group.
         checker: `module:function` that says of images what of their prompts they have right, where
-            there is one; see `evaluation.checks`.
+            there is one; see `evaluation.compare.checks`.
     """
 
     prompts: tuple[str, ...] | str
@@ -76,7 +64,7 @@ def _dogs(places: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(f"{dogs} {place}" for dogs in _COUNTS for place in places)
 
 
-# The shapes are named, not imported: the embedded model is a guest here like any other.
+# Named, not imported: nothing here needs the embedded model, whose language this is.
 _SHAPES = "alignprop_cli.tiny.language"
 _SHAPES_CHECKER = "alignprop_cli.tiny.checker:check_parts"
 BUILT_IN: Mapping[str, PromptSet] = {
@@ -125,7 +113,7 @@ def load_prompts(name: str) -> list[str]:
 
 
 def load_groups(name: str) -> dict[str, str]:
-    """Return the group of each prompt of a set that has groups, for figures by group.
+    """Return the group of each prompt of a set that has groups, for metrics by group.
 
     Those are the styles of `hpd`, the numbers of `dogs` and `shapes`, and what objects and tables
     in files call `group`. Prompts without one are left out.
@@ -172,6 +160,7 @@ def count_prompts(names: Sequence[str]) -> int:
     Raises:
         ConfigError, AssetError: As `load_prompts`.
     """
+    # Those of the hub have a known number of prompts; styles may be named twice.
     hub_sets = [name for name in names if name.partition(":")[0] == "hpd"]
     styles = {style for name in hub_sets for style in _styles(name)}
     others = {p for name in names if name not in hub_sets for p in load_prompts(name)}
@@ -250,6 +239,7 @@ def _text(value: Any, place: str) -> str:
 
 
 def _read_csv(text: str, path: Path) -> list[tuple[str, Any]]:
+    # newline="": a quoted field may hold line breaks of any kind.
     rows = csv.DictReader(io.StringIO(text, newline=""))
     column = next((c for c in _COLUMNS if c in (rows.fieldnames or ())), None)
     if column is None:
@@ -277,6 +267,7 @@ class PromptStream:
 
     def __init__(self, prompts: list[str], seed: int) -> None:
         self.prompts = prompts
+        # The images of a step come from one epoch or two.
         self._order = functools.lru_cache(maxsize=4)(functools.partial(_order, len(prompts), seed))
 
     def prompt(self, image_number: int) -> str:

@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from alignprop_cli.evaluation.sheet import save_picture
+from alignprop_cli.evaluation.sheet import save_image
 
 TEXT_WIDTH = 32
 """Width of the text embeddings of `small_pipeline`."""
@@ -48,7 +48,7 @@ def randn(seed: int, *shape: int, dtype: torch.dtype = torch.float64) -> torch.T
 def picture(path: Path, value: int = 100, size: tuple[int, int] = (8, 8), **texts: str) -> Path:
     """Write a grey PNG of (height, width) with texts inside, whatever its name ends in."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_picture(np.full((*size, 3), value, dtype=np.uint8), path, texts)
+    save_image(np.full((*size, 3), value, dtype=np.uint8), path, texts)
     return path
 
 

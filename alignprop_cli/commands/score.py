@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from alignprop_cli.commands import (
+from alignprop_cli.commands.options import (
     DebugOption,
     JsonOption,
     OutputOption,
@@ -14,6 +14,8 @@ from alignprop_cli.commands import (
     QuietOption,
     RewardOption,
     SetOption,
+    check_output_file,
+    make_parent,
 )
 from alignprop_cli.scoring.rows import Format
 
@@ -87,8 +89,7 @@ def score(
         raise ConfigError(f"--top is a table, and --format {output_format} wants all rows")
     page = _page(target, overwrite=overwrite or resume) if gallery else None
     chosen = _format(output_format, target, as_json=as_json, overwrite=overwrite, resume=resume)
-    settings.only_rewards(sets or [])
-    config = settings.build(assignments=sets or [], rewards=settings.reward_names(reward))
+    config = settings.for_scoring(sets, reward)
     finder = PromptFinder(prompt, Path(prompts).expanduser() if prompts else None)
     found = find_pictures(_names(paths))
     scoring.run(
@@ -120,7 +121,6 @@ def _page(target: Path | None, *, overwrite: bool) -> Path:
     """Return where the gallery goes."""
     from pathlib import Path
 
-    from alignprop_cli.commands.outputs import check_output_file
     from alignprop_cli.errors import ConfigError
 
     page = Path("gallery.html") if target is None else target.with_suffix(".html")
@@ -136,7 +136,6 @@ def _format(
     """Return the format of the rows, or refuse what cannot be written."""
     from importlib.util import find_spec
 
-    from alignprop_cli.commands.outputs import check_output_file, make_parent
     from alignprop_cli.errors import ConfigError
     from alignprop_cli.scoring import rows
 

@@ -1,96 +1,151 @@
-"""The configuration of `evaluate` and `score`: that of a run, a preset, or nothing but rewards."""
+"""The configuration of each command: from flags, presets, files, runs and LoRA files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from alignprop_cli.commands.options import reward_names, reward_weights
 from alignprop_cli.config import presets
 from alignprop_cli.config.schema import Config
-from alignprop_cli.config.validation import parse
 from alignprop_cli.errors import ConfigError
 
+if TYPE_CHECKING:
+    from alignprop_cli.lora.files import Located
 
-def reward_names(values: Sequence[str] | None) -> list[str]:
-    """Return the names given by a repeatable option, each with commas; each name once."""
-    parts = [part.strip() for value in values or () for part in value.split(",")]
-    return list(dict.fromkeys(part for part in parts if part))
-
-
-def reward_weights(values: Sequence[str] | None) -> dict[str, float | None]:
-    """Return the weight of each reward named as NAME or NAME:WEIGHT; None where none is given.
-
-    Raises:
-        ConfigError: If a name comes twice.
-    """
-    found: dict[str, float | None] = {}
-    for text in reward_names(values):
-        name, _, last = text.rpartition(":")
-        try:
-            # file.py:attribute, even where the attribute is called nan
-            weight = float(last) if name and not last.isidentifier() else None
-        except ValueError:
-            weight = None
-        name = name if weight is not None else text
-        if name in found:
-            raise ConfigError(f"--reward: {name} is given twice")
-        found[name] = weight
-    return found
+_DEFAULT_REWARD = "clip"
+"""Measured where nothing names a reward: how well images agree with their prompts."""
 
 
-def build(
-    *,
+def for_training(
+    run: Path | None,
     preset: str | None = None,
-    config: Path | None = None,
-    header: Mapping[str, Any] | None = None,
-    assignments: Iterable[str] = (),
-    rewards: Sequence[str] = (),
-    flags: Mapping[str, tuple[str, Any]] | None = None,
-    source: str = "command line",
+    config: str | None = None,
+    *,
+    sets: Sequence[str] | None,
+    reward: Sequence[str] | None,
+    flags: Mapping[str, Any],
 ) -> Config:
-    """Return a complete configuration.
+    """Return the complete configuration of a run: of the one to resume, or of a new one.
 
-    Later wins: defaults < header < preset < config < assignments < rewards < flags.
-
-    Args:
-        preset: Name of a shipped preset.
-        config: A YAML file, such as that of a run.
-        header: Values that a LoRA file carries.
-        assignments: `--set` texts.
-        rewards: Names; replace those of the files, whose options stay where the name is the same.
-            Without any name here or there it is `clip`.
-        flags: For each dotted key the flag's name and its value; None was not given.
-        source: What to call all this in a message.
+    The other arguments are those of `for_evaluation`.
 
     Raises:
-        ConfigError, AssetError: As `presets.read`, `presets.override` and `config.parse`.
+        AssetError, ConfigError: If something cannot be read, or is no complete configuration.
     """
-    layers = presets.Layers(values=dict(header or {}))
-    if preset is not None:
-        presets.read(presets.preset_path(preset), layers)
-    if config is not None:
-        presets.read(config, layers)
-    presets.override(layers, assignments)
-    if rewards:
-        presets.choose_rewards(layers, dict.fromkeys(rewards))
-    elif not layers.values.get("reward"):
-        layers.values["reward"] = {"clip": None}
-    for key, (flag, value) in (flags or {}).items():
-        if value is not None:
-            layers.set(key, value, flag)
-    return parse(layers.values, layers.origins, source=source)
+    rewards = reward_weights(reward)
+    if run is not None:
+        # A run keeps its folder, wherever that has been moved to.
+        preset, config, flags = None, str(run / "config.yaml"), {**flags, "output.dir": None}
+    elif preset is None and config is None and not (flags["model.id"] and rewards):
+        raise ConfigError(
+            "train: nothing to do: give --preset or --config, or --model and --reward",
+            hint="`alignprop train --preset tiny` works at once; --list-presets lists the others",
+        )
+    file = Path(config).expanduser() if config else None
+    return presets.resolve(
+        preset=preset, config=file, assignments=sets or (), rewards=rewards, flags=flags
+    )
 
 
-def only_rewards(assignments: Sequence[str]) -> None:
-    """Refuse `--set` keys that a command which only measures would ignore.
+def for_scoring(sets: Sequence[str] | None, reward: Sequence[str] | None) -> Config:
+    """Return a configuration of which only the rewards matter.
 
     Raises:
-        ConfigError: If a key is not below `reward`.
+        ConfigError: If a key of `sets` is not below `reward`, which would be ignored.
     """
-    for text in assignments:
+    for text in sets or ():
         if not text.strip().startswith("reward."):
             raise ConfigError(
                 f"--set: {text}: only reward.NAME.OPTION can be set here",
                 hint="for instance --set reward.clip.model=ViT-B-32",
             )
+    return presets.resolve(
+        assignments=sets or (),
+        rewards=dict.fromkeys(reward_names(reward)),
+        default_reward=_DEFAULT_REWARD,
+        source="command line",
+    )
+
+
+def for_evaluation(
+    target: str,
+    located: Located | None,
+    preset: str | None = None,
+    config: str | None = None,
+    *,
+    sets: Sequence[str] | None = None,
+    reward: Sequence[str] | None = None,
+    flags: Mapping[str, Any],
+) -> Config:
+    """Return the complete configuration of an evaluation, its rewards' options checked.
+
+    Args:
+        target: What the user named, for messages.
+        located: Its LoRA; None is the base model.
+        preset: Name of a preset, instead of what comes with the LoRA.
+        config: File of the user's own, likewise.
+        sets: `--set` texts.
+        reward: Those of `--reward`.
+        flags: Dotted key to value of the other flags; None values were not given.
+
+    Raises:
+        AssetError, ConfigError: If something cannot be read, or is no complete configuration.
+    """
+    from alignprop_cli.lora.files import read
+    from alignprop_cli.rewards import registry
+
+    header = {} if located is None else read(located.file).header
+    given = preset is not None or config is not None
+    own, recorded = _own_settings(located, header, given=given, model=flags.get("model.id"))
+    resolved = presets.resolve(
+        preset=preset,
+        config=Path(config).expanduser() if config else own,
+        recorded=recorded,
+        assignments=sets or (),
+        rewards=dict.fromkeys(reward_names(reward)),
+        default_reward=_DEFAULT_REWARD,
+        flags=flags,
+        source=str(own or target),
+    )
+    for name, member in resolved.reward.items():
+        registry.check(name, member.options)
+    return resolved
+
+
+def _own_settings(
+    located: Located | None, header: Mapping[str, str], *, given: bool, model: str | None
+) -> tuple[Path | None, dict[str, Any]]:
+    """Return the configuration that comes with the weights: a run's file, or a header's values.
+
+    Args:
+        located: The weights; None is the base model.
+        header: Of their file.
+        given: Whether the command line names a preset or a configuration, which then counts.
+        model: What the command line names as the base model.
+
+    Raises:
+        AssetError: If the configuration in the header is damaged.
+        ConfigError: If there is no configuration and nothing says what the base model is.
+    """
+    from alignprop_cli.lora.files import recorded_config
+
+    if given:
+        return None, {}
+    if located is not None and located.run is not None:
+        return located.run / "config.yaml", {}
+    if located is not None:
+        recorded = recorded_config(header, located.file)
+        if recorded is not None:
+            return None, recorded
+    # A LoRA of another trainer, or of an older version: at least its base model may be known.
+    if "alignprop.base_model" in header:
+        return None, {"model": {"id": header["alignprop.base_model"]}}
+    if model is None:
+        what = "base" if located is None else str(located.file)
+        raise ConfigError(
+            f"{what}: nothing says which base model to sample with",
+            hint=f"give --preset, --config or --model: alignprop evaluate {what} --preset tiny",
+        )
+    return None, {}

@@ -1,13 +1,12 @@
-"""`alignprop train`: teach a model a reward."""
+"""`alignprop train`: fine-tune a model to raise a reward."""
 
 from __future__ import annotations
 
-import re
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from alignprop_cli.commands import (
+from alignprop_cli.commands.options import (
     ConfigOption,
     DebugOption,
     JsonOption,
@@ -18,54 +17,58 @@ from alignprop_cli.commands import (
     SeedOption,
     SetOption,
 )
+from alignprop_cli.errors import ConfigError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from pathlib import Path
-
-    from alignprop_cli.config.schema import Config
     from alignprop_cli.console import Console
+
+WeightedRewardOption = Annotated[
+    list[str] | None,
+    typer.Option("--reward", "-r", help="NAME or NAME:WEIGHT, repeatable or with commas"),
+]
+StepsOption = Annotated[int | None, typer.Option("--steps", help="optimiser steps")]
+ResumeOption = Annotated[
+    str | None,
+    typer.Option("--resume", help="run folder to resume, or auto: the newest, else a new one"),
+]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="print the plan and the configuration, and stop")
+]
+GpuMemoryOption = Annotated[
+    str | None,
+    typer.Option("--gpu-memory", help="of one card, as 12GB: plan for it; with --dry-run only"),
+]
+GpusOption = Annotated[
+    int | None, typer.Option("--gpus", min=1, help="cards; with --dry-run --gpu-memory only")
+]
+ListOption = Annotated[
+    bool, typer.Option("--list-presets", help="list the shipped presets and stop")
+]
+ShowOption = Annotated[
+    bool, typer.Option("--show-preset", help="print the complete configuration and stop")
+]
 
 
 def train(
     preset: PresetOption = None,
     config: ConfigOption = None,
     sets: SetOption = None,
-    reward: Annotated[
-        list[str] | None,
-        typer.Option("--reward", "-r", help="NAME or NAME:WEIGHT, repeatable or with commas"),
-    ] = None,
+    reward: WeightedRewardOption = None,
     model: ModelOption = None,
     output: OutputOption = None,
-    steps: Annotated[int | None, typer.Option("--steps", help="optimiser steps")] = None,
+    steps: StepsOption = None,
     seed: SeedOption = None,
-    resume: Annotated[
-        str | None,
-        typer.Option(
-            "--resume", help="run folder to go on with, or auto: the newest one, else a new one"
-        ),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="print what would be done and stop")
-    ] = False,
-    gpu_memory: Annotated[
-        str | None,
-        typer.Option("--gpu-memory", help="of one card, as 12GB: plan for it; with --dry-run only"),
-    ] = None,
-    gpus: Annotated[
-        int | None, typer.Option("--gpus", min=1, help="cards; with --dry-run --gpu-memory only")
-    ] = None,
-    list_presets: Annotated[
-        bool, typer.Option("--list-presets", help="list the shipped presets and stop")
-    ] = False,
-    show_preset: Annotated[
-        bool, typer.Option("--show-preset", help="print the complete configuration and stop")
-    ] = False,
+    resume: ResumeOption = None,
+    dry_run: DryRunOption = False,
+    gpu_memory: GpuMemoryOption = None,
+    gpus: GpusOption = None,
+    list_presets: ListOption = False,
+    show_preset: ShowOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Teach a model a reward, into a LoRA.
+    """Fine-tune a model with a LoRA to raise a reward.
 
     Examples:
 
@@ -77,43 +80,31 @@ def train(
 
       alignprop train --resume runs/first --steps 10
     """
-    from alignprop_cli.commands.settings import reward_weights
+    from alignprop_cli.commands import settings
+    from alignprop_cli.config.schema import dump
     from alignprop_cli.console import Console
+    from alignprop_cli.training.folders import run_name, run_to_resume
 
     console = Console(as_json=as_json, quiet=quiet)
     if list_presets:
         _list(console)
         return
+    _check_cards(dry_run, gpu_memory, gpus)
+    run = run_to_resume(resume, preset, config, output)
     flags = {"model.id": model, "train.steps": steps, "train.seed": seed, "output.dir": output}
-    run = None if resume is None else _run_to_resume(resume, preset, config, output)
-    settings = _settings(preset, config, run, sets or [], reward_weights(reward), flags)
-    name = _run_name(preset, config) if run is None else run.name
+    resolved = settings.for_training(run, preset, config, sets=sets, reward=reward, flags=flags)
     if show_preset:
-        _show(console, settings)
+        values = {"config": resolved.model_dump(mode="json")}
+        console.result("alignprop.config/1", values, [dump(resolved).rstrip()])
         return
 
     from alignprop_cli.training.run import describe, run_training
 
-    _only_with_dry_run(dry_run, gpu_memory, gpus)
+    name = run_name(preset, config) if run is None else run.name
     if dry_run:
-        describe(settings, console, name=name, resume=run, gpu_memory=gpu_memory, gpus=gpus)
-        return
-    run_training(settings, console, name=name, resume=run)
-
-
-def _only_with_dry_run(dry_run: bool, gpu_memory: str | None, gpus: int | None) -> None:
-    """Refuse to plan a run that happens here for cards that may be elsewhere."""
-    from alignprop_cli.errors import ConfigError
-
-    for flag, given, needs in (
-        ("--gpu-memory", gpu_memory, dry_run),
-        ("--gpus", gpus, dry_run and gpu_memory is not None),
-    ):
-        if given is not None and not needs:
-            raise ConfigError(
-                f"{flag} plans for cards that need not be here: it goes with --dry-run"
-                + (" and --gpu-memory" if flag == "--gpus" else "")
-            )
+        describe(resolved, console, name=name, resume=run, gpu_memory=gpu_memory, gpus=gpus)
+    else:
+        run_training(resolved, console, name=name, resume=run)
 
 
 def _list(console: Console) -> None:
@@ -125,101 +116,10 @@ def _list(console: Console) -> None:
     console.result("alignprop.presets/1", {"presets": dict(rows)}, [listing])
 
 
-def _settings(
-    preset: str | None,
-    config: str | None,
-    run: Path | None,
-    sets: list[str],
-    rewards: dict[str, float | None],
-    flags: dict[str, str | int | None],
-) -> Config:
-    """Resolve the configuration: that of a run to go on with, or of a new one."""
-    from pathlib import Path
-
-    from alignprop_cli.config import presets
-    from alignprop_cli.errors import ConfigError
-
-    if run is not None:
-        # Where the run is, it stays.
-        preset, config, flags = None, str(run / "config.yaml"), {**flags, "output.dir": None}
-    elif preset is None and config is None and not (flags["model.id"] and rewards):
-        raise ConfigError(
-            "train: nothing to do: give --preset or --config, or --model and --reward",
-            hint="`alignprop train --preset tiny` works at once; --list-presets lists the others",
-        )
-    return presets.resolve(
-        preset=preset,
-        config=Path(config).expanduser() if config else None,
-        assignments=sets,
-        rewards=rewards,
-        flags=flags,
-    )
-
-
-def _run_to_resume(
-    resume: str, preset: str | None, config: str | None, output: str | None
-) -> Path | None:
-    """Return the run to go on with; None where `auto` finds none and a new one can be started."""
-    from pathlib import Path
-
-    from alignprop_cli.errors import AssetError, ConfigError
-
-    if resume == "auto":
-        name = None if preset is None and config is None else _run_name(preset, config)
-        if output is not None:
-            run = Path(output).expanduser()
-            runs = [run] if (run / "config.yaml").is_file() else []
-        else:
-            runs = _resumable(Path("runs").glob("*"))
-        if output is None and name is not None:
-            # As new runs of this name are called.
-            runs = [run for run in runs if re.fullmatch(rf"{re.escape(name)}(-\d+)?", run.name)]
-        if not runs and name is None:
-            raise AssetError(
-                f"--resume auto: there is no run in {output or 'runs/'} to go on with",
-                hint="with --preset or --config a new one is begun",
-            )
-        return runs[0] if runs else None
-    for flag, value in (("--preset", preset), ("--config", config)):
-        if value is not None:
-            raise ConfigError(
-                f"--resume and {flag} exclude each other: a run has its own config.yaml"
-            )
-    if output is not None:
-        raise ConfigError("--resume and --output exclude each other: a run goes on where it is")
-    run = Path(resume).expanduser()
-    if not (run / "config.yaml").is_file():
-        raise AssetError(
-            f"--resume: {run} is not a run: config.yaml is missing",
-            hint="give the folder that `alignprop train` printed, such as runs/tiny",
-        )
-    return run
-
-
-def _resumable(folders: Iterable[Path]) -> list[Path]:
-    """Return those that are runs with a checkpoint, newest first."""
-    found = [
-        folder
-        for folder in folders
-        if (folder / "config.yaml").is_file() and any((folder / "checkpoints").glob("step-*"))
-    ]
-    return sorted(found, key=lambda run: (run / "checkpoints").stat().st_mtime, reverse=True)
-
-
-def _run_name(preset: str | None, config: str | None) -> str:
-    from pathlib import Path
-
-    if config is None:
-        return preset or "run"
-    path = Path(config)
-    return path.parent.name if path.name == "config.yaml" and path.parent.name else path.stem
-
-
-def _show(console: Console, settings: Config) -> None:
-    from alignprop_cli.config.schema import dump
-
-    console.result(
-        "alignprop.config/1",
-        {"config": settings.model_dump(mode="json")},
-        [dump(settings).rstrip()],
-    )
+def _check_cards(dry_run: bool, gpu_memory: str | None, gpus: int | None) -> None:
+    """Refuse to plan a run that happens here for cards that may be elsewhere."""
+    elsewhere = "is about cards that need not be here: it goes with --dry-run"
+    if gpu_memory is not None and not dry_run:
+        raise ConfigError(f"--gpu-memory {elsewhere}")
+    if gpus is not None and (gpu_memory is None or not dry_run):
+        raise ConfigError(f"--gpus {elsewhere} and --gpu-memory")

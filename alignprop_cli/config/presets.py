@@ -1,8 +1,8 @@
 """Find, list, read, extend and override presets, keeping track of who set what.
 
-Later wins: defaults < preset (after what it extends) < --config file < --set < named flags.
-A file that has a `reward` section replaces the one it inherits; `--set reward.NAME.KEY=VALUE`
-changes one option.
+Later wins: defaults < what a LoRA file records < preset (after what it extends) < --config file
+< --set < --reward < named flags. A file that has a `reward` section replaces the one it inherits;
+`--set reward.NAME.KEY=VALUE` changes one option.
 """
 
 from __future__ import annotations
@@ -116,6 +116,7 @@ def read(path: Path, layers: Layers, seen: tuple[Path, ...] = ()) -> None:
         beside = path.parent / parent
         read(beside if beside.is_file() else preset_path(parent), layers, (*seen, path))
     if "reward" in tree:
+        # Merged, the rewards of the parent would stay members of the mixture.
         layers.values.pop("reward", None)
     _merge(layers.values, tree)
     layers.origins |= {key: f"{path.name}:{line}" for key, line in lines.items()}
@@ -173,23 +174,29 @@ def resolve(
     *,
     preset: str | None = None,
     config: Path | None = None,
+    recorded: Mapping[str, Any] | None = None,
     assignments: Iterable[str] = (),
     rewards: Mapping[str, float | None] | None = None,
+    default_reward: str | None = None,
     flags: Mapping[str, Any] | None = None,
+    source: str | None = None,
 ) -> Config:
     """Return the complete configuration from everything the command line was given.
 
     Args:
         preset: Name of a shipped preset.
-        config: File of the user's own, read after the preset.
+        config: File of the user's own, or of a run; read after the preset.
+        recorded: Values that a LoRA file carries.
         assignments: `--set` texts.
         rewards: Those of `--reward`, with their weights; see `choose_rewards`.
+        default_reward: Taken where nothing names a reward.
         flags: Dotted key to value of the named flags; None values were not given.
+        source: What to call all this in a message; None is the preset or the file.
 
     Raises:
-        ConfigError, AssetError: As `read`, `override` and `config.parse`.
+        ConfigError, AssetError: As `read`, `override` and `validation.parse`.
     """
-    layers = Layers()
+    layers = Layers(values=dict(recorded or {}))
     if preset is not None:
         read(preset_path(preset), layers)
     if config is not None:
@@ -197,11 +204,20 @@ def resolve(
     override(layers, assignments)
     if rewards:
         choose_rewards(layers, rewards)
+    elif default_reward is not None and not layers.values.get("reward"):
+        layers.values["reward"] = {default_reward: None}
     for key, value in (flags or {}).items():
         if value is not None:
-            layers.set(key, value, f"--{key.rpartition('.')[2] if key != 'model.id' else 'model'}")
-    source = f"preset {preset}" if config is None and preset else str(config or "command line")
+            layers.set(key, value, flag_name(key))
+    if source is None:
+        source = f"preset {preset}" if config is None and preset else str(config or "command line")
     return parse(layers.values, layers.origins, source=source)
+
+
+def flag_name(key: str) -> str:
+    """Return the flag that sets a dotted key, for messages."""
+    odd = {"model.id": "--model", "output.dir": "--output"}
+    return odd.get(key, f"--{key.rpartition('.')[2].replace('_', '-')}")
 
 
 def _merge(base: Tree, other: Mapping[str, Any]) -> None:

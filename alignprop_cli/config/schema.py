@@ -6,18 +6,14 @@ once and says where each came from. No torch here: configurations are read befor
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, cast, get_args
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    ValidationInfo,
-    field_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
+Text = Annotated[str, Field(min_length=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -32,7 +28,7 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        # pydantic reads `steps: true` as one step.
+        # pydantic reads `steps: true` as one step, where a user meant something else.
         kind = cls.model_fields[str(info.field_name)].annotation
         if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
             raise ValueError("expected no true or false here")
@@ -42,9 +38,8 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The base model that the LoRA is trained on."""
 
-    id: str = Field(
+    id: Text = Field(
         default="tiny",
-        min_length=1,
         description="`tiny` (the embedded model), a folder in diffusers format, a single "
         ".safetensors or .ckpt file, or a hub id such as "
         "stable-diffusion-v1-5/stable-diffusion-v1-5.",
@@ -60,7 +55,7 @@ class ModelConfig(Section):
     )
     vae_tile_size: PositiveInt | None = Field(
         default=None,
-        description="Decode in overlapping tiles of so many pixels: less memory, and pictures "
+        description="Decode in overlapping tiles of this many pixels: less memory, and images "
         "change a little. Null decodes them whole.",
     )
     dtype: Dtype = Field(
@@ -79,18 +74,28 @@ class LoraConfig(Section):
     alpha: PositiveFloat | None = Field(
         default=None, description="Numerator of the scaling; null is rank."
     )
-    target_modules: tuple[str, ...] = Field(
-        default=("to_q", "to_k", "to_v", "to_out.0"),
-        min_length=1,
-        description="Name endings of the layers of the network that get a LoRA.",
+    target_modules: Annotated[tuple[Text, ...], Field(min_length=1)] | Text | None = Field(
+        default=None,
+        description="Layers of the network that get a LoRA: a list of endings of their names, or "
+        "one regular expression for whole names; null is what the model's family has.",
     )
     init: str | None = Field(
         default=None, description="LoRA folder or file to start from instead of a fresh one."
     )
 
+    @field_validator("target_modules")
+    @classmethod
+    def _is_a_regular_expression(cls, value: tuple[str, ...] | str | None) -> Any:
+        if isinstance(value, str):
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"not a regular expression ({error})") from error
+        return value
+
 
 class SampleConfig(Section):
-    """How pictures are drawn, in training and in evaluation alike."""
+    """How images are sampled, in training and in evaluation alike."""
 
     num_inference_steps: PositiveInt = Field(
         default=50, description="T, network calls of one chain."
@@ -102,8 +107,9 @@ class SampleConfig(Section):
     )
     guidance_interval: tuple[Share, Share] = Field(
         default=(0.0, 1.0),
-        description="Guide only at timesteps in this part of the noise, 0 the image to 1 pure "
-        "noise; elsewhere a call costs half. Changes pictures.",
+        description="Guide only where sigma, the share of noise in the latents, is in this range: "
+        "0 is the image, 1 pure noise (for diffusion sqrt(1 - alphas_cumprod)). Other calls cost "
+        "half. Changes the images.",
     )
     eta: float = Field(
         default=0.0, ge=0.0, le=1.0, description="Fresh noise per step, 0 deterministic to 1 DDPM."
@@ -117,7 +123,7 @@ class GradientConfig(Section):
     """Which network calls of the chain carry gradient."""
 
     method: Literal["full", "last_k", "random_k", "gaussian_k"] = Field(
-        default="random_k", description="The estimator, see README."
+        default="random_k", description="The estimator, see docs/estimators.md."
     )
     k: PositiveInt = Field(
         default=1, description="last_k: number of calls, counted from the image."
@@ -132,24 +138,24 @@ class GradientConfig(Section):
     )
     window_group: PositiveInt | None = Field(
         default=None,
-        description="Images that share one draw of the window; null is micro-batch x processes "
-        "of the first plan, which is then written to the run's config.",
+        description="Images that share one draw of the calls with gradient; null depends on "
+        "train.batch_size alone, see docs/estimators.md.",
     )
     rollout_steps: PositiveInt | None = Field(
         default=None,
-        description="Calls in place of those before the window, in training alone: cheaper, and "
-        "the pictures that are trained on change. Null is one for each.",
+        description="Calls instead of those before the first one with gradient, in training alone: "
+        "cheaper, and changes the images that are trained on. Null is one for each.",
     )
     checkpoint_network: Literal["auto", "none", "block", "call"] = Field(
         default="auto",
-        description="What backward computes again in place of storing it: nothing, the blocks of "
-        "each network call, or the whole call; auto is the cheapest that fits the memory.",
+        description="Activation checkpointing of the network: recompute nothing, the blocks of "
+        "each call, or the whole call; auto is the cheapest that fits the memory.",
     )
     checkpoint_decoder: bool | Literal["auto"] = Field(
-        default="auto", description="Whether backward computes the VAE decoder's blocks again."
+        default="auto", description="Activation checkpointing of the decoder's blocks."
     )
     checkpoint_reward: bool | Literal["auto"] = Field(
-        default="auto", description="Whether backward computes the rewards' blocks again."
+        default="auto", description="Activation checkpointing of the rewards' blocks."
     )
 
 
@@ -179,7 +185,7 @@ class RewardConfig(Section):
     )
     dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32",
-        description="Precision of the reward's network; what comes out of it is judged in float32.",
+        description="Precision of the reward's network; its rewards are float32 in any case.",
     )
     standardise: bool = Field(
         default=False,
@@ -188,7 +194,7 @@ class RewardConfig(Section):
     )
     base_mean: float | None = Field(
         default=None,
-        description="For standardise; null is measured on the base model's pictures of `eval` and "
+        description="For standardise; null is measured on the base model's images of `eval` and "
         "then written to the run's config.",
     )
     base_std: PositiveFloat | None = Field(default=None, description="As base_mean.")
@@ -209,8 +215,20 @@ class TrainConfig(Section):
     batch_size: PositiveInt = Field(
         default=128, description="Images per optimiser step, over all processes and accumulation."
     )
+    rollout_batch: PositiveInt | Literal["auto"] = Field(
+        default="auto",
+        description="Images of one batch of the roll-out, which is without gradient, in one "
+        "process; auto is what fits the memory.",
+    )
     micro_batch: PositiveInt | Literal["auto"] = Field(
-        default="auto", description="Images in memory at once in one process."
+        default="auto",
+        description="Images of one micro-batch, which goes through the calls with gradient and "
+        "back, in one process; auto is the fastest that fits.",
+    )
+    decode_batch: PositiveInt | Literal["auto"] = Field(
+        default="auto",
+        description="Images of a micro-batch that are decoded, scored and differentiated together; "
+        "auto is what fits the memory.",
     )
     learning_rate: PositiveFloat = Field(default=1.0e-3, description="AdamW's.")
     lr_decay_steps: PositiveInt | None = Field(
@@ -243,23 +261,23 @@ class TrainConfig(Section):
 
 
 class EvalConfig(Section):
-    """What is drawn and measured before, during and after training; it changes no training."""
+    """What is sampled and measured before, during and after training; it changes no training."""
 
     prompts: str = Field(default="animals-eval", description="Prompt set or file, held out.")
     images: PositiveInt = Field(
         default=32,
-        description="Pictures drawn before and after training; prompts repeat with new noise.",
+        description="Images before and after training; prompts repeat with new noise.",
     )
     images_per_prompt: PositiveInt = Field(
         default=1,
-        description="Of these, pictures of each prompt; several show how diverse they are.",
+        description="Of these, images of each prompt; several show how diverse they are.",
     )
     every: Annotated[int, Field(ge=0)] = Field(
-        default=5, description="Draw sample pictures every so many steps; 0 never."
+        default=5, description="Steps between the samples taken during training; 0 never."
     )
-    sample_images: PositiveInt = Field(default=8, description="Pictures drawn each time.")
+    sample_images: PositiveInt = Field(default=8, description="Images of these samples.")
     batch_size: PositiveInt = Field(
-        default=8, description="Pictures drawn at once; changes no picture."
+        default=8, description="Images of one batch of sampling; changes no image."
     )
     seed: Annotated[int, Field(ge=0)] = Field(default=0, description="Of the evaluation's noise.")
 

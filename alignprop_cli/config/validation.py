@@ -43,6 +43,7 @@ def parse(
             Problem(p.key, p.message, origin_of(p.key, origins)) for p in _impossible(config)
         ]
     if problems or config is None:
+        # A key can be refused by each branch of a union; the first message is enough.
         problems = list({problem.key: problem for problem in reversed(problems)}.values())[::-1]
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise ConfigError(
@@ -75,7 +76,7 @@ def _validate(values: Mapping[str, Any]) -> tuple[Config | None, list[Any]]:
     rest = copy.deepcopy(dict(values))
     for details in wrong:
         node: Any = rest
-        path = [p for p in details["loc"] if p not in _UNION_TAGS]
+        path = _path(details["loc"])
         for part in path[:-1]:
             node = cast(dict[Any, Any], node).get(part) if isinstance(node, dict) else None
         if isinstance(node, dict):
@@ -84,6 +85,16 @@ def _validate(values: Mapping[str, Any]) -> tuple[Config | None, list[Any]]:
         return Config.model_validate(rest), wrong
     except ValidationError:
         return None, wrong
+
+
+def _path(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    """Return the keys of a place that pydantic names.
+
+    It also names what is inside a value: the branch of a union, the index in a list.
+    """
+    if location[:1] != ("reward",):
+        return location[:2]
+    return location[: 4 if location[2:3] == ("loss",) else 3]
 
 
 def _section(path: tuple[str | int, ...]) -> type[BaseModel] | None:
@@ -101,7 +112,7 @@ def _section(path: tuple[str | int, ...]) -> type[BaseModel] | None:
 
 def _problem(details: Any, origins: Mapping[str, str]) -> Problem:
     """Turn one of pydantic's errors into ours."""
-    path: tuple[str | int, ...] = tuple(p for p in details["loc"] if p not in _UNION_TAGS)
+    path = _path(details["loc"])
     key = ".".join(map(str, path))
     if details["type"] == "extra_forbidden":
         section = _section(path[:-1])
@@ -110,10 +121,6 @@ def _problem(details: Any, origins: Mapping[str, str]) -> Problem:
     else:
         message = f"{details['msg'][0].lower()}{details['msg'][1:]}, got {details['input']!r}"
     return Problem(key, message, origin_of(key, origins))
-
-
-# pydantic appends the branch of a union that failed to the location of an error.
-_UNION_TAGS = frozenset({"int", "bool", "constrained-int", "literal['auto']", "tuple[str, ...]"})
 
 
 def _impossible(config: Config) -> Iterable[Problem]:
@@ -126,6 +133,7 @@ def _impossible(config: Config) -> Iterable[Problem]:
     low, high = config.sample.guidance_interval
     if low > high:
         yield Problem("sample.guidance_interval", f"{low} to {high} is empty: give the lower first")
+    # By the estimator's name, since the estimators themselves need torch.
     if gradient.method == "last_k" and gradient.k > steps:
         yield Problem(
             "gradient.k", f"{gradient.k} is more than sample.num_inference_steps ({steps})"
@@ -144,22 +152,13 @@ def _impossible(config: Config) -> Iterable[Problem]:
         yield Problem(
             "gradient.method", "gaussian_k needs sample.num_inference_steps of at least 2"
         )
-    micro_batch = train.micro_batch if isinstance(train.micro_batch, int) else 1
-    if train.batch_size % micro_batch:
-        yield Problem(
-            "train.micro_batch",
-            f"{micro_batch} does not divide train.batch_size ({train.batch_size})",
-        )
     group = gradient.window_group
     if group is not None and train.batch_size % group:
         yield Problem(
             "gradient.window_group",
             f"{group} does not divide train.batch_size ({train.batch_size})",
         )
-    if group is not None and group % micro_batch:
-        yield Problem(
-            "train.micro_batch", f"{micro_batch} does not divide gradient.window_group ({group})"
-        )
+    # Rewards, each with its own loss or the common one.
     for name, reward in config.reward.items():
         if (reward.base_mean is None) != (reward.base_std is None):
             yield Problem(f"reward.{name}.base_mean", "give base_mean and base_std, or neither")

@@ -1,1 +1,4 @@
-"""Draw with fixed prompts and seeds, compare, and show."""
+"""Sample with fixed prompts and seeds, compare with the base model, and show the result.
+
+Read run.py first, then draw.py (sampling), compare.py (statistics) and results.py (the folder).
+"""

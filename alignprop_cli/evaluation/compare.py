@@ -1,64 +1,55 @@
-"""What `alignprop evaluate` does once the configuration is known: draw, measure, compare.
-
-Imported only when needed: it brings torch and diffusers with it.
-"""
+"""What two models differ in on the same samples, and how sure that is."""
 
 from __future__ import annotations
 
-import re
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from typing import Any
 
 import numpy as np
+from scipy import stats
 
-from alignprop_cli.config.schema import Config
-from alignprop_cli.console import Console
-from alignprop_cli.device import make_accelerator
-from alignprop_cli.errors import ConfigError
-from alignprop_cli.evaluation import draw as evaluator
-from alignprop_cli.evaluation import results
-from alignprop_cli.evaluation.draw import Drawn, Floats, Paired, Picture
-from alignprop_cli.evaluation.drawing import draw
-from alignprop_cli.lora import files as adapter
-from alignprop_cli.lora import layers as lora
-from alignprop_cli.lora.files import Located
-from alignprop_cli.models.base import DiffusionModel
-from alignprop_cli.models.families import load_model
-from alignprop_cli.rewards.jpeg import true_size
-from alignprop_cli.rewards.mixture import Mixture, build_mixture
-from alignprop_cli.storage import sha256, write_whole
+from alignprop_cli import rng
+from alignprop_cli.evaluation.draw import Floats, Sample, Samples
+from alignprop_cli.prompts import BUILT_IN
 
 DIVERSITY = "diversity"
-"""What `evaluator.diversity` is called among the rewards."""
+"""What `diversity` is called among the metrics."""
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One LoRA at one strength.
+class Paired:
+    """One metric of two models on the same samples.
 
     Args:
-        name: Of its pictures' folder, and in tables.
-        located: Its file.
-        strength: Factor on its update; 1 is as trained.
-        at: Its place on the curve of the rewards, where one is drawn.
+        base: Mean of the first model.
+        tuned: Mean of the second.
+        difference: Mean of tuned - base.
+        low: Lower end of the 95 % confidence interval of the difference.
+        high: Upper end.
+        wins: Share of samples on which the second model's value is higher.
+        ties: Share on which both are equal.
     """
 
-    name: str
-    located: Located
-    strength: float = 1.0
-    at: float | None = None
+    base: float
+    tuned: float
+    difference: float
+    low: float
+    high: float
+    wins: float
+    ties: float
 
 
 @dataclass(frozen=True)
-class Figure:
-    """One reward of one model.
+class Metric:
+    """One metric of one model.
 
     Args:
-        mean: Over all pictures.
-        std: Over all pictures.
-        paired: Against the base model on the same pictures; None for the base model itself.
+        mean: Over all samples.
+        std: Over all samples.
+        paired: Against the base model on the same samples; None for the base model itself.
     """
 
     mean: float
@@ -66,215 +57,216 @@ class Figure:
     paired: Paired | None
 
 
-Figures = Mapping[str, Mapping[str, Figure]]
-"""By reward and by model."""
+Metrics = Mapping[str, Mapping[str, Metric]]
+"""By name of the metric and of the model."""
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which LoRA at which strength.
+
+    Args:
+        file: Its file, in full.
+        sha256: Of the file.
+        strength: Factor on its update.
+        trained_on: Names of the rewards it was trained on, as far as the file says.
+    """
+
+    file: str
+    sha256: str
+    strength: float
+    trained_on: list[str]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was drawn and measured.
+    """What was sampled and measured, and what the models differ in.
 
     Args:
-        config: The complete configuration.
-        model: The base model's name and fingerprint.
-        variants: By name the LoRA's file, hash and strength, and the rewards it was trained on.
-        curve: Places of the variants on a curve; empty where none is drawn.
-        axis: What those places are.
-        drawn: Pictures by model: base, and each variant.
-        figures: Over all pictures.
-        groups: Likewise for the pictures of each group of prompts.
+        model: The base model's id and fingerprint.
+        variants: The LoRAs by name.
+        prompt_set: Its name or file.
+        seed: Of the noise.
+        sample: The `sample` section of the configuration.
+        axis: What the places on the curve are.
+        curve: Places of the variants on it; empty where none is plotted.
+        drawn: By model: base, and each variant.
         group_of: Group of each prompt that has one.
-        checker: Shares of pictures that are as their prompt says, by part of the prompt; empty
-            where the checker does not know the prompts.
-        seconds: Wall-clock time.
+        seconds: Wall-clock time of everything but the comparison.
     """
 
-    config: Config
     model: Mapping[str, str]
-    variants: Mapping[str, Mapping[str, object]]
-    curve: Sequence[float]
+    variants: Mapping[str, Identity]
+    prompt_set: str
+    seed: int
+    sample: Mapping[str, Any]
     axis: str
-    drawn: Mapping[str, Drawn]
-    figures: Figures
-    groups: Mapping[str, Figures]
+    curve: Sequence[float]
+    drawn: Mapping[str, Samples]
     group_of: Mapping[str, str]
-    checker: Figures
     seconds: float
 
     @property
-    def trained(self) -> set[str]:
+    def samples(self) -> tuple[Sample, ...]:
+        """Return what was sampled with every model."""
+        return self.drawn["base"].samples
+
+    @property
+    def trained_on(self) -> set[str]:
         """Return the rewards that any of the LoRAs was trained on."""
-        return {str(r) for v in self.variants.values() for r in v["trained_on"]}  # type: ignore[attr-defined]
+        return {reward for variant in self.variants.values() for reward in variant.trained_on}
+
+    @cached_property
+    def metrics(self) -> Metrics:
+        """Return everything that was measured, over all samples."""
+        return compare_all(self.drawn)
+
+    @cached_property
+    def groups(self) -> Mapping[str, Metrics]:
+        """Return the same over the samples of each group of prompts."""
+        names = [self.group_of.get(sample.prompt) for sample in self.samples]
+        rows = {
+            group: [row for row, name in enumerate(names) if name == group]
+            for group in sorted({name for name in names if name is not None})
+        }
+        return {
+            group: compare_all({model: own[members] for model, own in self.drawn.items()})
+            for group, members in rows.items()
+        }
+
+    @cached_property
+    def checker(self) -> Metrics:
+        """Return the shares of images that are as their prompt says, by part of the prompt.
+
+        Empty where no checker knows the prompts.
+        """
+        found = checks(self.drawn)
+        return {part: metric(self.samples, right) for part, right in found.items()}
 
 
-def variants(located: Sequence[Located], strengths: Sequence[float] | None) -> list[Variant]:
-    """Return what is drawn beside the base model, each under a name that can be a folder's."""
-    if strengths is not None:
-        return [Variant(f"strength {s:g}", located[0], s, at=s) for s in strengths]
-    if len(located) == 1:
-        return [Variant("tuned", located[0])]
-    labels = [re.sub(r"[^\w.-]+", "-", found.label) for found in located]
-    if len({"base", *labels}) <= len(labels):
-        labels = [f"{number}-{label}" for number, label in enumerate(labels, start=1)]
-    return [Variant(label, found) for label, found in zip(labels, located, strict=True)]
+def compare(samples: Sequence[Sample], base: Floats, tuned: Floats, *, seed: int = 0) -> Paired:
+    """Compare a metric on the same samples of two models.
 
-
-def run_evaluation(
-    config: Config,
-    console: Console,
-    chosen: Sequence[Variant],
-    prompts: list[str],
-    group_of: Mapping[str, str],
-    folder: Path,
-    *,
-    axis: str = "strength of the LoRA",
-) -> None:
-    """Draw, measure, compare, write the folder, and print the result.
+    The interval is a percentile bootstrap over prompts: images of one prompt are alike, so prompts
+    are what is resampled, not images.
 
     Args:
-        config: The complete configuration.
-        console: For people and for the result.
-        chosen: The LoRAs; none draws the base model alone.
-        prompts: The prompt set.
-        group_of: Group of each prompt that has one.
-        folder: Where the result goes; replaced where it exists.
-        axis: What the places of the LoRAs on a curve are.
+        samples: N samples.
+        base: Values of the first model, shape (N,).
+        tuned: Values of the second, shape (N,).
+        seed: Of the bootstrap.
+    """
+    difference = tuned - base
+    indices = np.array([sample.prompt_index for sample in samples])
+    prompts, group, counts = np.unique(indices, return_inverse=True, return_counts=True)
+    totals = np.bincount(group, weights=difference)
+    # One prompt, or no spread at all: there is nothing to resample.
+    low = high = float(difference.mean())
+    if len(prompts) > 1 and float(np.ptp(difference)) > 0.0:
+        # A ratio of sums, so that prompts with more images weigh more.
+        result = stats.bootstrap(
+            (totals, counts.astype(np.float64)),
+            lambda t, c, axis=-1: t.sum(axis=axis) / c.sum(axis=axis),
+            paired=True,
+            n_resamples=9999,
+            method="percentile",
+            rng=np.random.default_rng(rng.key(seed, "bootstrap")),
+        )
+        low, high = map(float, result.confidence_interval)
+    return Paired(
+        base=float(base.mean()),
+        tuned=float(tuned.mean()),
+        difference=float(difference.mean()),
+        low=low,
+        high=high,
+        wins=float((difference > 0).mean()),
+        ties=float((difference == 0).mean()),
+    )
+
+
+def compare_all(drawn: Mapping[str, Samples]) -> dict[str, dict[str, Metric]]:
+    """Return every metric of every model, and diversity where prompts repeat.
+
+    Args:
+        drawn: By model, the base model as "base", all of the same samples.
+    """
+    base = drawn["base"]
+    metrics = {
+        name: metric(base.samples, {model: own.rewards[name] for model, own in drawn.items()})
+        for name in base.rewards
+    }
+    if base.features is not None:
+        spread = {model: diversity(own) for model, own in drawn.items()}
+        prompts, _ = spread["base"]
+        if prompts:
+            values = {model: own for model, (_, own) in spread.items()}
+            metrics[DIVERSITY] = metric(prompts, values)
+    return metrics
+
+
+def metric(samples: Sequence[Sample], values: Mapping[str, Floats]) -> dict[str, Metric]:
+    """Return mean, spread and comparison of one metric.
+
+    Args:
+        samples: N samples.
+        values: By model, the base model as "base", shape (N,).
+    """
+    base = values["base"]
+    return {
+        model: Metric(
+            float(own.mean()),
+            float(own.std()),
+            None if model == "base" else compare(samples, base, own),
+        )
+        for model, own in values.items()
+    }
+
+
+def diversity(drawn: Samples) -> tuple[list[Sample], Floats]:
+    """Return how different the images of one prompt are, for each prompt with several.
+
+    1 minus the mean cosine of the features of all pairs of its images: 0 where all are the same.
+
+    Args:
+        drawn: With features.
+
+    Returns:
+        One sample of each such prompt, and the values, shape (P,).
 
     Raises:
-        AlignPropError: Whatever is wrong with the model, a LoRA, the rewards or the pictures.
+        ValueError: If there are no features.
     """
-    started = time.perf_counter()
-    accelerator = make_accelerator()
-    if not accelerator.is_main_process:
-        console = Console(quiet=True)
-    model = load_model(config.model, accelerator.device)
-    for variant in chosen:
-        # Before anything is drawn.
-        _check(console, model, variant)
-    mixture = build_mixture(config.reward, config.loss, accelerator.device)
-    # Tells pictures that fill with detail or empty, whatever the rewards say.
-    mixture.beside.setdefault("jpeg_kilobytes", true_size)
-    pictures = evaluator.choose(prompts, config.eval.images, config.eval.images_per_prompt)
-    drawn = _draw(config, console, model, mixture, pictures, chosen)
-    if not accelerator.is_main_process:
-        return
-    names = [group_of.get(picture.prompt) for picture in pictures]
-    result = Evaluation(
-        config,
-        {"id": model.id, "fingerprint": model.fingerprint},
-        {variant.name: _identity(variant) for variant in chosen},
-        [variant.at for variant in chosen if variant.at is not None],
-        axis,
-        drawn,
-        _compare(drawn),
-        {
-            group: _compare({n: _part(d, names, group) for n, d in drawn.items()})
-            for group in sorted({name for name in names if name is not None})
-        },
-        group_of,
-        {
-            part: {
-                which: _figure(drawn["base"], right["base"], own) for which, own in right.items()
-            }
-            for part, right in evaluator.checks(drawn).items()
-        },
-        time.perf_counter() - started,
-    )
-    write_whole(folder, lambda made: results.write(result, made))
-    results.show(console, result, folder)
+    if drawn.features is None:
+        raise ValueError("diversity needs features of the images")
+    groups: dict[int, list[int]] = {}
+    for i, sample in enumerate(drawn.samples):
+        groups.setdefault(sample.prompt_index, []).append(i)
+    several = [members for members in groups.values() if len(members) > 1]
+    values: list[float] = []
+    for members in several:
+        cosines = drawn.features[members] @ drawn.features[members].T
+        # Above the diagonal every pair stands once.
+        values.append(1.0 - float(cosines[np.triu_indices(len(members), k=1)].mean()))
+    return [drawn.samples[members[0]] for members in several], np.array(values)
 
 
-def _draw(
-    config: Config,
-    console: Console,
-    model: DiffusionModel,
-    mixture: Mixture,
-    pictures: Sequence[Picture],
-    chosen: Sequence[Variant],
-) -> dict[str, Drawn]:
-    """Draw the same pictures with every model, the base model first."""
-    repeated = len({picture.prompt_index for picture in pictures}) < len(pictures)
-    features = mixture.features if repeated else None
-    drawn = {"base": draw(config, console, model, mixture, pictures, "base", features=features)}
-    loaded: Path | None = None
-    for variant in chosen:
-        if loaded != variant.located.file:
-            if loaded is not None:
-                model.unload_lora()
-            model.load_lora(variant.located.file)
-            loaded = variant.located.file
-        lora.set_strength(model.network, variant.strength)
-        drawn[variant.name] = draw(
-            config, console, model, mixture, pictures, variant.name, features=features
-        )
-    return drawn
+def checks(drawn: Mapping[str, Samples]) -> dict[str, dict[str, Floats]]:
+    """Ask the checkers of the built-in prompt sets which images are as their prompts say.
 
+    Args:
+        drawn: By model, all of the same samples.
 
-def _identity(variant: Variant) -> dict[str, object]:
-    header = adapter.read_header(variant.located.file)
-    trained_on = [name for name in header.get("alignprop.rewards", "").split(",") if name]
-    return {
-        "file": str(variant.located.file.resolve()),
-        "sha256": sha256(variant.located.file),
-        "strength": variant.strength,
-        "trained_on": trained_on,
-    }
-
-
-def _check(console: Console, model: DiffusionModel, variant: Variant) -> None:
-    """Refuse a LoRA that says that it belongs to another model, or does not fit."""
-    file = variant.located.file
-    header = adapter.read_header(file)
-    recorded = header.get("alignprop.base_fingerprint")
-    trained_on = header.get("alignprop.base_model")
-    if recorded and recorded != model.fingerprint:
-        raise ConfigError(
-            f"{file}: this LoRA was trained on {trained_on}, whose layers are not those "
-            f"of {model.id}",
-            hint="give the model it was trained on with --model",
-        )
-    if trained_on and trained_on != model.id:
-        console.warn(f"{file} was trained on {trained_on}, and is drawn with {model.id}")
-    if adapter.changes_text_encoder(file):
-        console.warn(f"{file}: its layers of the text encoder are left out")
-
-
-def _compare(drawn: Mapping[str, Drawn]) -> dict[str, dict[str, Figure]]:
-    """Return the figures of every reward, and of diversity where prompts repeat."""
-    base = drawn["base"]
-    figures = {
-        name: {which: _figure(base, values, one.rewards[name]) for which, one in drawn.items()}
-        for name, values in base.rewards.items()
-    }
-    if base.features is None:
-        return figures
-    spread = {which: evaluator.diversity(one) for which, one in drawn.items()}
-    prompts, values = spread["base"]
-    if prompts:
-        figures[DIVERSITY] = {
-            which: Figure(
-                float(own.mean()),
-                float(own.std()),
-                None if which == "base" else evaluator.compare(prompts, values, own),
-            )
-            for which, (_, own) in spread.items()
-        }
-    return figures
-
-
-def _figure(base: Drawn, before: Floats, values: Floats) -> Figure:
-    """Return mean and spread of a model's values, and their comparison unless it is the base."""
-    paired = None if values is before else evaluator.compare(base.pictures, before, values)
-    return Figure(float(values.mean()), float(values.std()), paired)
-
-
-def _part(drawn: Drawn, names: Sequence[str | None], group: str) -> Drawn:
-    """Return the pictures of one group."""
-    inside = np.array([name == group for name in names])
-    return replace(
-        drawn,
-        pictures=tuple(p for p, name in zip(drawn.pictures, names, strict=True) if name == group),
-        images=drawn.images[inside],
-        rewards={name: values[inside] for name, values in drawn.rewards.items()},
-        features=None if drawn.features is None else drawn.features[inside],
-    )
+    Returns:
+        By part of the prompt and by model 1 for an image that has it right and 0 for one that has
+        not, shape (N,). Empty where no checker knows these prompts.
+    """
+    prompts = [sample.prompt for sample in next(iter(drawn.values())).samples]
+    for checker in dict.fromkeys(s.checker for s in BUILT_IN.values() if s.checker is not None):
+        module, _, function = checker.partition(":")
+        check = getattr(import_module(module), function)
+        found = {name: check(one.images, prompts) for name, one in drawn.items()}
+        # A checker answers with nothing for prompts that are not of its set.
+        if all(found.values()):
+            parts = next(iter(found.values()))
+            return {p: {n: own[p].astype(np.float64) for n, own in found.items()} for p in parts}
+    return {}

@@ -1,37 +1,39 @@
-"""Fixed prompts, fixed seeds: draw pictures, measure them, and compare two models pair by pair.
+"""Sample images for fixed prompts and seeds, and measure them.
 
-The noise of a picture is a function of (seed, prompt index, image index): not of the batch size,
-of the number of processes, or of anything drawn before it. So two models drawn with the same seed
-differ picture by picture only in what they have learned.
+The noise of an image is a function of (seed, prompt index, image index): not of the batch size, of
+the number of processes, or of anything sampled before it. So two models that are sampled with the
+same seed differ image by image only in what they have learned.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from importlib import import_module
+from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy import stats
+from torch import Tensor, distributed
 
 from alignprop_cli import images as image_tools
 from alignprop_cli import rng
-from alignprop_cli.config.schema import SampleConfig
 from alignprop_cli.errors import ConfigError
 from alignprop_cli.lora import layers as lora
-from alignprop_cli.models.base import DiffusionModel
-from alignprop_cli.prompts import BUILT_IN
+from alignprop_cli.models.base import Model, Sampler
+from alignprop_cli.models.compiled import uncompiled
 from alignprop_cli.rewards.mixture import Mixture
-from alignprop_cli.sampling import sample
+from alignprop_cli.sampling import guided, rollout
+from alignprop_cli.schedule import NoiseSchedule
 
 Floats = NDArray[np.float64]
+Features = Callable[[Tensor], Tensor]
+"""Images (B, 3, H, W) -> their features (B, D), of unit length."""
 
 
 @dataclass(frozen=True)
-class Picture:
-    """Which picture: the prompt, its index in the set, and the how-manieth picture of it."""
+class Sample:
+    """Which image: its prompt, that one's index in the set, and the number among its images."""
 
     prompt: str
     prompt_index: int
@@ -39,221 +41,175 @@ class Picture:
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """Pictures of one model.
+class Samples:
+    """Images of one model.
 
     Args:
-        pictures: What was drawn, N of them.
+        samples: What was sampled, N of them.
         images: Bytes, shape (N, H, W, 3).
-        rewards: By name, shape (N,).
+        rewards: By name of the mixture's metrics, shape (N,).
         features: Of unit length, shape (N, D), where they were asked for.
     """
 
-    pictures: tuple[Picture, ...]
+    samples: tuple[Sample, ...]
     images: NDArray[np.uint8]
     rewards: dict[str, Floats]
     features: Floats | None = None
 
     def caption(self, index: int) -> str:
-        """Return the rewards of one picture in words."""
+        """Return the rewards of one image in words."""
         return "  ".join(f"{name} {values[index]:.3f}" for name, values in self.rewards.items())
 
-
-@dataclass(frozen=True)
-class Paired:
-    """One reward of two models on the same pictures.
-
-    Args:
-        base: Mean of the first model.
-        tuned: Mean of the second.
-        difference: Mean of tuned - base.
-        low: Lower end of the 95 % confidence interval of the difference.
-        high: Upper end.
-        wins: Share of pictures on which the second model's reward is higher.
-        ties: Share on which both are equal.
-    """
-
-    base: float
-    tuned: float
-    difference: float
-    low: float
-    high: float
-    wins: float
-    ties: float
+    def __getitem__(self, rows: Sequence[int] | NDArray[np.integer[Any]]) -> Samples:
+        return Samples(
+            tuple(self.samples[row] for row in rows),
+            self.images[rows],
+            {name: values[rows] for name, values in self.rewards.items()},
+            None if self.features is None else self.features[rows],
+        )
 
 
-def choose(prompts: Sequence[str], count: int, per_prompt: int = 1) -> list[Picture]:
-    """Choose `count` pictures of a prompt set, always the same ones.
+def choose_samples(prompts: Sequence[str], count: int, per_prompt: int = 1) -> list[Sample]:
+    """Choose `count` samples of a prompt set, always the same ones.
 
-    Where there are fewer prompts than pictures, prompts repeat with new noise. Where there are
+    Where there are fewer prompts than samples, prompts repeat with new noise. Where there are
     more, some are picked at random: sets are often sorted, and every n-th would be of one kind.
 
     Args:
         prompts: The set.
-        count: Number of pictures, rounded up to whole prompts.
-        per_prompt: Pictures of each prompt, each with its own noise.
+        count: Number of samples, rounded up to whole prompts.
+        per_prompt: Samples of each prompt, each with its own noise.
     """
     if per_prompt > 1:
         return [
-            Picture(chosen.prompt, chosen.prompt_index, chosen.image_index * per_prompt + number)
-            for chosen in choose(prompts, -(-count // per_prompt))
+            Sample(chosen.prompt, chosen.prompt_index, chosen.image_index * per_prompt + number)
+            for chosen in choose_samples(prompts, -(-count // per_prompt))
             for number in range(per_prompt)
         ]
     if count >= len(prompts):
         return [
-            Picture(prompts[i % len(prompts)], i % len(prompts), i // len(prompts))
+            Sample(prompts[i % len(prompts)], i % len(prompts), i // len(prompts))
             for i in range(count)
         ]
     order: list[int] = np.random.default_rng(count).permutation(len(prompts)).tolist()
-    return [Picture(prompts[i], i) for i in sorted(order[:count])]
+    return [Sample(prompts[i], i) for i in sorted(order[:count])]
 
 
-@torch.no_grad()
-def draw(
-    model: DiffusionModel,
-    pictures: Sequence[Picture],
+def draw_samples(
+    model: Model,
+    samples: Sequence[Sample],
     mixture: Mixture,
-    config: SampleConfig,
+    sampler: Sampler,
     *,
     seed: int,
     batch_size: int,
-    features: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    features: Features | None = None,
     on_batch: Callable[[int], object] = lambda done: None,
-) -> Drawn:
-    """Draw pictures and measure them. Training's random numbers are not touched.
+) -> Samples:
+    """Sample images and measure them. Training's random numbers are not touched.
+
+    Several processes take a share each, and all get all images.
 
     Args:
-        model: With or without a LoRA.
-        pictures: What to draw, at least one.
-        mixture: The rewards to measure.
-        config: Steps, guidance, eta, size.
+        model: With or without a LoRA, opened with the prompts of `samples` and, where guidance is
+            on, the negative prompt.
+        samples: What to sample, at least one.
+        mixture: What to measure.
+        sampler: Steps, guidance, eta, size.
         seed: Of the noise.
-        batch_size: Pictures drawn at once.
-        features: Gives the features (B, D) of images (B, 3, H, W), to be kept with the pictures.
-        on_batch: Called with the number of pictures finished, after each batch.
+        batch_size: Images of one batch.
+        features: Gives the features that are kept with the images; None keeps none.
+        on_batch: Told after each batch how many more samples are done.
+
+    Returns:
+        In the order of `samples`. Not differentiable.
 
     Raises:
-        ConfigError: If there is nothing to draw, or the size does not fit the model.
-        RunError: If pictures or rewards are not finite.
+        ConfigError: If there is nothing to sample, or the size does not fit the model.
+        RunError: If images or rewards are not finite.
     """
-    if not pictures:
-        raise ConfigError("nothing to draw: no prompts were given")
-    shape = model.latent_shape(config.height, config.width)
-    schedule = model.schedule(config.num_inference_steps)
-    merged = lora.Merged(model.network)
-    drawn: list[NDArray[np.uint8]] = []
-    seen: list[Floats] = []
-    rewards: dict[str, list[Floats]] = {name: [] for name in mixture.figures}
-    for start in range(0, len(pictures), batch_size):
-        batch = pictures[start : start + batch_size]
-        prompts = [picture.prompt for picture in batch]
-        keys = [(picture.prompt_index, picture.image_index) for picture in batch]
-        latents = rng.image_noise(seed, "eval_noise", keys, shape).to(model.device)
+    if not samples:
+        raise ConfigError("nothing to sample: no prompts were given")
+    processes = distributed.get_world_size() if distributed.is_initialized() else 1
+    rank = distributed.get_rank() if processes > 1 else 0
+    # With more processes than samples some take the first one too, rather than none.
+    mine = list(range(rank, len(samples), processes)) or [0]
+    own = [samples[i] for i in mine]
+    parts: list[Samples] = []
+    done = 0
+    # A compiled network would be compiled anew for these batch sizes.
+    with torch.no_grad(), uncompiled(model.network.module):
+        for part in _batches(model, own, mixture, sampler, seed, batch_size, features):
+            parts.append(part)
+            # The other processes are about as far.
+            before, done = done, min(done + processes * len(part.samples), len(samples))
+            on_batch(done - before)
+    drawn = _joined(parts)
+    if processes == 1:
+        return drawn
+    shares: list[Any] = [None] * processes
+    distributed.all_gather_object(shares, (mine, drawn))
+    numbers = np.concatenate([numbers for numbers, _ in shares])
+    # unique() gives where each sample's first copy is.
+    return _joined([share for _, share in shares])[np.unique(numbers, return_index=True)[1]]
 
-        def fresh_noise(i: int, keys: Sequence[tuple[int, int]] = keys) -> torch.Tensor:
+
+def _batches(
+    model: Model,
+    samples: Sequence[Sample],
+    mixture: Mixture,
+    sampler: Sampler,
+    seed: int,
+    batch_size: int,
+    features: Features | None,
+) -> Iterator[Samples]:
+    """Yield the samples batch by batch."""
+    network = model.network
+    shape = network.latent_shape(sampler.height, sampler.width)
+    schedule = network.schedule(sampler.num_inference_steps, shape)
+    negative_prompt = sampler.negative_prompt if _guides(sampler, schedule) else None
+    merged = lora.Merged(network.module)
+    for start in range(0, len(samples), batch_size):
+        batch = samples[start : start + batch_size]
+        prompts = [sample.prompt for sample in batch]
+        keys = [(sample.prompt_index, sample.image_index) for sample in batch]
+
+        def draw_noise(i: int, keys: Sequence[tuple[int, int]] = keys) -> Tensor:
             return rng.image_noise(seed, "eval_eta", keys, shape, i).to(model.device)
 
-        conditioning = model.encode_prompts(prompts, config.negative_prompt)
-        denoise = model.denoiser(conditioning, config.guidance_scale, config.guidance_interval)
+        # 1. The chain, with the LoRA added to the weights: the same numbers in fewer operations.
+        latents = rng.image_noise(seed, "eval_noise", keys, shape).to(model.device)
+        conditioning = model.conditioning(prompts, negative_prompt)
+        denoise = guided(network.predict, conditioning, sampler.guidance)
         with merged:
-            latents = sample(denoise, latents, schedule, eta=config.eta, draw_noise=fresh_noise)
-        decoded = model.decode(latents)
-        for name, scores in mixture.score(decoded, prompts).items():
-            rewards[name].append(scores.double().cpu().numpy())
-        if features is not None:
-            seen.append(features(decoded).double().cpu().numpy())
-        drawn.append(image_tools.to_uint8(decoded).numpy())
-        on_batch(min(start + batch_size, len(pictures)))
-    return Drawn(
-        tuple(pictures),
-        np.concatenate(drawn),
-        {name: np.concatenate(parts) for name, parts in rewards.items()},
-        np.concatenate(seen) if seen else None,
-    )
+            latents = rollout(denoise, latents, schedule, eta=sampler.eta, draw_noise=draw_noise)
 
-
-def diversity(drawn: Drawn) -> tuple[list[Picture], Floats]:
-    """Return how different the pictures of one prompt are, for each prompt with several.
-
-    1 minus the mean cosine of the features of all pairs of its pictures: 0 where all are the same.
-
-    Args:
-        drawn: With features.
-
-    Returns:
-        One picture of each such prompt, and the values, shape (P,).
-
-    Raises:
-        ValueError: If there are no features.
-    """
-    if drawn.features is None:
-        raise ValueError("diversity needs features of the pictures")
-    groups: dict[int, list[int]] = {}
-    for i, picture in enumerate(drawn.pictures):
-        groups.setdefault(picture.prompt_index, []).append(i)
-    several = [members for members in groups.values() if len(members) > 1]
-    values: list[float] = []
-    for members in several:
-        cosines = drawn.features[members] @ drawn.features[members].T
-        values.append(1.0 - float(cosines[np.triu_indices(len(members), k=1)].mean()))
-    return [drawn.pictures[members[0]] for members in several], np.array(values)
-
-
-def compare(pictures: Sequence[Picture], base: Floats, tuned: Floats, *, seed: int = 0) -> Paired:
-    """Compare a reward on the same pictures of two models.
-
-    The interval is a percentile bootstrap over prompts: pictures of one prompt are alike, so
-    prompts are what is drawn again, not pictures.
-
-    Args:
-        pictures: N pictures.
-        base: Rewards of the first model, shape (N,).
-        tuned: Rewards of the second, shape (N,).
-        seed: Of the bootstrap.
-    """
-    difference = tuned - base
-    indices = np.array([picture.prompt_index for picture in pictures])
-    prompts, group, counts = np.unique(indices, return_inverse=True, return_counts=True)
-    totals = np.bincount(group, weights=difference)
-    low = high = float(difference.mean())
-    if len(prompts) > 1 and float(np.ptp(difference)) > 0.0:
-        # A ratio of sums, so that prompts with more pictures weigh more.
-        result = stats.bootstrap(
-            (totals, counts.astype(np.float64)),
-            lambda t, c, axis=-1: t.sum(axis=axis) / c.sum(axis=axis),
-            paired=True,
-            n_resamples=9999,
-            method="percentile",
-            rng=np.random.default_rng(rng.key(seed, "bootstrap")),
+        # 2. Rewards and features of the images as the decoder leaves them, before rounding.
+        decoded = model.decoder.decode(latents)
+        scores = mixture.score(decoded, prompts)
+        yield Samples(
+            tuple(batch),
+            image_tools.to_uint8(decoded).numpy(),
+            {name: _numbers(values) for name, values in scores.items()},
+            None if features is None else _numbers(features(decoded)),
         )
-        low, high = map(float, result.confidence_interval)
-    return Paired(
-        base=float(base.mean()),
-        tuned=float(tuned.mean()),
-        difference=float(difference.mean()),
-        low=low,
-        high=high,
-        wins=float((difference > 0).mean()),
-        ties=float((difference == 0).mean()),
+
+
+def _guides(sampler: Sampler, schedule: NoiseSchedule) -> bool:
+    """Return whether any call needs the unconditional branch."""
+    return any(sampler.guidance.applies(step.sigma) for step in schedule.steps)
+
+
+def _numbers(values: Tensor) -> Floats:
+    return cast(Floats, values.double().cpu().numpy())
+
+
+def _joined(parts: Sequence[Samples]) -> Samples:
+    """Return the samples of all parts, one part after the other."""
+    features = [part.features for part in parts if part.features is not None]
+    return Samples(
+        tuple(sample for part in parts for sample in part.samples),
+        np.concatenate([part.images for part in parts]),
+        {name: np.concatenate([part.rewards[name] for part in parts]) for name in parts[0].rewards},
+        np.concatenate(features) if features else None,
     )
-
-
-def checks(drawn: Mapping[str, Drawn]) -> dict[str, dict[str, Floats]]:
-    """Ask the checkers of the built-in prompt sets which images are as their prompts say.
-
-    Args:
-        drawn: By name the images of a model, all of the same prompts.
-
-    Returns:
-        By part of the prompt and by model 1 for an image that has it right and 0 for one that has
-        not, shape (N,). Empty where no checker knows these prompts.
-    """
-    prompts = [picture.prompt for picture in next(iter(drawn.values())).pictures]
-    for checker in dict.fromkeys(s.checker for s in BUILT_IN.values() if s.checker is not None):
-        module, _, function = checker.partition(":")
-        check = getattr(import_module(module), function)
-        found = {name: check(one.images, prompts) for name, one in drawn.items()}
-        if all(found.values()):
-            parts = next(iter(found.values()))
-            return {p: {n: own[p].astype(np.float64) for n, own in found.items()} for p in parts}
-    return {}

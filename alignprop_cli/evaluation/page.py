@@ -27,7 +27,7 @@ _QUALITY = 85
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """A small picture inside the page, and the file of the large one, relative to the page."""
+    """A small image inside the page, and the file of the large one, relative to the page."""
 
     source: str
     file: str
@@ -39,19 +39,19 @@ class Card:
 
     Args:
         prompt: As it is.
-        pictures: By model.
+        images: By model.
         captions: By model.
         sorts: What the page can be sorted by.
     """
 
     prompt: str
-    pictures: Mapping[str, Thumbnail]
+    images: Mapping[str, Thumbnail]
     captions: Mapping[str, str]
     sorts: Mapping[str, float]
 
 
-def picture(image: NDArray[np.uint8], path: str) -> Thumbnail:
-    """Return a picture (H, W, 3) small enough for a page; small ones stay as they are."""
+def thumbnail(image: NDArray[np.uint8], path: str) -> Thumbnail:
+    """Return an image (H, W, 3) small enough for a page; small ones stay as they are."""
     shown, buffer = Image.fromarray(image), io.BytesIO()
     if max(shown.size) > _LARGEST_PX:
         shown.thumbnail((_LARGEST_PX, _LARGEST_PX))

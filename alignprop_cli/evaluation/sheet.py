@@ -1,4 +1,4 @@
-"""Pictures for people: a sheet of them with prompts and scores, and single files with metadata."""
+"""Images for people: a sheet of them with prompts and scores, and single files with metadata."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class Cell:
     """One prompt on a contact sheet.
 
     Args:
-        prompt: Wrapped under the pictures.
+        prompt: Wrapped under the images.
         images: One per title of the sheet, each of shape (H, W, 3), uint8.
-        captions: The text under each picture, such as its rewards.
+        captions: The text under each image, such as its rewards.
     """
 
     prompt: str
@@ -58,12 +58,12 @@ class _Text:
 
 
 def contact_sheet(cells: Sequence[Cell], path: Path, *, titles: Sequence[str]) -> None:
-    """Write a PNG with all cells, a few to a row, all pictures of a cell side by side.
+    """Write a PNG with all cells, a few to a row, all images of a cell side by side.
 
     Args:
         cells: At least one, each with as many images and captions as there are titles.
         path: The file; its folder exists.
-        titles: What the pictures of a cell are, such as ("base", "tuned").
+        titles: What the images of a cell are, such as ("base", "tuned").
 
     Raises:
         ValueError: If there is no cell, or the numbers of images, captions and titles differ.
@@ -99,15 +99,15 @@ def contact_sheet(cells: Sequence[Cell], path: Path, *, titles: Sequence[str]) -
     for row, caption, row_height in zip(rows, captions, heights, strict=True):
         for column, cell in enumerate(row):
             left, below = _left(column, cell_width), top + _TILE + caption
-            _draw_pictures(sheet, cell, (left, top), small)
+            _draw_images(sheet, cell, (left, top), small)
             for number, line in enumerate(_prompt_lines(cell, body, cell_width)):
                 draw.text((left, below + number * body.line), line, fill=_INK, font=body.font)
         top += row_height + _CELL_GAP
     sheet.save(path, format="PNG", optimize=True)
 
 
-def save_picture(image: Pixels, path: Path, metadata: Mapping[str, str]) -> None:
-    """Write one picture as PNG with text chunks.
+def save_image(image: Pixels, path: Path, metadata: Mapping[str, str]) -> None:
+    """Write one image as PNG with text chunks.
 
     Args:
         image: Shape (H, W, 3), uint8.
@@ -126,12 +126,12 @@ def _left(column: int, cell_width: int) -> int:
 
 
 def _fit(image: Pixels) -> Image.Image:
-    """Return a picture that fills a tile along its longer side."""
-    picture = Image.fromarray(image)
-    scale = _TILE / max(picture.size)
-    size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
-    # Small pictures are shown pixel by pixel, as they are.
-    return picture.resize(
+    """Return the image, filling a tile along its longer side."""
+    shown = Image.fromarray(image)
+    scale = _TILE / max(shown.size)
+    size = (max(1, round(shown.width * scale)), max(1, round(shown.height * scale)))
+    # Small images are shown pixel by pixel, as they are.
+    return shown.resize(
         size, Image.Resampling.NEAREST if scale >= 2.0 else Image.Resampling.LANCZOS
     )
 
@@ -141,21 +141,21 @@ def _prompt_lines(cell: Cell, body: _Text, cell_width: int) -> list[str]:
 
 
 def _caption_height(row: Sequence[Cell], small: _Text) -> int:
-    """Return the pixels between the pictures of a row and its prompts."""
+    """Return the pixels between the images of a row and its prompts."""
     texts = [text for cell in row for text in cell.captions]
     lines = max(len(_wrap(text, small.font, _TILE, _CAPTION_LINES)) for text in texts)
     return 5 + lines * small.line + 3
 
 
-def _draw_pictures(sheet: Image.Image, cell: Cell, corner: tuple[int, int], small: _Text) -> None:
-    """Draw the pictures of a cell side by side, the caption under each."""
+def _draw_images(sheet: Image.Image, cell: Cell, corner: tuple[int, int], small: _Text) -> None:
+    """Draw the images of a cell side by side, the caption under each."""
     left, top = corner
     draw = ImageDraw.Draw(sheet)
     for index, (image, caption) in enumerate(zip(cell.images, cell.captions, strict=True)):
-        picture = _fit(image)
+        shown = _fit(image)
         x = left + index * (_TILE + _PAIR_GAP)
-        # Pictures that are not square stand on the caption, in the middle of their tile.
-        sheet.paste(picture, (x + (_TILE - picture.width) // 2, top + _TILE - picture.height))
+        # Images that are not square stand on the caption, in the middle of their tile.
+        sheet.paste(shown, (x + (_TILE - shown.width) // 2, top + _TILE - shown.height))
         for number, line in enumerate(_wrap(caption, small.font, _TILE, _CAPTION_LINES)):
             place = (x, top + _TILE + 5 + number * small.line)
             draw.text(place, line, fill=_GREY, font=small.font)

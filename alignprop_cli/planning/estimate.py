@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, get_args
 
-from alignprop_cli.config.schema import Config, GradientConfig
+from alignprop_cli.estimators import Estimator
 
 Level = Literal["none", "block", "call"]
-"""What is computed again in backward: nothing, the blocks of the network, its whole call."""
+"""What backward recomputes of the network: nothing, its blocks, its whole call."""
 
 LEVELS: tuple[Level, ...] = get_args(Level)
 
 GIB = 2**30
 
-# What is taken beside the tensors: CUDA's own context; what libraries load in the first step.
+# Memory that no tensor takes: CUDA's own context; what libraries load in the first step.
 _CONTEXT = {"cuda": GIB // 2, "cpu": GIB // 4}
 # The share left free for gaps between tensors and for what the estimate does not see. glibc leaves
 # more gaps: tests/benchmarks/results/heap_epyc-2-cores_202611.md.
@@ -24,45 +25,51 @@ _RESERVE, _CPU_RESERVE = 0.08, 0.25
 
 
 @dataclass(frozen=True)
-class Linear:
-    """A figure that grows with the micro-batch: fixed + each x images."""
+class Affine:
+    """Bytes that grow with the images of a batch: fixed + each x images."""
 
     fixed: float
     each: float
 
     def __call__(self, images: int) -> float:
-        """Return the figure for a micro-batch of so many images."""
+        """Return the bytes for a batch of this many images."""
         return self.fixed + self.each * images
 
 
 @dataclass(frozen=True)
 class Work:
-    """Bytes and operations of one part of a step; see `memory.Cost`."""
+    """What one part of a step needs; the fields are explained at `meter.Cost`.
 
-    saved: Linear
-    forward: Linear
-    backward: Linear
-    forward_flops: Linear
-    backward_flops: Linear
+    Bytes are for a batch of any size, operations for one image.
+    """
+
+    saved: Affine
+    forward: Affine
+    backward: Affine
+    forward_flops: float
+    backward_flops: float
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """What the parts of a step need, for any micro-batch.
+    """What the parts of a step need.
 
     Args:
         weights: Bytes of frozen weights, by part.
         trained: Number of LoRA parameters.
+        latents: Bytes of one image's latents.
         rollout: A network call without gradient, both guidance branches.
-        first: The first call of the window, whose input carries no gradient, by level.
-        call: Every later call of the window, by level.
-        decoder: From latents to images, by whether its blocks are computed again.
+        first: A network call with gradient whose input carries none, by level: the first one of a
+            path, or all where the estimator detaches their input.
+        call: A network call with gradient whose input carries gradient, by level.
+        decoder: From latents to images, by whether its blocks are recomputed.
         reward: From images to the loss, likewise.
         uncounted: Rewards that could not be counted.
     """
 
     weights: Mapping[str, int]
     trained: int
+    latents: int
     rollout: Work
     first: Mapping[Level, Work]
     call: Mapping[Level, Work]
@@ -78,7 +85,7 @@ class Budget:
     Args:
         bytes: What may be used.
         device_type: `cuda`, `cpu`, ...
-        source: Where the figure comes from, for people.
+        source: Where the number comes from, for people.
     """
 
     bytes: int
@@ -111,7 +118,7 @@ class Correction:
     factor: float = 1.0
 
     def __call__(self, size: float) -> float:
-        """Return the bytes that are needed where so many were estimated."""
+        """Return the bytes that are needed where this many were estimated."""
         return self.fixed + self.factor * size
 
     @staticmethod
@@ -132,6 +139,68 @@ class Correction:
 UNCORRECTED = Correction()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Chain:
+    """The sampling chain of a step and where the gradient flows in it.
+
+    Args:
+        num_inference_steps: T, network calls of one chain.
+        estimator: Which of them carry gradient.
+        rollout_steps: Calls instead of those before the first with gradient; None: one for each.
+    """
+
+    num_inference_steps: int
+    estimator: Estimator
+    rollout_steps: int | None = None
+
+    @property
+    def ends(self) -> int:
+        """Return how many clean latents one image has: one, or one for each copy."""
+        return max(self.estimator.copies, 1)
+
+    @cached_property
+    def longest(self) -> int:
+        """Return the most calls with gradient that one image has; every copy is one more."""
+        return self.ends * self.estimator.longest(self.num_inference_steps)
+
+    @cached_property
+    def mean(self) -> float:
+        """Return the mean number of calls with gradient, copies not counted."""
+        return self.estimator.mean(self.num_inference_steps)
+
+    @property
+    def is_attached(self) -> bool:
+        """Return whether gradient flows into a call through its input."""
+        return self.estimator.input_grad > 0.0 and not self.estimator.copies
+
+
+@dataclass(frozen=True, kw_only=True)
+class Division:
+    """How one process works through its images: three batch sizes and what backward recomputes.
+
+    Args:
+        rollout_batch: Images rolled out together, without gradient.
+        micro_batch: Images that go through the calls with gradient, and back, together. What is
+            left over at the end is a smaller micro-batch.
+        decode_batch: Images decoded, scored and differentiated together; at most `micro_batch`.
+        checkpoint_network: What is recomputed of each network call with gradient.
+        stored_calls: With the level `call`: how many calls, the last ones, are stored all the same.
+        checkpoint_decoder: Whether the decoder's blocks are recomputed.
+        checkpoint_reward: Whether the blocks of the rewards' networks are.
+    """
+
+    rollout_batch: int
+    micro_batch: int
+    decode_batch: int
+    checkpoint_network: Level = "none"
+    stored_calls: int = 0
+    checkpoint_decoder: bool = False
+    checkpoint_reward: bool = False
+
+
+NOTHING_RECOMPUTED = Division(rollout_batch=1, micro_batch=1, decode_batch=1)
+
+
 @dataclass(frozen=True)
 class Estimate:
     """What a plan is expected to need.
@@ -139,7 +208,7 @@ class Estimate:
     Args:
         parts: Bytes by part at the moment of the peak.
         flops: Operations of one step of one process.
-        floor: The same with nothing computed twice.
+        floor: The same with nothing recomputed.
         correction: What a measurement says of the sum of the parts.
     """
 
@@ -149,160 +218,141 @@ class Estimate:
     correction: Correction = UNCORRECTED
 
     @property
+    def uncorrected(self) -> int:
+        """Return the bytes at the peak as they were before anything was measured."""
+        return sum(self.parts.values())
+
+    @property
     def peak(self) -> int:
         """Return the bytes at the peak."""
-        return math.ceil(self.correction(sum(self.parts.values())))
-
-
-def longest_window(gradient: GradientConfig, steps: int) -> int:
-    """Return the largest number of network calls that can carry gradient."""
-    if gradient.method == "full":
-        return steps
-    if gradient.method == "last_k":
-        return gradient.k
-    if gradient.method == "random_k":
-        return gradient.k_max or steps
-    return steps - 1
-
-
-def mean_window(gradient: GradientConfig, steps: int) -> float:
-    """Return the mean number of network calls that carry gradient, drawing aside rounding."""
-    if gradient.method == "random_k":
-        return (gradient.k_min + (gradient.k_max or steps)) / 2.0
-    if gradient.method == "gaussian_k":
-        return steps * (1.0 - gradient.mean)
-    return float(longest_window(gradient, steps))
-
-
-def mean_beyond(gradient: GradientConfig, steps: int, calls: int) -> float:
-    """Return the mean number of network calls with gradient beyond the last so many."""
-    if gradient.method == "random_k":
-        longest = longest_window(gradient, steps)
-        sizes = range(gradient.k_min, longest + 1)
-        return sum(max(k - calls, 0) for k in sizes) / len(sizes)
-    if gradient.method == "gaussian_k" and gradient.std > 0.0:
-        # E max(k - calls, 0) of a normal k, drawing aside rounding and limits.
-        std = gradient.std * steps
-        z = (mean_window(gradient, steps) - calls) / std
-        density = math.exp(-z * z / 2.0) / math.sqrt(2.0 * math.pi)
-        return std * (density + z * math.erfc(-z / math.sqrt(2.0)) / 2.0)
-    return max(mean_window(gradient, steps) - calls, 0.0)
+        return math.ceil(self.correction(self.uncorrected))
 
 
 def estimate(
     footprint: Footprint,
-    config: Config,
+    chain: Chain,
+    division: Division,
     *,
-    micro_batch: int,
-    accumulation: int,
-    network: Level,
-    decoder: bool,
-    reward: bool,
-    stored_calls: int = 0,
+    images: int,
     correction: Correction = UNCORRECTED,
 ) -> Estimate:
     """Return the peak memory and the operations of one step of one process.
 
-    The peak is the largest of: a call of the roll-out; decoding, scoring, and going back through
-    both, with all calls of the longest window stored; going back through one call of it, stored or
-    computed again.
-
     Args:
         footprint: What the parts need.
-        config: For T, the estimator and the optimiser.
-        micro_batch: Images at once.
-        accumulation: Micro-batches in a step.
-        network: What of the network is computed again.
-        decoder: Whether the decoder's blocks are.
-        reward: Whether the reward's blocks are.
-        stored_calls: With the level `call`, how many of the last calls are stored all the same.
+        chain: What each image goes through.
+        division: How they are worked through.
+        images: Of the step in one process.
         correction: What was measured of such estimates on the device.
     """
-    longest = longest_window(config.gradient, config.sample.num_inference_steps)
-    kept = min(stored_calls, longest) if network == "call" else 0
-    window = _Window(footprint, network, longest, kept, micro_batch)
-    images, scores = footprint.decoder[decoder], footprint.reward[reward]
-    m = micro_batch
+    return Estimate(
+        parts=peak_parts(footprint, chain, division, images),
+        flops=images * operations(footprint, chain, division),
+        floor=images * operations(footprint, chain, NOTHING_RECOMPUTED),
+        correction=correction,
+    )
+
+
+def peak_parts(
+    footprint: Footprint, chain: Chain, division: Division, images: int
+) -> dict[str, int]:
+    """Return the bytes by part at the moment of the peak.
+
+    All images are rolled out first, by `rollout_batch`. Each micro-batch then goes through the
+    calls with gradient, which are stored; its clean latents are decoded, scored and differentiated
+    by `decode_batch`; last it goes back through the calls. The peak is the largest of these.
+    """
+    m, d = division.micro_batch, division.decode_batch
+    decoder = footprint.decoder[division.checkpoint_decoder]
+    reward = footprint.reward[division.checkpoint_reward]
+    window = _Window(footprint, chain, division)
+    longest = chain.longest
 
     stored, before_last = window.stored(longest), window.stored(longest - 1)
     last = window.call(longest - 1)
     phases = {
-        "roll-out": {"roll-out": footprint.rollout.forward(m)},
+        "roll-out": {"roll-out": footprint.rollout.forward(division.rollout_batch)},
         "last call": {"stored calls": before_last, "network": last.forward(m)},
-        "decode": {"stored calls": stored, "decoder": images.forward(m)},
+        "decode": {"stored calls": stored, "decoder": decoder.forward(d)},
         "score": {
             "stored calls": stored,
-            "decoder": images.saved(m),
-            "reward": max(scores.forward(m), scores.backward(m)),
+            "decoder": decoder.saved(d),
+            "reward": max(reward.forward(d), reward.backward(d)),
         },
-        "decoder back": {"stored calls": stored, "decoder": images.backward(m)},
+        "decoder back": {"stored calls": stored, "decoder": decoder.backward(d)},
         "network back": {"stored calls": before_last, "network": last.backward(m)},
     }
-    if 0 < kept < longest:
-        again = longest - kept - 1
+    if 0 < window.kept < longest:
+        # Back at the last of the recomputed calls, when all those kept are gone.
+        again = longest - window.kept - 1
         phases["recomputed back"] = {
             "stored calls": window.stored(again),
             "network": window.call(again).backward(m),
         }
     phase = max(phases.values(), key=lambda parts: sum(parts.values()))
-    # float32 weights, gradients and AdamW's two moments.
-    parts = {**footprint.weights, "LoRA and optimiser": 16 * footprint.trained, **phase}
-    return Estimate(
-        parts={name: math.ceil(size) for name, size in parts.items()},
-        flops=accumulation * _operations(footprint, config, m, network, kept, decoder, reward),
-        floor=accumulation * _operations(footprint, config, m, "none", 0, False, False),
-        correction=correction,
-    )
+    parts = {
+        **footprint.weights,
+        # float32 weights, gradients and AdamW's two moments.
+        "LoRA and optimiser": 16 * footprint.trained,
+        # All that were rolled out; the clean ones of a micro-batch and their gradient.
+        "latents": footprint.latents * (images + 2 * m * chain.ends),
+        **phase,
+    }
+    return {name: math.ceil(size) for name, size in parts.items()}
 
 
-@dataclass(frozen=True)
 class _Window:
-    """The calls that carry gradient, of which the last `kept` are stored whatever the level."""
+    """The calls of the longest path, of which the last `kept` are stored whatever the level."""
 
-    footprint: Footprint
-    level: Level
-    calls: int
-    kept: int
-    images: int
+    def __init__(self, footprint: Footprint, chain: Chain, division: Division) -> None:
+        self.level: Level = division.checkpoint_network
+        self.images = division.micro_batch
+        self.kept = min(division.stored_calls, chain.longest) if self.level == "call" else 0
+        self.again = chain.longest - self.kept
+        self.first = footprint.first
+        self.later = footprint.call if chain.is_attached else footprint.first
 
     def call(self, i: int) -> Work:
-        """Return call i of the window."""
-        level: Level = "none" if i >= self.calls - self.kept else self.level
-        return self.footprint.first[level] if i == 0 else self.footprint.call[level]
+        """Return call i of the path."""
+        level: Level = "none" if i >= self.again else self.level
+        return self.later[level] if i else self.first[level]
 
     def stored(self, i: int) -> float:
         """Return the bytes that the calls before call i store."""
         if i == 0:
             return 0.0
-        again = max(min(i, self.calls - self.kept), 1)
-        sizes = {level: self.footprint.call[level].saved(self.images) for level in LEVELS}
-        later = (again - 1) * sizes[self.level] + (i - again) * sizes["none"]
-        return self.call(0).saved(self.images) + later
+        # The first call, the recomputed ones after it, and those that are kept.
+        again = max(min(i, self.again), 1)
+        recomputed = self.later[self.level].saved(self.images)
+        whole = self.later["none"].saved(self.images)
+        return self.call(0).saved(self.images) + (again - 1) * recomputed + (i - again) * whole
 
 
-def _operations(
-    footprint: Footprint,
-    config: Config,
-    images: int,
-    level: Level,
-    kept: int,
-    decoder: bool,
-    reward: bool,
-) -> float:
-    """Return the operations of one micro-batch, on the average over the windows."""
-    steps, gradient = config.sample.num_inference_steps, config.gradient
-    mean = mean_window(gradient, steps)
-    one, more = footprint.first[level], footprint.call[level]
-    back = one.backward_flops(images) + (mean - 1.0) * more.backward_flops(images)
-    if kept:
-        stored = mean - mean_beyond(gradient, steps, kept)
-        plain = footprint.call["none"].backward_flops(images)
-        back -= stored * (more.backward_flops(images) - plain)
-    tail = (footprint.decoder[decoder], footprint.reward[reward])
-    rest = sum(part.forward_flops(images) + part.backward_flops(images) for part in tail)
-    calls = float(steps)
-    if gradient.rollout_steps is not None:
-        # Those before the window that are left out: max(steps - k - rollout_steps, 0) on average.
-        beyond = max(steps - gradient.rollout_steps, 0)
-        calls -= beyond - mean + mean_beyond(gradient, steps, beyond)
-    return calls * footprint.rollout.forward_flops(images) + back + rest
+def operations(footprint: Footprint, chain: Chain, division: Division) -> float:
+    """Return the operations of one image, on the average over the estimator's draws.
+
+    Of the division only what is recomputed matters.
+    """
+    steps, estimator = chain.num_inference_steps, chain.estimator
+    level, kept = division.checkpoint_network, division.stored_calls
+    mean = chain.mean
+
+    # 1. Forward through the chain. Copies come on top of it; some calls before the first one with
+    # gradient may be left out: max(beyond - k, 0) of them, for k with gradient.
+    calls = steps + estimator.copies * mean
+    if chain.rollout_steps is not None:
+        beyond = max(steps - chain.rollout_steps, 0)
+        calls -= beyond - mean + estimator.mean_beyond(steps, beyond)
+
+    # 2. Back through the calls with gradient, some of which are recomputed.
+    first, later = footprint.first, footprint.call if chain.is_attached else footprint.first
+    back = first[level].backward_flops + (chain.ends * mean - 1.0) * later[level].backward_flops
+    if level == "call" and kept:
+        stored = mean - estimator.mean_beyond(steps, kept)
+        back -= stored * (later[level].backward_flops - later["none"].backward_flops)
+
+    # 3. Decoder and reward, both ways.
+    decoder = footprint.decoder[division.checkpoint_decoder]
+    reward = footprint.reward[division.checkpoint_reward]
+    tail = sum(part.forward_flops + part.backward_flops for part in (decoder, reward))
+    return calls * footprint.rollout.forward_flops + back + chain.ends * tail

@@ -4,6 +4,11 @@ A network on the meta device has shapes and no numbers. Running it there shows, 
 and without a GPU, which tensors autograd keeps for backward, how much lives at once, and how many
 floating point operations it takes. The same functions count a real run, which is how the tests
 know that the prediction is right.
+
+Of torch's own tools (2.14), FlopCounterMode counts no bytes and has no formula for the CPU's
+attention kernel, and MemTracker counts neither operations nor what autograd keeps between forward
+and backward. Neither makes the meta device take the attention kernel of the real one. The formulas
+here are torch's wherever it has one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How a global batch is worked through: micro-batch, accumulation, recomputation.
+"""How a global batch is worked through: three batch sizes and what backward recomputes.
 
 A plan changes how fast and in how much memory a step runs, never what it computes. Among the plans
 that fit the memory the one with the fewest operations is chosen.
@@ -7,308 +7,369 @@ that fit the memory the one with the fewest operations is chosen.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import Literal
 
-from alignprop_cli.config.schema import Config
 from alignprop_cli.errors import ConfigError, Problem, RunError
+from alignprop_cli.estimators import GradPath
 from alignprop_cli.planning.estimate import (
     GIB,
+    NOTHING_RECOMPUTED,
     UNCORRECTED,
     Budget,
+    Chain,
     Correction,
+    Division,
     Estimate,
     Footprint,
     Level,
     estimate,
-    longest_window,
+    operations,
+    peak_parts,
 )
 
-# Beyond so many pictures at once nothing gets faster; on CUDA a guess, not measured.
+Auto = Literal["auto"]
+
+# Beyond this nothing gets faster on a CPU. An H200 is still 1.19 x as fast an image at 16 as at 8;
+# larger batches were not tried.
 _LARGEST = {"cuda": 16, "cpu": 8}
+# Where the roll-out is worth a larger batch than the calls with gradient, whose memory bounds it.
+_LARGEST_ROLLOUT = {"cuda": 16}
 
 
-@dataclass(frozen=True)
-class Plan:
+@dataclass(frozen=True, kw_only=True)
+class PlanRequest(Chain):
+    """What a plan is wanted for, and what of it is given.
+
+    Args:
+        batch_size: Images of one step over all processes.
+        processes: Number of processes that work on one step.
+        rollout_batch: As in `Plan`, and so are the others; `auto` is to be chosen.
+        micro_batch: In images.
+        decode_batch: In images; more than the micro-batch means all of it.
+        checkpoint_network: What backward recomputes.
+        checkpoint_decoder: Likewise.
+        checkpoint_reward: Likewise.
+        advice: What the user can change, by the part of the estimate that it makes smaller.
+    """
+
+    batch_size: int
+    processes: int
+    rollout_batch: int | Auto = "auto"
+    micro_batch: int | Auto = "auto"
+    decode_batch: int | Auto = "auto"
+    checkpoint_network: Level | Auto = "auto"
+    checkpoint_decoder: bool | Auto = "auto"
+    checkpoint_reward: bool | Auto = "auto"
+    advice: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    @property
+    def share(self) -> int:
+        """Return the images of one step in one process."""
+        return self.batch_size // self.processes
+
+    @property
+    def is_open(self) -> bool:
+        """Return whether there is a choice that needs a footprint.
+
+        Without one, the roll-out and the decoder take the whole micro-batch.
+        """
+        network = (self.checkpoint_network, self.checkpoint_decoder, self.checkpoint_reward)
+        return "auto" in (self.micro_batch, *network)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan(Division):
     """What one optimiser step does.
 
     Args:
-        micro_batch: Images in memory at once in one process.
-        accumulation: Micro-batches that one process works through in a step.
-        processes: Number of processes.
-        window_group: Consecutive images that share one gradient window.
-        checkpoint_network: What of the network is computed again in backward.
-        stored_calls: With `call`: how many calls, the last ones, are stored all the same.
-        checkpoint_decoder: Recompute the blocks of the VAE decoder during backward.
-        checkpoint_reward: Recompute the blocks of the rewards' networks during backward.
+        batch_size: Images of one step over all processes.
+        processes: Number of processes; they have equal shares of the batch.
         estimate: What it is expected to need; None where nothing was counted.
     """
 
-    micro_batch: int
-    accumulation: int
+    batch_size: int
     processes: int
-    window_group: int
-    checkpoint_network: Level
-    checkpoint_decoder: bool
-    checkpoint_reward: bool
     estimate: Estimate | None = None
-    stored_calls: int = 0
 
     @property
-    def batch_size(self) -> int:
-        """Return the images of one step over all processes."""
-        return self.micro_batch * self.accumulation * self.processes
+    def share(self) -> int:
+        """Return the images of one step in one process."""
+        return self.batch_size // self.processes
+
+    @property
+    def accumulation(self) -> int:
+        """Return the micro-batches of one step in one process."""
+        return math.ceil(self.share / self.micro_batch)
+
+    def recomputed_calls(self, path: GradPath) -> tuple[int, ...]:
+        """Return the calls of a path that backward recomputes as a whole."""
+        if self.checkpoint_network != "call":
+            return ()
+        return path.calls[: max(len(path.calls) - self.stored_calls, 0)]
 
     def halved(self) -> Plan:
-        """Return the same plan with half as many images at once, or what next divides them.
+        """Return the plan with half of each batch size, rounded down, for when memory ran out.
 
         Raises:
-            ValueError: If it is one image already.
+            ValueError: If all three are 1.
         """
-        if self.micro_batch == 1:
-            raise ValueError("one image at once cannot be halved")
-        smaller = max(m for m in range(1, self.micro_batch // 2 + 1) if self.micro_batch % m == 0)
-        more = self.accumulation * self.micro_batch // smaller
-        return replace(self, micro_batch=smaller, accumulation=more, estimate=None)
+        if max(self.rollout_batch, self.micro_batch, self.decode_batch) == 1:
+            raise ValueError("batches of one image cannot be halved")
+        return replace(
+            self,
+            rollout_batch=max(self.rollout_batch // 2, 1),
+            micro_batch=max(self.micro_batch // 2, 1),
+            decode_batch=max(self.decode_batch // 2, 1),
+            estimate=None,
+        )
 
     def describe(self) -> str:
         """Return the plan in one line for people."""
-        network = {
-            "none": None,
-            "block": "the network by block",
-            "call": "the network's calls"
-            + (f" but the last {self.stored_calls}" if self.stored_calls else ""),
-        }[self.checkpoint_network]
-        again = [network] if network else []
+        # 1. The batches; those that are as large as the micro-batch go without saying.
+        text = f"{self.batch_size} images a step = "
+        text += f"{self.processes} processes x " if self.processes > 1 else ""
+        text += f"{self.accumulation} micro-batch{'es' if self.accumulation > 1 else ''} of "
+        text += "at most " if self.share % self.micro_batch else ""
+        text += f"{self.micro_batch}"
+        parts = [f"roll-out by {self.rollout_batch}"] * (self.rollout_batch != self.micro_batch)
+        parts += [f"decoder by {self.decode_batch}"] * (self.decode_batch != self.micro_batch)
+        text += f" ({', '.join(parts)})" if parts else ""
+
+        # 2. What is recomputed.
+        calls = "the network's calls"
+        calls += f" but the last {self.stored_calls}" if self.stored_calls else ""
+        network = {"none": [], "block": ["the network by block"], "call": [calls]}
+        again = network[self.checkpoint_network]
         again += ["decoder"] * self.checkpoint_decoder + ["reward"] * self.checkpoint_reward
-        text = (
-            f"{self.batch_size} images a step = {self.micro_batch} at once x {self.accumulation} "
-            f"accumulated x {self.processes} process{'es' if self.processes > 1 else ''}; "
-            f"computed again in backward: {', '.join(again) or 'nothing'}"
-        )
+        text += f"; recomputed in backward: {', '.join(again) or 'nothing'}"
         if self.estimate is not None:
             text += f"; about {self.estimate.peak / GIB:.2f} GiB"
         return text
 
 
 def make_plan(
-    config: Config,
+    request: PlanRequest,
     *,
-    processes: int,
     footprint: Footprint | None = None,
     budget: Budget | None = None,
     correction: Correction = UNCORRECTED,
     below: float = math.inf,
 ) -> Plan:
-    """Divide the global batch and choose what is computed again.
+    """Choose what the request leaves open.
+
+    Operations count first. Of plans that differ by less than a hundredth in them, the one with the
+    largest micro-batch is taken. The roll-out's and the decoder's batch then take what memory is
+    left, so that neither makes anything be recomputed.
 
     Args:
-        config: The complete configuration.
-        processes: Number of processes that work on one step.
+        request: What is wanted.
         footprint: What the parts need; None only where nothing is left to choose.
         budget: The memory of a process; None is without limit.
         correction: What was measured of such estimates on the device.
         below: An estimate, in bytes, at which memory ran out on the device.
 
     Raises:
-        ConfigError: If the batch or the window group cannot be divided; names values that can.
+        ConfigError: If the batch cannot be divided; names numbers that would do.
         RunError: If no plan fits the budget; names the smallest that would do.
         ValueError: If something is to be chosen and there is no footprint.
     """
-    sizes = _micro_batches(config, processes, budget)
-    plans = list(_plans(config, processes, sizes, footprint, correction))
+    _check(request)
+    device_type = budget.device_type if budget else "cpu"
     if footprint is None:
-        if len(plans) > 1:
+        if request.is_open:
             raise ValueError("there is a choice of plans and no footprint to choose by")
-        return plans[0]
-    fitting = [
-        plan
-        for plan in plans
-        if (budget is None or _peak(plan) <= budget.usable) and _uncorrected(plan) < below
-    ]
-    if not fitting:
+        (micro,) = _micro_batches(request, device_type)
+        plan = _with_micro_batch(next(_choices(request)), request, micro, device_type)
+        return replace(plan, decode_batch=_decode_batches(request, micro)[0])
+
+    search = _Search(request, footprint, device_type, budget, correction, below)
+    best = search.least_work()
+    if best is None:
         assert budget is not None
-        raise _too_small(min(plans, key=_peak), config, budget)
-    # Fewest operations; of equals the most pictures at once. Rounded first, since a few operations
-    # do not outweigh a larger micro-batch; then to the last one, then the least memory.
-    return min(
-        fitting,
-        key=lambda plan: (
-            round(100.0 * _effort(plan)),
-            -plan.micro_batch,
-            _effort(plan),
-            _peak(plan),
-        ),
-    )
+        raise _too_small(search.with_estimate(search.smallest()), request, budget)
+    return search.with_estimate(search.enlarged(best))
 
 
-def _plans(
-    config: Config,
-    processes: int,
-    micro_batches: Sequence[int],
-    footprint: Footprint | None,
-    correction: Correction,
-) -> Iterator[Plan]:
-    """Yield every plan that the configuration allows."""
-    for micro_batch in micro_batches:
-        accumulation = config.train.batch_size // (processes * micro_batch)
-        for network, stored_calls, decoder, reward in _choices(config):
-            expected = (
-                None
-                if footprint is None
-                else estimate(
-                    footprint,
-                    config,
-                    micro_batch=micro_batch,
-                    accumulation=accumulation,
-                    network=network,
-                    stored_calls=stored_calls,
-                    decoder=decoder,
-                    reward=reward,
-                    correction=correction,
-                )
+@dataclass(frozen=True)
+class _Search:
+    """The plans that a request allows, and which of them fit; fields are those of `make_plan`."""
+
+    request: PlanRequest
+    footprint: Footprint
+    device_type: str
+    budget: Budget | None
+    correction: Correction
+    below: float
+
+    def peak(self, plan: Plan) -> int:
+        return sum(peak_parts(self.footprint, self.request, plan, plan.share).values())
+
+    def fits(self, plan: Plan) -> bool:
+        size, usable = self.peak(plan), math.inf if self.budget is None else self.budget.usable
+        return size < self.below and self.correction(size) <= usable
+
+    def least_work(self) -> Plan | None:
+        """Return the plan with the fewest operations that fits, None where none does."""
+        # 1. Every choice of what is recomputed, with the largest micro-batch that fits beside the
+        # smallest roll-out and decoder batch. Batches do not change the work.
+        found: list[tuple[float, Plan]] = []
+        floor = operations(self.footprint, self.request, NOTHING_RECOMPUTED)
+        for choice in _choices(self.request):
+            plans = (
+                _with_micro_batch(choice, self.request, micro, self.device_type)
+                for micro in _micro_batches(self.request, self.device_type)
             )
-            yield Plan(
-                micro_batch=micro_batch,
-                accumulation=accumulation,
-                processes=processes,
-                window_group=config.gradient.window_group or micro_batch * processes,
-                checkpoint_network=network,
-                checkpoint_decoder=decoder,
-                checkpoint_reward=reward,
-                estimate=expected,
-                stored_calls=stored_calls,
-            )
+            # Smallest first, since most choices hold few images or none.
+            fitting = list(takewhile(self.fits, plans))
+            if fitting:
+                work = operations(self.footprint, self.request, choice) / floor
+                found.append((work, fitting[-1]))
+
+        # 2. Rounded first, since a few operations do not outweigh a larger micro-batch; then to the
+        # last one, then the least memory.
+        def rank(pair: tuple[float, Plan]) -> tuple[int, int, float, int]:
+            work, plan = pair
+            return round(100.0 * work), -plan.micro_batch, work, self.peak(plan)
+
+        return min(found, key=rank)[1] if found else None
+
+    def enlarged(self, plan: Plan) -> Plan:
+        """Return the plan with the largest roll-out and decoder batch that fit beside the rest."""
+        for name, sizes in (
+            ("rollout_batch", _rollout_batches(self.request, plan.micro_batch, self.device_type)),
+            ("decode_batch", _decode_batches(self.request, plan.micro_batch)),
+        ):
+            larger = (replace(plan, **{name: size}) for size in sizes)
+            plan = next(filter(self.fits, larger), plan)
+        return plan
+
+    def smallest(self) -> Plan:
+        """Return the plan that needs the least memory."""
+        micro = _micro_batches(self.request, self.device_type)[0]
+        return min(
+            (
+                _with_micro_batch(c, self.request, micro, self.device_type)
+                for c in _choices(self.request)
+            ),
+            key=self.peak,
+        )
+
+    def with_estimate(self, plan: Plan) -> Plan:
+        expected = estimate(
+            self.footprint, self.request, plan, images=plan.share, correction=self.correction
+        )
+        return replace(plan, estimate=expected)
 
 
-def _peak(plan: Plan) -> int:
-    assert plan.estimate is not None
-    return plan.estimate.peak
+def _choices(request: PlanRequest) -> Iterator[Plan]:
+    """Yield a plan of the smallest batches for all that may be recomputed."""
 
-
-def _uncorrected(plan: Plan) -> float:
-    """Return a plan's estimate as it was before anything was measured."""
-    assert plan.estimate is not None
-    return sum(plan.estimate.parts.values())
-
-
-def _effort(plan: Plan) -> float:
-    """Return a plan's operations over the floor."""
-    assert plan.estimate is not None
-    return plan.estimate.flops / plan.estimate.floor
-
-
-def _choices(config: Config) -> Iterator[tuple[Level, int, bool, bool]]:
-    """Yield what may be computed again, as far as the configuration leaves it open."""
-    gradient = config.gradient
-
-    def either(value: bool | Literal["auto"]) -> tuple[bool, ...]:
+    def either(value: bool | Auto) -> tuple[bool, ...]:
         return (False, True) if value == "auto" else (value,)
 
-    wanted = gradient.checkpoint_network
-    networks: list[tuple[Level, int]] = (
-        [(wanted, 0)]
-        if wanted != "auto"
-        else [
-            ("none", 0),
-            ("block", 0),
-            *(
-                ("call", n)
-                for n in range(longest_window(gradient, config.sample.num_inference_steps))
-            ),
-        ]
+    wanted = request.checkpoint_network
+    longest = request.estimator.longest(request.num_inference_steps)
+    networks: list[tuple[Level, int]] = [("none", 0), ("block", 0)]
+    networks.extend(("call", kept) for kept in range(longest))
+    if wanted != "auto":
+        networks = [(wanted, 0)]
+    for network, kept in networks:
+        for decoder in either(request.checkpoint_decoder):
+            for reward in either(request.checkpoint_reward):
+                yield Plan(
+                    batch_size=request.batch_size,
+                    processes=request.processes,
+                    rollout_batch=1,
+                    micro_batch=1,
+                    decode_batch=1,
+                    checkpoint_network=network,
+                    stored_calls=kept,
+                    checkpoint_decoder=decoder,
+                    checkpoint_reward=reward,
+                )
+
+
+def _with_micro_batch(choice: Plan, request: PlanRequest, micro: int, device_type: str) -> Plan:
+    """Return a choice with a micro-batch, and the smallest other batches that go with it."""
+    return replace(
+        choice,
+        rollout_batch=_rollout_batches(request, micro, device_type)[-1],
+        micro_batch=micro,
+        decode_batch=_decode_batches(request, micro)[-1],
     )
-    for network, stored_calls in networks:
-        for decoder in either(gradient.checkpoint_decoder):
-            for reward in either(gradient.checkpoint_reward):
-                yield network, stored_calls, decoder, reward
 
 
-def _micro_batches(config: Config, processes: int, budget: Budget | None) -> list[int]:
-    """Return the micro-batches that divide the batch and the window group.
+def _micro_batches(request: PlanRequest, device_type: str) -> list[int]:
+    """Return the micro-batches to choose from, smallest first."""
+    if request.micro_batch != "auto":
+        return [request.micro_batch]
+    limit = _LARGEST.get(device_type, 1)
+    return [m for m in _divisors(request.share)[::-1] if m <= limit]
 
-    Raises:
-        ConfigError: If there is none; says what would do.
-    """
-    train, group = config.train, config.gradient.window_group
-    if train.batch_size % processes:
-        nearest = max(processes, round(train.batch_size / processes) * processes)
-        raise _undivided(
-            "train.batch_size",
-            f"{train.batch_size} is not a multiple of {processes} processes; "
-            f"nearest that is: {nearest}",
-        )
-    share = train.batch_size // processes
-    if group is not None and (group % processes or train.batch_size % group):
-        raise _undivided(
-            "gradient.window_group",
-            f"{group} must be a multiple of micro-batch x processes ({processes} processes) and "
-            f"divide train.batch_size ({train.batch_size}); these do: "
-            f"{_listed(processes * m for m in _divisors(share))}",
-        )
-    if isinstance(train.micro_batch, int):
-        micro_batch = train.micro_batch
-        if share % micro_batch:
-            raise _undivided(
-                "train.micro_batch",
-                f"{micro_batch} x {processes} processes does not divide train.batch_size "
-                f"({train.batch_size}); these do: {_listed(_divisors(share))}",
-            )
-        if group is not None and group % (micro_batch * processes):
-            groups = [processes * m for m in _divisors(share) if m % micro_batch == 0]
-            raise _undivided(
-                "gradient.window_group",
-                f"{group} must be a multiple of micro-batch x processes "
-                f"({micro_batch} x {processes}) and divide train.batch_size ({train.batch_size}); "
-                f"these do: {_listed(groups)}",
-            )
-        return [micro_batch]
-    limit = min(share, _LARGEST.get(budget.device_type if budget else "cpu", 1))
-    return [
-        m
-        for m in _divisors(share)
-        if m <= limit and (group is None or group % (m * processes) == 0)
-    ]
+
+def _rollout_batches(request: PlanRequest, micro: int, device_type: str) -> list[int]:
+    """Return the roll-out's batches to choose from, largest first: whole micro-batches."""
+    if request.rollout_batch != "auto":
+        return [request.rollout_batch]
+    limit = min(request.share, _LARGEST_ROLLOUT.get(device_type, 0))
+    return list(range(micro, limit + 1, micro))[::-1] or [micro]
+
+
+def _decode_batches(request: PlanRequest, micro: int) -> list[int]:
+    """Return the decoder's batches to choose from, largest first."""
+    if request.decode_batch != "auto":
+        return [min(request.decode_batch, micro)]
+    return _divisors(micro)
 
 
 def _divisors(number: int) -> list[int]:
-    return [m for m in range(1, number + 1) if number % m == 0]
+    return [d for d in range(number, 0, -1) if number % d == 0]
 
 
-def _listed(numbers: Iterable[int]) -> str:
-    return ", ".join(map(str, numbers))
+def _check(request: PlanRequest) -> None:
+    """Refuse a batch that the processes cannot share, and batches larger than a share.
+
+    Raises:
+        ConfigError: With numbers that would do.
+    """
+    size, processes, share = request.batch_size, request.processes, request.share
+    problems = list[Problem]()
+    if size % processes:
+        nearest = max(processes, round(size / processes) * processes)
+        message = f"{size} is not a multiple of {processes} processes; nearest that is: {nearest}"
+        raise ConfigError("the batch cannot be divided", [Problem("train.batch_size", message)])
+    for name in ("rollout_batch", "micro_batch", "decode_batch"):
+        wanted: int | Auto = getattr(request, name)
+        if wanted != "auto" and wanted > share:
+            message = (
+                f"{wanted} is more than the {share} images of a process (train.batch_size {size}, "
+                f"processes: {processes}); at most {share}"
+            )
+            problems.append(Problem(f"train.{name}", message))
+    if problems:
+        raise ConfigError("the batch cannot be divided", problems)
 
 
-def _undivided(key: str, message: str) -> ConfigError:
-    return ConfigError("the batch cannot be divided", [Problem(key, message)])
-
-
-def _too_small(smallest: Plan, config: Config, budget: Budget) -> RunError:
+def _too_small(smallest: Plan, request: PlanRequest, budget: Budget) -> RunError:
     """Say how much memory would do, where it goes, and what to change."""
-    needed = budget.least(_peak(smallest))
     assert smallest.estimate is not None
+    needed = budget.least(smallest.estimate.peak)
     largest = sorted(smallest.estimate.parts.items(), key=lambda item: -item[1])[:3]
     where = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in largest)
-    names = {name for name, _ in largest}
-    gradient, advice = config.gradient, list[str]()
-    if isinstance(config.train.micro_batch, int) and config.train.micro_batch > 1:
-        advice.append("train.micro_batch: auto")
-    if gradient.checkpoint_network in ("none", "block"):
-        advice.append("gradient.checkpoint_network: auto")
-    if gradient.checkpoint_decoder is False:
-        advice.append("gradient.checkpoint_decoder: auto")
-    if gradient.checkpoint_reward is False:
-        advice.append("gradient.checkpoint_reward: auto")
-    longest = longest_window(gradient, config.sample.num_inference_steps)
-    if "stored calls" in names and longest > 1:
-        fewer = {"last_k": "a smaller gradient.k", "random_k": "a smaller gradient.k_max"}
-        advice.append(fewer.get(gradient.method, "gradient.method: last_k"))
-    if "decoder" in names and config.model.vae_tile_size is None:
-        advice.append("model.vae_tile_size: 256 (pictures change a little)")
-    coarse = all(reward.dtype != "float32" for reward in config.reward.values())
-    if smallest.estimate.parts.get("reward weights", 0) > 0 and not coarse:
-        advice.append("bfloat16 as the dtype of a reward with a network")
+
+    # What was given and would be smaller if it were left to the plan; then what else would help.
+    given = {
+        "train.micro_batch": request.micro_batch not in ("auto", 1),
+        "train.decode_batch": request.decode_batch not in ("auto", 1),
+        "gradient.checkpoint_network": request.checkpoint_network in ("none", "block"),
+        "gradient.checkpoint_decoder": request.checkpoint_decoder is False,
+        "gradient.checkpoint_reward": request.checkpoint_reward is False,
+    }
+    advice = [f"{key}: auto" for key, is_large in given.items() if is_large]
+    advice += [request.advice[name] for name, _ in largest if name in request.advice]
     advice.append("a smaller sample.height and width")
     return RunError(
         f"no plan fits {budget.bytes / GIB:.2f} GiB ({budget.source}): the smallest needs "

@@ -1,65 +1,78 @@
-"""The plan of a run: what its parts need, the memory there is, and the cheapest plan that fits."""
+"""From a configuration to what the plan is made of; below this module nobody sees a `Config`."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 import torch
-from torch import Tensor
+from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from alignprop_cli.config.schema import Config, RewardConfig
+from alignprop_cli.config.schema import Config, GradientConfig, RewardConfig
 from alignprop_cli.device import resolve_dtype
 from alignprop_cli.errors import ConfigError
+from alignprop_cli.estimators import Estimator, full, gaussian_k, last_k, random_k
 from alignprop_cli.lora import layers as lora
-from alignprop_cli.models.meta import conditioning, outline
+from alignprop_cli.models import families
+from alignprop_cli.models.meta import meta_model
 from alignprop_cli.planning import footprint
 from alignprop_cli.planning.estimate import GIB, Budget, Footprint, Work
-from alignprop_cli.planning.plan import Plan, make_plan
-from alignprop_cli.prompts import count_prompts
-from alignprop_cli.rewards import meta as reward_outline
+from alignprop_cli.planning.plan import Plan, PlanRequest
 from alignprop_cli.rewards import registry
 
-_UNITS = {"": 1, "B": 1, "MB": 10**6, "MIB": 2**20, "GB": 2**30, "GIB": 2**30}
-"""Cards are sold in GB and hold GiB."""
+_ESTIMATORS: Mapping[str, Callable[[GradientConfig], Estimator]] = {
+    "full": lambda gradient: full(),
+    "last_k": lambda gradient: last_k(gradient.k),
+    "random_k": lambda gradient: random_k(gradient.k_min, gradient.k_max),
+    "gaussian_k": lambda gradient: gaussian_k(gradient.mean, gradient.std),
+}
+"""The values of `gradient.method`."""
 
-_ENCODED_FIRST = 2048
+_FEWER_CALLS = {"last_k": "a smaller gradient.k", "random_k": "a smaller gradient.k_max"}
 
 
-def parse_memory(text: str) -> int:
-    """Return the bytes that a text such as 12GB, 800MiB or 6.5 GiB names.
+def make_estimator(gradient: GradientConfig) -> Estimator:
+    """Return the estimator that the `gradient` section names."""
+    return _ESTIMATORS[gradient.method](gradient)
 
-    Raises:
-        ConfigError: If it names none.
+
+def plan_request(config: Config, processes: int, estimator: Estimator | None = None) -> PlanRequest:
+    """Return what a plan has to be made for.
+
+    Args:
+        config: The complete configuration.
+        processes: That work on one step.
+        estimator: Where the gradient flows; None is what the configuration names.
     """
-    match = re.fullmatch(r"\s*([\d.]+)\s*([A-Za-z]*)\s*", text)
-    try:
-        size = float(match[1]) * _UNITS[match[2].upper()] if match else 0.0
-    except (KeyError, ValueError):
-        size = 0.0
-    if not size > 0.0:
-        raise ConfigError(f"--gpu-memory: expected something like 12GB, got {text!r}")
-    return int(size)
-
-
-def plan(config: Config, *, processes: int, budget: Budget) -> tuple[Plan, Footprint | None]:
-    """Return the cheapest plan that fits, and what it was chosen by.
-
-    Where everything is given nothing is counted.
-
-    Raises:
-        ConfigError: If the batch cannot be divided.
-        RunError: If nothing fits.
-        AssetError: If the configuration of the model cannot be had.
-    """
-    given = (
-        config.train.micro_batch,
-        config.gradient.checkpoint_network,
-        config.gradient.checkpoint_decoder,
-        config.gradient.checkpoint_reward,
+    train, gradient = config.train, config.gradient
+    return PlanRequest(
+        batch_size=train.batch_size,
+        processes=processes,
+        num_inference_steps=config.sample.num_inference_steps,
+        estimator=estimator or make_estimator(gradient),
+        rollout_steps=gradient.rollout_steps,
+        rollout_batch=train.rollout_batch,
+        micro_batch=train.micro_batch,
+        decode_batch=train.decode_batch,
+        checkpoint_network=gradient.checkpoint_network,
+        checkpoint_decoder=gradient.checkpoint_decoder,
+        checkpoint_reward=gradient.checkpoint_reward,
+        advice=_advice(config),
     )
-    found = measure(config, budget.device_type) if "auto" in given else None
-    return make_plan(config, processes=processes, footprint=found, budget=budget), found
+
+
+def _advice(config: Config) -> dict[str, str]:
+    """Return which other options make a part of the estimate smaller."""
+    advice: dict[str, str] = {}
+    if make_estimator(config.gradient).longest(config.sample.num_inference_steps) > 1:
+        fewer = _FEWER_CALLS.get(config.gradient.method, "gradient.method: last_k")
+        advice["stored calls"] = fewer
+    if config.model.vae_tile_size is None:
+        advice["decoder"] = "model.vae_tile_size: 256 (images change a little)"
+    if any(reward.dtype == "float32" for reward in config.reward.values()):
+        advice["reward weights"] = "bfloat16 as the dtype of a reward with a network"
+    return advice
 
 
 def measure(config: Config, device_type: str) -> Footprint:
@@ -68,47 +81,41 @@ def measure(config: Config, device_type: str) -> Footprint:
     Args:
         config: The complete configuration.
         device_type: Where it will run: `cuda` or `cpu`.
+
+    Raises:
+        AssetError: If the configuration of the model or of a reward's network cannot be had.
+        ConfigError: If the model is not supported or cannot have images of this size.
     """
-    dtype = _dtype(config.model.dtype, device_type)
-    model = outline(config.model, dtype, device_type)
+    # 1. The model, with the LoRA that will be trained. Its text encoders are not counted: they are
+    # gone before the network is loaded.
+    family, _ = families.find(config.model)
+    sampler = families.sampler(config.sample, family)
+    model = meta_model(config.model, _dtype(config.model.dtype, device_type), device_type)
+    network, decoder = model.parts.network.module, model.parts.decoder.module
+    network_bytes = _bytes(network)
     lora.inject(
-        model.network,
+        network,
         rank=config.lora.rank,
         alpha=config.lora.alpha or config.lora.rank,
-        target_modules=config.lora.target_modules,
+        target_modules=config.lora.target_modules or family.target_modules,
         seed=0,
     )
-    shape = model.latent_shape(config.sample.height, config.sample.width)
-    factor = model.pipeline.vae_scale_factor
-    image_shape = (3, shape[1] * factor, shape[2] * factor)
-    reward, weights, uncounted = _rewards(config.reward, image_shape, device_type)
-    frozen = {
-        "network weights": _bytes(model.network) - 4 * _trained(model.network),
-        "VAE weights": _bytes(model.pipeline.vae),
-        "reward weights": weights,
-    }
-    if not encodes_first(config, device_type):
-        frozen["text encoder weights"] = _bytes(model.pipeline.text_encoder)
+
+    # 2. The rewards, for images of its size.
+    shape = model.parts.network.latent_shape(sampler.height, sampler.width)
+    reward, weights, uncounted = _rewards(config.reward, model.image_size(shape), device_type)
     return footprint.measure(
         model,
-        conditioning(model, 1),
-        guidance_scale=config.sample.guidance_scale,
-        latent_shape=shape,
+        sampler,
         device_type=device_type,
-        weights=frozen,
+        weights={
+            "network weights": network_bytes,
+            "decoder weights": _bytes(decoder),
+            "reward weights": weights,
+        },
         reward=reward,
         uncounted=uncounted,
     )
-
-
-def encodes_first(config: Config, device_type: str) -> bool:
-    """Return whether all prompts are encoded before training, and their encoder leaves the GPU.
-
-    Very many would take longer to encode than the memory is worth.
-    """
-    if device_type == "cpu":
-        return False
-    return count_prompts([config.train.prompts, config.eval.prompts]) <= _ENCODED_FIRST
 
 
 def _dtype(name: str, device_type: str) -> torch.dtype:
@@ -118,8 +125,12 @@ def _dtype(name: str, device_type: str) -> torch.dtype:
     return resolve_dtype(name, torch.device(device_type))
 
 
+def _bytes(module: torch.nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
 def _rewards(
-    rewards: Mapping[str, RewardConfig], image_shape: tuple[int, int, int], device_type: str
+    rewards: Mapping[str, RewardConfig], image_size: tuple[int, int], device_type: str
 ) -> tuple[dict[bool, Work], int, tuple[str, ...]]:
     """Return what the rewards need without and with recomputation, their weights, and the rest."""
     parts: dict[bool, list[Work]] = {False: [], True: []}
@@ -127,54 +138,40 @@ def _rewards(
     uncounted: list[str] = []
     for name, config in rewards.items():
         dtype: torch.dtype = getattr(torch, config.dtype)
-        weights += reward_outline.parameters(name, config.options) * dtype.itemsize
-        scores = _scores(name, config, dtype)
-        if scores is None:
-            uncounted.append(name)
-            continue
-        for again, score in scores.items():
-            networks = score.networks if isinstance(score, reward_outline.Outline) else ()
-            there = [t for n in networks for t in (*n.parameters(), *n.buffers())]
-            work = footprint.count_reward(score, image_shape, device_type=device_type, there=there)
+        for again in (False, True):
+            # A new one each time: recomputation is switched on for good.
+            reward = registry.on_meta(name, config.options, dtype)
+            if reward is None:
+                uncounted.append(name)
+                break
+            if again:
+                reward.recompute()
+            else:
+                weights += reward.parameters * dtype.itemsize
+            there = [t for n in reward.networks for t in (*n.parameters(), *n.buffers())]
+            work = footprint.count_reward(reward, image_size, device_type=device_type, there=there)
             parts[again].append(work)
     total = {again: footprint.add(*works) for again, works in parts.items()}
     return total, weights, tuple(uncounted)
 
 
-def _scores(
-    name: str, config: RewardConfig, dtype: torch.dtype
-) -> dict[bool, footprint.Score] | None:
-    """Return a reward for the meta device, by whether its blocks are computed again.
+def parse_memory(text: str) -> int:
+    """Return the bytes that a text such as 12GB, 800MiB or 6.5 GiB names.
 
-    None where its network is not known before it is loaded.
+    Raises:
+        ConfigError: If it names none.
     """
-    plain = reward_outline.outline(name, config.options, dtype)
-    again = reward_outline.outline(name, config.options, dtype)
-    if plain is not None and again is not None:
-        again.recompute()
-        return {False: plain, True: again}
-    if not _is_small(name):
-        return None
-    reward = registry.build(name, config.options)
-
-    def score(images: Tensor) -> Tensor:
-        return reward(images, [""] * len(images))
-
-    return {False: score, True: score}
-
-
-def _is_small(name: str) -> bool:
-    """Return whether a reward is a shipped one without a network."""
-    spec = registry.SHIPPED.get(name)
-    return spec is not None and spec.target.split(":")[0].endswith((".pixel", ".jpeg"))
-
-
-def _trained(network: torch.nn.Module) -> int:
-    return sum(parameter.numel() for parameter in lora.trainable(network))
-
-
-def _bytes(module: torch.nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters())
+    # Cards are sold in GB and hold GiB. What follows a number and a unit is ignored by ByteSize,
+    # which would take 1.2.3GB for one byte.
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text, re.IGNORECASE)
+    size = 0
+    if match is not None:
+        unit = "GiB" if match[2].upper() == "GB" else match[2]
+        with suppress(ValidationError):  # an unknown unit
+            size = TypeAdapter(ByteSize).validate_python(match[1] + unit)
+    if size <= 0:
+        raise ConfigError(f"--gpu-memory: expected something like 12GB, got {text!r}")
+    return int(size)
 
 
 def describe(plan: Plan, budget: Budget) -> list[str]:
@@ -188,6 +185,6 @@ def describe(plan: Plan, budget: Budget) -> list[str]:
             f"memory: {plan.estimate.peak / GIB:.2f} of {budget.bytes / GIB:.2f} GiB "
             f"({budget.source}): {where or 'little'}",
             f"work: {plan.estimate.flops / 1e12:.3g} TFLOP a step and process, "
-            f"{over:.2f} x what it takes with nothing computed twice",
+            f"{over:.2f} x what it takes with nothing recomputed",
         ]
     return lines

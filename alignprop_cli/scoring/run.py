@@ -308,7 +308,7 @@ def _write_page(file: Path, tally: _Tally) -> None:
         cards.append(
             page.Card(
                 row["prompt"] or "",
-                {name: page.picture(decoded.pixels, link)},
+                {name: page.thumbnail(decoded.pixels, link)},
                 {name: ", ".join(f"{n} {v:.4f}" for n, v in figures.items())},
                 figures,
             )

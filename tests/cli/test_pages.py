@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from alignprop_cli.cli import main
-from alignprop_cli.evaluation.sheet import save_picture
+from alignprop_cli.evaluation.sheet import save_image
 from tests.factories import small_pipeline
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -69,7 +69,7 @@ def test_a_gallery_sorts_shows_its_pictures_and_runs_no_prompt(tmp_path, show):
     for name, value in (("b", 200), ("a #1", 50), ("c", 100)):
         pixels = np.full((300, 300, 3), value, dtype=np.uint8)
         pixels[:value] //= 2
-        save_picture(pixels, tmp_path / f"{name}.png", {"prompt": SCRIPT if name == "b" else name})
+        save_image(pixels, tmp_path / f"{name}.png", {"prompt": SCRIPT if name == "b" else name})
     target = tmp_path / "pages" / "rows.csv"
     run("score", tmp_path, "--reward", "brightness,contrast", "-o", target, "--gallery", "-q")
     page, faults = show(target.with_suffix(".html"))

@@ -15,7 +15,7 @@ import pyarrow.parquet
 import pytest
 
 from alignprop_cli.cli import main
-from alignprop_cli.evaluation.sheet import save_picture
+from alignprop_cli.evaluation.sheet import save_image
 from alignprop_cli.scoring import rows, scorer
 from alignprop_cli.scoring import run as scoring
 from tests.factories import picture
@@ -39,7 +39,7 @@ def folder(tmp_path):
         ("b.png", 102, {}),
         ("sub/c.png", 204, {"prompt": 'one :cat: [red]\nsecond line, "quoted"'}),
     ):
-        save_picture(np.full((8, 8, 3), value, dtype=np.uint8), pictures / name, texts)
+        save_image(np.full((8, 8, 3), value, dtype=np.uint8), pictures / name, texts)
     (pictures / "broken.png").write_bytes(b"no picture")
     return pictures
 

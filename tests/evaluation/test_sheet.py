@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from alignprop_cli.evaluation.sheet import Cell, contact_sheet, curves, save_picture
+from alignprop_cli.evaluation.sheet import Cell, contact_sheet, curves, save_image
 
 RED = (200, 0, 0)
 BLUE = (0, 0, 200)
@@ -87,7 +87,7 @@ def test_cells_must_fit_the_titles(tmp_path):
 def test_a_saved_picture_carries_its_texts_and_every_pixel(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
     texts = {"prompt": "猫 <b> \n two lines", "seed": "3", "odd": "a\0b"}
-    save_picture(image, tmp_path / "0000.png", texts)
+    save_image(image, tmp_path / "0000.png", texts)
     with Image.open(tmp_path / "0000.png") as opened:
         opened.load()
         np.testing.assert_array_equal(np.asarray(opened), image)

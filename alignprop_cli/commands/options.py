@@ -1,0 +1,120 @@
+"""What the commands share: options, what their texts mean, and where a result may be written."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from alignprop_cli.errors import ConfigError
+
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="print one JSON object on standard output")
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="no progress and no notes")]
+DebugOption = Annotated[bool, typer.Option("--debug", help="show tracebacks and library warnings")]
+PresetOption = Annotated[
+    str | None, typer.Option("--preset", "-p", help="shipped preset, see train --list-presets")
+]
+ConfigOption = Annotated[str | None, typer.Option("--config", "-c", help="YAML file of your own")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="key=value, dotted, repeatable: train.steps=40")
+]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", "-m", help="tiny, a local folder or file, or a hub id")
+]
+OutputOption = Annotated[str | None, typer.Option("--output", "-o", help="folder or file to write")]
+OverwriteOption = Annotated[
+    bool, typer.Option("--overwrite", help="replace what is already at --output")
+]
+SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="of all random numbers")]
+RewardOption = Annotated[
+    list[str] | None,
+    typer.Option("--reward", "-r", help="reward to measure, repeatable or with commas"),
+]
+
+_HINT = "choose another place with --output, or give --overwrite"
+
+
+def reward_names(values: Sequence[str] | None) -> list[str]:
+    """Return the names given by a repeatable option, each with commas; each name once."""
+    parts = [part.strip() for value in values or () for part in value.split(",")]
+    return list(dict.fromkeys(part for part in parts if part))
+
+
+def reward_weights(values: Sequence[str] | None) -> dict[str, float | None]:
+    """Return the weight of each reward named as NAME or NAME:WEIGHT; None where none is given.
+
+    Raises:
+        ConfigError: If a name comes twice.
+    """
+    found: dict[str, float | None] = {}
+    for text in reward_names(values):
+        name, _, last = text.rpartition(":")
+        try:
+            # The attribute of file.py:attribute is no weight, even where it is called nan.
+            weight = float(last) if name and not last.isidentifier() else None
+        except ValueError:
+            weight = None
+        name = name if weight is not None else text
+        if name in found:
+            raise ConfigError(f"--reward: {name} is given twice")
+        found[name] = weight
+    return found
+
+
+def check_output(folder: Path, *, overwrite: bool, ours: Iterable[str]) -> None:
+    """Refuse to replace a folder, unless asked to and nothing in it is foreign.
+
+    Args:
+        folder: Where the result goes.
+        overwrite: Whether the user agreed to replace what is there.
+        ours: Names of what the command itself writes into such a folder.
+
+    Raises:
+        ConfigError: If it is a file, not empty without `overwrite`, or holds something else.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ConfigError(f"--output: {folder} is a file, expected a folder", hint=_HINT)
+    inside = sorted(path.name for path in folder.iterdir())
+    if inside and not overwrite:
+        raise ConfigError(f"--output: {folder} exists and is not empty", hint=_HINT)
+    foreign = [name for name in inside if name not in set(ours)]
+    if foreign:
+        # Replacing means removing: never a folder that this command cannot have written.
+        raise ConfigError(
+            f"--output: {folder} holds {foreign[0]}, which --overwrite would remove",
+            hint="choose another folder with --output, or remove it yourself",
+        )
+
+
+def check_output_file(file: Path, *, overwrite: bool) -> None:
+    """Refuse to replace a file, unless asked to.
+
+    Raises:
+        ConfigError: If it is a folder, or exists without `overwrite`.
+    """
+    if file.is_dir():
+        raise ConfigError(f"--output: {file} is a folder, expected a file", hint=_HINT)
+    if file.exists() and not overwrite:
+        raise ConfigError(f"--output: {file} exists", hint=_HINT)
+
+
+def make_parent(file: Path) -> None:
+    """Make the folder that a file goes into.
+
+    Raises:
+        ConfigError: If it cannot be made or written to.
+    """
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output: {file.parent} cannot be made: {error}", hint=_HINT) from error
+    # Now, rather than after hours of measuring.
+    if not os.access(file.parent, os.W_OK):
+        raise ConfigError(f"--output: {file.parent} cannot be written to", hint=_HINT)

@@ -1,0 +1,196 @@
+"""What `alignprop evaluate` does once the configuration is known: sample, measure, compare.
+
+Imported only when needed: it brings torch and diffusers with it.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from alignprop_cli.config.schema import Config
+from alignprop_cli.console import Bar, Console
+from alignprop_cli.device import make_accelerator
+from alignprop_cli.errors import ConfigError
+from alignprop_cli.evaluation.compare import Evaluation, Identity
+from alignprop_cli.evaluation.draw import Features, Sample, Samples, choose_samples, draw_samples
+from alignprop_cli.evaluation.results import show, write
+from alignprop_cli.lora import files
+from alignprop_cli.lora import layers as lora
+from alignprop_cli.lora.files import Adapter, Located
+from alignprop_cli.models.base import Model
+from alignprop_cli.models.families import open_model, sampler
+from alignprop_cli.prompts import load_groups, load_prompts
+from alignprop_cli.rewards.jpeg import true_size
+from alignprop_cli.rewards.mixture import Mixture, build_mixture
+from alignprop_cli.storage import write_whole
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One LoRA at one strength.
+
+    Args:
+        name: Of its images' folder, and in tables.
+        located: Its file.
+        strength: Factor on its update; 1 is as trained.
+        at: Its place on the curve of the rewards, where one is plotted.
+    """
+
+    name: str
+    located: Located
+    strength: float = 1.0
+    at: float | None = None
+
+
+def variants(located: Sequence[Located], strengths: Sequence[float] | None) -> list[Variant]:
+    """Return what is compared with the base model, each under a name that can be a folder's."""
+    if strengths is not None:
+        return [Variant(f"strength {s:g}", located[0], s, at=s) for s in strengths]
+    if len(located) == 1:
+        return [Variant("tuned", located[0])]
+    labels = [re.sub(r"[^\w.-]+", "-", found.label) for found in located]
+    # Numbered where two have the same label, or one that of the base model.
+    if len({"base", *labels}) <= len(labels):
+        labels = [f"{number}-{label}" for number, label in enumerate(labels, start=1)]
+    return [Variant(label, found) for label, found in zip(labels, located, strict=True)]
+
+
+def run_evaluation(
+    config: Config,
+    console: Console,
+    chosen: Sequence[Variant],
+    folder: Path,
+    *,
+    axis: str = "strength of the LoRA",
+) -> None:
+    """Sample, measure, compare, write the folder, and print the result.
+
+    Args:
+        config: The complete configuration.
+        console: For people and for the result.
+        chosen: The LoRAs; none samples with the base model alone.
+        folder: Where the result goes; replaced where it exists.
+        axis: What the places of the LoRAs on a curve are.
+
+    Raises:
+        AlignPropError: Whatever is wrong with the model, a LoRA, the rewards or the images.
+    """
+    started = time.perf_counter()
+    settings = config.eval
+    # 1. Everything that may be refused is read before anything is sampled.
+    prompts, group_of = load_prompts(settings.prompts), load_groups(settings.prompts)
+    adapters = {file: files.read(file) for file in {v.located.file: None for v in chosen}}
+    accelerator = make_accelerator()
+    console = console if accelerator.is_main_process else Console(quiet=True)
+    samples = choose_samples(prompts, settings.images, settings.images_per_prompt)
+    wanted = [*(sample.prompt for sample in samples), config.sample.negative_prompt]
+    model = open_model(config.model, wanted, accelerator.device)
+    for adapter in adapters.values():
+        _check(console, model, adapter)
+    mixture = _mixture(config, accelerator.device)
+
+    # 2. The same samples with every model.
+    how = sampler(config.sample, model.family)
+    draw = partial(draw_samples, model, samples, mixture, how, seed=settings.seed)
+    drawn = _draw_all(
+        partial(draw, batch_size=settings.batch_size, features=_features(mixture, samples)),
+        [(variant, adapters[variant.located.file]) for variant in chosen],
+        model,
+        lambda name: console.bar(len(samples), name),
+    )
+    if not accelerator.is_main_process:
+        return
+
+    # 3. What they differ in.
+    result = Evaluation(
+        model={"id": model.id, "fingerprint": model.fingerprint},
+        variants={v.name: _identity(v, adapters[v.located.file]) for v in chosen},
+        prompt_set=settings.prompts,
+        seed=settings.seed,
+        sample=config.sample.model_dump(mode="json"),
+        axis=axis,
+        curve=[variant.at for variant in chosen if variant.at is not None],
+        drawn=drawn,
+        group_of=group_of,
+        seconds=time.perf_counter() - started,
+    )
+    write_whole(folder, lambda made: write(result, made))
+    show(console, result, folder)
+
+
+def _mixture(config: Config, device: torch.device) -> Mixture:
+    """Return the rewards to measure, with the size of the images as files beside them."""
+    mixture = build_mixture(config.reward, config.loss, device)
+    # It shows where images fill with detail, or lose it, whatever the rewards say.
+    mixture.extra_metrics.setdefault("jpeg_kilobytes", true_size)
+    return mixture
+
+
+def _features(mixture: Mixture, samples: Sequence[Sample]) -> Features | None:
+    """Return what tells how alike images of one prompt are, where a prompt has several."""
+    repeated = len({sample.prompt_index for sample in samples}) < len(samples)
+    return mixture.features if repeated else None
+
+
+def _draw_all(
+    draw: Callable[..., Samples],
+    chosen: Sequence[tuple[Variant, Adapter]],
+    model: Model,
+    bar: Callable[[str], AbstractContextManager[Bar]],
+) -> dict[str, Samples]:
+    """Sample with every model, the base model first.
+
+    Args:
+        draw: Samples with the model as it is now; told what to call after each batch.
+        chosen: The LoRAs.
+        model: The base model; has the last LoRA afterwards.
+        bar: Shows a progress bar with such a label.
+    """
+    module, loaded = model.network.module, None
+    with bar("base") as shown:
+        drawn = {"base": draw(on_batch=shown.advance)}
+    for variant, adapter in chosen:
+        # One file at several strengths is loaded once.
+        if adapter is not loaded:
+            if loaded is not None:
+                lora.unload(module)
+            lora.load(module, adapter, model.id)
+            loaded = adapter
+        lora.set_strength(module, variant.strength)
+        with bar(variant.name) as shown:
+            drawn[variant.name] = draw(on_batch=shown.advance)
+    return drawn
+
+
+def _identity(variant: Variant, adapter: Adapter) -> Identity:
+    trained_on = adapter.header.get("alignprop.rewards", "").split(",")
+    return Identity(
+        file=str(adapter.file.resolve()),
+        sha256=adapter.sha256,
+        strength=variant.strength,
+        trained_on=[name for name in trained_on if name],
+    )
+
+
+def _check(console: Console, model: Model, adapter: Adapter) -> None:
+    """Refuse a LoRA that says that it belongs to another model."""
+    recorded = adapter.header.get("alignprop.base_fingerprint")
+    trained_on = adapter.header.get("alignprop.base_model")
+    if recorded and recorded != model.fingerprint:
+        raise ConfigError(
+            f"{adapter.file}: this LoRA was trained on {trained_on}, whose layers are not those "
+            f"of {model.id}",
+            hint="give the model it was trained on with --model",
+        )
+    if trained_on and trained_on != model.id:
+        console.warn(f"{adapter.file} was trained on {trained_on}, and is used with {model.id}")
+    if adapter.left_out:
+        console.warn(f"{adapter.file}: its layers of the text encoder are left out")
