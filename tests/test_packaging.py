@@ -13,6 +13,7 @@ import pytest
 from alignprop_cli import __version__
 
 ROOT = Path(__file__).parent.parent
+TRAINING_SCRIPTS = ROOT / "alignprop_cli" / "tiny" / "make"
 DIST_INFO = f"alignprop-{__version__}.dist-info"
 
 pytestmark = pytest.mark.slow
@@ -37,11 +38,11 @@ def names(wheel: zipfile.ZipFile) -> set[str]:
 
 def test_wheel_holds_every_source_file_and_the_embedded_model(names: set[str]):
     package = ROOT / "alignprop_cli"
-    kinds = {".py", ".typed", ".safetensors", ".json", ".txt", ".png", ".md"}
+    kinds = {".py", ".typed", ".html", ".safetensors", ".json", ".txt", ".png", ".md"}
     wanted = {
         path.relative_to(ROOT).as_posix()
         for path in package.rglob("*")
-        if path.suffix in kinds or path.name == "py.typed"
+        if path.suffix in kinds and TRAINING_SCRIPTS not in path.parents
     }
     assert "alignprop_cli/py.typed" in wanted
     assert any(name.endswith(".safetensors") for name in wanted)
@@ -55,6 +56,8 @@ def test_wheel_holds_the_presets_inside_the_package(names: set[str]):
 
 
 def test_wheel_holds_nothing_else(names: set[str]):
+    assert TRAINING_SCRIPTS.is_dir()
+    assert not {name for name in names if name.startswith("alignprop_cli/tiny/make")}
     assert {name.split("/")[0] for name in names} == {"alignprop_cli", DIST_INFO}
     assert not {name for name in names if name.endswith((".pyc", ".pt", ".ckpt"))}
     assert not {name for name in names if "test" in Path(name).name}

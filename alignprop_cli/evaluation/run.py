@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -93,8 +93,7 @@ def run_evaluation(
     samples = choose_samples(prompts, settings.images, settings.images_per_prompt)
     wanted = [*(sample.prompt for sample in samples), config.sample.negative_prompt]
     model = open_model(config.model, wanted, accelerator.device)
-    for adapter in adapters.values():
-        _check(console, model, adapter)
+    _check(adapters.values(), model, console)
     mixture = _mixture(config, accelerator.device)
 
     # 2. The same samples with every model.
@@ -180,17 +179,19 @@ def _identity(variant: Variant, adapter: Adapter) -> Identity:
     )
 
 
-def _check(console: Console, model: Model, adapter: Adapter) -> None:
-    """Refuse a LoRA that says that it belongs to another model."""
-    recorded = adapter.header.get("alignprop.base_fingerprint")
-    trained_on = adapter.header.get("alignprop.base_model")
-    if recorded and recorded != model.fingerprint:
-        raise ConfigError(
-            f"{adapter.file}: this LoRA was trained on {trained_on}, whose layers are not those "
-            f"of {model.id}",
-            hint="give the model it was trained on with --model",
-        )
-    if trained_on and trained_on != model.id:
-        console.warn(f"{adapter.file} was trained on {trained_on}, and is used with {model.id}")
-    if adapter.left_out:
-        console.warn(f"{adapter.file}: its layers of the text encoder are left out")
+def _check(adapters: Iterable[Adapter], model: Model, console: Console) -> None:
+    """Refuse LoRAs that say that they belong to another model."""
+    for adapter in adapters:
+        recorded = adapter.header.get("alignprop.base_fingerprint")
+        trained_on = adapter.header.get("alignprop.base_model")
+        if recorded and recorded != model.fingerprint:
+            raise ConfigError(
+                f"{adapter.file}: this LoRA was trained on {trained_on}, whose layers are not "
+                f"those of {model.id}",
+                hint="give the model it was trained on with --model",
+            )
+        # Another checkpoint of the same architecture: it works, and may be a mistake.
+        if trained_on and trained_on != model.id:
+            console.warn(f"{adapter.file} was trained on {trained_on}, and is used with {model.id}")
+        if adapter.left_out:
+            console.warn(f"{adapter.file}: its layers of the text encoder are left out")
