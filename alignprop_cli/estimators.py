@@ -20,7 +20,7 @@ but a cheaper direction, with K = 1 reaching mostly fine detail and large K also
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import NormalDist
 from typing import Literal, Protocol
 
@@ -63,6 +63,10 @@ class GradPath:
         if self.copies:
             return num_inference_steps
         return self.calls[0] if self.calls else num_inference_steps
+
+    def earlier(self, calls: int) -> GradPath:
+        """Return the same path in a chain that has so many calls fewer before it."""
+        return replace(self, calls=tuple(i - calls for i in self.calls))
 
 
 def window(start: int, stop: int) -> GradPath:
@@ -237,16 +241,13 @@ class Estimator:
             within = torch.rand(groups, generator=generator, dtype=torch.float64)
             columns.append(((strata + within) / groups).tolist())  # pyright: ignore[reportUnknownMemberType]
         return [
-            GradPath(
-                self.calls.draw(num_inference_steps, [column[group] for column in columns]),
-                self.input_grad,
-                self.end,
-                self.leaps,
-                self.copies,
-                self.weight,
-            )
+            self.path(self.calls.draw(num_inference_steps, [column[group] for column in columns]))
             for group in range(groups)
         ]
+
+    def path(self, calls: tuple[int, ...]) -> GradPath:
+        """Return the path through some calls, whatever would be drawn."""
+        return GradPath(calls, self.input_grad, self.end, self.leaps, self.copies, self.weight)
 
     def longest(self, num_inference_steps: int) -> int:
         """Return the largest number of calls that can carry gradient."""
@@ -300,3 +301,17 @@ def gaussian_k(mean: float = 0.84, std: float = 0.1) -> Estimator:
         1 <= s < T; this is that truncated distribution.
     """
     return Estimator(GaussianStart(mean, std))
+
+
+DRAWS_PER_STEP = 4
+"""How many paths a step draws at most; measured, see docs/estimators.md."""
+
+
+def window_group(batch_size: int) -> int:
+    """Return how many consecutive images share one path by default.
+
+    A function of the batch alone, never of memory or processes, so that a step computes the same
+    on any machine: `DRAWS_PER_STEP` paths a step, or the largest smaller number that divides it.
+    """
+    draws = max(d for d in range(1, DRAWS_PER_STEP + 1) if batch_size % d == 0)
+    return batch_size // draws

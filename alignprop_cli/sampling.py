@@ -10,8 +10,9 @@ of the chain along a path that an estimator drew (estimators.py).
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -95,10 +96,14 @@ class Guidance:
     origin: Literal["uncond", "text"] = "uncond"
     rescale: Rescale | None = None
 
+    @property
+    def enabled(self) -> bool:
+        """Return whether any call needs both branches."""
+        return self.scale != (1.0 if self.origin == "uncond" else 0.0)
+
     def applies(self, sigma: float) -> bool:
         """Return whether a call at this noise level needs both branches."""
-        neutral = 1.0 if self.origin == "uncond" else 0.0
-        return self.scale != neutral and self.interval[0] <= sigma <= self.interval[1]
+        return self.enabled and self.interval[0] <= sigma <= self.interval[1]
 
     def combine(self, noise_pred_uncond: Tensor, noise_pred_text: Tensor) -> Tensor:
         """Return the guided prediction, shape (B, C, h, w). Differentiable in both."""
@@ -119,13 +124,18 @@ def guided(predict: Predict, conditioning: Conditioning, guidance: Guidance) -> 
         guidance: How the branches are combined.
 
     Returns:
-        (latents, step) -> noise_pred, in latents' dtype. Differentiable in latents and in the
-        trainable parameters of `predict`.
+        (latents, step) -> noise_pred, in latents' dtype. It may be given fewer than B rows: they
+        are the first ones. Differentiable in latents and in the trainable parameters of `predict`.
     """
-    text, negative = conditioning.text, conditioning.negative
-    both = None if negative is None else negative.followed_by(text)
+
+    @functools.cache
+    def first(rows: int) -> tuple[Embeds, Embeds | None]:
+        part = conditioning[slice(rows)]
+        both = None if part.negative is None else part.negative.followed_by(part.text)
+        return part.text, both
 
     def denoise(latents: Tensor, step: Step) -> Tensor:
+        text, both = first(len(latents))
         if both is None or not guidance.applies(step.sigma):
             return predict(latents, step.timestep, text)
         # One use of latents, so that its gradient is the same sum where the call is recomputed.
@@ -238,31 +248,38 @@ def rollout(
     latents: Tensor,
     schedule: NoiseSchedule,
     *,
-    calls: int | None = None,
+    stops: Sequence[int] | None = None,
     eta: float = 0.0,
     draw_noise: DrawNoise | None = None,
 ) -> Tensor:
-    """Run the first calls of the chain without any gradient.
+    """Run the chain without any gradient, of each image so many calls.
 
     Args:
-        denoise: (latents, step) -> noise_pred with guidance applied.
+        denoise: (latents, step) -> noise_pred with guidance applied; is given fewer rows, the first
+            ones, when images have stopped.
         latents: Standard normal noise at the first step, shape (B, C, h, w).
         schedule: Noise levels of all steps.
-        calls: How many, the first ones; None runs the whole chain.
+        stops: The call before which each image stops, descending, B numbers in [0, T]; None runs
+            all calls of all images.
         eta: Share of fresh noise per step in [0, 1].
-        draw_noise: Gives the fresh noise of step i; needed where eta > 0.
+        draw_noise: Gives the fresh noise of step i of all B images; needed where eta > 0.
 
     Returns:
-        Latents before call number `calls`, shape (B, C, h, w). Not differentiable; no activation is
+        Latents before each image's stop, shape (B, C, h, w). Not differentiable; no activation is
         stored.
 
     Raises:
-        ValueError: If eta > 0 and draw_noise is None.
+        ValueError: If stops do not descend, or eta > 0 and draw_noise is None.
     """
+    stops = [len(schedule)] * len(latents) if stops is None else stops
+    if list(stops) != sorted(stops, reverse=True) or len(stops) != len(latents):
+        raise ValueError(f"expected {len(latents)} descending stops, got {list(stops)}")
     with torch.no_grad():
-        for i, step in enumerate(schedule.steps[:calls]):
-            noise_pred = denoise(latents, step)
-            latents = _step(noise_pred, latents, step, i, schedule, eta, draw_noise)
+        for i, step in enumerate(schedule.steps[: max(stops, default=0)]):
+            active = sum(stop > i for stop in stops)
+            noise_pred = denoise(latents[:active], step)
+            moved = _step(noise_pred, latents[:active], step, i, schedule, eta, draw_noise)
+            latents = moved if active == len(latents) else torch.cat([moved, latents[active:]])
     return latents
 
 
@@ -308,11 +325,14 @@ def backprop(
     if path.copies:
         return _copies(denoise, latents, schedule, path, draw_noise, recomputed)
     jump: Tensor | None = None
-    for i, step in list(enumerate(schedule.steps))[path.rollout_calls(len(schedule)) :]:
+    for i in range(path.rollout_calls(len(schedule)), len(schedule)):
+        step = schedule.steps[i]
         if i in path:
-            # 1. The input: the true latents in value, and as much of their gradient as is asked.
-            latents = _mix(_attach(latents, jump), path.input_grad)
-            noise_pred = _call(denoise, latents, step, again=i in recomputed)
+            # 1. The call: its input has the true values, and as much of their gradient as is asked;
+            #    the arithmetic of the step keeps all of it.
+            latents = _attach(latents, jump)
+            inputs = _mix(latents, path.input_grad)
+            noise_pred = _call(denoise, inputs, step, again=i in recomputed)
             if path.end == "predicted" and i == path.calls[-1]:
                 latents, _ = predict_x0_epsilon(noise_pred, latents, step, schedule.prediction_type)
                 break
@@ -359,9 +379,9 @@ def sample(
     """
     if not torch.is_grad_enabled():
         path = None
-    calls = None if path is None else path.rollout_calls(len(schedule))
+    stops = None if path is None else [path.rollout_calls(len(schedule))] * len(latents)
     latents = rollout(
-        plain or denoise, latents, schedule, calls=calls, eta=eta, draw_noise=draw_noise
+        plain or denoise, latents, schedule, stops=stops, eta=eta, draw_noise=draw_noise
     )
     if path is None:
         return latents
@@ -408,7 +428,7 @@ def _step(
     """Take step i, with its fresh noise where eta > 0."""
     if eta > 0.0 and draw_noise is None:
         raise ValueError(f"eta is {eta}: the chain needs draw_noise where eta > 0")
-    noise = draw_noise(i) if draw_noise is not None and eta > 0.0 else None
+    noise = draw_noise(i)[: len(latents)] if draw_noise is not None and eta > 0.0 else None
     return ddim_step(noise_pred, latents, step, schedule.prediction_type, eta=eta, noise=noise)
 
 

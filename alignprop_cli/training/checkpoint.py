@@ -31,12 +31,12 @@ from alignprop_cli.storage import write_whole
 
 @dataclass(frozen=True)
 class State:
-    """What a run needs to go on, besides its LoRA weights.
+    """What a run is resumed from, besides its LoRA weights.
 
     Args:
         step: Optimiser steps done.
-        images_seen: Images drawn for training so far.
-        optimizer: AdamW's tensors, named `<parameter number>.<name>`.
+        images_seen: Images sampled for training so far.
+        optimizer: Its tensors, as `Optimizer.state` names them.
     """
 
     step: int

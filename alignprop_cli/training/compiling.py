@@ -10,8 +10,7 @@ import torch
 
 from alignprop_cli.errors import first_line
 from alignprop_cli.models.compiled import take_back
-from alignprop_cli.planning.probe import rehearse
-from alignprop_cli.training.trainer import Trainer
+from alignprop_cli.training.trial import Trial
 
 # Compiling takes about a minute, and what it wins is not known before: too much for a short run.
 _WORTH_TRYING_SECONDS = 1200.0
@@ -21,7 +20,8 @@ _FORMS = 64
 
 
 def compile_network(
-    trainer: Trainer,
+    trial: Trial,
+    steps: int,
     wanted: bool | Literal["auto"],
     note: Callable[[str], object],
     *,
@@ -33,7 +33,8 @@ def compile_network(
     be compiled, or needs more memory then. Values and gradients are the same up to rounding.
 
     Args:
-        trainer: Before its first step; nothing else of it changes.
+        trial: Of a trainer before its first step; nothing else of it changes.
+        steps: That are still to do.
         wanted: True compiles and keeps it, whatever it wins; `auto` tries on a GPU, in a run that
             takes more than 20 minutes with one call in the window. Not on the CPU, where runs
             repeat bit for bit and a timing must not decide how they round; there it won 1 to 3 %
@@ -41,18 +42,18 @@ def compile_network(
         note: Told what became of it.
         backend: Of torch.compile.
     """
-    network: Any = trainer.model.network
-    steps = trainer.config.train.steps - trainer.step_number
-    unlikely = wanted == "auto" and trainer.model.device.type != "cuda"
+    model = trial.trainer.model
+    network: Any = model.network.module
+    unlikely = wanted == "auto" and model.device.type != "cuda"
     if wanted is False or unlikely or steps <= 0:
         return
     try:
-        _timed(trainer)  # warms up
-        plain = _timed(trainer)
+        _timed(trial)  # warms up
+        plain = _timed(trial)
     except torch.OutOfMemoryError:
         note("the network's blocks are not compiled: memory ran out before that")
         return
-    if wanted == "auto" and plain * trainer.plan.accumulation * steps < _WORTH_TRYING_SECONDS:
+    if wanted == "auto" and plain * trial.plan.accumulation * steps < _WORTH_TRYING_SECONDS:
         return
     started = time.perf_counter()
     # All blocks share one count: levels of the network, with and without gradient, batch sizes.
@@ -61,10 +62,10 @@ def compile_network(
     try:
         network.compile_repeated_blocks(dynamic=False, backend=backend)
         # With the most that can be stored, which is not what was stored before.
-        rehearse(trainer, trainer.plan.micro_batch)
-        _timed(trainer)
+        trial.run_micro_batch()
+        _timed(trial)
         took = time.perf_counter() - started
-        gain = plain / _timed(trainer)
+        gain = plain / _timed(trial)
     except (RuntimeError, ValueError, OSError) as error:
         take_back(network)
         note(
@@ -80,10 +81,10 @@ def compile_network(
     )
 
 
-def _timed(trainer: Trainer) -> float:
+def _timed(trial: Trial) -> float:
     """Return the seconds of one micro-batch of the plan, with one call in the window."""
     started = time.perf_counter()
-    rehearse(trainer, trainer.plan.micro_batch, calls=1)
-    if trainer.model.device.type == "cuda":
+    trial.run_micro_batch(calls=1)
+    if trial.trainer.model.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - started

@@ -1,4 +1,4 @@
-"""Going on with a run: what may change, what is restored, and where its metrics are cut."""
+"""Resuming a run: what may change, what is restored, and where its metrics are cut."""
 
 from __future__ import annotations
 
@@ -16,7 +16,9 @@ from alignprop_cli.training.trainer import Trainer
 
 _MAY_CHANGE = (
     "train.steps",
+    "train.rollout_batch",
     "train.micro_batch",
+    "train.decode_batch",
     "gradient.checkpoint_network",
     "gradient.checkpoint_decoder",
     "gradient.checkpoint_reward",
@@ -61,9 +63,19 @@ def refuse_changes(found: Path, config: Config) -> None:
         )
 
 
-def restore(trainer: Trainer, found: Path, run: Path) -> None:
-    """Continue from a checkpoint."""
-    steps = trainer.config.train.steps
+def restore(trainer: Trainer, found: Path, run: Path, steps: int) -> None:
+    """Continue from a checkpoint.
+
+    Args:
+        trainer: Before its first step; gets weights, optimiser and counters.
+        found: The checkpoint.
+        run: The run folder.
+        steps: At which the run is to end.
+
+    Raises:
+        ConfigError: If it was trained on another network, or nothing is left to do.
+        RunError: If the checkpoint is damaged.
+    """
     state = checkpoint.load(found)
     fingerprint = checkpoint.header(found).get("alignprop.base_fingerprint")
     if fingerprint != trainer.model.fingerprint:
@@ -77,8 +89,9 @@ def restore(trainer: Trainer, found: Path, run: Path) -> None:
             f"--resume: {found} is at step {state.step} and train.steps is {steps}: nothing to do",
             hint=f"give a larger number, for instance --steps {state.step + steps}",
         )
-    lora.set_weights(trainer.model.network, checkpoint.load_lora(found))
-    trainer.load_state(state)
+    lora.set_weights(trainer.model.network.module, checkpoint.load_lora(found))
+    trainer.optimizer.load_state(state.optimizer)
+    trainer.step_number, trainer.images_seen = state.step, state.images_seen
 
 
 def _summarised(run: Path) -> int | None:

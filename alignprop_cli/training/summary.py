@@ -10,54 +10,54 @@ from alignprop_cli.console import table
 from alignprop_cli.device import peak_gib
 from alignprop_cli.evaluation import draw as evaluator
 from alignprop_cli.evaluation import sheet as report
-from alignprop_cli.evaluation.draw import Drawn, Paired
+from alignprop_cli.evaluation.draw import Paired, Samples
 from alignprop_cli.lora.files import latest
 from alignprop_cli.models.base import LORA_FILE
 from alignprop_cli.storage import write_text
-from alignprop_cli.training.session import Session
+from alignprop_cli.training.callbacks import Run
 
 
-def finish(session: Session, base: Drawn, tuned: Drawn, seconds: float) -> None:
+def finish(run: Run, base: Samples, tuned: Samples, seconds: float) -> None:
     """Write the before/after sheet and the summary, and print where everything is."""
-    run, config = session.run, session.config
-    peak = peak_gib(session.model.device)
+    folder, config, trainer = run.folder, run.config, run.trainer
+    peak = peak_gib(trainer.model.device)
     paired = {
-        name: evaluator.compare(base.pictures, base.rewards[name], tuned.rewards[name])
-        for name in session.mixture.figures
+        name: evaluator.compare(base.samples, base.rewards[name], tuned.rewards[name])
+        for name in trainer.mixture.metrics
     }
     checks = {
-        part: evaluator.compare(base.pictures, right["base"], right["tuned"])
+        part: evaluator.compare(base.samples, right["base"], right["tuned"])
         for part, right in evaluator.checks({"base": base, "tuned": tuned}).items()
     }
     cells = [
-        report.Cell(picture.prompt, (before, after), (base.caption(i), tuned.caption(i)))
-        for i, (picture, before, after) in enumerate(
-            zip(base.pictures, base.images, tuned.images, strict=True)
+        report.Cell(sample.prompt, (before, after), (base.caption(i), tuned.caption(i)))
+        for i, (sample, before, after) in enumerate(
+            zip(base.samples, base.images, tuned.images, strict=True)
         )
     ]
-    sheet = run / "before_after.png"
+    sheet = folder / "before_after.png"
     report.contact_sheet(cells, sheet, titles=("base", "tuned"))
-    last = latest(run)
-    next_command = f"alignprop evaluate {run}"
+    last = latest(folder)
+    next_command = f"alignprop evaluate {folder}"
     values: dict[str, Any] = {
-        "run": str(run.resolve()),
+        "run": str(folder.resolve()),
         "adapter": str((last / LORA_FILE).resolve()),
         "sheet": str(sheet.resolve()),
-        "steps": session.trainer.step_number,
-        "images_seen": session.trainer.images_seen,
+        "steps": trainer.step_number,
+        "images_seen": trainer.images_seen,
         "seconds": seconds,
         "peak_memory_gib": peak,
         "held_out": {
             "prompts": config.eval.prompts,
-            "images": len(base.pictures),
+            "images": len(base.samples),
             "rewards": {name: asdict(result) for name, result in paired.items()},
             "checker": {part: asdict(result) for part, result in checks.items()},
         },
         "next": next_command,
     }
-    write_text(run / "summary.json", json.dumps(values, indent=2) + "\n")
-    console = session.console
-    title = f"{len(base.pictures)} held-out pictures ({config.eval.prompts}), base and tuned"
+    write_text(folder / "summary.json", json.dumps(values, indent=2) + "\n")
+    console = run.console
+    title = f"{len(base.samples)} held-out samples ({config.eval.prompts}), base and tuned"
     console.result(
         "alignprop.train/2",
         values,
@@ -72,8 +72,8 @@ def finish(session: Session, base: Drawn, tuned: Drawn, seconds: float) -> None:
             ),
             "",
             f"adapter  {last / LORA_FILE}",
-            f"pictures {sheet}",
-            f"{session.trainer.step_number} steps, {session.trainer.images_seen} images, "
+            f"images   {sheet}",
+            f"{trainer.step_number} steps, {trainer.images_seen} images, "
             f"{seconds:.0f} s, at most {peak:.2f} GiB",
             f"next: {next_command}",
         ],

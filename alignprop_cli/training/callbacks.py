@@ -1,0 +1,196 @@
+"""What happens around the steps of a run: metrics, samples, checkpoints, progress.
+
+Each is a callback: an object that is told of the start, of every step and of the end, and may ask
+the run to stop. `run_training` takes more of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from alignprop_cli import __version__
+from alignprop_cli.config.schema import Config
+from alignprop_cli.console import Console
+from alignprop_cli.evaluation import sheet
+from alignprop_cli.evaluation.draw import Sample, draw_shared
+from alignprop_cli.lora import files
+from alignprop_cli.lora import layers as lora
+from alignprop_cli.training import checkpoint
+from alignprop_cli.training.record import StepRecord
+from alignprop_cli.training.trainer import Trainer
+
+_SMOOTHING = 0.8
+"""Share of the past in the smoothed reward beside the progress bar."""
+
+
+@dataclass
+class Run:
+    """The parts of one run, as callbacks see them.
+
+    Args:
+        config: The complete configuration.
+        folder: The run folder.
+        trainer: Its model, rewards and counters.
+        accelerator: Device and processes.
+        console: For people.
+        held_out: What is sampled before and after training.
+        samples: What is sampled during training.
+    """
+
+    config: Config
+    folder: Path
+    trainer: Trainer
+    accelerator: Accelerator
+    console: Console
+    held_out: Sequence[Sample]
+    samples: Sequence[Sample]
+
+
+class Callback:
+    """Does nothing; override what is needed. In order of the list, on every process."""
+
+    def before_training(self, run: Run) -> None:
+        """Be told of the run, before its first step."""
+
+    def after_step(self, record: StepRecord) -> None:
+        """Be told what a step did."""
+
+    def should_stop(self) -> bool:
+        """Return whether to end after this step. All processes must say the same."""
+        return False
+
+    def after_training(self) -> None:
+        """Be told that no step follows; also after an interruption or an error."""
+
+
+class Samples(Callback):
+    """Samples fixed prompts every so many steps: a sheet of images, and their mean rewards.
+
+    The rewards go into the record, so `MetricsFile` comes later in the list.
+    """
+
+    def before_training(self, run: Run) -> None:
+        """Sample before the first step of a new run."""
+        self._run = run
+        if run.trainer.step_number == 0 and run.config.eval.every:
+            self._draw()
+
+    def after_step(self, record: StepRecord) -> None:
+        """Sample if it is time."""
+        every = self._run.config.eval.every
+        if every and record.step % every == 0:
+            record.held_out = self._draw()
+
+    def _draw(self) -> dict[str, float]:
+        run, step = self._run, self._run.trainer.step_number
+        # No bar of its own: it would push the training's aside.
+        quiet = Console(quiet=True)
+        drawn = draw_shared(run.trainer.model, run.samples, run.trainer.mixture, run.config, quiet)
+        if run.accelerator.is_main_process:
+            cells = [
+                sheet.Cell(sample.prompt, (image,), (drawn.caption(i),))
+                for i, (sample, image) in enumerate(zip(drawn.samples, drawn.images, strict=True))
+            ]
+            path = run.folder / "samples" / f"step-{step:06d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            sheet.contact_sheet(cells, path, titles=(f"step {step}",))
+        return {name: float(values.mean()) for name, values in drawn.rewards.items()}
+
+
+class MetricsFile(Callback):
+    """Appends every step to metrics.jsonl."""
+
+    def before_training(self, run: Run) -> None:
+        """Note the file; the main process writes it."""
+        self._path = run.folder / "metrics.jsonl" if run.accelerator.is_main_process else None
+
+    def after_step(self, record: StepRecord) -> None:
+        """Write one line."""
+        if self._path is None:
+            return
+        line = asdict(record)
+        if not record.held_out:
+            del line["held_out"]
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+class Checkpoints(Callback):
+    """Saves every so many steps, after the last one, and when the run is stopped."""
+
+    def before_training(self, run: Run) -> None:
+        """Count what is saved from here on."""
+        self._run, self._saved = run, run.trainer.step_number
+
+    def after_step(self, record: StepRecord) -> None:
+        """Save if it is time."""
+        every, last = self._run.config.output.save_every, self._run.config.train.steps
+        if record.step == last or (every and record.step % every == 0):
+            self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint of the present step, on the main process; once only."""
+        run, trainer = self._run, self._run.trainer
+        if self._saved == trainer.step_number:
+            return
+        self._saved = trainer.step_number
+        if not run.accelerator.is_main_process:
+            return
+        header = {
+            "alignprop.version": __version__,
+            "alignprop.base_model": run.config.model.id,
+            "alignprop.base_fingerprint": trainer.model.fingerprint,
+            "alignprop.step": str(trainer.step_number),
+            "alignprop.seed": str(run.config.train.seed),
+            "alignprop.rewards": ",".join(trainer.mixture.names),
+            "alignprop.config": json.dumps(run.config.model_dump(mode="json"), sort_keys=True),
+        }
+        module = trainer.model.network.module
+
+        def save_lora(folder: Path) -> None:
+            files.save(
+                folder,
+                lora.weights(module),
+                header,
+                prefix=trainer.model.family.lora_prefix,
+                adapter_metadata=lora.adapter_metadata(module),
+            )
+
+        state = checkpoint.State(
+            trainer.step_number, trainer.images_seen, trainer.optimizer.state()
+        )
+        checkpoint.save(run.folder, state, save_lora, keep=run.config.output.keep_last)
+
+
+class Progress(Callback):
+    """Moves the progress bar, with the smoothed rewards beside it."""
+
+    def before_training(self, run: Run) -> None:
+        """Show the bar where the run begins."""
+        self._console = run.console
+        self._smoothed: dict[str, float] = {}
+        self._stack = ExitStack()
+        self._bar = self._stack.enter_context(run.console.bar(run.config.train.steps, "training"))
+        self._bar.advance(run.trainer.step_number)
+
+    def after_step(self, record: StepRecord) -> None:
+        """Move it by one; warn of a gradient that is exactly zero at first."""
+        for name, stats in record.rewards.items():
+            past = self._smoothed.get(name, stats.mean)
+            self._smoothed[name] = _SMOOTHING * past + (1.0 - _SMOOTHING) * stats.mean
+        self._bar.advance(1, "  ".join(f"{n} {value:.4f}" for n, value in self._smoothed.items()))
+        if record.step == 1 and record.grad_norm == 0.0:
+            self._console.warn(
+                "the gradient of the first step is exactly 0: the rewards do not change with the "
+                "images (do they round?), or their targets are reached"
+            )
+
+    def after_training(self) -> None:
+        """Take the bar away."""
+        self._stack.close()

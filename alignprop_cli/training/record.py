@@ -1,0 +1,91 @@
+"""What one optimiser step did: summed up batch by batch, then a line of metrics.jsonl."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class RewardStats:
+    """Mean and standard deviation of one metric over the images of a step."""
+
+    mean: float
+    std: float
+
+
+@dataclass
+class StepRecord:
+    """What one optimiser step did; a line of metrics.jsonl.
+
+    Args:
+        step: Counted from 1.
+        images_seen: Images sampled for training so far.
+        loss: Mean over the global batch.
+        rewards: By member of the mixture, and the extra metrics of members, over the global batch.
+        grad_norm: L2 norm before clipping.
+        lora_norm: L2 norm of the LoRA's weights after the step.
+        learning_rate: Used in this step.
+        backprop_steps: Mean number of network calls that carried gradient.
+        seconds: Wall-clock time.
+        peak_memory_gib: Largest so far: allocated on CUDA, resident otherwise.
+        held_out: Mean rewards of the fixed sample prompts, where they were sampled after this step.
+    """
+
+    step: int
+    images_seen: int
+    loss: float
+    rewards: dict[str, RewardStats]
+    grad_norm: float
+    lora_norm: float
+    learning_rate: float
+    backprop_steps: float
+    seconds: float
+    peak_memory_gib: float
+    held_out: dict[str, float] = field(default_factory=dict[str, float])
+
+
+class Totals:
+    """Adds up what the batches of one step measured.
+
+    Args:
+        metrics: Names of all that the mixture measures.
+    """
+
+    def __init__(self, metrics: Iterable[str]) -> None:
+        self._losses: list[Tensor] = []
+        self._scores: dict[str, list[Tensor]] = {name: [] for name in metrics}
+        self._calls: list[Tensor] = []
+
+    def add(self, losses: Tensor, scores: Mapping[str, Tensor], calls: int) -> None:
+        """Add some images: losses and scores (B,), and how many calls of theirs carry gradient."""
+        self._losses.append(losses.detach())
+        self._calls.append(torch.full_like(losses.detach(), float(calls)))
+        for name, values in scores.items():
+            self._scores[name].append(values.detach())
+
+    def record(self, gather: Callable[[Tensor], Tensor], **others: Any) -> StepRecord:
+        """Return the record of the step.
+
+        Args:
+            gather: From this process's values (B,) to those of all processes.
+            **others: The fields of the record that are not measured image by image.
+        """
+        joined = {name: _exact(gather(torch.cat(v))) for name, v in self._scores.items()}
+        return StepRecord(
+            loss=float(_exact(gather(torch.cat(self._losses))).mean()),
+            rewards={
+                name: RewardStats(float(v.mean()), float(v.std(correction=0)))
+                for name, v in joined.items()
+            },
+            backprop_steps=float(_exact(gather(torch.cat(self._calls))).mean()),
+            **others,
+        )
+
+
+def _exact(values: Tensor) -> Tensor:
+    return values.double().cpu()

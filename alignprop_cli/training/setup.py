@@ -1,0 +1,138 @@
+"""From the sections of a configuration to the values and the LoRA that a run starts with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from alignprop_cli.config.schema import Config
+from alignprop_cli.console import Console
+from alignprop_cli.errors import AssetError, ConfigError
+from alignprop_cli.estimators import Estimator, window_group
+from alignprop_cli.lora import files
+from alignprop_cli.lora import layers as lora
+from alignprop_cli.models.base import Family, Model
+from alignprop_cli.models.families import sampler
+from alignprop_cli.prompts import check_prompts
+from alignprop_cli.rewards import registry
+from alignprop_cli.training import checkpoint
+from alignprop_cli.training.batches import Settings
+from alignprop_cli.training.optimizer import OptimizerSettings
+
+
+def check(config: Config) -> None:
+    """Refuse unknown rewards, prompt sets and LoRA files before anything heavy."""
+    for name, reward in config.reward.items():
+        registry.check(name, reward.options)
+        if name in registry.SHIPPED and not registry.SHIPPED[name].trainable:
+            raise ConfigError(f"reward.{name}: it has no gradient, so it cannot be trained on")
+    if config.lora.init is not None:
+        _initial(config.lora.init)
+    for prompts in (config.train.prompts, config.eval.prompts):
+        check_prompts(prompts)
+
+
+def settled(config: Config) -> Config:
+    """Return the configuration as it is kept with the run.
+
+    The window group is written out, so that a later version with another default computes the same;
+    the folder is left out, since the run may be moved or repeated.
+    """
+    group = config.gradient.window_group or window_group(config.train.batch_size)
+    gradient = config.gradient.model_copy(update={"window_group": group})
+    output = config.output.model_copy(update={"dir": None})
+    return config.model_copy(update={"gradient": gradient, "output": output})
+
+
+def settings(config: Config, family: Family, estimator: Estimator) -> Settings:
+    """Return what a step computes.
+
+    Args:
+        config: Settled, so that it has a window group.
+        family: Of the model.
+        estimator: Where the gradient flows.
+    """
+    train = config.train
+    optimizer = OptimizerSettings(
+        learning_rate=train.learning_rate,
+        warmup_steps=train.warmup_steps,
+        decay_steps=train.lr_decay_steps,
+        betas=(train.adam_beta1, train.adam_beta2),
+        epsilon=train.adam_epsilon,
+        weight_decay=train.weight_decay,
+        max_grad_norm=train.max_grad_norm,
+    )
+    return Settings(
+        sampler=sampler(config.sample, family),
+        estimator=estimator,
+        optimizer=optimizer,
+        batch_size=train.batch_size,
+        window_group=config.gradient.window_group or window_group(train.batch_size),
+        rollout_steps=config.gradient.rollout_steps,
+        seed=train.seed,
+    )
+
+
+def new_folder(wanted: str | None, name: str, accelerator: Accelerator) -> Path:
+    """Choose the run folder once for all processes: the first one makes it."""
+    chosen: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            run = checkpoint.new_run(wanted, name)
+            checkpoint.make_run(run)
+            chosen = [str(run)]
+        except ConfigError as error:
+            # Told to the others too, who would wait for the folder forever.
+            chosen = [error]
+    chosen = broadcast_object_list(chosen)
+    if isinstance(chosen[0], ConfigError):
+        raise chosen[0]
+    return Path(chosen[0])
+
+
+def prepare_lora(config: Config, model: Model, found: Path | None, console: Console) -> Config:
+    """Put a fresh LoRA, the one to start from, or the checkpoint's into the network.
+
+    Returns:
+        The configuration with the rank, alpha and layers that the LoRA has.
+    """
+    module, own = model.network.module, config.lora
+    if own.init is None:
+        targets = own.target_modules or model.family.target_modules
+        lora.inject(
+            module,
+            rank=own.rank,
+            alpha=own.alpha or own.rank,
+            target_modules=targets,
+            seed=config.train.seed,
+        )
+        have: dict[str, Any] = {"target_modules": targets}
+    else:
+        start = files.read(files.adapter_file(found or _initial(own.init)))
+        lora.load(module, start, model.id)
+        lora.make_trainable(module)
+        if start.left_out:
+            console.warn(f"{start.file}: its layers of the text encoder are left out")
+        metadata = lora.adapter_metadata(module)
+        have = {
+            "rank": metadata["r"],
+            "alpha": float(metadata["lora_alpha"]),
+            "target_modules": metadata["target_modules"],
+        }
+        console.note(f"lora.init: rank {have['rank']}, alpha {have['alpha']:g}, as in its file")
+    return config.model_copy(update={"lora": own.model_copy(update=have)})
+
+
+def _initial(path: str) -> Path:
+    """Return the LoRA to start from: a file, a checkpoint, or the newest one of a run.
+
+    Raises:
+        AssetError: If there is none.
+    """
+    place = Path(path).expanduser()
+    if not place.exists():
+        raise AssetError(f"lora.init: no such file or folder: {place}")
+    return files.latest(place) if (place / "checkpoints").is_dir() else place
