@@ -8,25 +8,23 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from alignprop_cli.config.schema import Config
-from alignprop_cli.console import Bar, Console
+from alignprop_cli.console import Console
 from alignprop_cli.device import make_accelerator
 from alignprop_cli.errors import ConfigError
 from alignprop_cli.evaluation.compare import Evaluation, Identity
-from alignprop_cli.evaluation.draw import Features, Sample, Samples, choose_samples, draw_samples
+from alignprop_cli.evaluation.draw import Samples, choose_samples, draw_shared
 from alignprop_cli.evaluation.results import show, write
 from alignprop_cli.lora import files
 from alignprop_cli.lora import layers as lora
 from alignprop_cli.lora.files import Adapter, Located
 from alignprop_cli.models.base import Model
-from alignprop_cli.models.families import open_model, sampler
+from alignprop_cli.models.families import open_model
 from alignprop_cli.prompts import load_groups, load_prompts
 from alignprop_cli.rewards.jpeg import true_size
 from alignprop_cli.rewards.mixture import Mixture, build_mixture
@@ -97,14 +95,14 @@ def run_evaluation(
     mixture = _mixture(config, accelerator.device)
 
     # 2. The same samples with every model.
-    how = sampler(config.sample, model.family)
-    draw = partial(draw_samples, model, samples, mixture, how, seed=settings.seed)
-    drawn = _draw_all(
-        partial(draw, batch_size=settings.batch_size, features=_features(mixture, samples)),
-        [(variant, adapters[variant.located.file]) for variant in chosen],
-        model,
-        lambda name: console.bar(len(samples), name),
-    )
+    repeated = len({sample.prompt_index for sample in samples}) < len(samples)
+    # Features tell how different the images of one prompt are.
+    features = mixture.features if repeated else None
+
+    def draw(name: str) -> Samples:
+        return draw_shared(model, samples, mixture, config, console, name, features=features)
+
+    drawn = _draw_all(draw, model, [(v, adapters[v.located.file]) for v in chosen])
     if not accelerator.is_main_process:
         return
 
@@ -133,29 +131,18 @@ def _mixture(config: Config, device: torch.device) -> Mixture:
     return mixture
 
 
-def _features(mixture: Mixture, samples: Sequence[Sample]) -> Features | None:
-    """Return what tells how alike images of one prompt are, where a prompt has several."""
-    repeated = len({sample.prompt_index for sample in samples}) < len(samples)
-    return mixture.features if repeated else None
-
-
 def _draw_all(
-    draw: Callable[..., Samples],
-    chosen: Sequence[tuple[Variant, Adapter]],
-    model: Model,
-    bar: Callable[[str], AbstractContextManager[Bar]],
+    draw: Callable[[str], Samples], model: Model, chosen: Sequence[tuple[Variant, Adapter]]
 ) -> dict[str, Samples]:
     """Sample with every model, the base model first.
 
     Args:
-        draw: Samples with the model as it is now; told what to call after each batch.
+        draw: Samples with the model as it is at that moment, under a name.
+        model: The base model; keeps the last LoRA.
         chosen: The LoRAs.
-        model: The base model; has the last LoRA afterwards.
-        bar: Shows a progress bar with such a label.
     """
     module, loaded = model.network.module, None
-    with bar("base") as shown:
-        drawn = {"base": draw(on_batch=shown.advance)}
+    drawn = {"base": draw("base")}
     for variant, adapter in chosen:
         # One file at several strengths is loaded once.
         if adapter is not loaded:
@@ -164,8 +151,7 @@ def _draw_all(
             lora.load(module, adapter, model.id)
             loaded = adapter
         lora.set_strength(module, variant.strength)
-        with bar(variant.name) as shown:
-            drawn[variant.name] = draw(on_batch=shown.advance)
+        drawn[variant.name] = draw(variant.name)
     return drawn
 
 
