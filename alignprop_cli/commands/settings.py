@@ -126,11 +126,11 @@ def _own_settings(located: Located | None, model: str | None) -> tuple[Path | No
     """
     header: Mapping[str, str] = {}
     if located is not None:
-        from alignprop_cli.lora.files import read, recorded_config
+        from alignprop_cli.lora.files import read_header, recorded_config
 
         if located.run is not None:
             return located.run / "config.yaml", {}
-        header = read(located.file).header
+        header = read_header(located.file)
         recorded = recorded_config(header, located.file)
         if recorded is not None:
             return None, recorded
