@@ -6,6 +6,7 @@ Its folder holds model_index.json, which names the pipeline class, and the weigh
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -48,7 +49,7 @@ class ToyNetwork:
         return NoiseSchedule(
             tuple(
                 Step(sigma, 1.0 - sigma, sigma, 1.0 - after, after)
-                for sigma, after in zip(sigmas, sigmas[1:], strict=False)
+                for sigma, after in itertools.pairwise(sigmas)
             ),
             "flow",
         )
