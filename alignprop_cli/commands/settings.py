@@ -93,12 +93,11 @@ def for_evaluation(
     Raises:
         AssetError, ConfigError: If something cannot be read, or is no complete configuration.
     """
-    from alignprop_cli.lora.files import read
     from alignprop_cli.rewards import registry
 
-    header = {} if located is None else read(located.file).header
-    given = preset is not None or config is not None
-    own, recorded = _own_settings(located, header, given=given, model=flags.get("model.id"))
+    own, recorded = None, {}
+    if preset is None and config is None:
+        own, recorded = _own_settings(located, flags.get("model.id"))
     resolved = presets.resolve(
         preset=preset,
         config=Path(config).expanduser() if config else own,
@@ -114,28 +113,24 @@ def for_evaluation(
     return resolved
 
 
-def _own_settings(
-    located: Located | None, header: Mapping[str, str], *, given: bool, model: str | None
-) -> tuple[Path | None, dict[str, Any]]:
+def _own_settings(located: Located | None, model: str | None) -> tuple[Path | None, dict[str, Any]]:
     """Return the configuration that comes with the weights: a run's file, or a header's values.
 
     Args:
         located: The weights; None is the base model.
-        header: Of their file.
-        given: Whether the command line names a preset or a configuration, which then counts.
         model: What the command line names as the base model.
 
     Raises:
         AssetError: If the configuration in the header is damaged.
         ConfigError: If there is no configuration and nothing says what the base model is.
     """
-    from alignprop_cli.lora.files import recorded_config
-
-    if given:
-        return None, {}
-    if located is not None and located.run is not None:
-        return located.run / "config.yaml", {}
+    header: Mapping[str, str] = {}
     if located is not None:
+        from alignprop_cli.lora.files import read_header, recorded_config
+
+        if located.run is not None:
+            return located.run / "config.yaml", {}
+        header = read_header(located.file)
         recorded = recorded_config(header, located.file)
         if recorded is not None:
             return None, recorded

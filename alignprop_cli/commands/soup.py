@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from alignprop_cli.commands import (
+from alignprop_cli.commands.options import (
     DebugOption,
     JsonOption,
     OutputOption,
     OverwriteOption,
     QuietOption,
     RewardOption,
+    check_output,
 )
-from alignprop_cli.commands.outputs import check_output
 from alignprop_cli.lora.recipe import Method, Recipe, check_recipe, member_shares, sweep_shares
 
 if TYPE_CHECKING:
@@ -121,21 +121,18 @@ def _make(console: Console, soup: Soup, *, alone: bool) -> None:
 
 def _compare(console: Console, soup: Soup, reward: list[str] | None, images: int | None) -> None:
     """Evaluate the mixes as `alignprop evaluate` does, and print its result."""
-    from alignprop_cli.commands.evaluate import configuration
+    from alignprop_cli.commands import settings
     from alignprop_cli.lora.files import locate
-    from alignprop_cli.prompts import load_groups, load_prompts
 
     located = [locate(str(mix.folder)) for mix in soup.mixes]
-    flags = {"model.id": ("--model", None), "eval.images": ("--images", images)}
-    first = str(located[0].file.parent)
-    config = configuration(first, located[0], None, None, [], reward, flags)
-    prompts, groups = load_prompts(config.eval.prompts), load_groups(config.eval.prompts)
+    first, flags = located[0], {"eval.images": images}
+    config = settings.for_evaluation(str(first.file.parent), first, reward=reward, flags=flags)
 
-    from alignprop_cli.evaluation.compare import Variant, run_evaluation
+    from alignprop_cli.evaluation.run import Variant, run_evaluation
 
     variants = [
         Variant("tuned" if mix.share is None else mix.folder.name, found, at=mix.share)
         for mix, found in zip(soup.mixes, located, strict=True)
     ]
     place, axis = soup.folder / "evaluation", "share of the first member"
-    run_evaluation(config, console, variants, prompts, groups, place, axis=axis)
+    run_evaluation(config, console, variants, place, axis=axis)

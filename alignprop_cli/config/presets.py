@@ -7,6 +7,7 @@ Later wins: defaults < what a LoRA file records < preset (after what it extends)
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -196,7 +197,7 @@ def resolve(
     Raises:
         ConfigError, AssetError: As `read`, `override` and `validation.parse`.
     """
-    layers = Layers(values=dict(recorded or {}))
+    layers = Layers(values=copy.deepcopy(dict(recorded or {})))
     if preset is not None:
         read(preset_path(preset), layers)
     if config is not None:

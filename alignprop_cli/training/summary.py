@@ -8,9 +8,10 @@ from typing import Any
 
 from alignprop_cli.console import table
 from alignprop_cli.device import peak_gib
-from alignprop_cli.evaluation import draw as evaluator
+from alignprop_cli.evaluation import compare as evaluator
 from alignprop_cli.evaluation import sheet as report
-from alignprop_cli.evaluation.draw import Paired, Samples
+from alignprop_cli.evaluation.compare import Paired
+from alignprop_cli.evaluation.draw import Samples
 from alignprop_cli.lora.files import latest
 from alignprop_cli.models.base import LORA_FILE
 from alignprop_cli.storage import write_text
