@@ -22,46 +22,54 @@ if TYPE_CHECKING:
     from alignprop_cli.lora.soup import Soup
 
 
+Members = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="MEMBER...",
+        help="runs, checkpoints, LoRA files or folders, or base; MEMBER=0.7 gives its share",
+    ),
+]
+CoefOption = Annotated[
+    str | None,
+    typer.Option(
+        help="share of A, B gets the rest; or one share for each member: 0.2,0.3,0.5; "
+        "default: equal shares"
+    ),
+]
+MethodOption = Annotated[Method, typer.Option(help="how the members are mixed")]
+RankOption = Annotated[
+    int | None, typer.Option(min=1, help="rank of svd, ties, dare_linear; default: the largest")
+]
+DensityOption = Annotated[
+    float | None, typer.Option(help="share of values that ties, dare_linear keep; default 0.5")
+]
+SeedOption = Annotated[int, typer.Option(min=0, help="of dare_linear")]
+MissingOption = Annotated[
+    bool, typer.Option("--allow-missing", help="mix LoRAs that change different layers")
+]
+EvaluateOption = Annotated[
+    bool, typer.Option("--evaluate", help="compare the mix with the base model right away")
+]
+SweepOption = Annotated[
+    str | None, typer.Option(help="FROM:TO:STEP: one mix for each share of A, compared")
+]
+ImagesOption = Annotated[
+    int | None, typer.Option("--images", "-n", min=1, help="images sampled with each mix")
+]
+
+
 def soup(
-    members: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="MEMBER...",
-            help="runs, checkpoints, LoRA files or folders, or base; MEMBER=0.7 gives its share",
-        ),
-    ],
-    coef: Annotated[
-        str | None,
-        typer.Option(
-            "--coef",
-            help="share of A, B gets the rest; or one share for each member: 0.2,0.3,0.5; "
-            "default: equal shares",
-        ),
-    ] = None,
-    method: Annotated[Method, typer.Option("--method", help="how the members are mixed")] = "exact",
-    rank: Annotated[
-        int | None,
-        typer.Option("--rank", min=1, help="rank of svd, ties, dare_linear; default: the largest"),
-    ] = None,
-    density: Annotated[
-        float | None,
-        typer.Option("--density", help="share of values that ties, dare_linear keep; default 0.5"),
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="of dare_linear")] = 0,
-    allow_missing: Annotated[
-        bool, typer.Option("--allow-missing", help="mix LoRAs that change different layers")
-    ] = False,
-    evaluate: Annotated[
-        bool, typer.Option("--evaluate", help="compare the mix with the base model right away")
-    ] = False,
-    sweep: Annotated[
-        str | None,
-        typer.Option("--sweep", help="FROM:TO:STEP: one mix for each share of A, compared"),
-    ] = None,
+    members: Members,
+    coef: CoefOption = None,
+    method: MethodOption = "exact",
+    rank: RankOption = None,
+    density: DensityOption = None,
+    seed: SeedOption = 0,
+    allow_missing: MissingOption = False,
+    evaluate: EvaluateOption = False,
+    sweep: SweepOption = None,
     reward: RewardOption = None,
-    images: Annotated[
-        int | None, typer.Option("--images", "-n", min=1, help="images sampled with each mix")
-    ] = None,
+    images: ImagesOption = None,
     output: OutputOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,

@@ -315,7 +315,7 @@ def test_a_sweep_goes_from_one_member_to_the_other(capsys, tmp_path):
     code, out, err = run(capsys, a, b, "--sweep", "0:1:0.5", "-o", folder, "--json")
     assert code == 0, err
     values = json.loads(out)
-    assert values["schema"] == "alignprop.evaluate/3"
+    assert values["schema"] == "alignprop.evaluate/4"
     names = ["share-0", "share-0.5", "share-1"]
     assert list(values["adapters"]) == names
     assert (folder / "evaluation" / "curve.png").is_file()
