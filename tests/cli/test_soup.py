@@ -252,7 +252,7 @@ def test_a_folder_may_have_an_equals_sign_in_its_name(capsys, tmp_path):
 def test_missing_members_and_two_bases_are_refused(capsys, tmp_path):
     a = make(tmp_path / "a", 1)
     assert run(capsys, a, tmp_path / "none")[0] == 3
-    assert run(capsys, "base", "stablediffusion")[0] == 2
+    assert run(capsys, "base", "base")[0] == 2
     assert run(capsys, a, "base", "--coef", "nan")[0] == 2
     (tmp_path / "text.safetensors").write_text("no weights")
     assert run(capsys, a, tmp_path / "text.safetensors", "-o", tmp_path / "mixed")[0] == 3
@@ -315,7 +315,7 @@ def test_a_sweep_goes_from_one_member_to_the_other(capsys, tmp_path):
     code, out, err = run(capsys, a, b, "--sweep", "0:1:0.5", "-o", folder, "--json")
     assert code == 0, err
     values = json.loads(out)
-    assert values["schema"] == "alignprop.evaluate/3"
+    assert values["schema"] == "alignprop.evaluate/4"
     names = ["share-0", "share-0.5", "share-1"]
     assert list(values["adapters"]) == names
     assert (folder / "evaluation" / "curve.png").is_file()
