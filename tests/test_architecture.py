@@ -85,12 +85,13 @@ ONLY_IMPORTERS = {
 THIRD_PARTY = {"root": set[str](), "errors": set[str](), "story": {"torch"}}
 NO_TORCH = {"root", "errors", "config", "console", "cli", "main"}
 
-# Words that only models/ and the reader and writer of LoRA files know.
+# Words that only models/ and the reader and writer of LoRA files know (and who trained tiny).
 FAMILY_WORDS = re.compile(r"StableDiffusion|\b[Uu]net\b|UNet|U-Net|\w+Pipeline\b|Transformer2D")
 KNOWS_FAMILIES = (
     "alignprop_cli/models/",
     "alignprop_cli/tiny/make/",
     "alignprop_cli/lora/files.py",
+    "alignprop_cli/lora/formats.py",
 )
 
 MAY_CATCH_EVERYTHING = {"alignprop_cli/cli.py", "alignprop_cli/rewards/user.py"}

@@ -34,6 +34,7 @@ def for_training(
     Raises:
         AssetError, ConfigError: If something cannot be read, or is no complete configuration.
     """
+    # There is no default reward to train on: what it raises, and for how long, must be meant.
     rewards = reward_weights(reward)
     if run is not None:
         # A run keeps its folder, wherever that has been moved to.
@@ -55,6 +56,7 @@ def for_scoring(sets: Sequence[str] | None, reward: Sequence[str] | None) -> Con
     Raises:
         ConfigError: If a key of `sets` is not below `reward`, which would be ignored.
     """
+    # The rest of a configuration is about models and training.
     for text in sets or ():
         if not text.strip().startswith("reward."):
             raise ConfigError(
@@ -95,6 +97,7 @@ def for_evaluation(
     """
     from alignprop_cli.rewards import registry
 
+    # What the user names replaces what comes with the weights; the two are never mixed.
     own, recorded = None, {}
     if preset is None and config is None:
         own, recorded = _own_settings(located, flags.get("model.id"))
@@ -108,6 +111,7 @@ def for_evaluation(
         flags=flags,
         source=str(own or target),
     )
+    # Names and options, before anything is loaded.
     for name, member in resolved.reward.items():
         registry.check(name, member.options)
     return resolved

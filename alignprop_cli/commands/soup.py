@@ -32,18 +32,21 @@ Members = Annotated[
 CoefOption = Annotated[
     str | None,
     typer.Option(
+        "--coef",
         help="share of A, B gets the rest; or one share for each member: 0.2,0.3,0.5; "
-        "default: equal shares"
+        "default: equal shares",
     ),
 ]
-MethodOption = Annotated[Method, typer.Option(help="how the members are mixed")]
+MethodOption = Annotated[Method, typer.Option("--method", help="how the members are mixed")]
 RankOption = Annotated[
-    int | None, typer.Option(min=1, help="rank of svd, ties, dare_linear; default: the largest")
+    int | None,
+    typer.Option("--rank", min=1, help="rank of svd, ties, dare_linear; default: the largest"),
 ]
 DensityOption = Annotated[
-    float | None, typer.Option(help="share of values that ties, dare_linear keep; default 0.5")
+    float | None,
+    typer.Option("--density", help="share of values that ties, dare_linear keep; default 0.5"),
 ]
-SeedOption = Annotated[int, typer.Option(min=0, help="of dare_linear")]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="of dare_linear")]
 MissingOption = Annotated[
     bool, typer.Option("--allow-missing", help="mix LoRAs that change different layers")
 ]
@@ -51,7 +54,8 @@ EvaluateOption = Annotated[
     bool, typer.Option("--evaluate", help="compare the mix with the base model right away")
 ]
 SweepOption = Annotated[
-    str | None, typer.Option(help="FROM:TO:STEP: one mix for each share of A, compared")
+    str | None,
+    typer.Option("--sweep", help="FROM:TO:STEP: one mix for each share of A, compared"),
 ]
 ImagesOption = Annotated[
     int | None, typer.Option("--images", "-n", min=1, help="images sampled with each mix")
@@ -97,6 +101,7 @@ def soup(
     """
     from alignprop_cli.console import Console
 
+    # 1. Everything the command line says is checked before a file is read.
     recipe = Recipe(method, rank, density, seed, allow_missing)
     check_recipe(recipe)
     shares = None if sweep is None else sweep_shares(sweep, members, coef)
@@ -104,6 +109,7 @@ def soup(
 
     from alignprop_cli.lora.soup import prepare
 
+    # 2. The members are read and checked against each other; nothing is written yet.
     made = prepare(names, coefficients, shares, output, recipe)
     check_output(made.folder, overwrite=overwrite, ours=made.contents)
     console, alone = Console(as_json=as_json, quiet=quiet), not evaluate and shares is None
@@ -122,25 +128,23 @@ def _make(console: Console, soup: Soup, *, alone: bool) -> None:
     if alone:
         lines.append(f"next: alignprop evaluate {soup.folder}")
         console.result("alignprop.soup/1", values, lines)
-    else:
-        for line in lines:
-            console.note(line)
+        return
+    for line in lines:
+        console.note(line)
 
 
 def _compare(console: Console, soup: Soup, reward: list[str] | None, images: int | None) -> None:
     """Evaluate the mixes as `alignprop evaluate` does, and print its result."""
     from alignprop_cli.commands import settings
+    from alignprop_cli.evaluation.run import Variant, run_evaluation
     from alignprop_cli.lora.files import locate
 
     located = [locate(str(mix.folder)) for mix in soup.mixes]
     first, flags = located[0], {"eval.images": images}
     config = settings.for_evaluation(str(first.file.parent), first, reward=reward, flags=flags)
-
-    from alignprop_cli.evaluation.run import Variant, run_evaluation
-
     variants = [
         Variant("tuned" if mix.share is None else mix.folder.name, found, at=mix.share)
         for mix, found in zip(soup.mixes, located, strict=True)
     ]
-    place, axis = soup.folder / "evaluation", "share of the first member"
-    run_evaluation(config, console, variants, place, axis=axis)
+    axis = "share of the first member"
+    run_evaluation(config, console, variants, soup.folder / "evaluation", axis=axis)

@@ -82,6 +82,7 @@ def choose_samples(prompts: Sequence[str], count: int, per_prompt: int = 1) -> l
         count: Number of samples, rounded up to whole prompts.
         per_prompt: Samples of each prompt, each with its own noise.
     """
+    # Several of each prompt: choose the prompts as below, and repeat each with new noise.
     if per_prompt > 1:
         return [
             Sample(chosen.prompt, chosen.prompt_index, chosen.image_index * per_prompt + number)
@@ -93,6 +94,7 @@ def choose_samples(prompts: Sequence[str], count: int, per_prompt: int = 1) -> l
             Sample(prompts[i % len(prompts)], i % len(prompts), i // len(prompts))
             for i in range(count)
         ]
+    # A function of the number alone: every model and every run gets the same ones.
     order: list[int] = np.random.default_rng(count).permutation(len(prompts)).tolist()
     return [Sample(prompts[i], i) for i in sorted(order[:count])]
 
@@ -141,6 +143,7 @@ def draw_shared(
         )
     if processes == 1:
         return drawn
+    # Everyone gets everything: the reward's mean over all is needed in each process.
     shares: list[Any] = [None] * processes
     distributed.all_gather_object(shares, (mine, drawn))
     numbers = np.concatenate([numbers for numbers, _ in shares])
@@ -182,6 +185,7 @@ def draw_samples(
     """
     if not samples:
         raise ConfigError("nothing to sample: no prompts were given")
+    # Merged once for all batches, since the LoRA does not change in between.
     merged = lora.Merged(model.network.module)
     parts: list[Samples] = []
     for start in range(0, len(samples), batch_size):

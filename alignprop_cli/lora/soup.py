@@ -18,7 +18,7 @@ from alignprop_cli.lora.files import LORA_FILE, Adapter
 from alignprop_cli.lora.recipe import RANKED, Recipe
 from alignprop_cli.storage import sha256, write_whole
 
-BASE = ("base", "stablediffusion")
+BASE = "base"
 """What the base model is called as a member; a folder of that name is ./base."""
 
 
@@ -126,9 +126,9 @@ def prepare(
         ConfigError: If the members are of different base models or of different layers, or all are
             the base model.
     """
-    if all(name in BASE for name in names):
+    if all(name == BASE for name in names):
         raise ConfigError("soup: all members are the base model: there is nothing to mix")
-    located = [None if name in BASE else files.locate(name) for name in names]
+    located = [None if name == BASE else files.locate(name) for name in names]
     members = [
         Member(name, found.label, files.read(found.file)) if found else Member(name, "base", None)
         for name, found in zip(names, located, strict=True)

@@ -252,7 +252,7 @@ def test_a_folder_may_have_an_equals_sign_in_its_name(capsys, tmp_path):
 def test_missing_members_and_two_bases_are_refused(capsys, tmp_path):
     a = make(tmp_path / "a", 1)
     assert run(capsys, a, tmp_path / "none")[0] == 3
-    assert run(capsys, "base", "stablediffusion")[0] == 2
+    assert run(capsys, "base", "base")[0] == 2
     assert run(capsys, a, "base", "--coef", "nan")[0] == 2
     (tmp_path / "text.safetensors").write_text("no weights")
     assert run(capsys, a, tmp_path / "text.safetensors", "-o", tmp_path / "mixed")[0] == 3
