@@ -148,8 +148,9 @@ def _rewards(
                 reward.recompute()
             else:
                 weights += reward.parameters * dtype.itemsize
-            there = [t for n in reward.networks for t in (*n.parameters(), *n.buffers())]
-            work = footprint.count_reward(reward, image_size, device_type=device_type, there=there)
+            work = footprint.count_reward(
+                reward, image_size, device_type=device_type, there=reward.tensors
+            )
             parts[again].append(work)
     total = {again: footprint.add(*works) for again, works in parts.items()}
     return total, weights, tuple(uncounted)

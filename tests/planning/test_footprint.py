@@ -2,38 +2,42 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from torch import Tensor
 
-from alignprop_cli.config.schema import Config, ModelConfig, RewardConfig
+from alignprop_cli import estimators
+from alignprop_cli.config.schema import Config, ModelConfig
 from alignprop_cli.config.validation import parse
-from alignprop_cli.errors import ConfigError
-from alignprop_cli.estimators import GradWindow
 from alignprop_cli.lora import layers as lora
-from alignprop_cli.models.families import load_model
-from alignprop_cli.models.meta import outline
-from alignprop_cli.planning import meter as memory
+from alignprop_cli.models.families import open_model, sampler
+from alignprop_cli.models.meta import meta_model
+from alignprop_cli.planning import meter
 from alignprop_cli.planning import request as planning
-from alignprop_cli.planning.estimate import GIB, Footprint, Level, Work
+from alignprop_cli.planning.estimate import Affine, Footprint, Level, Work, peak_parts
+from alignprop_cli.planning.footprint import add
 from alignprop_cli.planning.plan import Plan
-from alignprop_cli.rewards import meta as reward_outline
-from alignprop_cli.rewards import registry
 from alignprop_cli.rewards.mixture import build_mixture
+from alignprop_cli.training.batches import Settings, StepImage
+from alignprop_cli.training.optimizer import OptimizerSettings
+from alignprop_cli.training.record import Totals
 from alignprop_cli.training.trainer import Trainer
 from tests.factories import mid_pipeline, small_pipeline
 
 STEPS = 5
 # By block the first call of a window is counted as the others are, which store a little more.
 CLOSE: dict[Level, float] = {"none": 0.01, "block": 0.02, "call": 0.01}
+PROMPT = "one small red circle on a black background"
+LEVELS = [("none", False), ("none", True), ("block", False), ("call", True)]
 
 
-def config(
-    model: str = "tiny", steps: int = STEPS, eval_prompts: str = "animals-eval", **gradient: Any
-) -> Config:
+def config(model: str = "tiny", steps: int = STEPS, **gradient: Any) -> Config:
     return parse(
         {
             "model": {"id": model},
@@ -42,8 +46,29 @@ def config(
             "gradient": gradient,
             "reward": {"clip": {"model": "tiny"}},
             "train": {"prompts": "shapes", "batch_size": 8},
-            "eval": {"prompts": eval_prompts},
         }
+    )
+
+
+def plan_of(
+    micro_batch: int,
+    level: Level = "none",
+    again: bool = False,
+    *,
+    stored_calls: int = 0,
+    rollout_batch: int | None = None,
+    decode_batch: int | None = None,
+) -> Plan:
+    return Plan(
+        batch_size=8,
+        processes=1,
+        rollout_batch=rollout_batch or micro_batch,
+        micro_batch=micro_batch,
+        decode_batch=decode_batch or micro_batch,
+        checkpoint_network=level,
+        checkpoint_decoder=again,
+        checkpoint_reward=again,
+        stored_calls=stored_calls,
     )
 
 
@@ -55,103 +80,159 @@ def predicted() -> Footprint:
 def trainer(plan: Plan, chosen: Config | None = None) -> Trainer:
     accelerator = Accelerator(cpu=True)
     chosen = chosen or config()
-    model = load_model(chosen.model, accelerator.device)
-    lora.inject(model.network, rank=4, alpha=4, target_modules=chosen.lora.target_modules, seed=0)
+    model = open_model(chosen.model, [PROMPT, ""], accelerator.device)
+    targets = model.family.target_modules
+    lora.inject(model.network.module, rank=4, alpha=4, target_modules=targets, seed=0)
     mixture = build_mixture(chosen.reward, chosen.loss, accelerator.device)
     if plan.checkpoint_reward:
         mixture.recompute()
-    prompts = ["one small red circle on a black background"]
-    made = Trainer(chosen, plan, model, mixture, prompts, accelerator)
-    steps = chosen.sample.num_inference_steps
-    forward(made, 1, GradWindow(steps - 1, steps))  # texts are read once, and kept
+    settings = Settings(
+        sampler=sampler(chosen.sample, model.family),
+        estimator=planning.make_estimator(chosen.gradient),
+        optimizer=OptimizerSettings(learning_rate=1.0e-3),
+        batch_size=8,
+        window_group=8,
+    )
+    made = Trainer(settings, plan, model, mixture, [PROMPT], accelerator)
+    tail(made, 1, path(made, 1, 1).detach())  # texts are read once, and kept
+    made.optimizer.zero_grad()
     return made
 
 
-def forward(made: Trainer, images: int, window: GradWindow) -> torch.Tensor:
-    _, losses = made.forward(range(images), window, lora.Merged(made.model.network))
-    return losses
+# How this file looks into a step. Everything below sees a trainer through these three alone.
 
 
-def weights_of(made: Trainer) -> list[torch.Tensor]:
-    model: Any = made.model
+def batch_of(made: Trainer, images: int, calls: int) -> Sequence[StepImage]:
+    """Return some images of the coming step whose last calls carry gradient."""
+    steps = len(made.schedule)
+    window = estimators.window(steps - calls, steps)
+    return [replace(i, path=window, schedule=made.schedule) for i in made.images()[:images]]
+
+
+def path(made: Trainer, images: int, calls: int) -> Tensor:
+    """Return clean latents of some images, with the graph of their calls."""
+    batch = batch_of(made, images, calls)
+    merged = lora.Merged(made.model.network.module)
+    starts = made.roll_out(batch, merged)
+    return made.run_path(batch, torch.stack([starts[i.number] for i in batch]), merged)
+
+
+def tail(made: Trainer, images: int, latents: Tensor) -> Tensor:
+    """Decode, score and differentiate; return the gradient in the latents."""
+    totals = Totals(made.mixture.metrics)
+    return made.score(batch_of(made, images, 1), latents, totals)
+
+
+def weights_of(made: Trainer) -> list[Tensor]:
     networks = [n for m in made.mixture.members for n in m.reward.networks]  # type: ignore[attr-defined]
+    modules = [made.model.network.module, made.model.decoder.module]
     return [
-        *model.network.parameters(),
-        *model.pipeline.vae.parameters(),
+        *(p for module in modules for p in module.parameters()),
+        *made.model.decoder.parameters(),
         *(p for network in networks for p in (*network.parameters(), *network.buffers())),
     ]
 
 
 def expected_bytes(found: Footprint, plan: Plan, k: int) -> float:
-    m, kept = plan.micro_batch, plan.stored_calls
-    levels: list[Level] = [plan.checkpoint_network] * (k - kept) + ["none"] * min(kept, k)
+    """Return what the calls of a micro-batch store."""
+    kept = min(plan.stored_calls, k)
+    levels: list[Level] = [plan.checkpoint_network] * (k - kept) + ["none"] * kept
     parts = [found.first[levels[0]], *(found.call[level] for level in levels[1:])]
-    parts += [found.decoder[plan.checkpoint_decoder], found.reward[plan.checkpoint_reward]]
-    return sum(part.saved(m) for part in parts)
+    return sum(part.saved(plan.micro_batch) for part in parts)
 
 
 @pytest.mark.parametrize("k", [1, 3, STEPS])
 @pytest.mark.parametrize("micro_batch", [1, 2, 4])
-@pytest.mark.parametrize(
-    ("level", "again"), [("none", False), ("none", True), ("block", False), ("call", True)]
-)
-def test_the_bytes_that_a_real_step_stores_are_the_predicted_ones(
-    predicted: Footprint, level: Level, again: bool, micro_batch: int, k: int
+@pytest.mark.parametrize("level", ["none", "block", "call"])
+def test_the_bytes_that_the_calls_of_a_real_step_store_are_the_predicted_ones(
+    predicted: Footprint, level: Level, micro_batch: int, k: int
 ) -> None:
-    plan = Plan(micro_batch, 8 // micro_batch, 1, 8, level, again, again)
+    plan = plan_of(micro_batch, level)
     made = trainer(plan)
-    with memory.SavedBytes(weights_of(made)) as kept:
-        losses = forward(made, micro_batch, GradWindow(STEPS - k, STEPS))
-    assert losses.requires_grad
-    assert kept.total == pytest.approx(
-        expected_bytes(predicted, plan, k), rel=CLOSE[plan.checkpoint_network]
-    )
+    with meter.SavedBytes(weights_of(made)) as kept:
+        ends = path(made, micro_batch, k)
+    assert ends.requires_grad
+    assert kept.total == pytest.approx(expected_bytes(predicted, plan, k), rel=CLOSE[level])
+
+
+@pytest.mark.parametrize("decode_batch", [1, 2, 4])
+@pytest.mark.parametrize("again", [False, True])
+def test_the_bytes_that_decoder_and_reward_store_are_the_predicted_ones(
+    predicted: Footprint, again: bool, decode_batch: int
+) -> None:
+    """Of one part; the hooks hold on to what all parts have stored."""
+    made = trainer(plan_of(4, again=again, decode_batch=decode_batch))
+    latents = path(made, 4, 1).detach()[:decode_batch]
+    with meter.SavedBytes(weights_of(made)) as kept:
+        gradient = tail(made, decode_batch, latents)
+    assert gradient.shape == latents.shape
+    parts = (predicted.decoder[again], predicted.reward[again])
+    if not again:  # what is recomputed is stored too, while backward is there
+        assert kept.total == pytest.approx(sum(p.saved(decode_batch) for p in parts), rel=0.01)
+    else:
+        plain = (predicted.decoder[False], predicted.reward[False])
+        assert kept.total < 1.01 * sum(p.saved(decode_batch) for p in (*parts, *plain))
 
 
 @pytest.mark.parametrize("k", [1, 2, STEPS])
 def test_the_bytes_of_a_window_of_which_the_last_calls_are_stored(
     predicted: Footprint, k: int
 ) -> None:
-    plan = Plan(2, 4, 1, 8, "call", False, False, stored_calls=2)
+    plan = plan_of(2, "call", stored_calls=2)
     made = trainer(plan)
-    with memory.SavedBytes(weights_of(made)) as kept:
-        assert forward(made, 2, GradWindow(STEPS - k, STEPS)).requires_grad
-    assert kept.total == pytest.approx(
-        expected_bytes(predicted, plan, k), rel=CLOSE[plan.checkpoint_network]
-    )
+    with meter.SavedBytes(weights_of(made)) as kept:
+        assert path(made, 2, k).requires_grad
+    assert kept.total == pytest.approx(expected_bytes(predicted, plan, k), rel=CLOSE["call"])
 
 
 def test_the_bytes_of_narrow_heads_are_those_of_the_attention_that_the_cpu_takes(
     tmp_path: Path,
 ) -> None:
     chosen = config(str(small_pipeline(tmp_path / "narrow")), steps=2)  # 8 channels a head
-    plan = Plan(2, 4, 1, 8, "none", False, False)
+    plan = plan_of(2)
     made = trainer(plan, chosen)
-    with memory.SavedBytes(weights_of(made)) as kept:
-        assert forward(made, 2, GradWindow(0, 2)).requires_grad
+    with meter.SavedBytes(weights_of(made)) as kept:
+        assert path(made, 2, 2).requires_grad
     found = planning.measure(chosen, "cpu")
     assert kept.total == pytest.approx(expected_bytes(found, plan, 2), rel=0.01)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("micro_batch", [1, 2, 4])
-@pytest.mark.parametrize(
-    ("level", "again"), [("none", False), ("none", True), ("block", False), ("call", True)]
-)
+@pytest.mark.parametrize("level", ["none", "block", "call"])
 def test_the_stored_bytes_of_a_larger_model_are_the_predicted_ones(
-    tmp_path: Path, level: Level, again: bool, micro_batch: int
+    tmp_path: Path, level: Level, micro_batch: int
 ) -> None:
     chosen = config(str(mid_pipeline(tmp_path / "mid")), steps=12)
     found = planning.measure(chosen, "cpu")
-    plan = Plan(micro_batch, 8 // micro_batch, 1, 8, level, again, again)
+    plan = plan_of(micro_batch, level)
     made = trainer(plan, chosen)
     for k in (1, 10, 12):
-        with memory.SavedBytes(weights_of(made)) as kept:
-            losses = forward(made, micro_batch, GradWindow(12 - k, 12))
-        assert losses.requires_grad
+        with meter.SavedBytes(weights_of(made)) as kept:
+            ends = path(made, micro_batch, k)
+        assert ends.requires_grad
         assert kept.total == pytest.approx(expected_bytes(found, plan, k), rel=CLOSE[level])
-        del losses  # or the next graph would be built while this one is held
+        del ends  # or the next graph would be built while this one is held
         kept.release()
+
+
+@pytest.mark.parametrize("k", [1, 3, STEPS])
+@pytest.mark.parametrize("decode_batch", [1, 2, 4])
+@pytest.mark.parametrize(("level", "again"), LEVELS)
+def test_the_most_that_lives_in_a_real_micro_batch_is_the_predicted_peak(
+    predicted: Footprint, level: Level, again: bool, decode_batch: int, k: int
+) -> None:
+    plan = plan_of(4, level, again, decode_batch=decode_batch)
+    made = trainer(plan)
+    batch = batch_of(made, 4, k)
+    merged = lora.Merged(made.model.network.module)
+    with meter.Meter() as live:
+        made.go_back(batch, made.roll_out(batch, merged), merged)
+    request = planning.plan_request(config(method="last_k", k=k), 1)
+    parts = peak_parts(replace(predicted, weights={}), request, plan, 4)
+    # Of the LoRA only the gradients are made here.
+    expected = sum(parts.values()) - 12 * predicted.trained
+    assert live.peak == pytest.approx(expected, rel=0.1)
 
 
 @pytest.mark.parametrize("k", [1, STEPS])
@@ -159,98 +240,52 @@ def test_the_stored_bytes_of_a_larger_model_are_the_predicted_ones(
 def test_the_operations_of_a_real_step_are_the_predicted_ones(
     predicted: Footprint, level: Level, k: int
 ) -> None:
-    plan = Plan(2, 4, 1, 8, level, False, False)
+    """Whatever the batches: here all three differ."""
+    plan = plan_of(2, level, rollout_batch=4, decode_batch=1)
     made = trainer(plan)
-    window = GradWindow(STEPS - k, STEPS)
-    cost = memory.count(lambda: forward(made, 2, window).sum(), exclude=weights_of(made))
+    batch = batch_of(made, 4, k)
+    merged = lora.Merged(made.model.network.module)
+    with meter.Meter() as counted:
+        made.go_back(batch, made.roll_out(batch, merged), merged)
     first, call = predicted.first[level], predicted.call[level]
+    flops = STEPS * predicted.rollout.forward_flops
+    flops += first.backward_flops + (k - 1) * call.backward_flops
     tail = (predicted.decoder[False], predicted.reward[False])
-    flops = STEPS * predicted.rollout.forward_flops(2)
-    flops += first.backward_flops(2) + (k - 1) * call.backward_flops(2)
-    flops += sum(part.forward_flops(2) + part.backward_flops(2) for part in tail)
-    assert cost.forward_flops + cost.backward_flops == pytest.approx(flops, rel=0.01)
+    flops += sum(part.forward_flops + part.backward_flops for part in tail)
+    assert counted.flops == pytest.approx(4 * flops, rel=0.01)
 
 
 def test_the_published_architectures_have_their_known_sizes() -> None:
     """Parameter counts of the published checkpoints."""
     sizes = {
-        "stable-diffusion-v1-5/stable-diffusion-v1-5": (859_520_964, 123_060_480, (4, 64, 64)),
-        "stabilityai/stable-diffusion-2-1": (865_910_724, 340_387_840, (4, 96, 96)),
+        "stable-diffusion-v1-5/stable-diffusion-v1-5": (859_520_964, 768, (4, 64, 64)),
+        "stabilityai/stable-diffusion-2-1": (865_910_724, 1024, (4, 96, 96)),
     }
-    for name, (network, text_encoder, shape) in sizes.items():
-        model = outline(ModelConfig(id=name), torch.bfloat16, "cuda")
-        assert model.device.type == "meta"
-        assert sum(p.numel() for p in model.network.parameters()) == network
-        assert sum(p.numel() for p in model.pipeline.vae.parameters()) == 83_653_863
-        assert sum(p.numel() for p in model.pipeline.text_encoder.parameters()) == text_encoder
-        assert model.latent_shape(None, None) == shape
-        assert model.network.dtype == torch.bfloat16
+    for name, (weights, width, shape) in sizes.items():
+        model = meta_model(ModelConfig(id=name), torch.bfloat16, "cuda")
+        network, decoder = model.parts.network, model.parts.decoder
+        parameters = list(network.module.parameters())
+        assert {(p.device.type, p.dtype) for p in parameters} == {("meta", torch.bfloat16)}
+        assert sum(p.numel() for p in parameters) == weights
+        assert sum(p.numel() for p in decoder.module.parameters()) == 83_653_863
+        assert network.latent_shape(None, None) == shape
+        assert model.image_size(shape) == (8 * shape[1], 8 * shape[2])
+        for embeds in (model.conditioning.text, model.conditioning.negative):
+            assert embeds is not None
+            assert {tuple(t.shape) for t in embeds.tensors.values()} == {(1, 77, width)}
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "parameters"),
-    [
-        ("aesthetic", {}, 304e6),  # the vision tower of CLIP ViT-L/14
-        ("hps", {}, 986e6),
-        ("pickscore", {}, 986e6),
-        ("imagereward", {}, 441e6),
-        ("clip", {"model": "ViT-B-32"}, 151e6),
-        ("count", {"object": "cat"}, 6.5e6),  # YOLOS-tiny
-        ("count", {"object": "cat", "model": "google/owlv2-base-patch16-ensemble"}, 155e6),
-        ("brightness", {}, 0.0),
-    ],
-)
-def test_the_networks_of_rewards_have_their_known_sizes(
-    name: str, options: dict[str, Any], parameters: float
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_text_encoders_are_not_counted_since_they_are_gone_before_training(
+    device_type: str,
 ) -> None:
-    assert reward_outline.parameters(name, options) == pytest.approx(parameters, rel=0.02)
+    found = planning.measure(config(), device_type)
+    assert {name for name in found.weights if "text" in name} == set()
+    assert found.weights["network weights"] > found.weights["decoder weights"] > 0
 
 
-def test_a_reward_that_is_not_known_before_it_is_loaded_is_said_not_to_be_counted() -> None:
-    members = {"mine.py:best": RewardConfig(), "brightness": RewardConfig()}
-    works, weights, uncounted = planning._rewards(members, (3, 16, 16), "cpu")
-    assert uncounted == ("mine.py:best",)
-    assert weights == 0
-    # Luma keeps nothing of the image's size but is made of it.
-    assert isinstance(works[False], Work)
-    assert works[False].forward(1) > 0.0
-
-
-@pytest.mark.parametrize("name", [name for name in registry.SHIPPED if planning._is_small(name)])
-def test_every_reward_without_a_network_can_be_counted(name: str) -> None:
-    works, weights, uncounted = planning._rewards({name: RewardConfig()}, (3, 32, 16), "cuda")
-    assert (weights, uncounted) == (0, ())
-    assert works[False].forward(1) > 0.0
-    assert works[True].forward(2) == 2 * works[False].forward(1)
-
-
-def test_the_text_encoder_leaves_the_gpu_where_the_prompts_are_few(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    few = config(eval_prompts="shapes-heldout")
-    assert "text encoder weights" not in planning.measure(few, "cuda").weights
-    assert planning.measure(few, "cpu").weights["text encoder weights"] > 0
-    # 800 and 160 prompts of the sets it names.
-    monkeypatch.setattr(planning, "_ENCODED_FIRST", 959)
-    assert planning.measure(few, "cuda").weights["text encoder weights"] > 0
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [("12GB", 12 * GIB), ("800 MiB", 800 * 2**20), ("6.5gib", 6.5 * GIB), ("1000", 1000)],
-)
-def test_memory_is_read_as_people_write_it(text: str, size: float) -> None:
-    assert planning.parse_memory(text) == size
-
-
-@pytest.mark.parametrize("text", ["", "much", "-3GB", "0", "3TBs", "1.2.3GB"])
-def test_other_texts_are_refused(text: str) -> None:
-    with pytest.raises(ConfigError, match="--gpu-memory: expected something like 12GB"):
-        planning.parse_memory(text)
-
-
-def test_the_memory_of_this_machine_is_found() -> None:
-    budget = planning.budget_of(Accelerator(cpu=True))
-    assert budget.device_type == "cpu"
-    assert 0.1 * GIB < budget.bytes < 10_000 * GIB
-    assert budget.usable < budget.bytes
+def test_parts_that_live_at_the_same_time_add_up() -> None:
+    one = Work(Affine(1, 2), Affine(3, 4), Affine(5, 6), 7, 8)
+    other = Work(Affine(10, 20), Affine(30, 40), Affine(50, 60), 70, 80)
+    assert add(one, other) == Work(Affine(11, 22), Affine(33, 44), Affine(55, 66), 77, 88)
+    assert add() == Work(Affine(0, 0), Affine(0, 0), Affine(0, 0), 0, 0)

@@ -1,0 +1,177 @@
+"""From a configuration to a plan: the estimator, what is counted, and what is said of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from accelerate import Accelerator
+
+from alignprop_cli.config import presets
+from alignprop_cli.config.schema import Config, RewardConfig
+from alignprop_cli.config.validation import parse
+from alignprop_cli.errors import ConfigError
+from alignprop_cli.estimators import Estimator, LastCalls, full, gaussian_k, last_k, random_k
+from alignprop_cli.planning import request as planning
+from alignprop_cli.planning.estimate import GIB, Budget, Estimate, Work
+from alignprop_cli.planning.plan import Plan
+from alignprop_cli.rewards import registry
+
+
+def config(**gradient: Any) -> Config:
+    return parse({"reward": {"brightness": {}}, "gradient": gradient})
+
+
+@pytest.mark.parametrize(
+    ("gradient", "estimator"),
+    [
+        ({"method": "full"}, full()),
+        ({"method": "last_k", "k": 7}, last_k(7)),
+        ({"method": "random_k", "k_min": 2}, random_k(2)),
+        ({"method": "random_k", "k_min": 2, "k_max": 9}, random_k(2, 9)),
+        ({"method": "gaussian_k", "mean": 0.7, "std": 0.2}, gaussian_k(0.7, 0.2)),
+    ],
+)
+def test_every_method_has_its_estimator(gradient: dict[str, Any], estimator: Estimator) -> None:
+    chosen = config(**gradient)
+    assert planning.make_estimator(chosen.gradient) == estimator
+    assert planning.plan_request(chosen, 1).estimator == estimator
+
+
+def test_an_estimator_from_outside_takes_the_place_of_the_configurations() -> None:
+    own = Estimator(LastCalls(3, 3), input_grad=0.5)
+    assert planning.plan_request(config(), 2, own).estimator == own
+
+
+def test_a_request_holds_what_the_configuration_says() -> None:
+    chosen = parse(
+        {
+            "reward": {"brightness": {}},
+            "sample": {"num_inference_steps": 20},
+            "gradient": {
+                "method": "full",
+                "rollout_steps": 4,
+                "checkpoint_network": "block",
+                "checkpoint_decoder": True,
+            },
+            "train": {"batch_size": 24, "micro_batch": 5, "rollout_batch": 8, "decode_batch": 2},
+        }
+    )
+    request = planning.plan_request(chosen, 3)
+    assert (request.batch_size, request.processes, request.share) == (24, 3, 8)
+    assert (request.rollout_batch, request.micro_batch, request.decode_batch) == (8, 5, 2)
+    assert (request.checkpoint_network, request.checkpoint_decoder) == ("block", True)
+    assert (request.checkpoint_reward, request.is_open) == ("auto", True)
+    assert (request.num_inference_steps, request.rollout_steps, request.longest) == (20, 4, 20)
+
+
+@pytest.mark.parametrize("name", presets.names())
+def test_every_preset_can_be_planned_for(name: str) -> None:
+    request = planning.plan_request(presets.resolve(preset=name), 1)
+    assert request.estimator.problems(request.num_inference_steps) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "parameters"),
+    [
+        ("aesthetic", {}, 304e6),  # the vision tower of CLIP ViT-L/14
+        ("hps", {}, 986e6),
+        ("pickscore", {}, 986e6),
+        ("imagereward", {}, 441e6),
+        ("clip", {"model": "ViT-B-32"}, 151e6),
+        ("count", {"object": "cat"}, 6.5e6),  # YOLOS-tiny
+        ("count", {"object": "cat", "model": "google/owlv2-base-patch16-ensemble"}, 155e6),
+        ("brightness", {}, 0.0),
+    ],
+)
+def test_the_networks_of_rewards_have_their_known_sizes(
+    name: str, options: dict[str, Any], parameters: float
+) -> None:
+    assert registry.parameters(name, options) == pytest.approx(parameters, rel=0.02)
+
+
+def test_a_reward_that_is_not_known_before_it_is_loaded_is_said_not_to_be_counted(
+    tmp_path: Any,
+) -> None:
+    mine = tmp_path / "mine.py"
+    mine.write_text("def best(images, prompts):\n    return images.mean((1, 2, 3))\n")
+    members = {f"{mine}:best": RewardConfig(), "brightness": RewardConfig()}
+    works, weights, uncounted = planning._rewards(members, (16, 16), "cpu")
+    assert uncounted == (f"{mine}:best",)
+    assert weights == 0
+    # Luma keeps nothing of the image's size but is made of it.
+    assert isinstance(works[False], Work)
+    assert works[False].forward(1) > 0.0
+
+
+WITHOUT_NETWORK = (
+    *("brightness", "redness", "contrast", "colourfulness", "symmetry"),
+    *("compressibility", "incompressibility"),
+)
+
+
+@pytest.mark.parametrize("name", WITHOUT_NETWORK)
+def test_every_reward_without_a_network_can_be_counted(name: str) -> None:
+    works, weights, uncounted = planning._rewards({name: RewardConfig()}, (32, 16), "cuda")
+    assert (weights, uncounted) == (0, ())
+    assert works[False].forward(1) > 0.0
+    assert works[True].forward(2) == 2 * works[False].forward(1)
+
+
+def test_the_weights_of_a_reward_are_counted_in_its_precision() -> None:
+    members = {"clip": RewardConfig(dtype="bfloat16"), "brightness": RewardConfig()}
+    works, weights, uncounted = planning._rewards(members, (32, 32), "cpu")
+    assert uncounted == ()
+    assert weights == 2 * registry.parameters("clip", {}) > 0
+    # Its blocks are recomputed in the second one.
+    assert works[True].saved(1) < works[False].saved(1)
+    assert works[True].backward_flops > works[False].backward_flops
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("12GB", 12 * GIB),
+        ("800 MiB", 800 * 2**20),
+        ("800MB", 800 * 10**6),
+        ("6.5gib", 6.5 * GIB),
+        (" 6.5 GiB ", 6.5 * GIB),
+        ("1000", 1000),
+        ("1000B", 1000),
+    ],
+)
+def test_memory_is_read_as_people_write_it(text: str, size: float) -> None:
+    assert planning.parse_memory(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "-3GB", "0", "3TBs", "1.2.3GB", "12 GB or so"])
+def test_other_texts_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="--gpu-memory: expected something like 12GB"):
+        planning.parse_memory(text)
+
+
+def test_the_memory_of_this_machine_is_found() -> None:
+    from alignprop_cli.training import run
+
+    budget = run._budget(Accelerator(cpu=True))
+    assert budget.device_type == "cpu"
+    assert 0.1 * GIB < budget.bytes < 10_000 * GIB
+    assert budget.usable < budget.bytes
+
+
+def test_a_plan_is_said_with_where_its_memory_goes() -> None:
+    expected = Estimate({"network weights": 2 * GIB, "latents": 7, "decoder": 3 * GIB}, 4e12, 2e12)
+    plan = Plan(
+        batch_size=4,
+        processes=1,
+        rollout_batch=4,
+        micro_batch=2,
+        decode_batch=1,
+        estimate=expected,
+    )
+    said = planning.describe(plan, Budget(12 * GIB, "cuda", "--gpu-memory"))
+    assert said[0] == f"plan: {plan.describe()}"
+    assert said[1] == (
+        "memory: 5.00 of 12.00 GiB (--gpu-memory): decoder 3.00, network weights 2.00"
+    )
+    assert said[2].startswith("work: 4 TFLOP a step and process, 2.00 x what it takes with nothing")
