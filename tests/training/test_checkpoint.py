@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from alignprop_cli.errors import AssetError, ConfigError, RunError
 from alignprop_cli.lora.files import checkpoints, latest
-from alignprop_cli.models.base import LORA_FILE
+from alignprop_cli.lora.files import LORA_FILE
 from alignprop_cli.storage import write_whole
 from alignprop_cli.training import checkpoint
 from alignprop_cli.training.checkpoint import State
