@@ -29,7 +29,7 @@ from alignprop_cli.errors import AlignPropError
 
 
 class _Rate(ProgressColumn):
-    """How long one takes, or how many a second there are."""
+    """Seconds for each, or how many a second."""
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
@@ -39,7 +39,7 @@ class _Rate(ProgressColumn):
 
 
 class Bar:
-    """One progress bar; `advance` moves it, with a text such as the smoothed reward beside it."""
+    """One progress bar; `advance` moves it, and shows a text such as the smoothed reward."""
 
     def __init__(self, progress: Progress | None, total: int, label: str) -> None:
         self._progress = progress
@@ -112,6 +112,7 @@ class Console:
         if self.quiet or self.as_json or not self._err.is_terminal:
             yield Bar(None, total, label)
             return
+        # `transient`: the bar is gone afterwards, and the result stands alone.
         columns = (
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -127,6 +128,11 @@ class Console:
             yield Bar(progress, total, label)
 
 
+def printable(text: str) -> str:
+    """Return a text, such as a file's name, on one line and without what steers a terminal."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def write_bytes(data: bytes) -> None:
     """Write to standard output as it is: names of files need not be UTF-8."""
     sys.stdout.buffer.write(data)
@@ -136,7 +142,7 @@ def write_bytes(data: bytes) -> None:
 def table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = True
 ) -> Table:
-    """Return a plain table; where the columns hold numbers, all but the first are set right."""
+    """Return a plain table; columns of numbers, all but the first, are aligned to the right."""
     made = Table(title=escape(title), title_justify="left", box=None, pad_edge=False)
     for index, column in enumerate(columns):
         made.add_column(escape(column), justify="right" if numbers and index else "left")
@@ -150,6 +156,7 @@ def _plain(value: Any) -> Any:
         return {str(k): _plain(v) for k, v in cast(Mapping[Any, Any], value).items()}
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in cast(Sequence[Any], value)]
+    # JSON has no NaN; readers other than Python's refuse it.
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -114,6 +114,7 @@ def affine(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """
     expected = {f"layers.{place}.{part}" for place in _LAYERS for part in ("weight", "bias")}
     refuse_other_tensors(state, expected)
+    # Composed in float64: W = W5 W4 W3 W2 W1, b = W5 (W4 (...) + b4) + b5.
     weight = torch.eye(state["layers.0.weight"].shape[1], dtype=torch.float64)
     bias = weight.new_zeros(len(weight))
     for place in _LAYERS:

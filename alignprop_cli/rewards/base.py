@@ -63,6 +63,7 @@ def check_inputs(name: str, images: Tensor, prompts: Sequence[str]) -> None:
         )
     if len(prompts) != len(images):
         raise ConfigError(f"reward '{name}': got {len(prompts)} prompts for {len(images)} images")
+    # sync point: one number from the device for each batch, for the prompt that is to blame.
     bad = ~torch.isfinite(images.detach()).flatten(1).all(dim=1)
     if bool(bad.any()):
         index = int(bad.nonzero()[0])
@@ -85,6 +86,7 @@ def check_rewards(name: str, rewards: object, prompts: Sequence[str]) -> Tensor:
             f"reward '{name}': expected a tensor of shape ({len(prompts)},), got {got}",
             hint="a reward takes (images, prompts) and returns one number per image",
         )
+    # sync point, as above: NaN must stop here, before it reaches the LoRA's weights.
     finite = torch.isfinite(rewards.detach())
     if not bool(finite.all()):
         index = int((~finite).nonzero()[0])
@@ -92,6 +94,7 @@ def check_rewards(name: str, rewards: object, prompts: Sequence[str]) -> Tensor:
             f"reward '{name}' returned {float(rewards.detach()[index])} for image {index} of the "
             f"batch, prompt {prompts[index]!r}"
         )
+    # float64 is kept for gradcheck.
     return rewards if rewards.dtype == torch.float64 else rewards.float()
 
 
@@ -104,6 +107,8 @@ def depends_on(rewards: Tensor, images: Tensor) -> bool:
         rewards: Any shape.
         images: What they may have been computed of, itself computed of something with a gradient.
     """
+    # Walk the graph from the rewards to the inputs, each node once: graphs share their nodes, and
+    # walking every path would take exponential time.
     wanted = images.grad_fn
     seen: set[object] = {None}
     waiting: list[Any] = [rewards.grad_fn]

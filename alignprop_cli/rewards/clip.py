@@ -111,6 +111,7 @@ def load_open_clip(reward: str, model: str, pretrained: str | None) -> tuple[Any
             force_quick_gelu=pretrained == "openai",
         )
         tokenizer = open_clip.get_tokenizer(name)
+    # Frozen: with a gradient of its own weights autograd would store more for every image.
     return built.eval().requires_grad_(False), tokenizer
 
 

@@ -59,6 +59,7 @@ class ClipChoice(ClipReward):
         # The own prompt counts once, wherever it is.
         is_own = self._mask([[c == prompt for c in self.choices] for prompt in prompts])
         everything = torch.cat([own, others.masked_fill(is_own, -torch.inf)], dim=1)
+        # Prompts alike count for the own one: their probabilities add up in the numerator.
         fits = self._mask(
             [[c == plain for c in self._plain_choices] for plain in map(self._plain, prompts)]
         )

@@ -38,6 +38,7 @@ class ClipCount(ClipReward):
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the log-probabilities, shape (B,). Differentiable in images."""
+        # Each prompt with every number; the features of the texts come from a cache.
         numbers: list[int] = []
         texts: list[str] = []
         for prompt in prompts:
@@ -48,6 +49,7 @@ class ClipCount(ClipReward):
         seen = self.see(images)
         with without_autocast(images.device):
             cosines = torch.einsum("bd,bnd->bn", seen, read)
+        # The scale that the model was trained with turns cosines into log-odds.
         scale = self._model.logit_scale.detach().to(cosines.dtype).exp()
         chosen = torch.tensor(numbers, device=cosines.device)[:, None]
         return (scale * cosines).log_softmax(dim=1).gather(1, chosen)[:, 0]
@@ -80,6 +82,7 @@ def other_numbers(prompt: str, most: int) -> tuple[int, list[str]]:
             f"{_NUMBERS[most - 1]}",
             hint="write it as in 'two small cats on a bench'",
         )
+    # Only the number and the noun's ending change, so that nothing else can tell texts apart.
     noun = match["noun"]
     single = noun.removesuffix("s") if number > 1 else noun
     return number, [

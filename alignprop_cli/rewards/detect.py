@@ -142,6 +142,8 @@ def log_probability(log_odds: Tensor, numbers: Tensor) -> Tensor:
     Source: the recursion of the Poisson-binomial distribution, Chen & Liu 1997, "Statistical
         applications of the Poisson-binomial and conditional Bernoulli distributions".
     """
+    # P(K = 0), ..., P(K = largest N) of no trial at all: 1 at 0. Numbers above the largest N are
+    # never asked for and never lead back below it.
     hit, miss = logsigmoid(log_odds), logsigmoid(-log_odds)
     never = log_odds.new_full((len(log_odds), 1), _IMPOSSIBLE_LOG)
     table = torch.cat([torch.zeros_like(never), never.expand(-1, int(numbers.max()))], dim=1)
@@ -168,11 +170,13 @@ def number_in(prompt: str, object: str) -> int:
     Raises:
         ConfigError: If there is no such number.
     """
+    # All numbers with their places, digits and words alike.
     words = _WORDS.split("|")
     numbers: list[tuple[int, int]] = []
     for match in _NUMBER.finditer(prompt):
         found = match.group().lower()
         numbers.append((match.start(), words.index(found) if found in words else int(found)))
+    # "two dogs and three cats": of `cat` the last number before its first mention.
     mention = re.search(rf"\b{re.escape(object)}(s|es)?\b", prompt, re.IGNORECASE)
     if mention:
         before = [number for start, number in numbers if start < mention.start()]

@@ -123,6 +123,7 @@ class Detector:
             ConfigError: If the detector has fewer queries than a number.
         """
         log_odds, boxes = self.log_odds(images)
+        # With fewer queries than N the likelihood of N would be 0 and its logarithm infinite.
         wanted = [0] * len(log_odds) if numbers is None else list(numbers)
         most = min(log_odds.shape[1], MOST)
         if max(wanted) > most:
@@ -130,6 +131,7 @@ class Detector:
                 f"reward.{self._reward}.number: this detector tells at most {most} objects apart, "
                 f"got {max(wanted)}"
             )
+        # Log-odds against the threshold, times 2: the squared odds of the module detect.py.
         relative = _SHARPNESS * (log_odds - self._threshold)
         corners = box_convert(boxes.detach().float(), "cxcywh", "xyxy")
         chosen: list[Tensor] = []
@@ -176,6 +178,7 @@ def _ask_yolos(network: Any, images: Tensor, label: int) -> tuple[Tensor, Tensor
     with without_autocast(images.device):
         inputs = yolos_inputs(images, network.config).to(network.dtype)
         found = network(pixel_values=inputs)
+    # One class against all others, "no object" among them: log p / (1 - p) of the softmax.
     logits = found.logits.to(images.dtype)
     others = torch.cat([logits[..., :label], logits[..., label + 1 :]], dim=-1)
     return logits[..., label] - others.logsumexp(dim=-1), found.pred_boxes

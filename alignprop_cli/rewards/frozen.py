@@ -53,6 +53,7 @@ class FrozenReward:
         """
         for network in self.networks:
             for block in _blocks(network):
+                # Not reentrant: that kind knows neither torch.autograd.grad nor keyword arguments.
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
@@ -100,9 +101,10 @@ class MetaReward(FrozenReward):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self._measure, self.networks, self.dtype = measure, networks, dtype
+        # As the real one is: dropout off, and no gradient of weights, which would be counted.
         for network in networks:
             network.eval().requires_grad_(False)
-            torch.nn.Module.to(network, dtype)
+            network.to(dtype)
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return a tensor of shape (B,) without values. Differentiable in images."""

@@ -71,6 +71,7 @@ class ImageReward(FrozenReward):
         with loading(_OPTION, str(config_file)):
             config = json.loads(config_file.read_text(encoding="utf-8"))
             sizes = {name: config[name] for name in _TEXT_SIZES}
+        # Sizes come from the shapes of the tensors, so that smaller models of tests load as well.
         with loading(_OPTION, str(file)):
             self._vision = _vision(_below(state, "blip.visual_encoder."))
             width = self._vision.config.hidden_size
@@ -92,6 +93,8 @@ class ImageReward(FrozenReward):
             vision = BlipVisionModel(_PUBLISHED_VISION)
             text = _text_model(_PUBLISHED_TEXT, _PUBLISHED_VISION.hidden_size)
 
+        # Every prompt has the same number of tokens, whatever they say. Without a mask: with one,
+        # transformers asks whether it is all ones, which the meta device cannot tell.
         def measure(images: Tensor) -> Tensor:
             ids = torch.zeros((len(images), _TEXT_LENGTH), dtype=torch.long, device=images.device)
             return _first_tokens(vision, text, images, ids, None, dtype)

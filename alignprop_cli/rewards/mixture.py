@@ -107,10 +107,13 @@ class Mixture:
             RunError: If images or answers are not finite, or a member fails.
         """
         scores: dict[str, Tensor] = {}
+        # Images are refused here once, so that no reward needs a check of its own and a broken
+        # decoder is not told as a broken reward.
         check_inputs(", ".join(self.names), images, prompts)
         for member in self.members:
             answer = check_rewards(member.name, _ask(member, images, prompts), prompts)
             scores[member.name] = answer.to(images.device)
+        # Detached: what is only recorded must not keep the graph of the images in memory.
         for name, measure in self.extra_metrics.items():
             with user.faults(RunError, f"extra metric '{name}' failed"):
                 answer = measure(images.detach())
@@ -169,6 +172,8 @@ class Mixture:
         For the backward pass from the losses to what the images were decoded from, and for nothing
         more: a fault in the backward pass of the network is not the reward's.
         """
+        # Autograd does not say whose operation failed. A fault in a shipped reward is a bug of this
+        # program, and stays one where there are no others.
         names = [f"'{name}'" for name in self.names if name not in registry.SHIPPED]
         if not names:
             return nullcontext()
@@ -180,6 +185,7 @@ class Mixture:
         Raises:
             RunError: If std is 0: all images of the base model have the same reward.
         """
+        # Not std <= 0.0, which NaN would pass.
         if not std > 0.0:
             raise RunError(
                 f"reward.{name}.standardise: the base model's images all have the reward {mean}",
@@ -214,6 +220,8 @@ def _ask(member: Member, images: Tensor, prompts: Sequence[str]) -> object:
     """Return the answer of a reward; a fault in a user's own is told as the user's."""
     if member.name in registry.SHIPPED:
         return member.reward(images, prompts)
+    # Autograd counts the changes in place; without it another reward would measure changed images
+    # and nobody would notice.
     version = images._version
     with user.faults(RunError, f"reward '{member.name}' failed"):
         answer = member.reward(images, prompts)
@@ -233,12 +241,14 @@ def build_mixture(
     Raises:
         ConfigError, AssetError: As `registry.build`; AssetError too where a move fails.
     """
+    # All names and options first: loading the weights of one may take minutes.
     for name, config in rewards.items():
         registry.check(name, config.options)
     members: list[Member] = []
     for name, config in rewards.items():
         reward = registry.build(name, config.options)
         dtype: torch.dtype = getattr(torch, config.dtype)
+        # Shipped networks take a precision; a user's reward is moved and decides that for itself.
         if isinstance(reward, FrozenReward):
             reward.to(device, dtype)
         elif dtype != torch.float32:
@@ -246,6 +256,7 @@ def build_mixture(
         elif callable(move := getattr(reward, "to", None)):
             with user.faults(AssetError, f"reward '{name}': cannot be moved to {device}"):
                 move(device)
+        # Without these, standardise waits for the base model to be measured: see `standardise`.
         base = (
             None
             if config.base_mean is None or config.base_std is None or not config.standardise

@@ -87,6 +87,7 @@ class PickScore(CosineReward):
             max_length=self._model.config.text_config.max_position_embeddings,
             return_tensors="pt",
         ).to(self.device)
+        # The parts of get_text_features, whose own result has changed between versions.
         with without_autocast(self.device):
             read = self._model.text_model(
                 input_ids=tokens.input_ids, attention_mask=tokens.attention_mask

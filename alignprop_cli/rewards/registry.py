@@ -158,6 +158,7 @@ def build(name: str, options: Mapping[str, Any]) -> Reward:
                 f"reward '{name}' is a function and takes no options, got {dict(options)}"
             )
         return cast("Reward", target)
+    # A wrong option is told as such, not as a fault inside the constructor.
     try:
         inspect.signature(target).bind(**options)
     except TypeError as error:
@@ -189,6 +190,7 @@ def on_meta(name: str, options: Mapping[str, Any], dtype: torch.dtype) -> MetaRe
     from alignprop_cli.rewards.frozen import MetaReward
 
     check(name, options)
+    # Of the class, before there is an object: building one would load its weights.
     make: Callable[..., object] | None = getattr(_import(name), "on_meta", None)
     if make is None:
         return None
@@ -257,6 +259,6 @@ def _run(path: Path, _changed: int) -> Any:
     if spec is None or spec.loader is None:
         raise AssetError(f"reward: cannot import {path}")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
+    sys.modules[name] = module  # dataclasses and pickle look a class's module up there
     spec.loader.exec_module(module)
     return module

@@ -1,1 +1,5 @@
-"""Reward models over a folder of images."""
+"""Rewards over image files.
+
+Read files.py (find and decode), captions.py and embedded.py (the prompt of a file), scorer.py
+(measure), rows.py (write), run.py (all of these), report.py (what is shown at the end).
+"""

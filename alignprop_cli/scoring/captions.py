@@ -1,4 +1,4 @@
-"""The prompt of a picture file: asked for, from a table, beside it, inside it, or by its place."""
+"""The prompt of an image file: given, in a table, next to it, inside it, or by its place."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from alignprop_cli.errors import AssetError, ConfigError
 from alignprop_cli.prompts import HPD_STYLES, load_prompts
+from alignprop_cli.scoring.embedded import embedded_prompt
 from alignprop_cli.scoring.files import Found, named
 
 PROMPT_COLUMNS = ("prompt", "text", "caption")
@@ -23,32 +24,18 @@ SOURCES = (
     "file",
     "metadata",
     "sidecar",
-    "picture",
+    "image",
     "a1111",
     "comfyui",
     "geneval",
     "hpd",
     "none",
 )
-"""Where a prompt can be from, in the order in which they are asked."""
+"""Where a prompt can be from, in the order in which they are looked at."""
 
 _METADATA = ("metadata.jsonl", "metadata.csv")
 _SIDECARS = (".txt", ".caption")
 
-_NEGATIVE = re.compile(r"^Negative prompt:", re.MULTILINE)
-_STEPS = re.compile(r"^Steps: \d+", re.MULTILINE)
-_NETWORKS = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>")
-# Where the nodes of ComfyUI keep a text, and where they pass on what another node made of one.
-_GRAPH_TEXTS = ("text", "text_g", "text_l", "clip_l", "clip_g", "t5xxl")
-_GRAPH_LINKS = (
-    "positive",
-    "guider",
-    "conditioning",
-    "conditioning_1",
-    "conditioning_2",
-    "conditioning_to",
-    "conditioning_from",
-)
 _HPD_NAME = re.compile(r"\d{5}")
 
 # Prompts may be longer than the module's own limit.
@@ -126,11 +113,11 @@ def _csv_rows(text: str, path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 @dataclass
 class PromptFinder:
-    """Finds the prompt of a picture, from the first of `SOURCES` that has one.
+    """Finds the prompt of an image, from the first of `SOURCES` that has one.
 
     Args:
-        prompt: One for all pictures.
-        table: A file that says which prompt belongs to which picture.
+        prompt: One for all images.
+        table: A file that says which prompt belongs to which image.
 
     Raises:
         AssetError, ConfigError: As `read_table`.
@@ -148,13 +135,13 @@ class PromptFinder:
         """Return the prompt, None where there is none, and its source, one of `SOURCES`.
 
         Args:
-            found: The picture.
-            texts: What the picture itself carries.
+            found: The image file.
+            texts: Those that the file itself holds; see `files.Decoded`.
             fetch: Whether prompts of HPDv2 may be fetched from the hub.
 
         Raises:
-            AssetError, ConfigError: As `read_table`, for a metadata file beside the picture; as
-                `load_prompts`, for pictures of HPDv2's benchmark.
+            AssetError, ConfigError: As `read_table`, for a metadata file near the image; as
+                `load_prompts`, for images of HPDv2's benchmark.
         """
         prompt, source = self._find(found, texts, fetch=fetch)
         # Half of a pair of surrogates, which JSON can hold, is no text that could be written.
@@ -163,12 +150,14 @@ class PromptFinder:
     def _find(
         self, found: Found, texts: Mapping[str, str], *, fetch: bool
     ) -> tuple[str | None, str]:
+        # What the user gave for this run.
         if self.prompt is not None:
             return self.prompt, "flag"
         if self.table is not None:
             prompt = self._look_up(self.table, found.path, (self.table.parent, found.root))
             if prompt is not None:
                 return prompt, "file"
+        # What stands near the image: the nearest table that knows it, then a file of its own.
         for folder in _upwards(found.path.parent, found.root):
             for name in _METADATA:
                 if (folder / name).is_file() and self._of_geneval(folder / name) is None:
@@ -181,13 +170,15 @@ class PromptFinder:
                 text = sidecar.read_text(encoding="utf-8-sig", errors="replace").strip()
                 if text:
                     return text, "sidecar"
-        prompt, source = carried(texts)
+        # What stands in it, and last what its place implies.
+        prompt, source = embedded_prompt(texts)
         return (prompt, source) if prompt is not None else self._by_place(found.path, fetch=fetch)
 
-    def _look_up(self, file: Path, picture: Path, roots: Iterable[Path]) -> str | None:
+    def _look_up(self, file: Path, image: Path, roots: Iterable[Path]) -> str | None:
         if file not in self._tables:
             self._tables[file] = read_table(file, lenient=file != self.table)
-        table, place = self._tables[file], Path(named(picture))
+        table, place = self._tables[file], Path(named(image))
+        # A table may name a file whole, or from the table's folder or the folder that was given.
         names = [place.as_posix()]
         for root in map(named, roots):
             if place.is_relative_to(root):
@@ -196,7 +187,7 @@ class PromptFinder:
 
     def _by_place(self, path: Path, *, fetch: bool) -> tuple[str | None, str]:
         """Return the prompt that a benchmark's layout of folders implies."""
-        # GenEval: NNNNN/metadata.jsonl beside NNNNN/samples/; the grid beside it is no sample.
+        # GenEval: NNNNN/metadata.jsonl next to NNNNN/samples/; the grid there is no sample.
         if path.parent.name == "samples":
             prompt = self._of_geneval(path.parent.parent / "metadata.jsonl")
             if prompt is not None:
@@ -223,110 +214,6 @@ def _upwards(folder: Path, root: Path) -> Iterator[Path]:
         if folder == root or not folder.is_relative_to(root):
             return
         folder = folder.parent
-
-
-def carried(texts: Mapping[str, str]) -> tuple[str | None, str]:
-    """Return the prompt that a picture carries, and which program has written it.
-
-    Args:
-        texts: As `pictures.Decoded` has them: ours and ComfyUI's graph as `prompt`, A1111's as
-            `parameters` in a PNG and as `UserComment` elsewhere.
-    """
-    own = texts.get("prompt", "").strip()
-    graph = _graph(own)
-    if own and graph is None:
-        return own, "picture"
-    for text in (texts.get("parameters"), texts.get("UserComment")):
-        if text is not None and (prompt := _a1111(text)):
-            return prompt, "a1111"
-    if graph is not None and (asked := _asked(graph)) is not None:
-        return asked, "comfyui"
-    return None, "none"
-
-
-def _a1111(text: str) -> str | None:
-    """Return what stands above the negative prompt and the settings; None without settings."""
-    settings = _STEPS.search(text)
-    if settings is None:
-        return None
-    negative = _NEGATIVE.search(text)
-    end = min(match.start() for match in (settings, negative) if match is not None)
-    return " ".join(_NETWORKS.sub("", text[:end]).split()) or None
-
-
-def _graph(text: str) -> dict[str, Any] | None:
-    """Return ComfyUI's graph, nodes by their number; None where the text is something else."""
-    if not text.startswith("{"):
-        return None
-    try:
-        # ComfyUI writes NaN for what has changed since; Python reads that.
-        graph: Any = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(graph, dict):
-        return None
-    nodes = cast(dict[str, Any], graph)
-    shaped = nodes and all(isinstance(n, dict) and "class_type" in n for n in nodes.values())
-    return nodes if shaped else None
-
-
-def _asked(graph: Mapping[str, Any]) -> str | None:
-    """Return the text that reaches every sampler as what it shall draw; None if not one for sure.
-
-    A node that is not understood may change the text: then there is none.
-    """
-    samplers = [node for node in graph.values() if "Sampler" in str(node["class_type"])]
-    pending = [name for node in samplers for name in _links(graph, node, ("positive", "guider"))]
-    seen: set[str] = set()
-    found: set[str] = set()
-    while pending:
-        name = pending.pop()
-        if name in seen:
-            continue
-        seen.add(name)
-        node = graph[name]
-        if str(node["class_type"]).startswith("CLIPTextEncode"):
-            texts = _encoded(graph, node)
-            if texts is None:
-                return None
-            found |= texts
-            continue
-        onward = _links(graph, node, _GRAPH_LINKS)
-        if not onward:
-            return None
-        pending += onward
-    return found.pop() if len(found) == 1 else None
-
-
-def _inputs(node: Mapping[str, Any]) -> dict[str, Any]:
-    inputs = node.get("inputs")
-    return cast(dict[str, Any], inputs) if isinstance(inputs, dict) else {}
-
-
-def _links(graph: Mapping[str, Any], node: Mapping[str, Any], keys: Iterable[str]) -> list[str]:
-    """Return the numbers of the nodes that some inputs come from."""
-    values = [_inputs(node).get(key) for key in keys]
-    names = [str(value[0]) for value in values if isinstance(value, list) and value]
-    return [name for name in names if name in graph]
-
-
-def _encoded(graph: Mapping[str, Any], node: Mapping[str, Any]) -> set[str] | None:
-    """Return the texts that a text encoder is given; None where one is not clear."""
-    found: set[str] = set()
-    for key in _GRAPH_TEXTS:
-        value = _inputs(node).get(key)
-        if isinstance(value, list):
-            # A node that holds one text and is given nothing passes on that text.
-            sources = _links(graph, node, (key,))
-            inputs = list(_inputs(graph[sources[0]]).values()) if sources else []
-            if len(inputs) != 1:
-                return None
-            value = inputs[0]
-        if value is not None and not isinstance(value, str):
-            return None
-        if value and value.strip():
-            found.add(value.strip())
-    return found
 
 
 def _geneval(file: Path) -> str | None:

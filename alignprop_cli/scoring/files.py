@@ -1,4 +1,4 @@
-"""Picture files: find them, decode them as people see them."""
+"""Image files: find them, decode them as people see them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import glob
 import hashlib
 import os
 import struct
+import sys
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,14 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from alignprop_cli.errors import AssetError, first_line
+from alignprop_cli.errors import AssetError, RunError, first_line
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
-# Of Pillow's formats: others run programs (EPS) or are no pictures.
+# Of Pillow's formats: others run programs (EPS) or are no images.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 _LONGEST_RATIO = 50
-# What Pillow's readers happen to meet in files that are broken, no pictures, or too large.
+# What Pillow's readers raise on files that are broken, no images, or too large.
 _UNREADABLE = (
     OSError,
     SyntaxError,
@@ -48,7 +49,7 @@ Pixels = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Found:
-    """A picture file, and the folder it was found through."""
+    """An image file, and the folder it was found through."""
 
     path: Path
     root: Path
@@ -56,31 +57,46 @@ class Found:
 
 @dataclass(frozen=True)
 class Decoded:
-    """A picture as people see it.
+    """An image as people see it.
 
     Args:
         pixels: RGB, shape (H, W, 3), uint8, upright, transparent parts white.
-        texts: What it carries: the texts of a PNG by their key, `UserComment` of EXIF.
+        texts: Those that the file holds: of a PNG by their key, of EXIF `UserComment`.
     """
 
     pixels: Pixels
     texts: dict[str, str]
 
     def digest(self) -> str:
-        """Return 32 hexadecimal digits that pictures of the same size and pixels share."""
+        """Return 32 hexadecimal digits that images of the same size and pixels share."""
         hashed = hashlib.blake2b(str(self.pixels.shape).encode(), digest_size=16)
         hashed.update(np.ascontiguousarray(self.pixels).data)
         return hashed.hexdigest()
 
 
-def find_pictures(names: Iterable[str]) -> list[Found]:
-    """Return the pictures of files, folders with everything below, and patterns, sorted.
+def expand_names(names: Iterable[str]) -> list[str]:
+    """Return the names, with those that standard input has, a line each, instead of a dash."""
+    found: list[str] = []
+    for name in names:
+        if name == "-":
+            # As bytes: a file's name need not be UTF-8.
+            lines = sys.stdin.buffer.read().split(b"\n")
+            found += [os.fsdecode(line) for line in lines if line]
+        else:
+            found.append(name)
+    return found
 
-    Files that are named are taken whatever their ending; no name comes twice.
+
+def find_images(names: Iterable[str]) -> list[Found]:
+    """Return the image files that names stand for: files, folders with all below, patterns.
+
+    Files that are named are taken whatever their ending; folders and patterns are sorted, and
+    nothing comes twice.
 
     Raises:
         AssetError: If a name is neither a file nor a folder, or a pattern that fits nothing, or
             cannot be read.
+        RunError: If there is no image among all of them.
     """
     found: dict[str, Found] = {}
     for name in names:
@@ -95,6 +111,11 @@ def find_pictures(names: Iterable[str]) -> list[Found]:
             raise AssetError(f"{name}: no such file or folder, and no pattern that fits one")
         for place in places:
             found.setdefault(named(place.path), place)
+    if not found:
+        raise RunError(
+            "nothing was measured: no images were found",
+            hint=f"folders are searched for {', '.join(SUFFIXES)}",
+        )
     return list(found.values())
 
 
@@ -104,16 +125,16 @@ def named(path: Path) -> str:
 
 
 def _below(path: Path) -> list[Found]:
-    """Return a file, or the pictures in and below a folder."""
+    """Return a file, or the image files in and below a folder."""
     if not path.is_dir():
         return [Found(path, path.parent)]
     # Path.rglob() would pass over it in silence.
     with os.scandir(path):
-        return [Found(each, path) for each in sorted(filter(is_picture, path.rglob("*")))]
+        return [Found(each, path) for each in sorted(filter(is_image, path.rglob("*")))]
 
 
-def is_picture(path: Path) -> bool:
-    """Return whether a path is a file with the ending of a picture."""
+def is_image(path: Path) -> bool:
+    """Return whether a path is a file with the ending of an image."""
     return path.suffix.lower() in SUFFIXES and path.is_file()
 
 
@@ -125,29 +146,30 @@ def _matches(pattern: Path) -> list[Found] | None:
     plain = [part for part in pattern.parts if glob.has_magic(part)]
     if not plain:
         return None
+    # The folder before the first wildcard is the root from which tables of prompts name files.
     first = pattern.parts.index(plain[0])
     root = Path(*pattern.parts[:first])
     matching = sorted(root.glob(str(Path(*pattern.parts[first:]))))
-    inside = (p for p in matching if p.is_dir() or is_picture(p))
+    inside = (p for p in matching if p.is_dir() or is_image(p))
     found = [each for p in inside for each in (_below(p) if p.is_dir() else [Found(p, root)])]
     return [Found(each.path, root) for each in found] or None
 
 
-def read_picture(path: Path) -> Decoded:
-    """Decode a picture.
+def read_image(path: Path) -> Decoded:
+    """Decode an image.
 
     Raises:
         ValueError: If it cannot be read, is animated, or a mere line; says why.
     """
     try:
         with Image.open(path, formats=_FORMATS) as image:
-            # An MPO is a JPEG whose further pictures are previews or other views of the first.
+            # An MPO is a JPEG whose further images are previews or other views of the first.
             if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
                 raise ValueError(f"animated, {getattr(image, 'n_frames', 0)} frames")
             if max(image.size) > _LONGEST_RATIO * min(image.size):
                 # Scaled to a model's height it would fill the memory.
                 raise ValueError(f"{image.width} x {image.height} px: too long for its width")
-            image.load()
+            image.load()  # all of it: a file that is cut short is refused here, not later
             texts = {
                 k: v for k, v in image.info.items() if isinstance(k, str) and isinstance(v, str)
             }
@@ -178,7 +200,7 @@ def _swapped(data: bytes) -> bool:
 
 
 def _flatten(image: Image.Image) -> Image.Image:
-    """Return a picture of any mode as RGB, transparent parts white."""
+    """Return an image of any mode as RGB, transparent parts white."""
     if image.mode.startswith("I"):
         # 16 bits; Pillow's own conversion would clip instead of scale.
         values = np.asarray(image).astype(np.float64) / 257.0

@@ -1,4 +1,4 @@
-"""The rows of `score`: streamed to standard output, or to a file that can be taken up again.
+"""The rows of `score`: streamed to standard output, or to a file that can be resumed.
 
 While a file is being made its rows are lines of JSON in `NAME.partial`; when all are there, they
 become the file that was asked for, and the partial one goes.
@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -39,6 +40,58 @@ def partial_of(target: Path) -> Path:
     return target.with_name(f"{target.name}.partial")
 
 
+def refuse_partial(target: Path) -> None:
+    """Refuse to lose the rows of a run that was interrupted.
+
+    Raises:
+        ConfigError: If there are such rows.
+    """
+    if partial_of(target).exists():
+        raise ConfigError(
+            f"--output: {partial_of(target)} has the rows of a run that was interrupted",
+            hint="resume it with --resume, or start again with --overwrite",
+        )
+
+
+def choose_format(
+    wanted: Format | None, target: Path | None, *, as_json: bool, resume: bool
+) -> Format:
+    """Return the format of the rows: the wanted one, else that of the file's ending.
+
+    Args:
+        wanted: That of --format, if given.
+        target: The file; None is standard output, where the default is a table.
+        as_json: Whether standard output belongs to one JSON object.
+        resume: Whether the rows of an earlier run are to be kept.
+
+    Raises:
+        ConfigError: If it cannot be written there, or pyarrow is missing.
+    """
+    if target is None:
+        if as_json and wanted not in (None, "table"):
+            raise ConfigError(
+                f"--json and --format {wanted} both write to standard output",
+                hint="write the rows to a file with --output",
+            )
+        if resume or wanted == "parquet":
+            which = "--resume" if resume else "--format parquet"
+            raise ConfigError(f"{which} needs a file: give --output FILE")
+        return wanted or "table"
+    by_suffix: dict[str, Format] = {".csv": "csv", ".jsonl": "jsonl", ".parquet": "parquet"}
+    chosen = wanted or by_suffix.get(target.suffix.lower())
+    if chosen is None or chosen == "table":
+        raise ConfigError(
+            f"--output: {target}: rows are written as csv, jsonl or parquet",
+            hint="end the name in .csv, .jsonl or .parquet, or give --format",
+        )
+    if chosen == "parquet" and find_spec("pyarrow") is None:
+        raise ConfigError(
+            "--format parquet needs pyarrow, which is not installed",
+            hint="pip install 'alignprop[parquet]'",
+        )
+    return chosen
+
+
 @contextmanager
 def to_standard_output(
     chosen: Format, names: Sequence[str], *, listed: bool
@@ -51,6 +104,7 @@ def to_standard_output(
     def echo(text: str) -> None:
         write_bytes(text.encode(**_TEXT))
 
+    # Each row at once, so that a reader of the pipe need not wait for the end.
     if chosen == "csv":
         echo(_csv(columns(names)))
         yield lambda row: echo(_csv(list(row.values())))
@@ -60,7 +114,7 @@ def to_standard_output(
 
 @contextmanager
 def to_file(
-    target: Path, chosen: Format, names: Sequence[str], asked: Mapping[str, Any], kept: list[Row]
+    target: Path, chosen: Format, names: Sequence[str], settings: Mapping[str, Any], kept: list[Row]
 ) -> Iterator[Callable[[Row], None]]:
     """Give a function that adds a row; after the block the file is whole.
 
@@ -70,16 +124,17 @@ def to_file(
         target: The file.
         chosen: csv, jsonl or parquet.
         names: Of the rewards.
-        asked: What the rows depend on, compared by `resume`.
+        settings: What the rows depend on, compared by `resume`.
         kept: Rows to begin with.
     """
     partial = partial_of(target)
     started = partial.with_name(f".{partial.name}.{os.getpid()}")
     try:
         with started.open("w", **_TEXT) as file:
-            for line in ({"schema": SCHEMA, **asked}, *kept):
+            for line in ({"schema": SCHEMA, **settings}, *kept):
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            # Only now, when they are on the disk: a row that was kept must not be lost.
+            # Only now, when they are on the disk, does the new file replace the old one: a row
+            # that was kept must not be lost.
             file.flush()
             os.fsync(file.fileno())
             started.replace(partial)
@@ -103,17 +158,20 @@ def to_file(
         started.unlink(missing_ok=True)
 
 
-def resume(target: Path, chosen: Format, names: Sequence[str], asked: Mapping[str, Any]) -> Resumed:
+def resume(
+    target: Path, chosen: Format, names: Sequence[str], settings: Mapping[str, Any]
+) -> Resumed:
     """Return the rows that a file, or what was written of it, already has.
 
     Raises:
         AssetError: If it cannot be read.
         ConfigError: If it was made with other rewards or prompts.
     """
+    # An interrupted run says in its first line what it measured: that must be the same.
     partial = partial_of(target)
     if partial.is_file():
         header, *rows = _lines(partial, torn=True) or [{}]
-        if header != {"schema": SCHEMA, **asked}:
+        if header != {"schema": SCHEMA, **settings}:
             raise _other(partial)
         return Resumed(rows, whole=False)
     if not target.is_file():
@@ -122,7 +180,8 @@ def resume(target: Path, chosen: Format, names: Sequence[str], asked: Mapping[st
         rows = _read(target, chosen, names)
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise AssetError(f"--resume: cannot read {target}: {error}") from error
-    prompt = asked["prompt"]
+    # A file that is whole does not say it; its columns and the prompts of the flag must fit.
+    prompt = settings["prompt"]
     for row in rows:
         if tuple(row) != columns(names):
             raise _other(target)
@@ -151,7 +210,7 @@ class Resumed:
 def _other(file: Path) -> ConfigError:
     return ConfigError(
         f"--resume: {file} was made with other rewards, options or prompts",
-        hint="choose another place with --output, or begin anew with --overwrite",
+        hint="choose another place with --output, or start again with --overwrite",
     )
 
 
@@ -174,7 +233,7 @@ def _lines(file: Path, *, torn: bool) -> list[Row]:
         return rows
     except (OSError, ValueError) as error:
         raise AssetError(
-            f"--resume: cannot read {file}: {error}", hint="begin anew with --overwrite"
+            f"--resume: cannot read {file}: {error}", hint="start again with --overwrite"
         ) from error
 
 
@@ -213,6 +272,7 @@ def _read(target: Path, chosen: Format, names: Sequence[str]) -> list[Row]:
     if chosen == "parquet":
         parquet: Any = import_module("pyarrow.parquet")
         return parquet.read_table(target).to_pylist()
+    # CSV has texts only: rewards become numbers again, and an empty prompt none at all.
     with target.open(newline="", **_TEXT) as file:
         return [
             {

@@ -1,8 +1,8 @@
-"""Measure picture files: decode them in worker processes, score them chunk by chunk.
+"""Measure image files: decode them in worker processes, score them chunk by chunk.
 
-The files are taken in chunks of a fixed number, so that the same pictures share a batch however
-often the work is taken up again. Pictures are not kept; of each its figures and digest are, a few
-hundred bytes. What cannot be measured is told, never silently left out.
+The files are taken in chunks of a fixed number, so that the same images share a batch however often
+the work is resumed. Images are not kept; of each its rewards and digest are, a few hundred bytes.
+What cannot be measured is reported, never silently left out.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from alignprop_cli.errors import RunError
 from alignprop_cli.rewards import registry
 from alignprop_cli.rewards.mixture import Mixture
 from alignprop_cli.scoring.captions import PromptFinder
-from alignprop_cli.scoring.files import Decoded, Found, named, read_picture
+from alignprop_cli.scoring.files import Decoded, Found, named, read_image
 
 CHUNK = 16
-"""So many consecutive files are decoded, and as far as their sizes allow measured, at once."""
+"""Consecutive files that are decoded, and as far as their sizes allow measured, as one batch."""
 
-# Large pictures are measured sooner, so that so much, and one picture, is held at once.
+# Large images are measured sooner, so that no more than this and one image is in memory.
 _MOST_PIXELS = CHUNK * 1024**2
 
 _AHEAD = 4
-"""Pictures that each worker decodes ahead."""
+"""Images that each worker decodes ahead."""
 
 Known = MutableMapping[tuple[str, str | None], dict[str, float]]
 """Rewards by content and prompt."""
@@ -38,7 +38,7 @@ Known = MutableMapping[tuple[str, str | None], dict[str, float]]
 
 @dataclass(frozen=True)
 class Scored:
-    """One measured picture.
+    """One measured image.
 
     Args:
         path: The file.
@@ -59,7 +59,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A picture that could not be measured, and why."""
+    """An image that could not be measured, and why."""
 
     path: Path
     reason: str
@@ -83,7 +83,7 @@ class _Ready:
 
 
 class _Files(Dataset[tuple[Decoded, str] | str]):
-    """Decodes one file at a time: the picture with its digest, or why it cannot be read."""
+    """Decodes one file at a time: the image with its digest, or why it cannot be read."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = paths
@@ -97,7 +97,7 @@ class _Files(Dataset[tuple[Decoded, str] | str]):
 
 def _decode(path: Path) -> tuple[Decoded, str] | str:
     try:
-        decoded = read_picture(path)
+        decoded = read_image(path)
     except ValueError as error:
         return str(error)
     return decoded, decoded.digest()
@@ -112,7 +112,7 @@ def chunks(found: Sequence[Found], done: Collection[str] = ()) -> list[list[Foun
 
     Args:
         found: All files.
-        done: Whole names, see `pictures.named`.
+        done: Whole names, see `files.named`.
 
     Returns:
         The chunks with something left: what is new shares a chunk with the same files as ever.
@@ -123,7 +123,7 @@ def chunks(found: Sequence[Found], done: Collection[str] = ()) -> list[list[Foun
 
 
 def needs_prompt(name: str, options: Mapping[str, Any]) -> bool:
-    """Return whether a reward looks at the prompt; of those of others it is supposed."""
+    """Return whether a reward looks at the prompt; one that is not shipped is assumed to."""
     spec = registry.SHIPPED.get(name)
     if spec is None:
         return True
@@ -135,24 +135,24 @@ def score(
     mixture: Mixture,
     finder: PromptFinder,
     *,
-    asking: Sequence[str],
+    needing: Sequence[str],
     device: torch.device,
     workers: int = 0,
     known: Known | None = None,
 ) -> Iterator[Scored | Skipped]:
-    """Measure pictures one chunk after the other, in their order.
+    """Measure images one chunk after the other, in their order.
 
     Args:
         divided: As `chunks` returns them.
         mixture: The rewards, on the device.
         finder: Of the prompts.
-        asking: Names of the rewards that cannot do without one; see `needs_prompt`.
+        needing: Names of the rewards that need a prompt; see `needs_prompt`.
         device: Where the rewards are.
         workers: Processes that decode ahead; 0 decodes in this one.
         known: What is measured already; added to. The same content is never measured twice.
 
     Yields:
-        For every picture its rewards or the reason why there are none.
+        For every image its rewards or the reason why there are none.
 
     Raises:
         ConfigError, AssetError: If a metadata file is wrong or a reward answers in a wrong shape.
@@ -172,8 +172,9 @@ def score(
         prepared: list[_Ready | Skipped] = []
         pixels = 0
         for found in chunk:
-            prepared.append(each := _prepare(found, next(decoded), finder, asking))
+            prepared.append(each := _prepare(found, next(decoded), finder, needing))
             pixels += each.pixels if isinstance(each, _Ready) else 0
+            # Decoded images are large: measure what there is before the memory is full.
             if pixels >= _MOST_PIXELS:
                 yield from _results(prepared, known, mixture, device)
                 prepared, pixels = [], 0
@@ -183,7 +184,8 @@ def score(
 def _results(
     prepared: Sequence[_Ready | Skipped], known: Known, mixture: Mixture, device: torch.device
 ) -> Iterator[Scored | Skipped]:
-    """Measure what is new among some pictures, and yield the results of all in their order."""
+    """Measure what is new among some images, and yield the results of all in their order."""
+    # The same pixels with the same prompt are measured once, and told as seen before.
     ready = [each for each in prepared if isinstance(each, _Ready)]
     new: dict[tuple[str, str | None], _Ready] = {}
     for each in ready:
@@ -203,10 +205,11 @@ def _watched(loader: DataLoader[Any]) -> Iterator[tuple[Decoded, str] | str]:
     try:
         yield from loader
     except RuntimeError as error:
+        # torch has no type of its own for a worker that was killed.
         if "DataLoader worker" not in str(error):
             raise
         raise RunError(
-            f"a process that decodes pictures ended: {str(error).splitlines()[0]}",
+            f"a process that decodes images ended: {str(error).splitlines()[0]}",
             hint="most often memory has run out: try --workers 0",
         ) from error
 
@@ -215,20 +218,20 @@ def _prepare(
     found: Found,
     read: tuple[Decoded, str] | str,
     finder: PromptFinder,
-    asking: Sequence[str],
+    needing: Sequence[str],
 ) -> _Ready | Skipped:
-    """Find the prompt of a decoded picture."""
+    """Find the prompt of a decoded image."""
     if isinstance(read, str):
         return Skipped(found.path, read)
     decoded, digest = read
-    prompt, source = finder.find(found, decoded.texts, fetch=bool(asking))
-    if prompt is None and asking:
-        return Skipped(found.path, f"no prompt found, which {', '.join(asking)} needs")
+    prompt, source = finder.find(found, decoded.texts, fetch=bool(needing))
+    if prompt is None and needing:
+        return Skipped(found.path, f"no prompt found, which {', '.join(needing)} needs")
     return _Ready(found, decoded, digest, prompt, source)
 
 
 def _batches(ready: Sequence[_Ready]) -> Iterator[list[_Ready]]:
-    """Yield pictures of one size together."""
+    """Yield images of one size together."""
     sizes: dict[tuple[int, ...], list[_Ready]] = defaultdict(list)
     for each in ready:
         sizes[each.decoded.pixels.shape].append(each)
@@ -239,6 +242,7 @@ def _batches(ready: Sequence[_Ready]) -> Iterator[list[_Ready]]:
 def _measure(
     batch: Sequence[_Ready], mixture: Mixture, device: torch.device
 ) -> dict[tuple[str, str | None], dict[str, float]]:
+    # As bytes to the device, a quarter of float32's traffic, and divided there.
     stacked = torch.from_numpy(np.stack([ready.decoded.pixels for ready in batch]))
     if device.type == "cuda":
         stacked = stacked.pin_memory()

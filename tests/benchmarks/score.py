@@ -32,7 +32,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from alignprop_cli.scoring import files as pictures
+from alignprop_cli.scoring.files import Found, read_image
 from alignprop_cli.tiny import language as data
 
 LARGE_PX = 256
@@ -103,7 +103,7 @@ def decoding(files: list[Path]) -> float:
     """Return how many pictures a second one process reads."""
     started = time.perf_counter()
     for file in files:
-        pictures.read_picture(file)
+        read_image(file)
     return len(files) / (time.perf_counter() - started)
 
 
@@ -146,10 +146,10 @@ def batched(model_folder: Path, files: list[Path], target: Path) -> tuple[float,
     device = torch.device("cpu")
     reward = {"clip": RewardConfig.model_validate({"model": str(model_folder)})}
     mixture = build_mixture(reward, LossConfig(), device)
-    divided = scorer.chunks([pictures.Found(file, file.parent) for file in files])
+    divided = scorer.chunks([Found(file, file.parent) for file in files])
     started = time.perf_counter()
     results = scorer.score(
-        divided, mixture, PromptFinder(), asking=["clip"], device=device, workers=1
+        divided, mixture, PromptFinder(), needing=["clip"], device=device, workers=1
     )
     found = [each.rewards["clip"] for each in results]
     return time.perf_counter() - started, found

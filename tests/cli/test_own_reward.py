@@ -16,7 +16,7 @@ import torch
 class Blueness:
     def __init__(self, gain=1.0):
         self.gain = gain
-        self.beside = {"luma": lambda images: images.mean(dim=(1, 2, 3))}
+        self.extra_metrics = {"luma": lambda images: images.mean(dim=(1, 2, 3))}
 
     def __call__(self, images, prompts):
         return self.gain * images[:, 2].mean(dim=(1, 2))
@@ -58,8 +58,8 @@ class Unmoved:
     def to(self, device):
         raise ValueError("too heavy")
 
-class Beside:
-    beside = {"area": lambda images: 1 / 0}
+class Extra:
+    extra_metrics = {"area": lambda images: 1 / 0}
 
     def __call__(self, images, prompts):
         return images.mean(dim=(1, 2, 3))
@@ -93,19 +93,19 @@ COMMANDS = {
         "--set=eval.sample_images=1",
     ),
     "evaluate": ("base", *SHORT),
-    "score": ("pictures", "--prompt=a cat"),
+    "score": ("images", "--prompt=a cat"),
 }
 
 
 @pytest.fixture
 def run(capsys, tmp_path, monkeypatch):
-    """Return a function that runs a command in a folder with rewards and a picture."""
+    """Return a function that runs a command in a folder with rewards and an image."""
     monkeypatch.chdir(tmp_path)
     Path("own.py").write_text(OWN)
     Path("wrong.py").write_text(WRONG)
     Path("breaks.py").write_text("KEY = {}['key']\n")
     Path("garbled.py").write_text("def x(:\n")
-    picture(Path("pictures/a.png"))
+    picture(Path("images/a.png"))
 
     def call(command, *args):
         with pytest.raises(SystemExit) as ended:
@@ -141,7 +141,7 @@ MISTAKES = [
     ("wrong.py:changes", 2, "'wrong.py:changes' changes the images it is given"),
     ("wrong.py:Unbuilt", 3, "'wrong.py:Unbuilt': cannot be built: ValueError: no key"),
     ("wrong.py:Unmoved", 3, "'wrong.py:Unmoved': cannot be moved to cpu: ValueError: too heavy"),
-    ("wrong.py:Beside", 4, "'area' beside a reward failed: ZeroDivisionError"),
+    ("wrong.py:Extra", 4, "extra metric 'area' failed: ZeroDivisionError"),
     ("wrong.py:none", 2, "wrong.py has no 'none'"),
     ("breaks.py:x", 3, "'breaks.py:x': cannot import breaks.py: KeyError: 'key'"),
     ("garbled.py:x", 2, "garbled.py:1: invalid syntax"),

@@ -73,7 +73,7 @@ def test_a_gallery_sorts_shows_its_pictures_and_runs_no_prompt(tmp_path, show):
     target = tmp_path / "pages" / "rows.csv"
     run("score", tmp_path, "--reward", "brightness,contrast", "-o", target, "--gallery", "-q")
     page, faults = show(target.with_suffix(".html"))
-    assert page.title() == "3 of 3 pictures"
+    assert page.title() == "3 of 3 images"
     assert page.locator(".prompt").all_inner_texts() == [SCRIPT, "c", "a #1"]
     names = [caption.split("\n")[0] for caption in page.locator("figcaption").all_inner_texts()]
     assert names == ["b.png", "c.png", "a #1.png"]

@@ -16,7 +16,7 @@ import pytest
 
 from alignprop_cli.cli import main
 from alignprop_cli.evaluation.sheet import save_image
-from alignprop_cli.scoring import rows, scorer
+from alignprop_cli.scoring import report, rows, scorer
 from alignprop_cli.scoring import run as scoring
 from tests.factories import picture
 
@@ -31,17 +31,17 @@ def run(capsys, *args):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Return a folder of three grey pictures, the last with a prompt, and a broken one."""
-    pictures = tmp_path / "pictures"
-    (pictures / "sub").mkdir(parents=True)
+    """Return a folder of three grey images, the last with a prompt, and a broken one."""
+    images = tmp_path / "images"
+    (images / "sub").mkdir(parents=True)
     for name, value, texts in (
         ("a.png", 51, {}),
         ("b.png", 102, {}),
         ("sub/c.png", 204, {"prompt": 'one :cat: [red]\nsecond line, "quoted"'}),
     ):
-        save_image(np.full((8, 8, 3), value, dtype=np.uint8), pictures / name, texts)
-    (pictures / "broken.png").write_bytes(b"no picture")
-    return pictures
+        save_image(np.full((8, 8, 3), value, dtype=np.uint8), images / name, texts)
+    (images / "broken.png").write_bytes(b"no image")
+    return images
 
 
 def test_a_table_and_a_summary_are_printed_and_skipped_files_are_named(capsys, folder):
@@ -49,13 +49,13 @@ def test_a_table_and_a_summary_are_printed_and_skipped_files_are_named(capsys, f
     assert code == 0
     assert "0.2000" in out
     assert "sub/c.png" in out
-    assert "3 pictures measured, 1 skipped" in out
+    assert "3 images measured, 1 skipped" in out
     assert "broken.png" in err
     line = next(line for line in out.splitlines() if line.startswith("brightness"))
     # (0.2 + 0.4 + 0.8) / 3, the deviation of these three, the least, quantiles between neighbours
     figures = ["0.4667", "0.2494", "0.2000", "0.2200", "0.4000", "0.7600", "0.8000"]
     assert line.split()[1:8] == figures
-    # Each of 20 bars is 0.03 wide: those from 0.20, 0.38 and 0.77 on have one picture each.
+    # Each of 20 bars is 0.03 wide: those from 0.20, 0.38 and 0.77 on have one image each.
     assert line.split("0.8000 ")[1].strip() == "█" + 5 * " " + "█" + 12 * " " + "█"
 
 
@@ -63,11 +63,11 @@ def test_json_is_one_object_and_nothing_else_on_standard_output(capsys, folder):
     code, out, _ = run(capsys, folder, "--reward", "brightness", "--json")
     values = json.loads(out)
     assert code == 0
-    assert values["schema"] == "alignprop.score/2"
+    assert values["schema"] == "alignprop.score/3"
     assert values["scored"] == 3
     assert [s["file"].rsplit("/", 1)[1] for s in values["skipped"]] == ["broken.png"]
     assert values["rewards"]["brightness"]["max"] == pytest.approx(0.8, abs=1e-6)
-    assert [p["prompt_source"] for p in values["pictures"]] == ["none", "none", "picture"]
+    assert [p["prompt_source"] for p in values["images"]] == ["none", "none", "image"]
 
 
 def test_csv_and_jsonl_rows_are_complete(capsys, folder):
@@ -76,7 +76,7 @@ def test_csv_and_jsonl_rows_are_complete(capsys, folder):
     assert code == 0
     assert list(listed[0]) == ["file", "brightness", "prompt", "prompt_source", "content"]
     assert listed[2]["prompt"] == 'one :cat: [red]\nsecond line, "quoted"'
-    assert "3 pictures measured" in err
+    assert "3 images measured" in err
     _, out, _ = run(capsys, folder, "--reward", "brightness", "--format", "jsonl", "--quiet")
     lines = [json.loads(line) for line in out.splitlines()]
     assert [line["prompt"] for line in lines] == [None, None, listed[2]["prompt"]]
@@ -87,7 +87,7 @@ def test_rows_go_to_a_file_that_is_not_replaced_unasked(capsys, folder, tmp_path
     target = tmp_path / "new" / "scores.jsonl"
     code, out, _ = run(capsys, folder, "--reward", "brightness", "--output", target, "--json")
     assert code == 0
-    assert "pictures" not in json.loads(out)
+    assert "images" not in json.loads(out)
     assert len(target.read_text().splitlines()) == 3
     assert [p.name for p in target.parent.iterdir()] == ["scores.jsonl"]
     code, _, err = run(capsys, folder, "--reward", "brightness", "--output", target)
@@ -117,11 +117,11 @@ def test_a_users_own_reward_gets_the_prompt_of_the_flag(capsys, folder, tmp_path
 def test_nothing_to_measure_ends_with_4(capsys, folder, tmp_path):
     code, out, err = run(capsys, folder / "broken.png", "--reward", "brightness")
     assert (code, out) == (4, "")
-    assert "all 1 pictures were skipped" in err
+    assert "all 1 images were skipped" in err
     (tmp_path / "empty").mkdir()
     code, _, err = run(capsys, tmp_path / "empty", "--reward", "brightness")
     assert code == 4
-    assert "no pictures were found" in err
+    assert "no images were found" in err
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_a_missing_path_ends_with_3(capsys, tmp_path):
 
 @pytest.fixture
 def many(tmp_path):
-    """Return a folder of 40 pictures from dark to bright, the third like the first."""
+    """Return a folder of 40 images from dark to bright, the third like the first."""
     for index in range(40):
         picture(tmp_path / "many" / f"{index:02d}.png", 5 * (0 if index == 2 else index))
     return tmp_path / "many"
@@ -177,7 +177,7 @@ def test_a_run_that_was_killed_and_resumed_gives_the_same_file(
     assert run(capsys, *ask[1:], "--output", whole)[0] == 0
     kill_after = (
         "import os, sys\n"
-        "from alignprop_cli import scorer\n"
+        "from alignprop_cli.scoring import scorer\n"
         "from alignprop_cli.cli import main\n"
         "measure, rest = scorer._measure, [2]\n"
         "def killed(*args):\n"
@@ -260,7 +260,7 @@ def test_the_best_are_listed_best_first(capsys, many):
     code, out, _ = run(capsys, many, "--reward", "brightness", "--top", 3, "--json")
     assert code == 0
     values = json.loads(out)
-    assert [p["file"][-6:] for p in values["pictures"]] == ["39.png", "38.png", "37.png"]
+    assert [p["file"][-6:] for p in values["images"]] == ["39.png", "38.png", "37.png"]
     assert values["scored"] == 40
     assert values["same_content"] == 1
     code, out, _ = run(capsys, many, "--reward", "brightness", "--top", 2)
@@ -269,7 +269,8 @@ def test_the_best_are_listed_best_first(capsys, many):
 
 
 def test_a_long_list_is_left_out_and_said_to_be(capsys, many, monkeypatch):
-    monkeypatch.setattr(scoring, "_LISTED", 39)
+    for module in (scoring, report):
+        monkeypatch.setattr(module, "LISTED", 39)
     code, out, _ = run(capsys, many, "--reward", "brightness")
     assert code == 0
     assert ".png" not in out
@@ -281,8 +282,8 @@ def test_strict_fails_after_everything_else_was_measured(capsys, folder, tmp_pat
     ask = (folder, "--reward", "brightness", "--output", target, "--strict")
     code, out, err = run(capsys, *ask)
     assert code == 4
-    assert "1 of 4 pictures were skipped" in err
-    assert "3 pictures measured" in out
+    assert "1 of 4 images were skipped" in err
+    assert "3 images measured" in out
     assert len(target.read_text().splitlines()) > 3
     (folder / "broken.png").unlink()
     assert run(capsys, *ask, "--overwrite")[0] == 0
@@ -293,7 +294,7 @@ def test_names_come_from_standard_input(capsys, folder, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(names)))
     code, out, _ = run(capsys, "-", folder / "b.png", "--reward", "brightness", "--json")
     assert code == 0
-    assert [p["file"].rsplit("/", 1)[1] for p in json.loads(out)["pictures"]] == [
+    assert [p["file"].rsplit("/", 1)[1] for p in json.loads(out)["images"]] == [
         "a.png",
         "c.png",
         "b.png",
@@ -379,4 +380,4 @@ def test_odd_names_and_prompts_come_back_as_they_were(capsys, tmp_path, name):
     assert [row["prompt"] for row in found.rows][:2] == ["cat\rdog", '"x", y\u2028z']
     code, out, _ = run(capsys, folder, "--reward", "brightness", "--json")
     assert code == 0
-    assert len(json.loads(out)["pictures"]) == 3
+    assert len(json.loads(out)["images"]) == 3

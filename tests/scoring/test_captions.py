@@ -1,4 +1,4 @@
-"""The prompt of a picture comes from the first place that has one."""
+"""The prompt of an image comes from the first place that has one."""
 
 from __future__ import annotations
 
@@ -8,20 +8,21 @@ import pytest
 
 from alignprop_cli.errors import ConfigError
 from alignprop_cli.scoring import captions
-from alignprop_cli.scoring.captions import PromptFinder, carried, read_table
-from alignprop_cli.scoring.files import Found, read_picture
+from alignprop_cli.scoring.captions import PromptFinder, read_table
+from alignprop_cli.scoring.embedded import embedded_prompt
+from alignprop_cli.scoring.files import Found, read_image
 from tests.factories import picture
 
 
 def prompt_of(path, root=None, **options):
-    texts = read_picture(path).texts
+    texts = read_image(path).texts
     return PromptFinder(**options).find(Found(path, root or path.parent), texts)
 
 
 def test_prompts_come_from_the_first_source_that_has_one(tmp_path):
     path = picture(tmp_path / "sub" / "a.png", prompt="own")
     table = tmp_path / "prompts.csv"
-    assert prompt_of(path) == ("own", "picture")
+    assert prompt_of(path) == ("own", "image")
     path.with_suffix(".caption").write_text("kohya's\n")
     assert prompt_of(path) == ("kohya's", "sidecar")
     path.with_suffix(".txt").write_text("beside\n")
@@ -53,12 +54,12 @@ Steps: 20, Sampler: Euler a, CFG scale: 7, Seed: 1, Size: 512x512"""
 
 def test_the_settings_of_a1111_are_cut_off_its_prompt():
     expected = ("two cats, (masterpiece:1.2), on a mat", "a1111")
-    assert carried({"parameters": A1111}) == expected
-    assert carried({"UserComment": A1111}) == expected
-    assert carried({"parameters": "a cat\nSteps: 20, Seed: 1"}) == ("a cat", "a1111")
+    assert embedded_prompt({"parameters": A1111}) == expected
+    assert embedded_prompt({"UserComment": A1111}) == expected
+    assert embedded_prompt({"parameters": "a cat\nSteps: 20, Seed: 1"}) == ("a cat", "a1111")
     # Without settings it may be anything; with nothing before them there is no prompt.
-    assert carried({"UserComment": "holiday 2019"}) == (None, "none")
-    assert carried({"parameters": "Negative prompt: dog\nSteps: 20"}) == (None, "none")
+    assert embedded_prompt({"UserComment": "holiday 2019"}) == (None, "none")
+    assert embedded_prompt({"parameters": "Negative prompt: dog\nSteps: 20"}) == (None, "none")
 
 
 def graph(*texts, combine=False):
@@ -78,18 +79,18 @@ def graph(*texts, combine=False):
 
 
 def test_a_graph_of_comfyui_is_followed_from_its_sampler():
-    assert carried({"prompt": json.dumps(graph("a cat"))}) == ("a cat", "comfyui")
+    assert embedded_prompt({"prompt": json.dumps(graph("a cat"))}) == ("a cat", "comfyui")
     # A text may come from a node of its own, and the two encoders of SDXL have one each.
     nodes = graph(["50", 0]) | {"50": {"class_type": "PrimitiveString", "inputs": {"value": "x"}}}
-    assert carried({"prompt": json.dumps(nodes)}) == ("x", "comfyui")
+    assert embedded_prompt({"prompt": json.dumps(nodes)}) == ("x", "comfyui")
     nodes["40"]["inputs"] = {"text_g": "a dog", "text_l": "a dog", "width": 1024}
-    assert carried({"prompt": json.dumps(nodes)}) == ("a dog", "comfyui")
+    assert embedded_prompt({"prompt": json.dumps(nodes)}) == ("a dog", "comfyui")
     guided = {
         "1": {"class_type": "SamplerCustomAdvanced", "inputs": {"guider": ["2", 0]}},
         "2": {"class_type": "BasicGuider", "inputs": {"conditioning": ["40", 0]}},
     }
     nodes = {**graph("flux"), **guided, "3": {"class_type": "Note", "inputs": {}}}
-    assert carried({"prompt": json.dumps(nodes)}) == ("flux", "comfyui")
+    assert embedded_prompt({"prompt": json.dumps(nodes)}) == ("flux", "comfyui")
 
 
 ENCODED = {"class_type": "CLIPTextEncode", "inputs": {"text": "a cat"}}
@@ -127,12 +128,12 @@ JOINED = {"class_type": "StringConcatenate", "inputs": {"string_a": "a", "string
     ],
 )
 def test_a_graph_that_is_not_clear_gives_no_prompt(nodes):
-    assert carried({"prompt": json.dumps(nodes)}) == (None, "none")
+    assert embedded_prompt({"prompt": json.dumps(nodes)}) == (None, "none")
 
 
 def test_a_text_that_is_nested_without_end_is_no_graph():
     text = '{"a":' + "[" * 100_000
-    assert carried({"prompt": text}) == (text, "picture")
+    assert embedded_prompt({"prompt": text}) == (text, "image")
 
 
 def test_a_table_counts_from_its_own_folder_first_and_a_link_by_its_name(tmp_path):
@@ -150,7 +151,7 @@ def test_a_table_counts_from_its_own_folder_first_and_a_link_by_its_name(tmp_pat
 def test_metadata_about_something_else_and_empty_prompts_are_passed_over(tmp_path):
     path = picture(tmp_path / "a.png", prompt="own")
     (tmp_path / "metadata.csv").write_text("file_name,label\na.png,3\n")
-    assert prompt_of(path) == ("own", "picture")
+    assert prompt_of(path) == ("own", "image")
     (tmp_path / "metadata.csv").write_text("file_name,text,caption\na.png,,c\n")
     assert prompt_of(path) == ("c", "metadata")
     (tmp_path / "p.csv").write_text("file_name,label\na.png,3\n")
@@ -171,8 +172,8 @@ def test_half_a_pair_of_surrogates_becomes_a_question_mark(tmp_path):
 
 
 def test_what_only_begins_like_a_graph_is_a_prompt():
-    assert carried({"prompt": "{a|b} cat"}) == ("{a|b} cat", "picture")
-    assert carried({"prompt": '{"a": 1}'}) == ('{"a": 1}', "picture")
+    assert embedded_prompt({"prompt": "{a|b} cat"}) == ("{a|b} cat", "image")
+    assert embedded_prompt({"prompt": '{"a": 1}'}) == ('{"a": 1}', "image")
 
 
 def test_the_folders_of_geneval_say_the_prompt_of_their_samples(tmp_path):

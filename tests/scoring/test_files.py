@@ -1,4 +1,4 @@
-"""Picture files are found and decoded as people see them; what they carry is read."""
+"""Image files are found and decoded as people see them; the texts in them are read."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import pytest
 from PIL import Image
 
 from alignprop_cli.errors import AssetError
-from alignprop_cli.scoring.files import Found, find_pictures, read_picture
+from alignprop_cli.scoring.files import Found, find_images, read_image
 from tests.factories import picture
 
 
-def test_folders_are_searched_and_no_picture_comes_twice(tmp_path):
+def test_folders_are_searched_and_no_image_comes_twice(tmp_path):
     for name in ("b.png", "sub/a.png", "sub/C.PNG", "notes.txt"):
         picture(tmp_path / name)
-    found = find_pictures([str(tmp_path), str(tmp_path / "b.png")])
+    found = find_images([str(tmp_path), str(tmp_path / "b.png")])
     names = [f.path.relative_to(tmp_path).as_posix() for f in found]
     assert names == ["b.png", "sub/C.PNG", "sub/a.png"]
     assert {f.root for f in found} == {tmp_path}
-    assert find_pictures([str(tmp_path / "notes.txt")]) == [Found(tmp_path / "notes.txt", tmp_path)]
+    assert find_images([str(tmp_path / "notes.txt")]) == [Found(tmp_path / "notes.txt", tmp_path)]
     with pytest.raises(AssetError, match="no such file"):
-        find_pictures([str(tmp_path / "none")])
+        find_images([str(tmp_path / "none")])
 
 
 def test_transparent_parts_become_white(tmp_path):
@@ -28,21 +28,21 @@ def test_transparent_parts_become_white(tmp_path):
     image.putpixel((0, 0), (0, 0, 0, 0))
     image.putpixel((1, 0), (0, 0, 0, 128))
     image.save(tmp_path / "a.png")
-    pixels = read_picture(tmp_path / "a.png").pixels
+    pixels = read_image(tmp_path / "a.png").pixels
     assert pixels[0, 0].tolist() == [255, 255, 255]
     assert pixels[0, 1].tolist() == [127, 127, 127]
     assert pixels[1, 3].tolist() == [255, 0, 0]
     image.quantize().save(tmp_path / "palette.png")
-    assert read_picture(tmp_path / "palette.png").pixels[0, 0].tolist() == [255, 255, 255]
+    assert read_image(tmp_path / "palette.png").pixels[0, 0].tolist() == [255, 255, 255]
 
 
-def test_pictures_are_turned_as_their_camera_says(tmp_path):
+def test_images_are_turned_as_their_camera_says(tmp_path):
     image = Image.new("RGB", (6, 4), "black")
     image.paste((255, 255, 255), (0, 0, 3, 4))
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn clockwise
     image.save(tmp_path / "a.jpg", exif=exif, quality=95)
-    pixels = read_picture(tmp_path / "a.jpg").pixels
+    pixels = read_image(tmp_path / "a.jpg").pixels
     assert pixels.shape == (6, 4, 3)
     assert pixels[0].min() > 200
     assert pixels[-1].max() < 50
@@ -50,31 +50,31 @@ def test_pictures_are_turned_as_their_camera_says(tmp_path):
 
 def test_sixteen_bits_and_cmyk_keep_their_brightness(tmp_path):
     Image.fromarray(np.full((4, 4), 32768, dtype=np.uint16)).save(tmp_path / "deep.png")
-    assert read_picture(tmp_path / "deep.png").pixels[0, 0].tolist() == [128, 128, 128]
+    assert read_image(tmp_path / "deep.png").pixels[0, 0].tolist() == [128, 128, 128]
     Image.new("CMYK", (8, 8), (0, 0, 0, 128)).save(tmp_path / "print.jpg", quality=95)
-    pixels = read_picture(tmp_path / "print.jpg").pixels
+    pixels = read_image(tmp_path / "print.jpg").pixels
     assert abs(int(pixels[4, 4, 0]) - 127) < 4
 
 
 def test_files_that_cannot_be_measured_say_why(tmp_path):
     whole = picture(tmp_path / "a.png", size=(64, 64)).read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "text.png").write_text("not a picture")
+    (tmp_path / "text.png").write_text("not an image")
     (tmp_path / "empty.png").write_bytes(b"")
     frames = [Image.new("RGB", (4, 4), c) for c in ("red", "blue")]
     frames[0].save(tmp_path / "moving.webp", save_all=True, append_images=frames[1:])
     for name in ("cut.png", "text.png", "empty.png"):
         with pytest.raises(ValueError, match=r"\w"):
-            read_picture(tmp_path / name)
+            read_image(tmp_path / name)
     with pytest.raises(ValueError, match="animated, 2 frames"):
-        read_picture(tmp_path / "moving.webp")
+        read_image(tmp_path / "moving.webp")
 
 
-def test_a_picture_too_large_to_be_one_is_refused(tmp_path, monkeypatch):
+def test_a_image_too_large_to_be_one_is_refused(tmp_path, monkeypatch):
     path = picture(tmp_path / "a.png", size=(64, 64))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     with pytest.raises(ValueError, match="decompression bomb"):
-        read_picture(path)
+        read_image(path)
 
 
 def test_patterns_are_filled_in_but_a_name_comes_before_a_pattern(tmp_path, monkeypatch):
@@ -83,7 +83,7 @@ def test_patterns_are_filled_in_but_a_name_comes_before_a_pattern(tmp_path, monk
     monkeypatch.chdir(tmp_path)
 
     def names(*patterns):
-        return [f.path.as_posix() for f in find_pictures(patterns)]
+        return [f.path.as_posix() for f in find_images(patterns)]
 
     assert names("a?.png") == ["a1.png", "a2.png"]
     assert names("**/a*.png") == ["a1.png", "a2.png", "sub/deep/a3.png"]
@@ -96,7 +96,7 @@ def test_patterns_are_filled_in_but_a_name_comes_before_a_pattern(tmp_path, monk
 def test_the_digest_is_of_what_is_seen(tmp_path):
     same = [picture(tmp_path / "a.png", 100), picture(tmp_path / "b.bmp", 100, prompt="x")]
     other = [picture(tmp_path / "c.png", 101), picture(tmp_path / "d.png", 100, (4, 16))]
-    digests = [read_picture(path).digest() for path in (*same, *other)]
+    digests = [read_image(path).digest() for path in (*same, *other)]
     assert digests[0] == digests[1]
     assert len(set(digests)) == 3
 
@@ -116,7 +116,7 @@ def test_the_comment_of_exif_is_read_in_its_code(tmp_path, name, comment, text):
     exif = Image.Exif()
     exif.get_ifd(0x8769)[0x9286] = comment
     Image.new("RGB", (4, 4)).save(tmp_path / name, exif=exif)
-    assert read_picture(tmp_path / name).texts.get("UserComment") == text
+    assert read_image(tmp_path / name).texts.get("UserComment") == text
 
 
 def test_linked_files_keep_their_own_names(tmp_path):
@@ -124,36 +124,36 @@ def test_linked_files_keep_their_own_names(tmp_path):
     (tmp_path / "snapshot").mkdir()
     for name in ("a.png", "b.png"):
         (tmp_path / "snapshot" / name).symlink_to(blob)
-    found = find_pictures([str(tmp_path / "snapshot"), str(tmp_path / "snapshot" / "a.png")])
+    found = find_images([str(tmp_path / "snapshot"), str(tmp_path / "snapshot" / "a.png")])
     assert [f.path.name for f in found] == ["a.png", "b.png"]
 
 
-def test_a_pattern_searches_from_its_fixed_folder_and_takes_pictures_alone(tmp_path):
+def test_a_pattern_searches_from_its_fixed_folder_and_takes_images_alone(tmp_path):
     picture(tmp_path / "out" / "sub" / "a.png")
     (tmp_path / "out" / "sub" / "a.txt").write_text("a cat")
-    (found,) = find_pictures([str(tmp_path / "out" / "**" / "*")])
+    (found,) = find_images([str(tmp_path / "out" / "**" / "*")])
     assert found == Found(tmp_path / "out" / "sub" / "a.png", tmp_path / "out")
 
 
 def test_a_name_that_begins_like_a_home_folder_is_a_name(tmp_path, monkeypatch):
     picture(tmp_path / "~nobody-here.png")
     monkeypatch.chdir(tmp_path)
-    assert len(find_pictures(["~nobody-here.png"])) == 1
+    assert len(find_images(["~nobody-here.png"])) == 1
 
 
 def test_other_kinds_of_files_are_not_handed_to_other_programs(tmp_path):
     (tmp_path / "a.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EOF\n")
     with pytest.raises(ValueError, match="cannot identify"):
-        read_picture(tmp_path / "a.png")
+        read_image(tmp_path / "a.png")
 
 
 def test_a_photograph_with_a_preview_is_read_and_a_strip_is_not(tmp_path):
     first, second = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (4, 4))
     first.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[second])
-    assert read_picture(tmp_path / "a.jpg").pixels.shape == (8, 8, 3)
+    assert read_image(tmp_path / "a.jpg").pixels.shape == (8, 8, 3)
     Image.new("RGB", (1, 400)).save(tmp_path / "strip.png")
     with pytest.raises(ValueError, match="1 x 400 px"):
-        read_picture(tmp_path / "strip.png")
+        read_image(tmp_path / "strip.png")
 
 
 @pytest.mark.filterwarnings("ignore:.*:Warning:PIL")
@@ -173,7 +173,7 @@ def test_no_damage_makes_reading_fail_in_another_way(tmp_path):
             damaged[rng.integers(len(whole), size=4)] = rng.integers(0, 255, 4)
             path.write_bytes(damaged.tobytes())
             try:
-                outcomes.add(read_picture(path).pixels.ndim)
+                outcomes.add(read_image(path).pixels.ndim)
             except ValueError as error:
                 outcomes.add(str(error) != "")
         assert outcomes <= {3, True}

@@ -1,4 +1,4 @@
-"""Picture files are measured in chunks: in order, once each, however the work is divided."""
+"""Image files are measured in chunks: in order, once each, however the work is divided."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from alignprop_cli.errors import RunError
 from alignprop_cli.rewards.mixture import Member, Mixture, build_mixture
 from alignprop_cli.scoring import scorer
 from alignprop_cli.scoring.captions import PromptFinder
-from alignprop_cli.scoring.files import find_pictures
+from alignprop_cli.scoring.files import find_images
 from alignprop_cli.scoring.scorer import CHUNK, Scored, Skipped, chunks, needs_prompt, score
 from tests.factories import picture
 
@@ -33,13 +33,13 @@ def test_only_rewards_of_pixels_do_without_a_prompt():
 
 
 def results(folder, reward, *, workers=0, known=None, done=()):
-    divided = chunks(find_pictures([str(folder)]), done)
+    divided = chunks(find_images([str(folder)]), done)
     return list(
         score(
             divided,
             reward,
             PromptFinder(),
-            asking=[],
+            needing=[],
             device=CPU,
             workers=workers,
             known=known,
@@ -85,7 +85,7 @@ def test_the_same_content_is_measured_once(tmp_path):
     assert found[25].content == found[0].content
 
 
-def test_the_same_content_with_another_prompt_is_another_picture(tmp_path):
+def test_the_same_content_with_another_prompt_is_another_image(tmp_path):
     for name, prompt in (("a", "cat"), ("b", "dog"), ("c", "cat")):
         picture(tmp_path / f"{name}.png", 100, prompt=prompt)
     counting = Counting()
@@ -106,7 +106,7 @@ def test_what_is_done_changes_no_company(tmp_path):
     assert counting.batches == [CHUNK, 3]
 
 
-def test_large_pictures_are_measured_few_at_a_time(tmp_path, monkeypatch):
+def test_large_images_are_measured_few_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(scorer, "_MOST_PIXELS", 3 * 64)
     for index in range(8):
         picture(tmp_path / f"{index}.png", index)
@@ -119,12 +119,12 @@ def test_large_pictures_are_measured_few_at_a_time(tmp_path, monkeypatch):
 def test_a_worker_that_dies_is_told_as_what_it_is(tmp_path, monkeypatch):
     picture(tmp_path / "a.png")
     monkeypatch.setattr(scorer, "_decode", lambda path: os._exit(9))
-    with pytest.raises(RunError, match="decodes pictures ended") as told:
+    with pytest.raises(RunError, match="decodes images ended") as told:
         results(tmp_path, mixture("brightness"), workers=1)
     assert "--workers 0" in told.value.hint
 
 
-def test_a_picture_without_a_prompt_is_skipped_where_a_reward_needs_one(tmp_path):
+def test_a_image_without_a_prompt_is_skipped_where_a_reward_needs_one(tmp_path):
     picture(tmp_path / "a.png")
     picture(tmp_path / "b.png", prompt="four")
     lengths = Member(
@@ -133,11 +133,11 @@ def test_a_picture_without_a_prompt_is_skipped_where_a_reward_needs_one(tmp_path
         1.0,
         LossConfig(),
     )
-    found = find_pictures([str(tmp_path)])
+    found = find_images([str(tmp_path)])
     first, second = score(
-        chunks(found), Mixture([lengths]), PromptFinder(), asking=["length"], device=CPU
+        chunks(found), Mixture([lengths]), PromptFinder(), needing=["length"], device=CPU
     )
     assert first == Skipped(tmp_path / "a.png", "no prompt found, which length needs")
     assert isinstance(second, Scored)
-    assert (second.prompt, second.prompt_source) == ("four", "picture")
+    assert (second.prompt, second.prompt_source) == ("four", "image")
     assert second.rewards == {"length": 4.0}

@@ -10,8 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from alignprop_cli.errors import AssetError, ConfigError, RunError
-from alignprop_cli.lora.files import checkpoints, latest
-from alignprop_cli.lora.files import LORA_FILE
+from alignprop_cli.lora.files import LORA_FILE, checkpoints, latest
 from alignprop_cli.storage import write_whole
 from alignprop_cli.training import checkpoint
 from alignprop_cli.training.checkpoint import State
