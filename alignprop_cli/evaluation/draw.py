@@ -131,7 +131,7 @@ def draw_shared(
     mine = list(range(rank, len(samples), processes)) or [0]
     # A compiled network would be compiled anew for these batch sizes.
     with console.bar(len(mine), label) as bar, uncompiled(model.network.module):
-        drawn = draw_samples(
+        sampled = draw_samples(
             model,
             [samples[i] for i in mine if samples],
             mixture,
@@ -142,10 +142,10 @@ def draw_shared(
             on_batch=bar.advance,
         )
     if processes == 1:
-        return drawn
+        return sampled
     # Everyone gets everything: the reward's mean over all is needed in each process.
     shares: list[Any] = [None] * processes
-    distributed.all_gather_object(shares, (mine, drawn))
+    distributed.all_gather_object(shares, (mine, sampled))
     numbers = np.concatenate([numbers for numbers, _ in shares])
     # In order, and the first copy of what two processes took.
     return _joined([share for _, share in shares])[np.unique(numbers, return_index=True)[1]]
