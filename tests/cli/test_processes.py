@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from alignprop_cli.models.base import LORA_FILE
+from alignprop_cli.lora.files import LORA_FILE
 
 # Without the last two the launcher asks what the machine's own name resolves to.
 TORCHRUN = ("torch.distributed.run", "--nproc-per-node=2", "--standalone", "--local-addr=localhost")
