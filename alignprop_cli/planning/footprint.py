@@ -85,10 +85,12 @@ def measure(
         )
         return _per_image(cost)
 
-    rollout, blocks = rollout_call(), call(has_grad=True, blocks=True)
+    rollout = rollout_call()
     size = 4 * math.prod(shape)  # float32
 
-    def by_level(plain: Work) -> dict[Level, Work]:
+    def by_level(*, has_grad: bool) -> dict[Level, Work]:
+        plain = call(has_grad=has_grad)
+        blocks = call(has_grad=has_grad, blocks=True)
         return {"none": plain, "block": blocks, "call": _recomputed_call(plain, rollout, size)}
 
     return Footprint(
@@ -96,8 +98,8 @@ def measure(
         trained=trained,
         latents=size,
         rollout=rollout,
-        first=by_level(call(has_grad=False)),
-        call=by_level(call(has_grad=True)),
+        first=by_level(has_grad=False),
+        call=by_level(has_grad=True),
         decoder={again: decode(again) for again in (False, True)},
         reward=reward,
         uncounted=uncounted,
