@@ -26,6 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+# The commands import what they need when they run, so that --help is quick.
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("soup")(soup.soup)
@@ -54,6 +55,7 @@ def main(args: Sequence[str] | None = None) -> None:
     Args:
         args: The arguments; None takes those of the process.
     """
+    # Looked for here, since a mistake may come before any option is parsed.
     arguments = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in arguments
     if not debug:
@@ -66,6 +68,7 @@ def main(args: Sequence[str] | None = None) -> None:
             traceback.print_exc()
         console.error(error)
         raise SystemExit(error.exit_code) from error
+    # Training saves first and has an error of its own; elsewhere there is nothing to save.
     except KeyboardInterrupt as error:
         console.error(AlignPropError("interrupted"))
         raise SystemExit(130) from error

@@ -161,13 +161,13 @@ class GaussianStart:
 
     def draw(self, num_inference_steps: int, uniforms: Sequence[float]) -> tuple[int, ...]:
         """Return the calls from s on."""
-        remaining = uniforms[0] if self.uniforms else 0.0
-        sizes = self.sizes(num_inference_steps)
         # Inverse transform over s, ascending; the last one takes what rounding leaves.
-        for size in sorted(sizes, reverse=True):
-            k = size
-            remaining -= sizes[size]
+        sizes = sorted(self.sizes(num_inference_steps).items(), reverse=True)
+        remaining, k = (uniforms[0] if self.uniforms else 0.0), sizes[-1][0]
+        for size, probability in sizes:
+            remaining -= probability
             if remaining < 0.0:
+                k = size
                 break
         return tuple(range(num_inference_steps - k, num_inference_steps))
 
@@ -239,7 +239,7 @@ class Estimator:
         for _ in range(self.calls.uniforms):
             strata = torch.randperm(groups, generator=generator).double()
             within = torch.rand(groups, generator=generator, dtype=torch.float64)
-            columns.append(((strata + within) / groups).tolist())  # pyright: ignore[reportUnknownMemberType]
+            columns.append(list(map(float, (strata + within) / groups)))
         return [
             self.path(self.calls.draw(num_inference_steps, [column[group] for column in columns]))
             for group in range(groups)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -21,7 +21,9 @@ from safetensors import SafetensorError
 
 from alignprop_cli.errors import AlignPropError, AssetError, first_line
 
-_LOADING = (
+_Told = TypeVar("_Told")
+
+FAILURES = (
     OSError,
     ValueError,
     RuntimeError,
@@ -35,6 +37,36 @@ _LOADING = (
     OfflineModeIsEnabled,
     pickle.UnpicklingError,
 )
+"""What the libraries raise when weights cannot be found or read."""
+
+OFFLINE = "it is not in the cache and the hub cannot be reached"
+
+_REASONS: dict[type[BaseException], str] = {
+    GatedRepoError: "it is gated: accept its licence on the hub, then `hf auth login`",
+    RepositoryNotFoundError: "the hub has no such repository",
+    LocalEntryNotFoundError: OFFLINE,
+    OfflineModeIsEnabled: OFFLINE,
+}
+
+
+def find_cause(error: BaseException, table: Mapping[type[BaseException], _Told]) -> _Told | None:
+    """Return what a table has for an error or for one of its causes.
+
+    The libraries raise errors of their own from those of the hub.
+
+    Args:
+        error: As it was caught.
+        table: By class of error; where several match, the first one counts.
+    """
+    causes: list[BaseException] = []
+    cause: BaseException | None = error
+    while cause is not None and cause not in causes:
+        causes.append(cause)
+        cause = cause.__cause__ or cause.__context__
+    for kind, told in table.items():
+        if any(isinstance(cause, kind) for cause in causes):
+            return told
+    return None
 
 
 @contextmanager
@@ -53,15 +85,10 @@ def loading(option: str, place: str, *, alternative: str = "") -> Iterator[None]
         yield
     except AlignPropError:
         raise
-    except _LOADING as error:
-        reason, hint = first_line(error), f"set {option} to a local copy"
+    except FAILURES as error:
+        reason = find_cause(error, _REASONS) or first_line(error)
+        hint = f"set {option} to a local copy"
         hint += f", or {alternative}" if alternative else ""
-        if isinstance(error, GatedRepoError):
-            reason = "it is gated: accept its licence on the hub, then `hf auth login`"
-        elif isinstance(error, RepositoryNotFoundError):
-            reason = "the hub has no such repository"
-        elif isinstance(error, (LocalEntryNotFoundError, OfflineModeIsEnabled)):
-            reason = "it is not in the cache and the hub cannot be reached"
         raise AssetError(f"{option}: cannot load {place}: {reason}", hint=hint) from error
 
 

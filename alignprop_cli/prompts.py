@@ -78,6 +78,7 @@ BUILT_IN: Mapping[str, PromptSet] = {
     "shapes-heldout": PromptSet(f"{_SHAPES}:heldout_prompts", True, _SHAPES_CHECKER),
 }
 
+# The name of a set that is fetched begins with hpd; what is neither that nor built in is a file.
 HPD_STYLES = ("anime", "concept-art", "paintings", "photo")
 """The benchmark of HPDv2, fetched from the hub: `hpd:anime`, ..., and `hpd` for all four."""
 
@@ -105,6 +106,7 @@ def load_prompts(name: str) -> list[str]:
     if name.partition(":")[0] == "hpd":
         return _hpd(name)
     path = Path(name).expanduser()
+    # Empty lines and cells are no prompts; an empty prompt would be an unconditional image.
     found = [_text(value, place).strip() for place, value in _rows(path, name)]
     found = [prompt for prompt in found if prompt]
     if not found:
@@ -139,6 +141,7 @@ def _rows(path: Path, name: str) -> list[tuple[str, Any]]:
             f"prompts: unknown prompt set '{name}'.{did_you_mean(name, (*BUILT_IN, 'hpd'))}",
             hint="a file must end in .txt, .jsonl, .json or .csv",
         )
+    # utf-8-sig: spreadsheets begin with a mark, which would be part of the first prompt.
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -147,6 +150,7 @@ def _rows(path: Path, name: str) -> list[tuple[str, Any]]:
 
 
 def _built_in(name: str) -> list[str]:
+    # A set that is made by a function is imported when it is asked for.
     prompts = BUILT_IN[name].prompts
     if isinstance(prompts, str):
         module, _, function = prompts.partition(":")
@@ -231,6 +235,7 @@ def _read_json(text: str, path: Path) -> list[tuple[str, Any]]:
 
 def _text(value: Any, place: str) -> str:
     """Return the prompt of an entry, a text or an object."""
+    # The first of the names that the entry has; other keys are nobody's concern.
     if isinstance(value, dict):
         value = next((value[column] for column in _COLUMNS if column in value), None)
     if not isinstance(value, str):
@@ -272,6 +277,7 @@ class PromptStream:
 
     def prompt(self, image_number: int) -> str:
         """Return the prompt of this image, counted from the start of the run."""
+        # Counted over all processes and steps, so that resuming needs no state.
         epoch, position = divmod(image_number, len(self.prompts))
         return self.prompts[self._order(epoch)[position]]
 

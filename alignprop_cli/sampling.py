@@ -328,9 +328,11 @@ def backprop(
     for i in range(path.rollout_calls(len(schedule)), len(schedule)):
         step = schedule.steps[i]
         if i in path:
-            # 1. The input: the true latents in value, and as much of their gradient as is asked.
-            latents = _mix(_attach(latents, jump), path.input_grad)
-            noise_pred = _call(denoise, latents, step, again=i in recomputed)
+            # 1. The call: its input has the true values, and as much of their gradient as is asked;
+            #    the arithmetic of the step keeps all of it.
+            latents = _attach(latents, jump)
+            inputs = _mix(latents, path.input_grad)
+            noise_pred = _call(denoise, inputs, step, again=i in recomputed)
             if path.end == "predicted" and i == path.calls[-1]:
                 latents, _ = predict_x0_epsilon(noise_pred, latents, step, schedule.prediction_type)
                 break

@@ -33,38 +33,26 @@ settings.register_profile("repeatable", derandomize=True, deadline=None, databas
 settings.load_profile("repeatable")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip, with a reason, what this machine cannot run."""
-    if torch.cuda.is_available():
-        return
-    for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
-
-
 @pytest.fixture(autouse=True)
-def no_network(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[list[str]]:
+def no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """Fail the test that reaches for another machine, even when its caller hides the error.
 
     Yields:
-        The addresses refused so far. Tests marked `network` are let through.
+        The addresses refused so far.
     """
     refused: list[str] = []
-    if not request.node.get_closest_marker("network"):
 
-        def guarded(connect: Any) -> Any:
-            def call(self: socket.socket, address: Any) -> Any:
-                if self.family in {socket.AF_INET, socket.AF_INET6} and not _is_local(address[0]):
-                    refused.append(f"{address[0]}:{address[1]}")
-                    raise OSError(f"tests have no network; refused {refused[-1]}")
-                return connect(self, address)
+    def guarded(connect: Any) -> Any:
+        def call(self: socket.socket, address: Any) -> Any:
+            if self.family in {socket.AF_INET, socket.AF_INET6} and not _is_local(address[0]):
+                refused.append(f"{address[0]}:{address[1]}")
+                raise OSError(f"tests have no network; refused {refused[-1]}")
+            return connect(self, address)
 
-            return call
+        return call
 
-        for method in ("connect", "connect_ex"):
-            monkeypatch.setattr(socket.socket, method, guarded(getattr(socket.socket, method)))
+    for method in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, method, guarded(getattr(socket.socket, method)))
     yield refused
     if refused:
         pytest.fail(f"the test reached for the network: {', '.join(refused)}")

@@ -202,7 +202,8 @@ def mid_pipeline(path: Path) -> Path:
         down_block_types=(cross, cross, cross, plain),
         up_block_types=("UpBlock2D", *["CrossAttnUpBlock2D"] * 3),
         cross_attention_dim=128,
-        attention_head_dim=8,
+        # The numbers of heads, whatever the name says: each is 64 wide, as in Stable Diffusion 2.x.
+        attention_head_dim=(1, 2, 4, 4),
         norm_num_groups=32,
         vae_block_out_channels=(16, 32, 64, 64),
         vae_down_block_types=("DownEncoderBlock2D",) * 4,

@@ -5,12 +5,24 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from alignprop_cli.estimators import Full, GaussianK, GradWindow, LastK, RandomK, Truncation
+from alignprop_cli.estimators import (
+    Estimator,
+    GradPath,
+    LastCalls,
+    full,
+    gaussian_k,
+    last_k,
+    random_k,
+    window,
+    window_group,
+)
 from alignprop_cli.sampling import ddim_step, sample
 from alignprop_cli.schedule import NoiseSchedule, PredictionType, Step
 from tests.factories import generator, randn
@@ -34,14 +46,14 @@ class CountingNetwork:
         self.calls: list[bool] = []
         self.inputs_attached: list[bool] = []
 
-    def __call__(self, latents: Tensor, timestep: float) -> Tensor:
+    def __call__(self, latents: Tensor, step: Step) -> Tensor:
         self.calls.append(torch.is_grad_enabled())
         self.inputs_attached.append(latents.requires_grad)
-        return torch.tanh(latents @ self.weight + 0.2 * timestep)
+        return torch.tanh(latents @ self.weight + 0.2 * step.timestep)
 
 
 def chain_gradient(
-    prediction: PredictionType, window: GradWindow, eta: float, *, use_checkpoint: bool = False
+    prediction: PredictionType, path: GradPath, eta: float, *, use_checkpoint: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Return value and gradient of a loss at the end of the chain."""
     network = CountingNetwork()
@@ -50,9 +62,9 @@ def chain_gradient(
         randn(2, *SHAPE),
         schedule(prediction),
         eta=eta,
-        window=window,
+        path=path,
         draw_noise=lambda i: randn(10 + i, *SHAPE),
-        recomputed=window if use_checkpoint else None,
+        recomputed=path.calls if use_checkpoint else (),
     )
     loss = latents.sin().sum()
     loss.backward()  # not autograd.grad: `recomputed` calls give their gradient to this alone
@@ -61,14 +73,14 @@ def chain_gradient(
 
 
 def detached_gradient(
-    prediction: PredictionType, window: GradWindow, eta: float
+    prediction: PredictionType, path: GradPath, eta: float
 ) -> tuple[Tensor, Tensor]:
     """The same by running every step with gradient, and detaching outputs outside the window."""
     network = CountingNetwork()
     latents = randn(2, *SHAPE)
     for i, step in enumerate(schedule(prediction).steps):
-        noise_pred = network(latents, step.timestep)
-        if not window.start <= i < window.stop:
+        noise_pred = network(latents, step)
+        if i not in path:
             noise_pred = noise_pred.detach()
         noise = randn(10 + i, *SHAPE)
         latents = ddim_step(noise_pred, latents, step, prediction, eta=eta, noise=noise)
@@ -77,7 +89,7 @@ def detached_gradient(
     return loss.detach(), gradient
 
 
-ALL_WINDOWS = [GradWindow(a, b) for a, b in itertools.combinations(range(STEPS + 1), 2)]
+ALL_WINDOWS = [window(a, b) for a, b in itertools.combinations(range(STEPS + 1), 2)]
 
 
 @pytest.mark.parametrize("use_checkpoint", [False, True])
@@ -86,26 +98,26 @@ ALL_WINDOWS = [GradWindow(a, b) for a, b in itertools.combinations(range(STEPS +
 def test_a_window_equals_detaching_the_outputs_outside_it(
     prediction: PredictionType, eta: float, use_checkpoint: bool
 ) -> None:
-    for window in ALL_WINDOWS:
-        value, gradient = chain_gradient(prediction, window, eta, use_checkpoint=use_checkpoint)
-        expected_value, expected = detached_gradient(prediction, window, eta)
+    for path in ALL_WINDOWS:
+        value, gradient = chain_gradient(prediction, path, eta, use_checkpoint=use_checkpoint)
+        expected_value, expected = detached_gradient(prediction, path, eta)
         # The same operations in the same order: equal up to the order of sums in backward.
         torch.testing.assert_close(value, expected_value, rtol=1e-12, atol=0.0)
         torch.testing.assert_close(gradient, expected, rtol=1e-11, atol=1e-14)
-        if not (prediction == "sample" and window.stop < STEPS):
+        if not (prediction == "sample" and path.calls[-1] + 1 < STEPS):
             # With clean-sample prediction the last step forgets its input: sigma' / sigma = 0.
-            assert float(gradient.norm()) > 1e-6, window
+            assert float(gradient.norm()) > 1e-6, path
 
 
 def test_last_k_window_equals_full_backprop_when_k_is_num_steps() -> None:
-    last = LastK(STEPS).draw(STEPS, generator(0))
-    full = Full().draw(STEPS, generator(0))
-    assert last == full == GradWindow(0, STEPS)
+    last = last_k(STEPS).draw(STEPS, generator(0))[0]
+    whole = full().draw(STEPS, generator(0))[0]
+    assert last == whole == window(0, STEPS)
     value, gradient = chain_gradient("epsilon", last, 0.0)
     network = CountingNetwork()
     latents = randn(2, *SHAPE)
     for step in schedule("epsilon").steps:
-        latents = ddim_step(network(latents, step.timestep), latents, step, "epsilon")
+        latents = ddim_step(network(latents, step), latents, step, "epsilon")
     loss = latents.sin().sum()
     (expected,) = torch.autograd.grad(loss, [network.weight])
     assert float(value) == pytest.approx(loss.item(), rel=1e-12)
@@ -114,31 +126,31 @@ def test_last_k_window_equals_full_backprop_when_k_is_num_steps() -> None:
 
 def test_truncation_is_biased() -> None:
     # Documented, not wanted: fewer calls give another direction, not a noisy version of the same.
-    full = chain_gradient("epsilon", GradWindow(0, STEPS), 0.0)[1]
-    last = chain_gradient("epsilon", GradWindow(STEPS - 1, STEPS), 0.0)[1]
-    assert float((full - last).norm() / full.norm()) > 0.05
+    whole = chain_gradient("epsilon", window(0, STEPS), 0.0)[1]
+    last = chain_gradient("epsilon", window(STEPS - 1, STEPS), 0.0)[1]
+    assert float((whole - last).norm() / whole.norm()) > 0.05
 
 
-@pytest.mark.parametrize("window", ALL_WINDOWS)
-def test_only_the_calls_inside_the_window_carry_gradient(window: GradWindow) -> None:
+@pytest.mark.parametrize("path", ALL_WINDOWS)
+def test_only_the_calls_inside_the_window_carry_gradient(path: GradPath) -> None:
     network = CountingNetwork()
-    sample(network, randn(2, *SHAPE), schedule("epsilon"), window=window)
-    assert network.calls == [window.start <= i < window.stop for i in range(STEPS)]
-    assert sum(network.calls) == len(window)
+    sample(network, randn(2, *SHAPE), schedule("epsilon"), path=path)
+    assert network.calls == [i in path for i in range(STEPS)]
+    assert sum(network.calls) == len(path)
     # Before the window nothing is attached, so nothing is stored; the first call inside has a
     # constant as its input.
-    assert network.inputs_attached == [i > window.start for i in range(STEPS)]
+    assert network.inputs_attached == [i > path.calls[0] for i in range(STEPS)]
 
 
-@pytest.mark.parametrize("recomputed", [GradWindow(1, 4), GradWindow(1, 3), GradWindow(1, 1)])
-def test_backward_repeats_exactly_the_calls_that_are_not_stored(recomputed: GradWindow) -> None:
+@pytest.mark.parametrize("recomputed", [window(1, 4), window(1, 3), window(1, 1)])
+def test_backward_repeats_exactly_the_calls_that_are_not_stored(recomputed: GradPath) -> None:
     network = CountingNetwork()
     latents = sample(
         network,
         randn(2, *SHAPE),
         schedule("epsilon"),
-        window=GradWindow(1, 4),
-        recomputed=recomputed,
+        path=window(1, 4),
+        recomputed=recomputed.calls,
     )
     # The first call of the window has no gradient to its latents, and its graph is kept; the graphs
     # of the others are not.
@@ -148,16 +160,16 @@ def test_backward_repeats_exactly_the_calls_that_are_not_stored(recomputed: Grad
     assert network.calls[STEPS:] == [True] * len(recomputed)
 
 
-@pytest.mark.parametrize("window", ALL_WINDOWS)
-def test_checkpointing_changes_no_bit(window: GradWindow) -> None:
-    stored = chain_gradient("v_prediction", window, 1.0)
-    recomputed = chain_gradient("v_prediction", window, 1.0, use_checkpoint=True)
+@pytest.mark.parametrize("path", ALL_WINDOWS)
+def test_checkpointing_changes_no_bit(path: GradPath) -> None:
+    stored = chain_gradient("v_prediction", path, 1.0)
+    recomputed = chain_gradient("v_prediction", path, 1.0, use_checkpoint=True)
     assert torch.equal(stored[0], recomputed[0])
     assert torch.equal(stored[1], recomputed[1])
 
 
 def test_the_values_do_not_depend_on_the_window() -> None:
-    values = {float(chain_gradient("epsilon", window, 1.0)[0]) for window in ALL_WINDOWS}
+    values = {float(chain_gradient("epsilon", path, 1.0)[0]) for path in ALL_WINDOWS}
     assert len(values) == 1
 
 
@@ -165,28 +177,28 @@ def test_the_values_do_not_depend_on_the_window() -> None:
 def test_a_roll_out_keeps_no_graph(grad: bool) -> None:
     network = CountingNetwork()
     with torch.set_grad_enabled(grad):
-        window = None if grad else GradWindow(0, STEPS)
+        path = None if grad else window(0, STEPS)
         noise = randn(2, *SHAPE).requires_grad_()
-        latents = sample(network, noise, schedule("epsilon"), window=window)
+        latents = sample(network, noise, schedule("epsilon"), path=path)
         assert torch.is_grad_enabled() is grad
     assert not latents.requires_grad
     assert network.calls == [False] * STEPS
 
 
 def test_the_gradient_mode_of_the_caller_is_put_back_when_the_network_fails() -> None:
-    def fail(latents: Tensor, timestep: float) -> Tensor:
+    def fail(latents: Tensor, step: Step) -> Tensor:
         raise RuntimeError("broken")
 
     with pytest.raises(RuntimeError, match="broken"):
-        sample(fail, randn(2, *SHAPE), schedule("epsilon"), window=GradWindow(3, 4))
+        sample(fail, randn(2, *SHAPE), schedule("epsilon"), path=window(3, 4))
     assert torch.is_grad_enabled()
 
 
 def test_a_window_knows_its_calls() -> None:
-    window = GradWindow(2, 4)
-    assert [i in window for i in range(6)] == [False, False, True, True, False, False]
-    assert len(window) == 2
-    assert len(GradWindow(3, 2)) == 0
+    path = window(2, 4)
+    assert [i in path for i in range(6)] == [False, False, True, True, False, False]
+    assert len(path) == 2
+    assert len(window(3, 2)) == 0
 
 
 # --- What the estimators draw ---
@@ -194,48 +206,48 @@ def test_a_window_knows_its_calls() -> None:
 
 @pytest.mark.parametrize("k", [0, -1, STEPS + 1])
 def test_a_window_of_no_call_or_of_too_many_is_refused(k: int) -> None:
-    with pytest.raises(ValueError, match=f"got {k}"):
-        LastK(k).draw(STEPS, generator(0))
+    with pytest.raises(ValueError, match=f"got k={k}"):
+        last_k(k).draw(STEPS, generator(0))[0]
 
 
 @pytest.mark.parametrize(("k_min", "k_max"), [(0, 3), (3, 2), (1, STEPS + 1), (STEPS + 1, None)])
 def test_random_k_refuses_an_impossible_range(k_min: int, k_max: int | None) -> None:
-    with pytest.raises(ValueError, match="k_min"):
-        RandomK(k_min, k_max).draw(STEPS, generator(0))
+    with pytest.raises(ValueError, match="expected 1 to num_inference_steps"):
+        random_k(k_min, k_max).draw(STEPS, generator(0))[0]
 
 
 @pytest.mark.parametrize(
     ("estimator", "steps"),
     [
-        (GaussianK(), 1),
-        (GaussianK(mean=0.0), 5),
-        (GaussianK(mean=1.0), 5),
-        (GaussianK(std=-0.1), 5),
+        (gaussian_k(), 1),
+        (gaussian_k(mean=0.0), 5),
+        (gaussian_k(mean=1.0), 5),
+        (gaussian_k(std=-0.1), 5),
     ],
 )
-def test_gaussian_k_refuses_what_would_never_end(estimator: GaussianK, steps: int) -> None:
+def test_gaussian_k_refuses_what_would_never_end(estimator: Estimator, steps: int) -> None:
     with pytest.raises(ValueError, match="gaussian_k"):
         estimator.draw(steps, generator(0))
 
 
 @pytest.mark.parametrize("k", range(1, STEPS + 1))
 def test_last_k_ends_at_the_image(k: int) -> None:
-    assert LastK(k).draw(STEPS, generator(0)) == GradWindow(STEPS - k, STEPS)
+    assert last_k(k).draw(STEPS, generator(0))[0] == window(STEPS - k, STEPS)
 
 
-@pytest.mark.parametrize("estimator", [Full(), LastK(2)])
-def test_deterministic_estimators_leave_the_generator_untouched(estimator: Truncation) -> None:
+@pytest.mark.parametrize("estimator", [full(), last_k(2)])
+def test_deterministic_estimators_leave_the_generator_untouched(estimator: Estimator) -> None:
     source = generator(4)
     before = source.get_state()
     estimator.draw(STEPS, source)
     assert torch.equal(before, source.get_state())
 
 
-@pytest.mark.parametrize("estimator", [RandomK(), RandomK(2, 4), GaussianK()])
-def test_a_draw_is_a_function_of_the_generator_alone(estimator: Truncation) -> None:
+@pytest.mark.parametrize("estimator", [random_k(), random_k(2, 4), gaussian_k()])
+def test_a_draw_is_a_function_of_the_generator_alone(estimator: Estimator) -> None:
     state = torch.get_rng_state()
-    first = [estimator.draw(50, generator(seed)) for seed in range(20)]
-    again = [estimator.draw(50, generator(seed)) for seed in range(20)]
+    first = [estimator.draw(50, generator(seed))[0] for seed in range(20)]
+    again = [estimator.draw(50, generator(seed))[0] for seed in range(20)]
     assert first == again
     assert len(set(first)) > 1
     assert torch.equal(state, torch.get_rng_state())
@@ -253,11 +265,11 @@ def check_frequencies(counts: Counter[int], probabilities: dict[int, float]) -> 
 @pytest.mark.parametrize(("k_min", "k_max"), [(1, None), (2, 5), (3, 3)])
 def test_random_k_is_uniform_on_its_range(k_min: int, k_max: int | None) -> None:
     source, steps = generator(11), 8
-    windows = [RandomK(k_min, k_max).draw(steps, source) for _ in range(4000)]
-    assert all(window.stop == steps for window in windows)
+    windows = [random_k(k_min, k_max).draw(steps, source)[0] for _ in range(4000)]
+    assert all(path.calls[-1] == steps - 1 for path in windows)
     values = range(k_min, (k_max or steps) + 1)
     check_frequencies(
-        Counter(len(window) for window in windows), {k: 1.0 / len(values) for k in values}
+        Counter(len(path) for path in windows), {k: 1.0 / len(values) for k in values}
     )
 
 
@@ -275,14 +287,236 @@ def test_gaussian_k_starts_at_a_rounded_normal_cut_off_at_the_ends(
     masses = {j: cdf(j + 0.5) - cdf(j - 0.5) for j in range(1, steps)}
     total = sum(masses.values())
     source = generator(12)
-    windows = [GaussianK(mean, std).draw(steps, source) for _ in range(4000)]
-    assert all(window.stop == steps for window in windows)
+    windows = [gaussian_k(mean, std).draw(steps, source)[0] for _ in range(4000)]
+    assert all(path.calls[-1] == steps - 1 for path in windows)
     check_frequencies(
-        Counter(window.start for window in windows), {j: m / total for j, m in masses.items()}
+        Counter(path.calls[0] for path in windows), {j: m / total for j, m in masses.items()}
     )
 
 
 def test_gaussian_k_without_spread_is_its_mean_and_always_ends() -> None:
-    assert GaussianK(0.84, 0.0).draw(50, generator(0)) == GradWindow(42, 50)
-    assert GaussianK(0.99, 0.0).draw(4, generator(0)) == GradWindow(3, 4)
-    assert GaussianK(0.01, 0.0).draw(4, generator(0)) == GradWindow(1, 4)
+    assert gaussian_k(0.84, 0.0).draw(50, generator(0))[0] == window(42, 50)
+    assert gaussian_k(0.99, 0.0).draw(4, generator(0))[0] == window(3, 4)
+    assert gaussian_k(0.01, 0.0).draw(4, generator(0))[0] == window(1, 4)
+
+
+def test_the_draws_of_a_step_are_stratified_over_its_groups() -> None:
+    """With G groups and G values of k, every value comes once a step; each group sees them all."""
+    source, groups = generator(13), 8
+    steps = [random_k(1, 8).draw(8, source, groups) for _ in range(3000)]
+    assert all(sorted(map(len, paths)) == list(range(1, 9)) for paths in steps)
+    for group in range(groups):
+        check_frequencies(
+            Counter(len(paths[group]) for paths in steps), {k: 1 / 8 for k in range(1, 9)}
+        )
+
+
+def test_stratified_draws_vary_less_and_have_the_same_mean() -> None:
+    source, estimator = generator(14), gaussian_k(0.5, 0.2)
+    means = {
+        groups: torch.tensor(
+            [
+                sum(map(len, estimator.draw(40, source, groups))) / groups
+                for _ in range(2000 // groups)
+            ],
+            dtype=torch.float64,
+        )
+        for groups in (1, 4)
+    }
+    variance = means[1].var()
+    # The mean of 4 independent draws would have a quarter of the variance.
+    assert means[4].var() < 0.5 * variance / 4
+    for mean in means.values():
+        deviation = float(variance / len(mean)) ** 0.5
+        assert float(mean.mean()) == pytest.approx(estimator.mean(40), abs=5 * deviation)
+
+
+@pytest.mark.parametrize(
+    "estimator", [full(), last_k(3), random_k(2, 7), random_k(), gaussian_k(), gaussian_k(0.5, 0.3)]
+)
+def test_what_the_planner_is_told_are_the_sizes_that_are_drawn(estimator: Estimator) -> None:
+    steps, source = 10, generator(15)
+    sizes = [len(estimator.draw(steps, source)[0]) for _ in range(4000)]
+    assert max(sizes) <= estimator.longest(steps)
+    assert sum(estimator.calls.sizes(steps).values()) == pytest.approx(1.0, abs=1e-12)
+    for beyond in (0, 2, 5):
+        mean = estimator.mean_beyond(steps, beyond)
+        chances = estimator.calls.sizes(steps).items()
+        variance = sum(p * (max(k - beyond, 0) - mean) ** 2 for k, p in chances)
+        seen = sum(max(k - beyond, 0) for k in sizes) / len(sizes)
+        assert seen == pytest.approx(mean, abs=5.0 * math.sqrt(variance / len(sizes)) + 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "group"), [(128, 32), (32, 8), (8, 2), (6, 2), (9, 3), (5, 5), (2, 1), (1, 1)]
+)
+def test_the_default_group_depends_on_the_batch_alone(batch_size: int, group: int) -> None:
+    assert window_group(batch_size) == group
+
+
+# --- The published estimators that this package does not ship yet, as values from outside of it ---
+
+
+@dataclass(frozen=True)
+class OneCall:
+    """One call, uniform on the last so many: ReFL's."""
+
+    last: int
+    uniforms: int = 1
+
+    def draw(self, num_inference_steps: int, uniforms: Sequence[float]) -> tuple[int, ...]:
+        return (num_inference_steps - 1 - int(uniforms[0] * self.last),)
+
+    def sizes(self, num_inference_steps: int) -> dict[int, float]:
+        return {1: 1.0}
+
+    def problems(self, num_inference_steps: int) -> list[str]:
+        return []
+
+
+@dataclass(frozen=True)
+class Spaced:
+    """k calls, equally spaced from a random offset, and a random last one: DRTune's."""
+
+    k: int
+    uniforms: int = 2
+
+    def draw(self, num_inference_steps: int, uniforms: Sequence[float]) -> tuple[int, ...]:
+        stop = num_inference_steps - 1 - int(uniforms[1] * 2)
+        stride = stop // self.k
+        return (*(int(uniforms[0] * stride) + i * stride for i in range(self.k)), stop)
+
+    def sizes(self, num_inference_steps: int) -> dict[int, float]:
+        return {self.k + 1: 1.0}
+
+    def problems(self, num_inference_steps: int) -> list[str]:
+        return [] if self.k < num_inference_steps else ["too few steps"]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two calls, uniform: LeapAlign's."""
+
+    uniforms: int = 2
+
+    def draw(self, num_inference_steps: int, uniforms: Sequence[float]) -> tuple[int, ...]:
+        first = int(uniforms[0] * (num_inference_steps - 1))
+        return (first, first + 1 + int(uniforms[1] * (num_inference_steps - 1 - first)))
+
+    def sizes(self, num_inference_steps: int) -> dict[int, float]:
+        return {2: 1.0}
+
+    def problems(self, num_inference_steps: int) -> list[str]:
+        return []
+
+
+PUBLISHED = {
+    "draft_lv": Estimator(LastCalls(1, 1), copies=2),
+    "refl": Estimator(OneCall(3), end="predicted"),
+    "drtune": Estimator(Spaced(2), input_grad=0.0, end="predicted"),
+    "leap": Estimator(Pair(), input_grad=0.3, leaps=True),
+    "sparse": Estimator(Spaced(2), input_grad=0.0, weight=0.5),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_published_estimator_is_a_value_that_the_chain_obeys(name: str) -> None:
+    estimator, source = PUBLISHED[name], generator(16)
+    for path in estimator.draw(STEPS, source, 6):
+        network = CountingNetwork()
+        latents = sample(
+            network,
+            randn(2, *SHAPE),
+            schedule("v_prediction"),
+            path=path,
+            draw_noise=lambda i: randn(10 + i, *SHAPE),
+        )
+        assert sum(network.calls) == len(path) * max(path.copies, 1)
+        latents.sin().sum().backward()
+        assert network.weight.grad is not None
+        expected = PLAIN[name](path)
+        assert float(expected.norm()) > 1e-6
+        torch.testing.assert_close(network.weight.grad, expected, rtol=1e-11, atol=1e-14)
+
+
+def _true_chain(network: CountingNetwork) -> list[Tensor]:
+    """Latents before every step and at the end, without gradient."""
+    chain = [randn(2, *SHAPE)]
+    with torch.no_grad():
+        for step in schedule("v_prediction").steps:
+            chain.append(ddim_step(network(chain[-1], step), chain[-1], step, "v_prediction"))
+    return chain
+
+
+def _clean(output: Tensor, latents: Tensor, step: Step) -> Tensor:
+    return step.alpha * latents - step.sigma * output  # v-prediction
+
+
+def _plain_draft_lv(path: GradPath) -> Tensor:
+    network = CountingNetwork()
+    end, step = _true_chain(network)[-1], schedule("v_prediction").steps[-1]
+    noised = [step.alpha * end + step.sigma * randn(10 + STEPS + j, *SHAPE) for j in range(2)]
+    ends = [ddim_step(network(x, step), x, step, "v_prediction") for x in noised]
+    return torch.autograd.grad(sum(x.sin().sum() for x in ends), [network.weight])[0]  # type: ignore[arg-type]
+
+
+def _plain_refl(path: GradPath) -> Tensor:
+    network = CountingNetwork()
+    latents, step = (
+        _true_chain(network)[path.calls[0]],
+        schedule("v_prediction").steps[path.calls[0]],
+    )
+    loss = _clean(network(latents, step), latents, step).sin().sum()
+    return torch.autograd.grad(loss, [network.weight])[0]
+
+
+def _plain_drtune(path: GradPath) -> Tensor:
+    network, latents = CountingNetwork(), randn(2, *SHAPE)
+    for i, step in enumerate(schedule("v_prediction").steps):
+        output = network(latents.detach(), step)
+        if i == path.calls[-1]:
+            # The linear path through x stays, only the network's input is detached.
+            loss = _clean(output, latents, step).sin().sum()
+            return torch.autograd.grad(loss, [network.weight])[0]
+        latents = ddim_step(output if i in path else output.detach(), latents, step, "v_prediction")
+    raise AssertionError
+
+
+def _plain_sparse(path: GradPath) -> Tensor:
+    network, latents = CountingNetwork(), randn(2, *SHAPE)
+    for i, step in enumerate(schedule("v_prediction").steps):
+        output = network(latents.detach(), step)
+        latents = ddim_step(output if i in path else output.detach(), latents, step, "v_prediction")
+    return 0.5 * torch.autograd.grad(latents.sin().sum(), [network.weight])[0]
+
+
+def _plain_leap(path: GradPath) -> Tensor:
+    network, steps = CountingNetwork(), schedule("v_prediction").steps
+    chain, (k, j) = _true_chain(network), path.calls
+
+    def leap(output: Tensor, latents: Tensor, start: int, stop: int) -> Tensor:
+        last = steps[stop - 1]
+        across = replace(steps[start], alpha_next=last.alpha_next, sigma_next=last.sigma_next)
+        landed = ddim_step(output, latents, across, "v_prediction")
+        return chain[stop] + (landed - landed.detach())
+
+    at_j = leap(network(chain[k], steps[k]), chain[k], k, j)
+    mixed = 0.3 * at_j + 0.7 * at_j.detach()
+    end = leap(network(mixed, steps[j]), at_j, j, STEPS)
+    return torch.autograd.grad(end.sin().sum(), [network.weight])[0]
+
+
+PLAIN = {
+    "draft_lv": _plain_draft_lv,
+    "refl": _plain_refl,
+    "drtune": _plain_drtune,
+    "leap": _plain_leap,
+    "sparse": _plain_sparse,
+}
+
+
+def test_the_values_of_a_leaping_chain_are_the_true_ones() -> None:
+    network = CountingNetwork()
+    path = GradPath((1, 3), leaps=True)
+    latents = sample(network, randn(2, *SHAPE), schedule("v_prediction"), path=path)
+    torch.testing.assert_close(latents.detach(), _true_chain(network)[-1], rtol=1e-14, atol=1e-15)

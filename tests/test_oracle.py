@@ -18,11 +18,11 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from alignprop_cli.config.schema import ModelConfig
-from alignprop_cli.estimators import GradWindow
+from alignprop_cli.estimators import GradPath, window
 from alignprop_cli.lora import layers as lora
-from alignprop_cli.models.families import TINY, load_model
-from alignprop_cli.models.unet import StableDiffusion
-from alignprop_cli.sampling import sample
+from alignprop_cli.models.base import Model, Source
+from alignprop_cli.models.families import TINY, find
+from alignprop_cli.sampling import Denoise, Guidance, guided, sample
 from tests.factories import PICTURE_PX, fill_lora_b, generator, randn, small_pipeline
 
 # float64 rounds to 1e-16; a chain of a few hundred layers loses three to four digits of that.
@@ -52,26 +52,33 @@ class Case:
     """A model with an adapter, and everything random of one chain."""
 
     folder: Path
-    model: StableDiffusion
+    model: Model
     adapter: Adapter
     latents: Tensor
     noises: list[Tensor]
     oracle: OracleParts
 
 
-def double_model(folder: Path) -> StableDiffusion:
+def double_model(folder: Path, prompts: Sequence[str]) -> Model:
     """Load a folder through the package, in float64."""
-    model = load_model(ModelConfig(id=str(folder), dtype="float32"), torch.device("cpu"))
-    assert isinstance(model, StableDiffusion)
-    model.pipeline.to(dtype=torch.float64)
-    return model
+    config = ModelConfig(id=str(folder), dtype="float32")
+    family, path = find(config)
+    source, cpu = Source(config, path, torch.float64), torch.device("cpu")
+    encoded = family.load_text_encoders(source, cpu).encode([*prompts, ""])
+    parts = family.load_parts(source, cpu)
+    embeds = dict(zip([*prompts, ""], encoded, strict=True))
+    return Model(str(folder), family, parts.network, parts.decoder, embeds)
 
 
-def with_adapter(model: StableDiffusion, scale: float = 0.3) -> Adapter:
-    lora.inject(model.network, rank=RANK, alpha=ALPHA, target_modules=TARGETS, seed=5)
-    fill_lora_b(model.network, seed=100, scale=scale)
-    model.network.to(torch.float64)
-    return lora.weights(model.network)
+def denoiser(model: Model, prompts: Sequence[str], guidance: float) -> Denoise:
+    return guided(model.network.predict, model.conditioning(prompts, ""), Guidance(guidance))
+
+
+def with_adapter(model: Model, scale: float = 0.3) -> Adapter:
+    lora.inject(model.network.module, rank=RANK, alpha=ALPHA, target_modules=TARGETS, seed=5)
+    fill_lora_b(model.network.module, seed=100, scale=scale)
+    model.network.module.to(torch.float64)
+    return lora.weights(model.network.module)
 
 
 @pytest.fixture(scope="module")
@@ -86,8 +93,8 @@ def velocity_case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 def make_case(folder: Path, prediction_type: str) -> Case:
     small_pipeline(folder, prediction_type=prediction_type)
-    model = double_model(folder)
-    shape = (len(PROMPTS), *model.latent_shape(None, None))
+    model = double_model(folder, PROMPTS)
+    shape = (len(PROMPTS), *model.network.latent_shape(None, None))
     return Case(
         folder,
         model,
@@ -110,23 +117,22 @@ def picture_reward(images: Tensor) -> Tensor:
 
 
 def package_run(
-    case: Case, window: GradWindow, guidance: float, eta: float, *, use_checkpoint: bool = False
+    case: Case, path: GradPath, guidance: float, eta: float, *, use_checkpoint: bool = False
 ) -> tuple[Tensor, Adapter]:
     """Reward and gradient as the package computes them."""
-    case.model.network.zero_grad()
-    denoise = case.model.denoiser(case.model.encode_prompts(PROMPTS), guidance)
+    case.model.network.module.zero_grad()
     latents = sample(
-        denoise,
+        denoiser(case.model, PROMPTS, guidance),
         case.latents,
-        case.model.schedule(STEPS),
+        case.model.network.schedule(STEPS, tuple(case.latents.shape[1:])),
         eta=eta,
-        window=window,
+        path=path,
         draw_noise=lambda i: case.noises[i],
-        recomputed=window if use_checkpoint else None,
+        recomputed=path.calls if use_checkpoint else (),
     )
-    rewards = picture_reward(case.model.decode(latents, use_checkpoint=use_checkpoint))
+    rewards = picture_reward(case.model.decoder.decode(latents, recompute=use_checkpoint))
     rewards.sum().backward()
-    named = dict(case.model.network.named_parameters())
+    named = dict(case.model.network.module.named_parameters())
     gradients = {
         name: named[name.replace(".weight", f".{lora.ADAPTER}.weight")].grad
         for name in case.adapter
@@ -209,7 +215,7 @@ def check_against_oracle(case: Case, k: int, guidance: float, eta: float) -> Non
     assert float(flat(expected).norm()) > 1e-6
     for use_checkpoint in (False, True):
         rewards, gradients = package_run(
-            case, GradWindow(STEPS - k, STEPS), guidance, eta, use_checkpoint=use_checkpoint
+            case, window(STEPS - k, STEPS), guidance, eta, use_checkpoint=use_checkpoint
         )
         torch.testing.assert_close(rewards, expected_rewards, rtol=RELATIVE, atol=0.0)
         assert gradients.keys() == expected.keys()
@@ -219,21 +225,24 @@ def check_against_oracle(case: Case, k: int, guidance: float, eta: float) -> Non
 
 def test_the_adapter_and_the_guidance_change_the_reward(case: Case) -> None:
     # Otherwise the oracle could not see an adapter or a guidance that is ignored.
-    whole = GradWindow(0, STEPS)
+    whole = window(0, STEPS)
     rewards, _ = package_run(case, whole, 7.5, 0.0)
     unguided, _ = package_run(case, whole, 1.0, 0.0)
-    with lora.disabled(case.model.network):
-        denoise = case.model.denoiser(case.model.encode_prompts(PROMPTS), 7.5)
-        latents = sample(denoise, case.latents, case.model.schedule(STEPS))
-        base = picture_reward(case.model.decode(latents))
+    with lora.disabled(case.model.network.module):
+        latents = sample(
+            denoiser(case.model, PROMPTS, 7.5),
+            case.latents,
+            case.model.network.schedule(STEPS, tuple(case.latents.shape[1:])),
+        )
+        base = picture_reward(case.model.decoder.decode(latents))
     assert float((rewards - unguided).abs().min()) > 1e-4
     assert float((rewards - base).abs().min()) > 1e-4
 
 
-@pytest.mark.parametrize("window", [GradWindow(3, 4), GradWindow(1, 4), GradWindow(0, 2)])
-def test_checkpointing_changes_no_bit_of_the_gradient(case: Case, window: GradWindow) -> None:
-    rewards, stored = package_run(case, window, 7.5, 1.0)
-    again, recomputed = package_run(case, window, 7.5, 1.0, use_checkpoint=True)
+@pytest.mark.parametrize("path", [window(3, 4), window(1, 4), window(0, 2)])
+def test_checkpointing_changes_no_bit_of_the_gradient(case: Case, path: GradPath) -> None:
+    rewards, stored = package_run(case, path, 7.5, 1.0)
+    again, recomputed = package_run(case, path, 7.5, 1.0, use_checkpoint=True)
     assert torch.equal(rewards, again)
     assert all(torch.equal(stored[name], recomputed[name]) for name in stored)
     assert float(flat(stored).norm()) > 1e-6
@@ -251,9 +260,9 @@ def test_the_network_is_called_once_per_step_and_again_only_inside_the_window(
     def note(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
         calls.append((torch.is_grad_enabled(), len(inputs[0]), int(inputs[1][0])))
 
-    handle = case.model.network.register_forward_pre_hook(note)
+    handle = case.model.network.module.register_forward_pre_hook(note)
     try:
-        package_run(case, GradWindow(2, 4), guidance, 0.0, use_checkpoint=use_checkpoint)
+        package_run(case, window(2, 4), guidance, 0.0, use_checkpoint=use_checkpoint)
     finally:
         handle.remove()
     # 1000 timesteps in 4 steps, `leading` spacing with an offset of 1.
@@ -290,28 +299,28 @@ def test_gradient_through_three_steps_equals_central_differences(
 ) -> None:
     # On the embedded model where it is there: trained weights, v prediction, zero terminal SNR.
     embedded = (TINY / "model_index.json").is_file()
-    model = double_model(TINY if embedded else small_pipeline(tmp_path))
+    prompts = ["two small red circles on a black background"]
+    model = double_model(TINY if embedded else small_pipeline(tmp_path), prompts)
     # Small, so that the stencil's own error is: a large adapter makes the chain nearly chaotic.
     with_adapter(model, scale=0.05)
-    prompts = ["two small red circles on a black background"]
-    shape = (1, *model.latent_shape(None, None))
+    shape = (1, *model.network.latent_shape(None, None))
     noise, weights = randn(1, *shape), randn(9, *shape)
     noises = [randn(2 + i, *shape) for i in range(3)]
-    denoise = model.denoiser(model.encode_prompts(prompts), 3.0)
+    denoise = denoiser(model, prompts, 3.0)
 
-    def value(window: GradWindow | None = None) -> Tensor:
+    def value(path: GradPath | None = None) -> Tensor:
         latents = sample(
             denoise,
             noise,
-            model.schedule(3),
+            model.network.schedule(3, tuple(noise.shape[1:])),
             eta=eta,
-            window=window,
+            path=path,
             draw_noise=lambda i: noises[i],
         )
         return (latents * weights).mean() + latents.square().mean()
 
-    parameters = lora.trainable(model.network)
-    gradients = torch.autograd.grad(value(GradWindow(0, 3)), parameters)
+    parameters = lora.trainable(model.network.module)
+    gradients = torch.autograd.grad(value(window(0, 3)), parameters)
     # A direction near the gradient's own, so that the derivative is large, with all parts in it.
     norm = torch.cat([g.flatten() for g in gradients]).norm()
     draws = generator(3)
@@ -326,5 +335,5 @@ def test_gradient_through_three_steps_equals_central_differences(
 
 
 def test_pictures_of_the_small_pipeline_have_the_size_the_tests_count_on(case: Case) -> None:
-    decoded = case.model.decode(case.latents)
+    decoded = case.model.decoder.decode(case.latents)
     assert decoded.shape == (len(PROMPTS), 3, PICTURE_PX, PICTURE_PX)

@@ -37,11 +37,12 @@ def names(wheel: zipfile.ZipFile) -> set[str]:
 
 def test_wheel_holds_every_source_file_and_the_embedded_model(names: set[str]):
     package = ROOT / "alignprop_cli"
-    kinds = {".py", ".typed", ".safetensors", ".json", ".txt", ".png", ".md"}
+    kinds = {".py", ".typed", ".html", ".safetensors", ".json", ".txt", ".png", ".md"}
     wanted = {
         path.relative_to(ROOT).as_posix()
         for path in package.rglob("*")
-        if path.suffix in kinds or path.name == "py.typed"
+        if (path.suffix in kinds or path.name == "py.typed")
+        and not path.is_relative_to(package / "tiny" / "make")
     }
     assert "alignprop_cli/py.typed" in wanted
     assert any(name.endswith(".safetensors") for name in wanted)
@@ -52,6 +53,11 @@ def test_wheel_holds_the_presets_inside_the_package(names: set[str]):
     wanted = {f"alignprop_cli/_presets/{path.name}" for path in (ROOT / "presets").glob("*.yaml")}
     assert "alignprop_cli/_presets/tiny.yaml" in wanted
     assert {name for name in names if "presets/" in name} == wanted
+
+
+def test_wheel_leaves_out_the_scripts_that_made_the_embedded_model(names: set[str]):
+    assert (ROOT / "alignprop_cli" / "tiny" / "make" / "build.py").exists()
+    assert not {name for name in names if name.startswith("alignprop_cli/tiny/make")}
 
 
 def test_wheel_holds_nothing_else(names: set[str]):

@@ -146,8 +146,8 @@ def test_prompts_are_counted_once_and_without_the_hub() -> None:
 
 
 def test_what_is_held_out_is_not_trained_on() -> None:
-    pairs = list(zip(BUILT_IN[::2], BUILT_IN[1::2], strict=True))
-    for trained, held_out in pairs:
+    names = list(BUILT_IN)
+    for trained, held_out in zip(names[::2], names[1::2], strict=True):
         assert held_out.startswith(f"{trained}-")
         assert not set(load_prompts(trained)) & set(load_prompts(held_out))
 

@@ -15,8 +15,18 @@ from diffusers import (
 )
 from torch import Tensor
 
-from alignprop_cli.estimators import GradWindow
-from alignprop_cli.sampling import ddim_step, guide, predict_x0_epsilon, sample
+from alignprop_cli.estimators import window
+from alignprop_cli.sampling import (
+    Conditioning,
+    Embeds,
+    Guidance,
+    ddim_step,
+    guide,
+    guided,
+    predict_x0_epsilon,
+    rollout,
+    sample,
+)
 from alignprop_cli.schedule import NoiseSchedule, PredictionType, Step, diffusion_schedule
 from tests.factories import SD1_BETAS, randn
 
@@ -102,6 +112,10 @@ def wavy(latents: Tensor, timestep: float) -> Tensor:
     return torch.tanh(1.3 * latents + 0.1) * (0.5 + timestep / 1000.0)
 
 
+def wavy_network(latents: Tensor, step: Step) -> Tensor:
+    return wavy(latents, step.timestep)
+
+
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 def test_the_deterministic_chain_equals_euler_in_the_variance_exploding_notation(
@@ -149,7 +163,7 @@ def test_the_flow_step_equals_the_flow_matching_scheduler_of_diffusers(shift: fl
         for t, now, after in zip(scheduler.timesteps, sigmas[:-1], sigmas[1:], strict=True)
     )
     expected = randn(4, *SHAPE, dtype=torch.float32)
-    actual = sample(wavy, expected, NoiseSchedule(steps, "flow"))
+    actual = sample(wavy_network, expected, NoiseSchedule(steps, "flow"))
     for t in scheduler.timesteps:
         expected = scheduler.step(wavy(expected, float(t)), t, expected).prev_sample
     # 6 steps in float32, states of order 1.
@@ -179,8 +193,7 @@ def toy_schedule(prediction: PredictionType, num_inference_steps: int = 6) -> No
 def optimal_denoiser(schedule: NoiseSchedule, mean: Tensor):
     """The best network for data x0 ~ N(mean, SPREAD^2), affine in the latents."""
 
-    def denoise(latents: Tensor, timestep: float) -> Tensor:
-        step = schedule.steps[int(timestep)]
+    def denoise(latents: Tensor, step: Step) -> Tensor:
         variance = (step.alpha * SPREAD) ** 2 + step.sigma**2
         deviation = latents - step.alpha * mean
         x0 = mean + SPREAD**2 * step.alpha / variance * deviation
@@ -235,8 +248,8 @@ def test_the_chain_has_its_closed_form_on_gaussian_data(prediction: PredictionTy
     schedule = toy_schedule(prediction)
     mean = torch.tensor(MEAN, dtype=torch.float64, requires_grad=True)
     noise = randn(5, 16).requires_grad_()
-    whole = GradWindow(0, len(schedule))
-    latents = sample(optimal_denoiser(schedule, mean), noise, schedule, window=whole)
+    whole = window(0, len(schedule))
+    latents = sample(optimal_denoiser(schedule, mean), noise, schedule, path=whole)
 
     first, last = schedule.steps[0], schedule.steps[-1]
     product = math.prod(shrink(step) for step in schedule.steps)
@@ -268,7 +281,7 @@ def test_every_window_has_its_closed_gradient_on_gaussian_data(prediction: Predi
             optimal_denoiser(schedule, mean),
             randn(6, 1),
             schedule,
-            window=GradWindow(start, stop),
+            path=window(start, stop),
         )
         (actual,) = torch.autograd.grad(latents.sum(), [mean])
         product = math.prod(shrink(step) for step in steps[start:stop])
@@ -372,7 +385,7 @@ def test_the_chain_asks_for_the_noise_of_each_step_once_and_in_order() -> None:
         return randn(i, *SHAPE)
 
     latents = randn(9, *SHAPE)
-    actual = sample(wavy, latents, schedule, eta=0.5, draw_noise=draw_noise)
+    actual = sample(wavy_network, latents, schedule, eta=0.5, draw_noise=draw_noise)
     assert asked == [0, 1, 2, 3]
     for i, step in enumerate(schedule.steps):
         latents = ddim_step(
@@ -385,7 +398,7 @@ def test_without_eta_no_noise_is_asked_for() -> None:
     def refuse(i: int) -> Tensor:
         raise AssertionError(f"noise of step {i} was asked for")
 
-    sample(wavy, randn(9, *SHAPE), toy_schedule("epsilon", 3), draw_noise=refuse)
+    sample(wavy_network, randn(9, *SHAPE), toy_schedule("epsilon", 3), draw_noise=refuse)
 
 
 def test_eta_without_noise_is_refused() -> None:
@@ -394,4 +407,85 @@ def test_eta_without_noise_is_refused() -> None:
     with pytest.raises(ValueError, match="noise"):
         ddim_step(latents, latents, schedule.steps[0], "epsilon", eta=0.5)
     with pytest.raises(ValueError, match="draw_noise"):
-        sample(wavy, latents, schedule, eta=0.5)
+        sample(wavy_network, latents, schedule, eta=0.5)
+
+
+def test_images_that_stop_earlier_leave_the_batch() -> None:
+    schedule, noise, stops = toy_schedule("v_prediction", 5), randn(9, 4, *SHAPE), [5, 3, 3, 0]
+    rows: list[int] = []
+
+    def network(latents: Tensor, step: Step) -> Tensor:
+        rows.append(len(latents))
+        return wavy(latents, step.timestep)
+
+    def draw_noise(i: int) -> Tensor:
+        return randn(i, *noise.shape)
+
+    latents = rollout(network, noise, schedule, stops=stops, eta=0.5, draw_noise=draw_noise)
+    assert rows == [3, 3, 3, 1, 1]
+    for image, stop in enumerate(stops):
+        expected = noise[image]
+        for i, step in enumerate(schedule.steps[:stop]):
+            output = wavy(expected, step.timestep)
+            fresh = draw_noise(i)[image]
+            expected = ddim_step(output, expected, step, "v_prediction", eta=0.5, noise=fresh)
+        assert torch.equal(latents[image], expected)
+
+
+@pytest.mark.parametrize("stops", [[1, 2], [2]])
+def test_stops_that_do_not_fit_the_batch_are_refused(stops: list[int]) -> None:
+    with pytest.raises(ValueError, match="descending stops"):
+        rollout(wavy_network, randn(1, 2, *SHAPE), toy_schedule("epsilon", 3), stops=stops)
+
+
+def embeds(*rows: float) -> Embeds:
+    return Embeds({"hidden": torch.tensor(rows, dtype=torch.float64).reshape(-1, 1, 1, 1)})
+
+
+def predict_embeds(latents: Tensor, timestep: float, embeds: Embeds) -> Tensor:
+    """A network whose answer says which branch it was asked for."""
+    return latents + embeds.tensors["hidden"]
+
+
+STEP = Step(500.0, math.sqrt(1 - 0.6**2), 0.6, 0.9, math.sqrt(1 - 0.9**2))
+
+
+@pytest.mark.parametrize(
+    ("guidance", "expected"),
+    [
+        (Guidance(1.0), 3.0),
+        (Guidance(7.5), 1.0 + 7.5 * 2.0),
+        (Guidance(0.0), 1.0),
+        (Guidance(7.5, interval=(0.5, 0.7)), 16.0),
+        (Guidance(7.5, interval=(0.7, 1.0)), 3.0),
+        (Guidance(7.5, interval=(0.0, 0.5)), 3.0),
+        (Guidance(0.0, origin="text"), 3.0),
+        (Guidance(4.0, origin="text"), 3.0 + 4.0 * 2.0),
+        (Guidance(7.5, rescale=lambda guided, text: guided * text), 16.0 * 3.0),
+    ],
+)
+def test_guidance_combines_the_branches_as_its_family_counts(
+    guidance: Guidance, expected: float
+) -> None:
+    conditioning = Conditioning(embeds(3.0, 3.0), embeds(1.0, 1.0))
+    denoise = guided(predict_embeds, conditioning, guidance)
+    assert denoise(torch.zeros(2, 1, 1, 1, dtype=torch.float64), STEP).flatten().tolist() == [
+        pytest.approx(expected),
+        pytest.approx(expected),
+    ]
+
+
+def test_both_branches_go_through_the_network_in_one_batch_and_one_branch_alone_elsewhere() -> None:
+    rows: list[list[float]] = []
+
+    def predict(latents: Tensor, timestep: float, embeds: Embeds) -> Tensor:
+        rows.append(embeds.tensors["hidden"].flatten().tolist())
+        return latents
+
+    conditioning = Conditioning(embeds(3.0, 4.0), embeds(1.0, 2.0))
+    latents = torch.zeros(2, 1, 1, 1, dtype=torch.float64)
+    guided(predict, conditioning, Guidance(7.5))(latents, STEP)
+    guided(predict, conditioning, Guidance(7.5))(latents[:1], STEP)
+    guided(predict, conditioning, Guidance(1.0))(latents, STEP)
+    guided(predict, Conditioning(conditioning.text), Guidance(7.5))(latents, STEP)
+    assert rows == [[1.0, 2.0, 3.0, 4.0], [1.0, 3.0], [3.0, 4.0], [3.0, 4.0]]

@@ -50,7 +50,8 @@ ScaleOption = Annotated[
     str | None, typer.Option("--scale", help="strengths of the LoRA: 0,0.5,1; 1 is as trained")
 ]
 BatchOption = Annotated[
-    int | None, typer.Option("--batch-size", min=1, help="of sampling; changes no image")
+    int | None,
+    typer.Option("--batch-size", min=1, help="images sampled together; changes no image"),
 ]
 
 
@@ -75,9 +76,9 @@ def evaluate(
 ) -> None:
     """Sample the same images with the base model and with LoRAs, and compare their rewards.
 
-    A run and its checkpoints bring their configuration, the first target's counts; of a run the
-    newest checkpoint is taken. A LoRA that was trained elsewhere needs --preset, --config or
-    --model. `base` samples with the base model alone.
+    A run or a checkpoint brings its configuration; of several targets the first one's counts. Of
+    a run the newest checkpoint is taken. A LoRA that was trained elsewhere needs --preset,
+    --config or --model. `base` samples with the base model alone.
 
     Examples:
 
@@ -94,6 +95,7 @@ def evaluate(
     strengths = _strengths(scale, located)
     folder = Path(output).expanduser() if output else _default_folder(located)
     check_output(folder, overwrite=overwrite, ours=OURS)
+    # Flags are keys of the configuration, and win over every other place.
     flags = {
         "model.id": model,
         "eval.prompts": prompts,
@@ -102,9 +104,8 @@ def evaluate(
         "eval.seed": seed,
         "eval.batch_size": batch_size,
     }
-    first = located[0] if located else None
     resolved = settings.for_evaluation(
-        targets[0], first, preset, config, sets=sets, reward=reward, flags=flags
+        targets[0], next(iter(located), None), preset, config, sets=sets, reward=reward, flags=flags
     )
 
     from alignprop_cli.evaluation.run import run_evaluation, variants
@@ -117,17 +118,15 @@ def _locate(targets: list[str]) -> list[Located]:
     """Return the LoRAs that are named; none for the base model alone."""
     from alignprop_cli.lora import files
 
+    # The base model is what everything is compared with, so it is never one of several.
     if BASE in targets and len(targets) > 1:
         raise ConfigError("evaluate: the base model is always sampled: name the LoRAs alone")
     return [] if targets == [BASE] else [files.locate(target) for target in targets]
 
 
 def _strengths(text: str | None, located: list[Located]) -> list[float] | None:
-    """Return the strengths that were asked for, each once, rising.
-
-    Raises:
-        ConfigError: If one is not a finite number, or there is not one LoRA.
-    """
+    """Return the strengths that were asked for, each once, rising."""
+    # Rising, since they are the places on a curve.
     if text is None:
         return None
     if len(located) != 1:

@@ -11,11 +11,14 @@ import typer
 
 from alignprop_cli.errors import ConfigError
 
+# Typer's options as types, so that an option is called and explained alike in every command. Help
+# texts are phrases, beginning in lower case.
 JsonOption = Annotated[
     bool, typer.Option("--json", help="print one JSON object on standard output")
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="no progress and no notes")]
 DebugOption = Annotated[bool, typer.Option("--debug", help="show tracebacks and library warnings")]
+# What a configuration is made of.
 PresetOption = Annotated[
     str | None, typer.Option("--preset", "-p", help="shipped preset, see train --list-presets")
 ]
@@ -26,11 +29,12 @@ SetOption = Annotated[
 ModelOption = Annotated[
     str | None, typer.Option("--model", "-m", help="tiny, a local folder or file, or a hub id")
 ]
+# Where the result goes.
 OutputOption = Annotated[str | None, typer.Option("--output", "-o", help="folder or file to write")]
 OverwriteOption = Annotated[
     bool, typer.Option("--overwrite", help="replace what is already at --output")
 ]
-SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="of all random numbers")]
+SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="seed of all random numbers")]
 RewardOption = Annotated[
     list[str] | None,
     typer.Option("--reward", "-r", help="reward to measure, repeatable or with commas"),
@@ -41,6 +45,7 @@ _HINT = "choose another place with --output, or give --overwrite"
 
 def reward_names(values: Sequence[str] | None) -> list[str]:
     """Return the names given by a repeatable option, each with commas; each name once."""
+    # Also "clip, hps" in one value: lists in shells are written either way.
     parts = [part.strip() for value in values or () for part in value.split(",")]
     return list(dict.fromkeys(part for part in parts if part))
 

@@ -34,6 +34,7 @@ def for_training(
     Raises:
         AssetError, ConfigError: If something cannot be read, or is no complete configuration.
     """
+    # There is no default reward to train on: what it raises, and for how long, must be meant.
     rewards = reward_weights(reward)
     if run is not None:
         # A run keeps its folder, wherever that has been moved to.
@@ -55,6 +56,7 @@ def for_scoring(sets: Sequence[str] | None, reward: Sequence[str] | None) -> Con
     Raises:
         ConfigError: If a key of `sets` is not below `reward`, which would be ignored.
     """
+    # The rest of a configuration is about models and training.
     for text in sets or ():
         if not text.strip().startswith("reward."):
             raise ConfigError(
@@ -93,12 +95,12 @@ def for_evaluation(
     Raises:
         AssetError, ConfigError: If something cannot be read, or is no complete configuration.
     """
-    from alignprop_cli.lora.files import read
     from alignprop_cli.rewards import registry
 
-    header = {} if located is None else read(located.file).header
-    given = preset is not None or config is not None
-    own, recorded = _own_settings(located, header, given=given, model=flags.get("model.id"))
+    # What the user names replaces what comes with the weights; the two are never mixed.
+    own, recorded = None, {}
+    if preset is None and config is None:
+        own, recorded = _own_settings(located, flags.get("model.id"))
     resolved = presets.resolve(
         preset=preset,
         config=Path(config).expanduser() if config else own,
@@ -109,33 +111,30 @@ def for_evaluation(
         flags=flags,
         source=str(own or target),
     )
+    # Names and options, before anything is loaded.
     for name, member in resolved.reward.items():
         registry.check(name, member.options)
     return resolved
 
 
-def _own_settings(
-    located: Located | None, header: Mapping[str, str], *, given: bool, model: str | None
-) -> tuple[Path | None, dict[str, Any]]:
+def _own_settings(located: Located | None, model: str | None) -> tuple[Path | None, dict[str, Any]]:
     """Return the configuration that comes with the weights: a run's file, or a header's values.
 
     Args:
         located: The weights; None is the base model.
-        header: Of their file.
-        given: Whether the command line names a preset or a configuration, which then counts.
         model: What the command line names as the base model.
 
     Raises:
         AssetError: If the configuration in the header is damaged.
         ConfigError: If there is no configuration and nothing says what the base model is.
     """
-    from alignprop_cli.lora.files import recorded_config
-
-    if given:
-        return None, {}
-    if located is not None and located.run is not None:
-        return located.run / "config.yaml", {}
+    header: Mapping[str, str] = {}
     if located is not None:
+        from alignprop_cli.lora.files import read_header, recorded_config
+
+        if located.run is not None:
+            return located.run / "config.yaml", {}
+        header = read_header(located.file)
         recorded = recorded_config(header, located.file)
         if recorded is not None:
             return None, recorded

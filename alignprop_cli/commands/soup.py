@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,65 +15,65 @@ from alignprop_cli.commands.options import (
     RewardOption,
     check_output,
 )
-from alignprop_cli.commands.recipe import Method, Recipe, check_recipe, member_shares, sweep_shares
+from alignprop_cli.lora.recipe import Method, Recipe, check_recipe, member_shares, sweep_shares
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-    from pathlib import Path
-
     from alignprop_cli.console import Console
-    from alignprop_cli.lora.files import Adapter
-    from alignprop_cli.lora.mixing import Mixed
+    from alignprop_cli.lora.soup import Soup
 
-BASE = ("base", "stablediffusion")
-"""What the base model is called as a member; a folder of that name is ./base."""
+
+Members = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="MEMBER...",
+        help="runs, checkpoints, LoRA files or folders, or base; MEMBER=0.7 gives its share",
+    ),
+]
+CoefOption = Annotated[
+    str | None,
+    typer.Option(
+        "--coef",
+        help="share of A, B gets the rest; or one share for each member: 0.2,0.3,0.5; "
+        "default: equal shares",
+    ),
+]
+MethodOption = Annotated[Method, typer.Option("--method", help="how the members are mixed")]
+RankOption = Annotated[
+    int | None,
+    typer.Option("--rank", min=1, help="rank of svd, ties, dare_linear; default: the largest"),
+]
+DensityOption = Annotated[
+    float | None,
+    typer.Option("--density", help="share of values that ties, dare_linear keep; default 0.5"),
+]
+SeedOption = Annotated[int, typer.Option("--seed", min=0, help="of dare_linear")]
+MissingOption = Annotated[
+    bool, typer.Option("--allow-missing", help="mix LoRAs that change different layers")
+]
+EvaluateOption = Annotated[
+    bool, typer.Option("--evaluate", help="compare the mix with the base model right away")
+]
+SweepOption = Annotated[
+    str | None,
+    typer.Option("--sweep", help="FROM:TO:STEP: one mix for each share of A, compared"),
+]
+ImagesOption = Annotated[
+    int | None, typer.Option("--images", "-n", min=1, help="images sampled with each mix")
+]
 
 
 def soup(
-    members: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="MEMBER...",
-            help="runs, checkpoints, LoRA files or folders, or base; MEMBER=0.7 gives its share",
-        ),
-    ],
-    coef: Annotated[
-        str | None,
-        typer.Option(
-            "--coef",
-            help="share of A, B gets the rest; or one share for each member: 0.2,0.3,0.5; "
-            "default: equal shares",
-        ),
-    ] = None,
-    method: Annotated[Method, typer.Option("--method", help="how the members are mixed")] = "exact",
-    rank: Annotated[
-        int | None,
-        typer.Option(
-            "--rank", min=1, help="of the result; for svd, ties, dare_linear; default: the largest"
-        ),
-    ] = None,
-    density: Annotated[
-        float | None,
-        typer.Option("--density", help="share of values that ties, dare_linear keep; default 0.5"),
-    ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="of dare_linear")] = 0,
-    allow_missing: Annotated[
-        bool,
-        typer.Option("--allow-missing", help="mix LoRAs that change different layers"),
-    ] = False,
-    evaluate: Annotated[
-        bool, typer.Option("--evaluate", help="compare the mix with the base model right away")
-    ] = False,
-    sweep: Annotated[
-        str | None,
-        typer.Option(
-            "--sweep", help="FROM:TO:STEP: a mix of A and B for each share of A, compared"
-        ),
-    ] = None,
+    members: Members,
+    coef: CoefOption = None,
+    method: MethodOption = "exact",
+    rank: RankOption = None,
+    density: DensityOption = None,
+    seed: SeedOption = 0,
+    allow_missing: MissingOption = False,
+    evaluate: EvaluateOption = False,
+    sweep: SweepOption = None,
     reward: RewardOption = None,
-    images: Annotated[
-        int | None, typer.Option("--images", "-n", min=1, help="pictures drawn with each mix")
-    ] = None,
+    images: ImagesOption = None,
     output: OutputOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
@@ -101,258 +101,50 @@ def soup(
     """
     from alignprop_cli.console import Console
 
+    # 1. Everything the command line says is checked before a file is read.
     recipe = Recipe(method, rank, density, seed, allow_missing)
     check_recipe(recipe)
     shares = None if sweep is None else sweep_shares(sweep, members, coef)
+    names, coefficients = member_shares(members, coef)
+
+    from alignprop_cli.lora.soup import prepare
+
+    # 2. The members are read and checked against each other; nothing is written yet.
+    made = prepare(names, coefficients, shares, output, recipe)
+    check_output(made.folder, overwrite=overwrite, ours=made.contents)
     console, alone = Console(as_json=as_json, quiet=quiet), not evaluate and shares is None
-    chosen = member_shares(members, coef)
-    made = _make(console, chosen, recipe, shares, (output, overwrite), alone=alone)
+    _make(console, made, alone=alone)
     if not alone:
         _compare(console, made, reward, images)
 
 
-def _make(
-    console: Console,
-    members: tuple[list[str], list[float]],
-    recipe: Recipe,
-    shares: list[float] | None,
-    place: tuple[str | None, bool],
-    *,
-    alone: bool,
-) -> dict[float | None, Path]:
-    """Mix the members, once or for each share of a sweep.
-
-    Args:
-        console: For people and for the result.
-        members: Names and coefficients.
-        recipe: How they are mixed.
-        shares: Of the first member, along a sweep; None is one mix with the coefficients.
-        place: What the user said of the folder: its name, and whether it may be replaced.
-        alone: Whether the mix is the result to print, or an evaluation will be.
-
-    Returns:
-        The folders of the mixes, by the share of the first member; None of one alone.
-    """
-    from pathlib import Path
-
-    from alignprop_cli.errors import ConfigError
-    from alignprop_cli.lora import files as adapter
-    from alignprop_cli.models.base import LORA_FILE
-
-    (names, coefficients), (output, overwrite) = members, place
-    if all(name in BASE for name in names):
-        raise ConfigError("soup: all members are the base model: there is nothing to mix")
-    located = [None if name in BASE else adapter.locate(name) for name in names]
-    labels = ["base" if found is None else found.label for found in located]
-    suffix = [] if shares is None else ["sweep"]
-    folder = Path(output or _default_name(labels, coefficients, suffix)).expanduser()
-    parts = [] if shares is None else [_share_name(share) for share in shares]
-    check_output(folder, overwrite=overwrite, ours=(LORA_FILE, "evaluation", *parts))
-    adapters = [None if found is None else adapter.read(found.file) for found in located]
-    if shares is not None:
-        made: dict[float | None, Path] = {s: folder / _share_name(s) for s in shares}
-        for share in shares:
-            _mix(made[share], names, adapters, [share, 1.0 - share], recipe)
-        return made
-    _tell(console, adapters, coefficients)
-    values, lines = _mix(folder, names, adapters, coefficients, recipe)
+def _make(console: Console, soup: Soup, *, alone: bool) -> None:
+    """Make the mixes, and print what was made; as notes where an evaluation follows."""
+    for text in soup.left_out:
+        console.warn(text)
+    for text in soup.remarks:
+        console.note(text)
+    values, lines = soup.make()
     if alone:
-        lines.append(f"next: alignprop evaluate {folder}")
+        lines.append(f"next: alignprop evaluate {soup.folder}")
         console.result("alignprop.soup/1", values, lines)
-    else:
-        for line in lines:
-            console.note(line)
-    return {None: folder}
+        return
+    for line in lines:
+        console.note(line)
 
 
-def _share_name(share: float) -> str:
-    return f"share-{share:g}"
-
-
-def _compare(
-    console: Console,
-    made: Mapping[float | None, Path],
-    reward: list[str] | None,
-    images: int | None,
-) -> None:
-    """Evaluate mixes as `alignprop evaluate` does, and print its result.
-
-    Args:
-        console: For people and for the result.
-        made: The folders of the mixes, by the share of the first member; None of one alone.
-        reward: Those of `--reward`; None are those of the members.
-        images: Pictures drawn with each; None is what the members were evaluated with.
-    """
+def _compare(console: Console, soup: Soup, reward: list[str] | None, images: int | None) -> None:
+    """Evaluate the mixes as `alignprop evaluate` does, and print its result."""
     from alignprop_cli.commands import settings
-    from alignprop_cli.lora import files as adapter
-
-    located = {share: adapter.locate(str(place)) for share, place in made.items()}
-    first = next(iter(located.values()))
-    flags = {"eval.images": images}
-    config = settings.for_evaluation(str(first.file.parent), first, reward=reward, flags=flags)
-
     from alignprop_cli.evaluation.run import Variant, run_evaluation
+    from alignprop_cli.lora.files import locate
 
+    located = [locate(str(mix.folder)) for mix in soup.mixes]
+    first, flags = located[0], {"eval.images": images}
+    config = settings.for_evaluation(str(first.file.parent), first, reward=reward, flags=flags)
     variants = [
-        Variant("tuned" if share is None else _share_name(share), found, at=share)
-        for share, found in located.items()
+        Variant("tuned" if mix.share is None else mix.folder.name, found, at=mix.share)
+        for mix, found in zip(soup.mixes, located, strict=True)
     ]
-    place = made.get(None, first.file.parent.parent)
     axis = "share of the first member"
-    run_evaluation(config, console, variants, place / "evaluation", axis=axis)
-
-
-def _tell(console: Console, adapters: list[Adapter | None], coefficients: list[float]) -> None:
-    """Say what is unusual about the members and their shares."""
-    if (total := sum(coefficients)) < 0.999 or total > 1.001:
-        console.note(f"the shares add up to {total:g}: the mix is not an average")
-    elif min(coefficients) < 0.0:
-        console.note("a share is negative: this goes on beyond a member")
-    for member in adapters:
-        if member is not None and member.left_out:
-            console.warn(
-                f"{member.file}: its {member.left_out} layers of the text encoder are left out"
-            )
-
-
-def _default_name(labels: list[str], coefficients: list[float], suffix: list[str]) -> str:
-    """Return soup-<label>-<share>-... for the folder; of two members only the first's share."""
-    if suffix:
-        return "-".join(["soup", *labels, *suffix])[:200]
-    if len(labels) == 2 and abs(sum(coefficients) - 1.0) < 1e-9:
-        return f"soup-{labels[0]}-{labels[1]}-{coefficients[0]:g}"
-    pairs = zip(labels, coefficients, strict=True)
-    return "-".join(["soup", *(f"{label}-{share:g}" for label, share in pairs)])[:200]
-
-
-def _mix(
-    folder: Path,
-    names: list[str],
-    adapters: list[Adapter | None],
-    coefficients: list[float],
-    recipe: Recipe,
-) -> tuple[dict[str, Any], list[str]]:
-    """Check the members, mix them, write the result, and return what there is to say of it."""
-    from alignprop_cli.errors import ConfigError
-    from alignprop_cli.lora import files as adapter
-    from alignprop_cli.lora import mixing as maths
-    from alignprop_cli.storage import write_whole
-
-    present = [(a, c) for a, c in zip(adapters, coefficients, strict=True) if a is not None]
-    _check_members([a for a, _ in present], allow_missing=recipe.allow_missing)
-    try:
-        mixed = maths.mix(
-            [a.layers for a, _ in present],
-            [c for _, c in present],
-            recipe.method,
-            rank=recipe.rank,
-            density=0.5 if recipe.density is None else recipe.density,
-            seed=recipe.seed,
-        )
-    except ValueError as error:
-        raise ConfigError(f"soup: {error}", hint="the default method, exact, mixes any") from error
-    made_of = [
-        {"name": name, "sha256": a.sha256 if a else None, "coefficient": c}
-        for name, a, c in zip(names, adapters, coefficients, strict=True)
-    ]
-    header = _header([a for a, _ in present], made_of, recipe)
-    write_whole(folder, lambda made: adapter.write(made, mixed.layers, header))
-    return _describe(folder, made_of, mixed, recipe)
-
-
-def _describe(
-    folder: Path, members: list[dict[str, Any]], mixed: Mixed, recipe: Recipe
-) -> tuple[dict[str, Any], list[str]]:
-    """Return what was made, for programs and for people."""
-    from alignprop_cli.models.base import LORA_FILE
-    from alignprop_cli.storage import sha256
-
-    file = folder / LORA_FILE
-    ranks = sorted({factors.rank for factors in mixed.layers.values()})
-    values: dict[str, Any] = {
-        "folder": str(folder.resolve()),
-        "adapter": str(file.resolve()),
-        "sha256": sha256(file),
-        "members": members,
-        "method": recipe.method,
-        "error": mixed.error,
-        "layers": len(mixed.layers),
-        "ranks": ranks,
-        "bytes": file.stat().st_size,
-    }
-    rank = " to ".join(map(str, dict.fromkeys((ranks[0], ranks[-1]))))
-    made_of = " + ".join(f"{m['coefficient']:g} x {m['name']}" for m in members)
-    lines = [
-        f"soup     {made_of}",
-        f"adapter  {file}",
-        f"{len(mixed.layers)} layers of rank {rank}, {file.stat().st_size / 2**20:.2f} MiB",
-    ]
-    if recipe.method in ("svd", "ties", "dare_linear"):
-        lines.append(f"the rank leaves out {mixed.error:.2%} of the mix (relative L2 distance)")
-    return values, lines
-
-
-def _check_members(adapters: list[Adapter], *, allow_missing: bool) -> None:
-    """Refuse members of different base models, of different layers, or with damaged weights.
-
-    Raises:
-        ConfigError: If they do not belong together.
-        RunError: If weights are not finite.
-    """
-    from alignprop_cli.errors import ConfigError, RunError
-    from alignprop_cli.lora import mixing as maths
-
-    for member in adapters:
-        damage = maths.not_finite(member.layers)
-        if damage:
-            raise RunError(f"{member.file}: {damage}", hint="use an earlier checkpoint")
-    first = adapters[0]
-    for other in adapters[1:]:
-        key = "alignprop.base_fingerprint"
-        prints = [a.header.get(key) for a in (first, other)]
-        if all(prints) and prints[0] != prints[1]:
-            models = [a.header.get("alignprop.base_model", "unknown") for a in (first, other)]
-            raise ConfigError(
-                f"soup: different base models: {first.file} belongs to {models[0]}, "
-                f"{other.file} to {models[1]}",
-                hint="only LoRAs of the same base model can be mixed",
-            )
-        difference = maths.other_shape(first.layers, other.layers)
-        if difference:
-            raise ConfigError(
-                f"{other.file}: {difference}", hint="members need the same base model"
-            )
-        lacking = maths.missing(first.layers, other.layers)
-        if lacking and not allow_missing:
-            raise ConfigError(
-                f"{other.file}: {lacking}",
-                hint="they were trained with other lora.target_modules; with --allow-missing a "
-                "member changes nothing in a layer that it lacks",
-            )
-
-
-def _header(
-    adapters: list[Adapter], members: list[dict[str, Any]], recipe: Recipe
-) -> dict[str, str]:
-    """Return what the result says of itself: its members, and how to draw with it."""
-    import json
-    from dataclasses import asdict
-
-    from alignprop_cli import __version__
-    from alignprop_cli.lora.files import recorded_config
-
-    header = {
-        "alignprop.version": __version__,
-        "alignprop.merged_from": json.dumps(members),
-        "alignprop.merged_by": json.dumps(asdict(recipe)),
-    }
-    for key in ("alignprop.base_model", "alignprop.base_fingerprint"):
-        known = [a.header[key] for a in adapters if a.header.get(key)]
-        header |= {key: known[0]} if known else {}
-    configs = [recorded_config(a.header, a.file) for a in adapters]
-    config = next((c for c in configs if c is not None), None)
-    if config is not None:
-        # A soup was not trained, so only what evaluation needs stays true of it.
-        kept = {k: config[k] for k in ("model", "sample", "reward", "loss", "eval") if k in config}
-        header["alignprop.config"] = json.dumps(kept, sort_keys=True)
-    return header
+    run_evaluation(config, console, variants, soup.folder / "evaluation", axis=axis)

@@ -36,10 +36,10 @@ DryRunOption = Annotated[
 ]
 GpuMemoryOption = Annotated[
     str | None,
-    typer.Option("--gpu-memory", help="of one card, as 12GB: plan for it; with --dry-run only"),
+    typer.Option("--gpu-memory", help="plan for a GPU of such a size: 12GB; with --dry-run only"),
 ]
 GpusOption = Annotated[
-    int | None, typer.Option("--gpus", min=1, help="cards; with --dry-run --gpu-memory only")
+    int | None, typer.Option("--gpus", min=1, help="how many of these GPUs; with --gpu-memory only")
 ]
 ListOption = Annotated[
     bool, typer.Option("--list-presets", help="list the shipped presets and stop")
@@ -86,10 +86,12 @@ def train(
     from alignprop_cli.training.folders import run_name, run_to_resume
 
     console = Console(as_json=as_json, quiet=quiet)
+    # 1. What needs no configuration.
     if list_presets:
         _list(console)
         return
     _check_cards(dry_run, gpu_memory, gpus)
+    # 2. The configuration: of the run to resume, or of a new one.
     run = run_to_resume(resume, preset, config, output)
     flags = {"model.id": model, "train.steps": steps, "train.seed": seed, "output.dir": output}
     resolved = settings.for_training(run, preset, config, sets=sets, reward=reward, flags=flags)
@@ -98,6 +100,7 @@ def train(
         console.result("alignprop.config/1", values, [dump(resolved).rstrip()])
         return
 
+    # 3. From here on torch and diffusers are needed.
     from alignprop_cli.training.run import describe, run_training
 
     name = run_name(preset, config) if run is None else run.name
@@ -117,8 +120,8 @@ def _list(console: Console) -> None:
 
 
 def _check_cards(dry_run: bool, gpu_memory: str | None, gpus: int | None) -> None:
-    """Refuse to plan a run that happens here for cards that may be elsewhere."""
-    elsewhere = "is about cards that need not be here: it goes with --dry-run"
+    """Refuse to plan a run that happens here for GPUs that may be elsewhere."""
+    elsewhere = "plans for GPUs that need not be here: it goes with --dry-run"
     if gpu_memory is not None and not dry_run:
         raise ConfigError(f"--gpu-memory {elsewhere}")
     if gpus is not None and (gpu_memory is None or not dry_run):

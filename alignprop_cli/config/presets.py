@@ -7,6 +7,7 @@ Later wins: defaults < what a LoRA file records < preset (after what it extends)
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,6 +60,7 @@ def _parts(key: str) -> list[str]:
 
 def directory() -> Path:
     """Return the folder of the shipped presets, installed or in a source tree."""
+    # The wheel has them inside the package; in a clone they stand at the root, for people.
     package = Path(__file__).parent.parent
     installed = package / "_presets"
     return installed if installed.is_dir() else package.parent / "presets"
@@ -109,10 +111,12 @@ def read(path: Path, layers: Layers, seen: tuple[Path, ...] = ()) -> None:
         raise AssetError(f"{path}: cannot read this configuration: {error}") from error
     root = _compose(text, path)
     tree, lines = ({}, {}) if root is None else _convert(root, path)
+    # The parent first, so that this file wins.
     parent = tree.pop("extends", None)
     if parent is not None:
         if not isinstance(parent, str):
             raise ConfigError(f"{path}: extends: expected the name of a preset, got {parent!r}")
+        # A file beside this one may have the name of a shipped preset, and is nearer.
         beside = path.parent / parent
         read(beside if beside.is_file() else preset_path(parent), layers, (*seen, path))
     if "reward" in tree:
@@ -129,6 +133,7 @@ def override(layers: Layers, assignments: Iterable[str]) -> None:
         ConfigError: If one is not of the form key=value, or its value is not YAML.
     """
     problems: list[Problem] = []
+    # All unreadable ones are told together.
     for text in assignments:
         key, equals, raw = text.partition("=")
         if not equals or not key.strip():
@@ -154,6 +159,7 @@ def choose_rewards(layers: Layers, rewards: Mapping[str, float | None]) -> None:
     """
     found = layers.values.get("reward")
     known = cast(Tree, found) if isinstance(found, dict) else {}
+    # An option of a reward that is dropped would be ignored in silence.
     for key, origin in layers.origins.items():
         section, _, rest = key.partition(".")
         name = rest.partition(".")[0]
@@ -196,7 +202,8 @@ def resolve(
     Raises:
         ConfigError, AssetError: As `read`, `override` and `validation.parse`.
     """
-    layers = Layers(values=dict(recorded or {}))
+    layers = Layers(values=copy.deepcopy(dict(recorded or {})))
+    # In this order: later wins.
     if preset is not None:
         read(preset_path(preset), layers)
     if config is not None:
@@ -216,6 +223,7 @@ def resolve(
 
 def flag_name(key: str) -> str:
     """Return the flag that sets a dotted key, for messages."""
+    # All others are called after the last part of their key.
     odd = {"model.id": "--model", "output.dir": "--output"}
     return odd.get(key, f"--{key.rpartition('.')[2].replace('_', '-')}")
 
@@ -245,6 +253,7 @@ def _convert(root: yaml.MappingNode, path: Path) -> tuple[Tree, dict[str, int]]:
     lines: dict[str, int] = {}
 
     def walk(node: yaml.MappingNode, prefix: str) -> None:
+        # Plain loading keeps the last of two equal keys, and says nothing.
         for key_node, value_node in node.value:
             key = prefix + str(key_node.value)
             line = key_node.start_mark.line + 1
@@ -257,6 +266,7 @@ def _convert(root: yaml.MappingNode, path: Path) -> tuple[Tree, dict[str, int]]:
                 walk(value_node, f"{key}.")
 
     walk(root, "")
+    # From the same nodes, so that the text is parsed once.
     loader = yaml.SafeLoader("")
     try:
         tree = cast(Any, loader).construct_document(root)

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, cast, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
+# Types of values, with their ranges, so that a range is written once.
 Text = Annotated[str, Field(min_length=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
@@ -23,6 +24,8 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 class Section(BaseModel):
     """A frozen group of options that refuses unknown keys."""
 
+    # Frozen: what is printed and stored with a run is what the run does. Infinity and NaN are valid
+    # YAML, and never meant.
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @field_validator("*", mode="before")
@@ -44,6 +47,7 @@ class ModelConfig(Section):
         ".safetensors or .ckpt file, or a hub id such as "
         "stable-diffusion-v1-5/stable-diffusion-v1-5.",
     )
+    # Which files of a hub id are meant, and where the configs of a single file are.
     revision: str | None = Field(default=None, description="Branch, tag or commit of a hub id.")
     variant: str | None = Field(
         default=None, description="Weight variant of a hub id, such as fp16."
@@ -74,6 +78,7 @@ class LoraConfig(Section):
     alpha: PositiveFloat | None = Field(
         default=None, description="Numerator of the scaling; null is rank."
     )
+    # Null, since layers have other names in other families; the family knows them.
     target_modules: Annotated[tuple[Text, ...], Field(min_length=1)] | Text | None = Field(
         default=None,
         description="Layers of the network that get a LoRA: a list of endings of their names, or "
@@ -86,6 +91,7 @@ class LoraConfig(Section):
     @field_validator("target_modules")
     @classmethod
     def _is_a_regular_expression(cls, value: tuple[str, ...] | str | None) -> Any:
+        # Checked here, since peft would only say so after the model is loaded.
         if isinstance(value, str):
             try:
                 re.compile(value)
@@ -111,9 +117,11 @@ class SampleConfig(Section):
         "0 is the image, 1 pure noise (for diffusion sqrt(1 - alphas_cumprod)). Other calls cost "
         "half. Changes the images.",
     )
+    # 0 is DDIM, 1 has the variance of DDPM.
     eta: float = Field(
         default=0.0, ge=0.0, le=1.0, description="Fresh noise per step, 0 deterministic to 1 DDPM."
     )
+    # Null rather than a number: models differ in the size they were trained at.
     height: PositiveInt | None = Field(default=None, description="Pixels; null is the model's own.")
     width: PositiveInt | None = Field(default=None, description="Pixels; null is the model's own.")
     negative_prompt: str = Field(default="", description="What the unconditional branch is given.")
@@ -125,6 +133,8 @@ class GradientConfig(Section):
     method: Literal["full", "last_k", "random_k", "gaussian_k"] = Field(
         default="random_k", description="The estimator, see docs/estimators.md."
     )
+    # Each estimator reads its own of these and leaves the others alone, so that --set
+    # gradient.method is enough to try another one.
     k: PositiveInt = Field(
         default=1, description="last_k: number of calls, counted from the image."
     )
@@ -136,6 +146,8 @@ class GradientConfig(Section):
     std: float = Field(
         default=0.1, ge=0.0, description="gaussian_k: deviation of the first call, fraction of T."
     )
+    # A number of images, never of micro-batches: the gradient of a step must not depend on the
+    # memory or the number of processes.
     window_group: PositiveInt | None = Field(
         default=None,
         description="Images that share one draw of the calls with gradient; null depends on "
@@ -146,6 +158,7 @@ class GradientConfig(Section):
         description="Calls instead of those before the first one with gradient, in training alone: "
         "cheaper, and changes the images that are trained on. Null is one for each.",
     )
+    # What is recomputed changes time and memory, and not one bit of the gradient on the CPU.
     checkpoint_network: Literal["auto", "none", "block", "call"] = Field(
         default="auto",
         description="Activation checkpointing of the network: recompute nothing, the blocks of "
@@ -175,6 +188,7 @@ class LossConfig(Section):
 class RewardConfig(Section):
     """One member of the mixture: its weight, optionally its own loss, and the reward's options."""
 
+    # A reward's own options are extra keys here; its file knows them, not this one.
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
 
     weight: float = Field(
@@ -187,6 +201,7 @@ class RewardConfig(Section):
         default="float32",
         description="Precision of the reward's network; its rewards are float32 in any case.",
     )
+    # Rewards have units of their own, such as kB; without a common one weights mean little.
     standardise: bool = Field(
         default=False,
         description="Subtract the base model's mean and divide by its deviation before the loss, "
@@ -215,6 +230,8 @@ class TrainConfig(Section):
     batch_size: PositiveInt = Field(
         default=128, description="Images per optimiser step, over all processes and accumulation."
     )
+    # How the work of a step is divided. The result is the same up to rounding, so these may change
+    # when a run is resumed.
     rollout_batch: PositiveInt | Literal["auto"] = Field(
         default="auto",
         description="Images of one batch of the roll-out, which is without gradient, in one "
@@ -230,6 +247,7 @@ class TrainConfig(Section):
         description="Images of a micro-batch that are decoded, scored and differentiated together; "
         "auto is what fits the memory.",
     )
+    # AdamW and its schedule, which does not look at `steps`: a run can be made longer.
     learning_rate: PositiveFloat = Field(default=1.0e-3, description="AdamW's.")
     lr_decay_steps: PositiveInt | None = Field(
         default=None,
@@ -272,6 +290,7 @@ class EvalConfig(Section):
         default=1,
         description="Of these, images of each prompt; several show how diverse they are.",
     )
+    # During training, fewer and more often.
     every: Annotated[int, Field(ge=0)] = Field(
         default=5, description="Steps between the samples taken during training; 0 never."
     )
@@ -313,6 +332,7 @@ class Config(Section):
     @field_validator("reward", mode="before")
     @classmethod
     def _name_alone_means_defaults(cls, value: Any) -> Any:
+        # What is no mapping is refused by the type of the field.
         if not isinstance(value, dict):
             return value
         members = cast(dict[Any, Any], value)
@@ -325,6 +345,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tup
     found: dict[str, tuple[Any, Any]] = {}
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)
+        # Sections are compared key by key; a missing one counts as None.
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             inner = differences(cast(Mapping[str, Any], before), cast(Mapping[str, Any], after))
             found |= {f"{key}.{name}": values for name, values in inner.items()}

@@ -36,6 +36,8 @@ def parse(
     """
     origins = origins or {}
     problems = list(extra_problems)
+    # What the schema refuses and what cannot work together is told in one message: a user who
+    # mends one mistake at a time has to start the program as often.
     config, wrong = _validate(values)
     problems += [_problem(details, origins) for details in wrong]
     if config is not None:
@@ -73,6 +75,7 @@ def _validate(values: Mapping[str, Any]) -> tuple[Config | None, list[Any]]:
         return Config.model_validate(values), []
     except ValidationError as error:
         wrong = error.errors(include_url=False)
+    # The defaults stand in for what is refused.
     rest = copy.deepcopy(dict(values))
     for details in wrong:
         node: Any = rest
@@ -99,6 +102,7 @@ def _path(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
 
 def _section(path: tuple[str | int, ...]) -> type[BaseModel] | None:
     """Return the schema of the section at this path, if there is one."""
+    # To say which keys are known where one is not.
     if not path:
         return Config
     if path[0] == "reward":
@@ -130,10 +134,11 @@ def _impossible(config: Config) -> Iterable[Problem]:
         yield Problem(
             "reward", "no reward is given; name one, for instance --set reward.clip.model=tiny"
         )
+    # The chain.
     low, high = config.sample.guidance_interval
     if low > high:
         yield Problem("sample.guidance_interval", f"{low} to {high} is empty: give the lower first")
-    # By the estimator's name, since the estimators themselves need torch.
+    # The estimator. By its name, since the estimators themselves need torch.
     if gradient.method == "last_k" and gradient.k > steps:
         yield Problem(
             "gradient.k", f"{gradient.k} is more than sample.num_inference_steps ({steps})"
@@ -162,6 +167,7 @@ def _impossible(config: Config) -> Iterable[Problem]:
     for name, reward in config.reward.items():
         if (reward.base_mean is None) != (reward.base_std is None):
             yield Problem(f"reward.{name}.base_mean", "give base_mean and base_std, or neither")
+    # The common loss only counts where a reward has none of its own.
     losses = {"loss": config.loss} if any(r.loss is None for r in config.reward.values()) else {}
     losses |= {f"reward.{name}.loss": r.loss for name, r in config.reward.items() if r.loss}
     for key, loss in losses.items():

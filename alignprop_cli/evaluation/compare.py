@@ -156,6 +156,7 @@ def compare(samples: Sequence[Sample], base: Floats, tuned: Floats, *, seed: int
         tuned: Values of the second, shape (N,).
         seed: Of the bootstrap.
     """
+    # Sums and counts by prompt are all that the bootstrap needs.
     difference = tuned - base
     indices = np.array([sample.prompt_index for sample in samples])
     prompts, group, counts = np.unique(indices, return_inverse=True, return_counts=True)
@@ -190,11 +191,13 @@ def compare_all(drawn: Mapping[str, Samples]) -> dict[str, dict[str, Metric]]:
     Args:
         drawn: By model, the base model as "base", all of the same samples.
     """
+    # 1. What was measured on every image.
     base = drawn["base"]
     metrics = {
         name: metric(base.samples, {model: own.rewards[name] for model, own in drawn.items()})
         for name in base.rewards
     }
+    # 2. What is measured on all images of a prompt together.
     if base.features is not None:
         spread = {model: diversity(own) for model, own in drawn.items()}
         prompts, _ = spread["base"]
@@ -260,6 +263,7 @@ def checks(drawn: Mapping[str, Samples]) -> dict[str, dict[str, Floats]]:
         By part of the prompt and by model 1 for an image that has it right and 0 for one that has
         not, shape (N,). Empty where no checker knows these prompts.
     """
+    # Modules of checkers are named by the sets, and imported here, where they are needed.
     prompts = [sample.prompt for sample in next(iter(drawn.values())).samples]
     for checker in dict.fromkeys(s.checker for s in BUILT_IN.values() if s.checker is not None):
         module, _, function = checker.partition(":")

@@ -7,7 +7,7 @@ same seed differ image by image only in what they have learned.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -18,13 +18,15 @@ from torch import Tensor, distributed
 
 from alignprop_cli import images as image_tools
 from alignprop_cli import rng
+from alignprop_cli.config.schema import Config
+from alignprop_cli.console import Console
 from alignprop_cli.errors import ConfigError
 from alignprop_cli.lora import layers as lora
+from alignprop_cli.models import families
 from alignprop_cli.models.base import Model, Sampler
 from alignprop_cli.models.compiled import uncompiled
 from alignprop_cli.rewards.mixture import Mixture
 from alignprop_cli.sampling import guided, rollout
-from alignprop_cli.schedule import NoiseSchedule
 
 Floats = NDArray[np.float64]
 Features = Callable[[Tensor], Tensor]
@@ -80,6 +82,7 @@ def choose_samples(prompts: Sequence[str], count: int, per_prompt: int = 1) -> l
         count: Number of samples, rounded up to whole prompts.
         per_prompt: Samples of each prompt, each with its own noise.
     """
+    # Several of each prompt: choose the prompts as below, and repeat each with new noise.
     if per_prompt > 1:
         return [
             Sample(chosen.prompt, chosen.prompt_index, chosen.image_index * per_prompt + number)
@@ -91,10 +94,64 @@ def choose_samples(prompts: Sequence[str], count: int, per_prompt: int = 1) -> l
             Sample(prompts[i % len(prompts)], i % len(prompts), i // len(prompts))
             for i in range(count)
         ]
+    # A function of the number alone: every model and every run gets the same ones.
     order: list[int] = np.random.default_rng(count).permutation(len(prompts)).tolist()
     return [Sample(prompts[i], i) for i in sorted(order[:count])]
 
 
+def draw_shared(
+    model: Model,
+    samples: Sequence[Sample],
+    mixture: Mixture,
+    config: Config,
+    console: Console,
+    label: str = "",
+    *,
+    features: Features | None = None,
+) -> Samples:
+    """Sample and measure as the `sample` and `eval` sections say, with a progress bar.
+
+    Several processes take a share each, and all get all images.
+
+    Args:
+        model: As for `draw_samples`.
+        samples: What to sample, at least one.
+        mixture: What to measure.
+        config: The complete configuration.
+        console: Shows the bar.
+        label: Of the bar.
+        features: As for `draw_samples`.
+
+    Raises:
+        ConfigError, RunError: As `draw_samples`.
+    """
+    processes = distributed.get_world_size() if distributed.is_initialized() else 1
+    rank = distributed.get_rank() if processes > 1 else 0
+    # With more processes than samples some take the first one too, rather than none.
+    mine = list(range(rank, len(samples), processes)) or [0]
+    # A compiled network would be compiled anew for these batch sizes.
+    with console.bar(len(mine), label) as bar, uncompiled(model.network.module):
+        drawn = draw_samples(
+            model,
+            [samples[i] for i in mine if samples],
+            mixture,
+            families.sampler(config.sample, model.family),
+            seed=config.eval.seed,
+            batch_size=config.eval.batch_size,
+            features=features,
+            on_batch=bar.advance,
+        )
+    if processes == 1:
+        return drawn
+    # Everyone gets everything: the reward's mean over all is needed in each process.
+    shares: list[Any] = [None] * processes
+    distributed.all_gather_object(shares, (mine, drawn))
+    numbers = np.concatenate([numbers for numbers, _ in shares])
+    # In order, and the first copy of what two processes took.
+    return _joined([share for _, share in shares])[np.unique(numbers, return_index=True)[1]]
+
+
+@torch.no_grad()
 def draw_samples(
     model: Model,
     samples: Sequence[Sample],
@@ -108,8 +165,6 @@ def draw_samples(
 ) -> Samples:
     """Sample images and measure them. Training's random numbers are not touched.
 
-    Several processes take a share each, and all get all images.
-
     Args:
         model: With or without a LoRA, opened with the prompts of `samples` and, where guidance is
             on, the negative prompt.
@@ -119,7 +174,7 @@ def draw_samples(
         seed: Of the noise.
         batch_size: Images of one batch.
         features: Gives the features that are kept with the images; None keeps none.
-        on_batch: Told after each batch how many more samples are done.
+        on_batch: Told after each batch how many samples it had.
 
     Returns:
         In the order of `samples`. Not differentiable.
@@ -130,74 +185,49 @@ def draw_samples(
     """
     if not samples:
         raise ConfigError("nothing to sample: no prompts were given")
-    processes = distributed.get_world_size() if distributed.is_initialized() else 1
-    rank = distributed.get_rank() if processes > 1 else 0
-    # With more processes than samples some take the first one too, rather than none.
-    mine = list(range(rank, len(samples), processes)) or [0]
-    own = [samples[i] for i in mine]
+    # Merged once for all batches, since the LoRA does not change in between.
+    merged = lora.Merged(model.network.module)
     parts: list[Samples] = []
-    done = 0
-    # A compiled network would be compiled anew for these batch sizes.
-    with torch.no_grad(), uncompiled(model.network.module):
-        for part in _batches(model, own, mixture, sampler, seed, batch_size, features):
-            parts.append(part)
-            # The other processes are about as far.
-            before, done = done, min(done + processes * len(part.samples), len(samples))
-            on_batch(done - before)
-    drawn = _joined(parts)
-    if processes == 1:
-        return drawn
-    shares: list[Any] = [None] * processes
-    distributed.all_gather_object(shares, (mine, drawn))
-    numbers = np.concatenate([numbers for numbers, _ in shares])
-    # unique() gives where each sample's first copy is.
-    return _joined([share for _, share in shares])[np.unique(numbers, return_index=True)[1]]
+    for start in range(0, len(samples), batch_size):
+        batch = samples[start : start + batch_size]
+        # Rewards and features are those of the images as the decoder leaves them, before rounding.
+        images = _images(model, batch, sampler, seed, merged)
+        scores = mixture.score(images, [sample.prompt for sample in batch])
+        parts.append(
+            Samples(
+                tuple(batch),
+                image_tools.to_uint8(images).numpy(),
+                {name: _numbers(values) for name, values in scores.items()},
+                None if features is None else _numbers(features(images)),
+            )
+        )
+        on_batch(len(batch))
+    return _joined(parts)
 
 
-def _batches(
-    model: Model,
-    samples: Sequence[Sample],
-    mixture: Mixture,
-    sampler: Sampler,
-    seed: int,
-    batch_size: int,
-    features: Features | None,
-) -> Iterator[Samples]:
-    """Yield the samples batch by batch."""
+def _images(
+    model: Model, batch: Sequence[Sample], sampler: Sampler, seed: int, merged: lora.Merged
+) -> Tensor:
+    """Return the images of a batch, shape (B, 3, H, W), in [0, 1]."""
     network = model.network
     shape = network.latent_shape(sampler.height, sampler.width)
     schedule = network.schedule(sampler.num_inference_steps, shape)
-    negative_prompt = sampler.negative_prompt if _guides(sampler, schedule) else None
-    merged = lora.Merged(network.module)
-    for start in range(0, len(samples), batch_size):
-        batch = samples[start : start + batch_size]
-        prompts = [sample.prompt for sample in batch]
-        keys = [(sample.prompt_index, sample.image_index) for sample in batch]
+    keys = [(sample.prompt_index, sample.image_index) for sample in batch]
 
-        def draw_noise(i: int, keys: Sequence[tuple[int, int]] = keys) -> Tensor:
-            return rng.image_noise(seed, "eval_eta", keys, shape, i).to(model.device)
+    def draw_noise(i: int) -> Tensor:
+        return rng.image_noise(seed, "eval_eta", keys, shape, i).to(model.device)
 
-        # 1. The chain, with the LoRA added to the weights: the same numbers in fewer operations.
-        latents = rng.image_noise(seed, "eval_noise", keys, shape).to(model.device)
-        conditioning = model.conditioning(prompts, negative_prompt)
-        denoise = guided(network.predict, conditioning, sampler.guidance)
-        with merged:
-            latents = rollout(denoise, latents, schedule, eta=sampler.eta, draw_noise=draw_noise)
-
-        # 2. Rewards and features of the images as the decoder leaves them, before rounding.
-        decoded = model.decoder.decode(latents)
-        scores = mixture.score(decoded, prompts)
-        yield Samples(
-            tuple(batch),
-            image_tools.to_uint8(decoded).numpy(),
-            {name: _numbers(values) for name, values in scores.items()},
-            None if features is None else _numbers(features(decoded)),
-        )
-
-
-def _guides(sampler: Sampler, schedule: NoiseSchedule) -> bool:
-    """Return whether any call needs the unconditional branch."""
-    return any(sampler.guidance.applies(step.sigma) for step in schedule.steps)
+    # Without guidance no call asks for the negative prompt, which may not have been encoded then.
+    guides = any(sampler.guidance.applies(step.sigma) for step in schedule.steps)
+    conditioning = model.conditioning(
+        [sample.prompt for sample in batch], sampler.negative_prompt if guides else None
+    )
+    denoise = guided(network.predict, conditioning, sampler.guidance)
+    latents = rng.image_noise(seed, "eval_noise", keys, shape).to(model.device)
+    # With the LoRA added to the weights: the same numbers in fewer operations.
+    with merged:
+        latents = rollout(denoise, latents, schedule, eta=sampler.eta, draw_noise=draw_noise)
+    return model.decoder.decode(latents)
 
 
 def _numbers(values: Tensor) -> Floats:

@@ -53,6 +53,7 @@ class Card:
 def thumbnail(image: NDArray[np.uint8], path: str) -> Thumbnail:
     """Return an image (H, W, 3) small enough for a page; small ones stay as they are."""
     shown, buffer = Image.fromarray(image), io.BytesIO()
+    # JPEG where a photograph was shrunk anyway; PNG keeps every pixel of a small image.
     if max(shown.size) > _LARGEST_PX:
         shown.thumbnail((_LARGEST_PX, _LARGEST_PX))
         shown.save(buffer, "JPEG", quality=_QUALITY)
@@ -74,6 +75,7 @@ def write(path: Path, template: str, **values: Any) -> None:
         template: Name of the template.
         **values: What it shows; all texts are escaped.
     """
+    # Strict: a template that names what it is not given is a mistake, not an empty text.
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("alignprop_cli.evaluation"),
         autoescape=True,

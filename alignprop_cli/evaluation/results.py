@@ -27,11 +27,13 @@ _PAGE_CARDS = 200
 
 def write(result: Evaluation, folder: Path) -> None:
     """Write images, the sheet, results.json, results.csv, the report, and the curve."""
+    # 1. Every image of every model, each with what made it inside.
     for name, drawn in result.drawn.items():
         images = folder / "images" / name
         images.mkdir(parents=True)
         for index, image in enumerate(drawn.images):
             save_image(image, images / _file(index), _metadata(result, name, index))
+    # 2. What can be looked at without a browser: the sheet.
     titles = tuple(result.drawn)
     cells = [
         Cell(
@@ -42,10 +44,12 @@ def write(result: Evaluation, folder: Path) -> None:
         for i, sample in enumerate(result.samples[:_SHEET_CELLS])
     ]
     contact_sheet(cells, folder / "sheet.png", titles=titles)
+    # 3. For programs and spreadsheets.
     values = _values(result)
     text = json.dumps({"schema": SCHEMA, **values}, indent=2)
     write_text(folder / "results.json", text + "\n")
     _write_csv(result, folder / "results.csv")
+    # 4. The curve comes before the report, which shows it.
     if len(result.curve) > 1:
         means = {
             name: [by_model[variant].mean for variant in result.variants]
@@ -75,6 +79,7 @@ def _metadata(result: Evaluation, name: str, index: int) -> dict[str, str]:
         "rewards": json.dumps({k: float(v[index]) for k, v in drawn.rewards.items()}),
         "Software": f"alignprop {__version__}",
     }
+    # The hash, since files are renamed and overwritten.
     if name in result.variants:
         texts["adapter_sha256"] = result.variants[name].sha256
         texts["adapter_strength"] = str(result.variants[name].strength)
@@ -238,6 +243,7 @@ def show(console: Console, result: Evaluation, folder: Path) -> None:
     values["report"] = str(files["report.html"].resolve())
     parts: list[Any] = [_table(result)]
     parts += ["", *(f"{name:12s} {path}" for name, path in files.items())]
+    # Said, so that nobody takes the sheet for everything.
     count = len(result.samples)
     if count > _SHEET_CELLS:
         parts.append(
@@ -251,6 +257,7 @@ def _table(result: Evaluation) -> Any:
     """Return the table for people: for one LoRA a row a metric, for several a row a model."""
     title = f"{len(result.samples)} images ({result.prompt_set}), seed {result.seed}"
     metrics, checker = result.metrics, result.checker
+    # Several LoRAs: a row for each model, as in the report.
     if len(result.variants) > 1:
         rows = [*_rows(metrics, set()), *_rows(checker, set(), shares=True)]
         return table(title, COLUMNS, rows)

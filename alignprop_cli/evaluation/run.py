@@ -7,26 +7,24 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from alignprop_cli.config.schema import Config
-from alignprop_cli.console import Bar, Console
+from alignprop_cli.console import Console
 from alignprop_cli.device import make_accelerator
 from alignprop_cli.errors import ConfigError
 from alignprop_cli.evaluation.compare import Evaluation, Identity
-from alignprop_cli.evaluation.draw import Features, Sample, Samples, choose_samples, draw_samples
+from alignprop_cli.evaluation.draw import Samples, choose_samples, draw_shared
 from alignprop_cli.evaluation.results import show, write
 from alignprop_cli.lora import files
 from alignprop_cli.lora import layers as lora
 from alignprop_cli.lora.files import Adapter, Located
 from alignprop_cli.models.base import Model
-from alignprop_cli.models.families import open_model, sampler
+from alignprop_cli.models.families import open_model
 from alignprop_cli.prompts import load_groups, load_prompts
 from alignprop_cli.rewards.jpeg import true_size
 from alignprop_cli.rewards.mixture import Mixture, build_mixture
@@ -93,19 +91,18 @@ def run_evaluation(
     samples = choose_samples(prompts, settings.images, settings.images_per_prompt)
     wanted = [*(sample.prompt for sample in samples), config.sample.negative_prompt]
     model = open_model(config.model, wanted, accelerator.device)
-    for adapter in adapters.values():
-        _check(console, model, adapter)
+    _check(adapters.values(), model, console)
     mixture = _mixture(config, accelerator.device)
 
     # 2. The same samples with every model.
-    how = sampler(config.sample, model.family)
-    draw = partial(draw_samples, model, samples, mixture, how, seed=settings.seed)
-    drawn = _draw_all(
-        partial(draw, batch_size=settings.batch_size, features=_features(mixture, samples)),
-        [(variant, adapters[variant.located.file]) for variant in chosen],
-        model,
-        lambda name: console.bar(len(samples), name),
-    )
+    repeated = len({sample.prompt_index for sample in samples}) < len(samples)
+    # Features tell how different the images of one prompt are.
+    features = mixture.features if repeated else None
+
+    def draw(name: str) -> Samples:
+        return draw_shared(model, samples, mixture, config, console, name, features=features)
+
+    drawn = _draw_all(draw, model, [(v, adapters[v.located.file]) for v in chosen])
     if not accelerator.is_main_process:
         return
 
@@ -134,29 +131,18 @@ def _mixture(config: Config, device: torch.device) -> Mixture:
     return mixture
 
 
-def _features(mixture: Mixture, samples: Sequence[Sample]) -> Features | None:
-    """Return what tells how alike images of one prompt are, where a prompt has several."""
-    repeated = len({sample.prompt_index for sample in samples}) < len(samples)
-    return mixture.features if repeated else None
-
-
 def _draw_all(
-    draw: Callable[..., Samples],
-    chosen: Sequence[tuple[Variant, Adapter]],
-    model: Model,
-    bar: Callable[[str], AbstractContextManager[Bar]],
+    draw: Callable[[str], Samples], model: Model, chosen: Sequence[tuple[Variant, Adapter]]
 ) -> dict[str, Samples]:
     """Sample with every model, the base model first.
 
     Args:
-        draw: Samples with the model as it is now; told what to call after each batch.
+        draw: Samples with the model as it is at that moment, under a name.
+        model: The base model; keeps the last LoRA.
         chosen: The LoRAs.
-        model: The base model; has the last LoRA afterwards.
-        bar: Shows a progress bar with such a label.
     """
     module, loaded = model.network.module, None
-    with bar("base") as shown:
-        drawn = {"base": draw(on_batch=shown.advance)}
+    drawn = {"base": draw("base")}
     for variant, adapter in chosen:
         # One file at several strengths is loaded once.
         if adapter is not loaded:
@@ -165,8 +151,7 @@ def _draw_all(
             lora.load(module, adapter, model.id)
             loaded = adapter
         lora.set_strength(module, variant.strength)
-        with bar(variant.name) as shown:
-            drawn[variant.name] = draw(on_batch=shown.advance)
+        drawn[variant.name] = draw(variant.name)
     return drawn
 
 
@@ -180,17 +165,19 @@ def _identity(variant: Variant, adapter: Adapter) -> Identity:
     )
 
 
-def _check(console: Console, model: Model, adapter: Adapter) -> None:
-    """Refuse a LoRA that says that it belongs to another model."""
-    recorded = adapter.header.get("alignprop.base_fingerprint")
-    trained_on = adapter.header.get("alignprop.base_model")
-    if recorded and recorded != model.fingerprint:
-        raise ConfigError(
-            f"{adapter.file}: this LoRA was trained on {trained_on}, whose layers are not those "
-            f"of {model.id}",
-            hint="give the model it was trained on with --model",
-        )
-    if trained_on and trained_on != model.id:
-        console.warn(f"{adapter.file} was trained on {trained_on}, and is used with {model.id}")
-    if adapter.left_out:
-        console.warn(f"{adapter.file}: its layers of the text encoder are left out")
+def _check(adapters: Iterable[Adapter], model: Model, console: Console) -> None:
+    """Refuse LoRAs that say that they belong to another model."""
+    for adapter in adapters:
+        recorded = adapter.header.get("alignprop.base_fingerprint")
+        trained_on = adapter.header.get("alignprop.base_model")
+        if recorded and recorded != model.fingerprint:
+            raise ConfigError(
+                f"{adapter.file}: this LoRA was trained on {trained_on}, whose layers are not "
+                f"those of {model.id}",
+                hint="give the model it was trained on with --model",
+            )
+        # Another checkpoint of the same architecture: it works, and may be a mistake.
+        if trained_on and trained_on != model.id:
+            console.warn(f"{adapter.file} was trained on {trained_on}, and is used with {model.id}")
+        if adapter.left_out:
+            console.warn(f"{adapter.file}: its layers of the text encoder are left out")

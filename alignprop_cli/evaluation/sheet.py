@@ -76,6 +76,7 @@ def contact_sheet(cells: Sequence[Cell], path: Path, *, titles: Sequence[str]) -
                 f"cell {index} has {len(cell.images)} images and {len(cell.captions)} captions "
                 f"for {len(titles)} titles"
             )
+    # 1. Sizes: how many cells fit in a row, and how much text each row needs below its images.
     heading, body, small = _Text.of_size(17), _Text.of_size(14), _Text.of_size(12)
     cell_width = len(titles) * (_TILE + _PAIR_GAP) - _PAIR_GAP
     fitting = (_WIDTH - 2 * _MARGIN + _CELL_GAP) // (cell_width + _CELL_GAP)
@@ -90,12 +91,14 @@ def contact_sheet(cells: Sequence[Cell], path: Path, *, titles: Sequence[str]) -
     top = _MARGIN + heading.line + _PAIR_GAP
     width = 2 * _MARGIN + columns * (cell_width + _CELL_GAP) - _CELL_GAP
     height = top + sum(heights) + _CELL_GAP * (len(rows) - 1) + _MARGIN
+    # 2. The paper, and the titles above the first row.
     sheet = Image.new("RGB", (width, height), _PAPER)
     draw = ImageDraw.Draw(sheet)
     for column in range(columns if len(titles) > 1 else 1):
         for index, title in enumerate(titles):
             left = _left(column, cell_width) + index * (_TILE + _PAIR_GAP)
             draw.text((left, _MARGIN), _one_line(title), fill=_INK, font=heading.font)
+    # 3. Row by row: images, captions, prompts.
     for row, caption, row_height in zip(rows, captions, heights, strict=True):
         for column, cell in enumerate(row):
             left, below = _left(column, cell_width), top + _TILE + caption
@@ -171,6 +174,7 @@ def _wrap(text: str, font: Font, width: int, most: int) -> list[str]:
 
     Words that are too long for a line are broken.
     """
+    # By the widths of the font, not by characters, which differ by a factor of four.
     lines: list[str] = []
     line = ""
     for word in _one_line(text).split():
@@ -223,6 +227,7 @@ def curves(
     rows = math.ceil(len(ys) / columns)
     figure: Any = Figure(figsize=(4.2 * columns, 3.0 * rows), layout="constrained")
     FigureCanvasAgg(figure)
+    # The grid may have more places than there are rewards.
     axes: list[Any] = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes:
         axis.set_visible(False)

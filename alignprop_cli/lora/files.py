@@ -1,34 +1,39 @@
-"""LoRA files without a model: find them, read their layers and header, write a new one.
+"""LoRA files: find them, read them, write them. The one reader and the one writer.
 
-The format is that of diffusers: `unet.<layer>.lora.down.weight` and `.lora.up.weight` (or peft's
-`lora_A`, `lora_B`), with rank and alpha as JSON in the header under `lora_adapter_metadata`.
-Where no alpha is recorded it is the rank.
+What the tensors of a file mean is in formats.py. Files are written in diffusers' format: plain
+`load_lora_weights` reads them, with rank and alpha as JSON in the header under
+`lora_adapter_metadata`.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from alignprop_cli.errors import AssetError, ConfigError
-from alignprop_cli.lora.mixing import Factors, Layers, scaling
-from alignprop_cli.models.base import LORA_FILE
+from alignprop_cli.errors import AssetError, first_line
+from alignprop_cli.lora import formats
+from alignprop_cli.lora.factors import Layers, adapter_settings
 from alignprop_cli.storage import sha256
 
-_PREFIX = "unet."
-_STEP = re.compile(r"step-(\d{6,})$")
-_DOWN = re.compile(r"\.(lora\.down|lora_A|lora_down)(\.default)?\.weight$")
-_UP = re.compile(r"\.(lora\.up|lora_B|lora_up)(\.default)?\.weight$")
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""What diffusers calls the file of a LoRA in a folder."""
+
+PEFT_FILE = "adapter_model.safetensors"
+"""What PEFT calls it."""
+
+PEFT_CONFIG = "adapter_config.json"
+"""Where PEFT keeps rank and alpha, beside it."""
+
+_STEP = re.compile(r"step-(\d{6,})")
+_METADATA = "lora_adapter_metadata"
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class Located:
         if self.run is not None:
             return self.run.resolve().name + (f"-{self.step}" if self.step else "")
         file = self.file.resolve()
-        return file.parent.name if file.name == LORA_FILE else file.stem
+        return file.parent.name if file.name in (LORA_FILE, PEFT_FILE) else file.stem
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,9 @@ class Adapter:
         layers: Its factors by the name of the layer in the network.
         header: The texts in the header of the file.
         sha256: Of the whole file, hexadecimal.
-        left_out: Number of layers of a text encoder that the file has too, and that are not read.
+        left_out: Number of layers of text encoders that the file has too, and that are not read.
+        target_modules: How its configuration names the layers: endings of their names, or a
+            regular expression for whole names; None where there is no configuration.
     """
 
     file: Path
@@ -71,6 +78,7 @@ class Adapter:
     header: Mapping[str, str]
     sha256: str
     left_out: int = 0
+    target_modules: tuple[str, ...] | str | None = None
 
 
 def locate(name: str) -> Located:
@@ -90,7 +98,9 @@ def locate(name: str) -> Located:
     if (path / "checkpoints").is_dir() or (path / "config.yaml").is_file():
         return Located(latest(path) / LORA_FILE, run=path)
     if not (path / LORA_FILE).is_file():
-        raise AssetError(f"{name}: is no run and holds no LoRA ({LORA_FILE})")
+        if (path / PEFT_FILE).is_file():
+            return Located(path / PEFT_FILE)
+        raise AssetError(f"{name}: is no run and holds no LoRA ({LORA_FILE} or {PEFT_FILE})")
     run = path.resolve().parent.parent
     if path.resolve().parent.name == "checkpoints" and (run / "config.yaml").is_file():
         return Located(path / LORA_FILE, run=run, step=path.resolve().name)
@@ -99,7 +109,7 @@ def locate(name: str) -> Located:
 
 def checkpoints(run: Path) -> list[Path]:
     """Return the checkpoints of a run, oldest first."""
-    found = [p for p in (run / "checkpoints").glob("step-*") if _STEP.search(p.name)]
+    found = [p for p in (run / "checkpoints").glob("step-*") if _STEP.fullmatch(p.name)]
     return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
 
 
@@ -117,33 +127,16 @@ def latest(run: Path) -> Path:
 
 
 def read_header(file: Path) -> dict[str, str]:
-    """Return the texts in the header of a safetensors file; none for other kinds of file.
+    """Return the texts in the header of a LoRA file.
 
     Raises:
         AssetError: If it cannot be read.
     """
-    if file.suffix != ".safetensors":
-        return {}
     try:
         with safe_open(file, framework="pt") as opened:
             return dict(opened.metadata() or {})
     except (OSError, SafetensorError) as error:
-        raise AssetError(f"{file}: cannot be read: {error}") from error
-
-
-def changes_text_encoder(file: Path) -> bool:
-    """Return whether a safetensors file has layers of a text encoder, which no command uses.
-
-    Raises:
-        AssetError: If it cannot be read.
-    """
-    if file.suffix != ".safetensors":
-        return False
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return any(name.startswith(("text_encoder", "lora_te")) for name in opened.keys())  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise AssetError(f"{file}: cannot be read: {error}") from error
+        raise _unreadable(file, error) from error
 
 
 def recorded_config(header: Mapping[str, str], file: Path) -> dict[str, Any] | None:
@@ -156,7 +149,7 @@ def recorded_config(header: Mapping[str, str], file: Path) -> dict[str, Any] | N
         return None
     try:
         return dict(json.loads(header["alignprop.config"]))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise AssetError(
             f"{file}: alignprop.config in its header is damaged",
             hint="take the file from its run again",
@@ -164,136 +157,95 @@ def recorded_config(header: Mapping[str, str], file: Path) -> dict[str, Any] | N
 
 
 def read(file: Path) -> Adapter:
-    """Read a LoRA file in diffusers', peft's or kohya's format.
+    """Read a LoRA file in diffusers', PEFT's or kohya's format.
+
+    Each layer's update is exactly alpha / rank B A (rsLoRA: alpha / sqrt(rank) B A), or the file is
+    refused with what it is.
 
     Raises:
         AssetError: If it is missing, damaged, not a LoRA, or of another format.
-        ConfigError: If it is a LoRA whose update is not alpha / rank B A (DoRA and others).
+        ConfigError: If it is a LoRA whose update is something else (DoRA and others), or of a text
+            encoder alone.
+        RunError: If it holds numbers that are not finite.
     """
     try:
         with safe_open(file, framework="pt") as opened:
             header = dict(opened.metadata() or {})
             state: dict[str, Tensor] = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise AssetError(f"{file}: cannot be read as a LoRA: {error}") from error
-    settings = _settings(header, file)
-    if any(name.startswith(("lora_unet_", "lora_te")) for name in state):
-        state = _from_kohya(file)
-    texts = [name for name in state if name.startswith("text_encoder")]
-    left_out = len({_UP.sub("", _DOWN.sub("", n)).removesuffix(".alpha") for n in texts})
-    for name in texts:
-        del state[name]
-    alphas = {k: state.pop(k) for k in list(state) if k.endswith(".alpha")}
-    pairs = _pairs(state, file)
-    layers: dict[str, Factors] = {}
-    for key, (down, up) in pairs.items():
-        layer = key.removeprefix(_PREFIX)
-        rank = down.shape[0]
-        if up.ndim < 2 or up.shape[1] != rank:
-            raise AssetError(
-                f"{file}: layer {layer}: {tuple(up.shape)} and {tuple(down.shape)} share no rank"
-            )
-        try:
-            alpha = _alpha(settings, layer, rank)
-        except (AttributeError, TypeError, ValueError, re.error) as error:
-            raise AssetError(f"{file}: alpha of layer {layer} cannot be read: {error}") from error
-        if f"{key}.alpha" in alphas:
-            alpha = float(alphas[f"{key}.alpha"])
-        stabilised = bool(settings.get("use_rslora"))
-        layers[layer] = Factors(down, up, scaling(alpha, rank, rank_stabilised=stabilised))
-    return Adapter(file, layers, header, sha256(file), left_out)
+        raise _unreadable(file, error) from error
+    settings = formats.read_settings(header.get(_METADATA, "{}"), f"{file}: {_METADATA}")
+    # Only PEFT keeps rank and alpha in a file of their own.
+    if any(name.startswith(formats.PEFT) for name in state):
+        settings = _settings_beside(file)
+    layers, left_out = formats.read_layers(state, settings, file)
+    targets = settings.get("target_modules")
+    named = tuple(targets) if isinstance(targets, list) else targets
+    return Adapter(file, layers, header, sha256(file), left_out, named)
 
 
-def write(directory: Path, layers: Layers, header: Mapping[str, str]) -> Path:
-    """Write a LoRA in diffusers' format and return the file.
+def save(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    header: Mapping[str, str],
+    *,
+    prefix: str,
+    adapter_metadata: Mapping[str, Any],
+) -> Path:
+    """Write pytorch_lora_weights.safetensors, readable by plain diffusers.
 
     Args:
-        directory: Existing folder.
-        layers: Factors with scaling 1.
+        folder: Existing.
+        weights: Tensors by their names in the network, as `layers.weights` or `packed` gives them.
         header: Further texts for the header.
+        prefix: What diffusers puts before these names: that of the model's family.
+        adapter_metadata: The adapter's configuration, as of peft's `LoraConfig`.
+
+    Returns:
+        The file.
     """
-    ranks = {name: factors.rank for name, factors in layers.items()}
-    usual = Counter(ranks.values()).most_common(1)[0][0]
-    other = {name: rank for name, rank in sorted(ranks.items()) if rank != usual}
-    settings = {
-        "r": usual,
-        "lora_alpha": usual,
-        "rank_pattern": other,
-        "alpha_pattern": other,
-        "target_modules": sorted(layers),
-        "use_rslora": False,
-        "use_dora": False,
-        "bias": "none",
-        "peft_type": "LORA",
-    }
-    text = json.dumps({_PREFIX + k: v for k, v in settings.items()}, indent=2, sort_keys=True)
-    state: dict[str, Tensor] = {}
-    for name, factors in layers.items():
-        if factors.scaling != 1.0:
-            raise ValueError(f"layer {name}: expected scaling 1, got {factors.scaling}")
-        state[f"{_PREFIX}{name}.lora.down.weight"] = factors.down.contiguous()
-        state[f"{_PREFIX}{name}.lora.up.weight"] = factors.up.contiguous()
-    file = directory / LORA_FILE
-    save_file(state, file, metadata={"format": "pt", **header, "lora_adapter_metadata": text})
+    state = {f"{prefix}{name}": value.contiguous() for name, value in weights.items()}
+    settings = {f"{prefix}{name}": value for name, value in adapter_metadata.items()}
+    text = json.dumps(settings, indent=2, sort_keys=True)
+    file = folder / LORA_FILE
+    save_file(state, file, metadata={"format": "pt", **header, _METADATA: text})
     # safetensors makes files that only their owner can read.
     file.chmod(0o644)
     return file
 
 
-def _settings(header: Mapping[str, str], file: Path) -> dict[str, Any]:
-    """Return the adapter's own configuration from the header; empty where there is none."""
+def packed(layers: Layers) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the weights and the adapter's configuration of a LoRA that no network carries."""
+    weights: dict[str, Tensor] = {}
+    for name, factors in layers.items():
+        weights[f"{name}.lora.down.weight"] = factors.down
+        weights[f"{name}.lora.up.weight"] = factors.up
+    settings: dict[str, Any] = {
+        **adapter_settings(layers),
+        "target_modules": sorted(layers),
+        "use_dora": False,
+        "bias": "none",
+        "peft_type": "LORA",
+    }
+    return weights, settings
+
+
+def _settings_beside(file: Path) -> dict[str, Any]:
+    """Return the configuration that PEFT writes beside its file; without it alpha is unknown."""
+    place = file.parent / PEFT_CONFIG
     try:
-        settings = json.loads(header.get("lora_adapter_metadata", "{}"))
-        settings = {str(k).removeprefix(_PREFIX): v for k, v in settings.items()}
-    except (ValueError, AttributeError) as error:
-        raise AssetError(f"{file}: lora_adapter_metadata in its header is not JSON") from error
-    if settings.get("use_dora"):
-        raise ConfigError(
-            f"{file}: is a DoRA: it rescales whole columns of the weight, "
-            "so its update depends on the base weight and cannot be mixed as a sum"
-        )
-    for option in ("lora_bias", "use_qalora", "use_bdlora"):
-        if settings.get(option):
-            raise ConfigError(f"{file}: uses {option}, which is more than alpha / rank B A")
-    return settings
+        text = place.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise AssetError(
+            f"{file}: is in PEFT's format, whose {PEFT_CONFIG} with rank and alpha cannot be read "
+            f"beside it: {first_line(error)}",
+            hint=f"put {PEFT_CONFIG} of the same LoRA into {file.parent}",
+        ) from error
+    return formats.read_settings(text, str(place))
 
 
-def _from_kohya(file: Path) -> dict[str, Tensor]:
-    """Return the tensors of a file in kohya's format by the names of diffusers, alphas too.
-
-    Raises:
-        AssetError: If diffusers cannot read it.
-    """
-    # Here, since it brings diffusers with it and few files need it.
-    from alignprop_cli.models.unet import read_lora
-
-    try:
-        state, alphas, _ = read_lora(file)
-    except (OSError, ValueError, KeyError) as error:
-        raise AssetError(f"{file}: cannot be read as a LoRA in kohya's format: {error}") from error
-    return {**state, **{name: torch.tensor(alpha) for name, alpha in alphas.items()}}
-
-
-def _pairs(state: Mapping[str, Tensor], file: Path) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return (down, up) of every layer, or refuse what is no LoRA of a network."""
-    downs = {_DOWN.sub("", name): value for name, value in state.items() if _DOWN.search(name)}
-    ups = {_UP.sub("", name): value for name, value in state.items() if _UP.search(name)}
-    if not downs:
-        raise AssetError(f"{file}: holds no LoRA weights")
-    rest = [n for n in sorted(state) if not _DOWN.search(n) and not _UP.search(n)]
-    if any("dora_scale" in name or "magnitude_vector" in name for name in rest):
-        raise ConfigError(f"{file}: is a DoRA, which cannot be mixed as a sum of updates")
-    foreign = [n for n in sorted(downs) if n.startswith("transformer.")]
-    odd = sorted(downs.keys() ^ ups.keys()) or rest or foreign
-    if odd:
-        raise AssetError(f"{file}: cannot be read as a LoRA of a UNet: unexpected {odd[0]}")
-    return {name: (downs[name], ups[name]) for name in sorted(downs)}
-
-
-def _alpha(settings: Mapping[str, Any], layer: str, rank: int) -> float:
-    """Return alpha of a layer; patterns are regular expressions on the end of its name."""
-    for pattern, alpha in (settings.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", layer):
-            return float(alpha)
-    alpha = settings.get("lora_alpha")
-    return float(rank if alpha is None else alpha)
+def _unreadable(file: Path, error: Exception) -> AssetError:
+    return AssetError(
+        f"{file}: cannot be read as a LoRA: {first_line(error)}",
+        hint="only .safetensors files are read",
+    )

@@ -1,6 +1,6 @@
-"""The trained weights: inject a LoRA into a network, list it, copy it out and in.
+"""The trained weights in a network: put a LoRA in, list it, copy its weights out and in.
 
-The only importer of peft. A layer's weight becomes W + (alpha / rank) B A, with A of shape
+A layer's weight becomes W + (alpha / rank) B A, with A of shape
 (rank, in), B of shape (out, rank), both float32 whatever the precision of W.
 """
 
@@ -9,21 +9,26 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from peft.utils import set_peft_model_state_dict
 from torch import Tensor
 
 from alignprop_cli import rng
-from alignprop_cli.errors import ConfigError
+from alignprop_cli.errors import ConfigError, first_line
+from alignprop_cli.lora.factors import adapter_settings, whole
+from alignprop_cli.lora.files import Adapter
 
 ADAPTER = "default"
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def inject(
@@ -31,7 +36,7 @@ def inject(
     *,
     rank: int,
     alpha: float,
-    target_modules: Sequence[str],
+    target_modules: Sequence[str] | str,
     seed: int,
 ) -> list[torch.nn.Parameter]:
     """Put a fresh LoRA into the network; everything else is frozen.
@@ -42,31 +47,28 @@ def inject(
         network: Changed in place.
         rank: Columns of B.
         alpha: Numerator of the scaling.
-        target_modules: Name endings of the layers to change.
+        target_modules: Endings of the names of the layers to change, or one regular expression
+            for their whole names.
         seed: Of A's values.
 
     Returns:
         The trainable parameters, float32, in a fixed order.
 
     Raises:
-        ConfigError: If no layer's name ends so.
+        ConfigError: If it names no layer, or something else than linear layers and convolutions.
     """
     network.requires_grad_(False)
-    # peft writes alpha as an integer elsewhere; a float of the same value would not round-trip.
-    whole = int(alpha) if float(alpha).is_integer() else alpha
+    named = _as_peft_takes_it(target_modules)
     config = LoraConfig(
         r=rank,
-        lora_alpha=whole,  # type: ignore[arg-type]
-        target_modules=list(target_modules),
+        lora_alpha=whole(alpha),  # type: ignore[arg-type]
+        target_modules=named,
         init_lora_weights="gaussian",
     )
     try:
         inject_adapter_in_model(config, network, adapter_name=ADAPTER)
-    except ValueError as error:
-        raise ConfigError(
-            f"lora.target_modules: no layer of the model ends with any of {list(target_modules)}",
-            hint="attention projections are to_q, to_k, to_v, to_out.0",
-        ) from error
+    except (ValueError, re.error) as error:
+        raise _no_targets(named, error) from error
     # diffusers looks here before it saves, switches or unloads adapters.
     network._hf_peft_config_loaded = True  # type: ignore[assignment]
     for index, (name, parameter) in enumerate(_named(network)):
@@ -77,9 +79,104 @@ def inject(
     return trainable(network)
 
 
+def _no_targets(named: list[str] | str, error: Exception) -> ConfigError:
+    """Return what to tell the user for an error of peft about target modules."""
+    if isinstance(error, re.error):
+        return ConfigError(f"lora.target_modules: '{named}' is no regular expression: {error}")
+    if "not supported" in str(error):
+        # peft goes on to print the module and the list of all that it supports.
+        return ConfigError(
+            f"lora.target_modules: {named} names more than linear layers and convolutions: "
+            f"{first_line(error).partition('(')[0]}"
+        )
+    what = "whole name fits the pattern" if isinstance(named, str) else "name ends with any of"
+    return ConfigError(
+        f"lora.target_modules: no layer of the model is found: no {what} {named}",
+        hint="attention projections are to_q, to_k, to_v, to_out.0",
+    )
+
+
+def load(network: torch.nn.Module, adapter: Adapter, model_id: str) -> None:
+    """Put the LoRA of a file into the network, float32 and frozen: exactly its layers.
+
+    Args:
+        network: Changed in place; carries no LoRA.
+        adapter: As `files.read` returned it.
+        model_id: What the user calls the model, for messages.
+
+    Raises:
+        ConfigError: If the network lacks a layer of the LoRA, or has it in another shape; then
+            nothing is changed.
+    """
+    if is_present(network):
+        raise ValueError("the network carries a LoRA already")
+    _check_fits(network, adapter, model_id)
+    # The file's own target modules are kept for the header of the next file, where they are right.
+    targets = _as_peft_takes_it(adapter.target_modules or sorted(adapter.layers))
+    if _selected(network, targets) != adapter.layers.keys():
+        targets = sorted(adapter.layers)
+    config = LoraConfig(**adapter_settings(adapter.layers), target_modules=targets)
+    # With `state_dict` peft goes by its names alone, whatever target_modules would match.
+    names = {f"{name}.lora_A.weight": factors.down for name, factors in adapter.layers.items()}
+    inject_adapter_in_model(config, network, adapter_name=ADAPTER, state_dict=names)
+    network._hf_peft_config_loaded = True  # type: ignore[assignment]
+    network.requires_grad_(False)
+    # peft makes them in the precision of the network, in which the file's numbers would be rounded.
+    for name, factors in adapter.layers.items():
+        layer = network.get_submodule(name)
+        for half, value in (("lora_A", factors.down), ("lora_B", factors.up)):
+            parameter = layer.get_submodule(half).get_parameter(f"{ADAPTER}.weight")
+            parameter.data = value.to(parameter.device, torch.float32, copy=True)
+
+
+def unload(network: torch.nn.Module) -> None:
+    """Take the LoRA out of the network: the very layers from before are back."""
+    for path, layer in list(network.named_modules()):
+        if isinstance(layer, BaseTunerLayer):
+            parent, _, name = path.rpartition(".")
+            setattr(network.get_submodule(parent), name, layer.get_base_layer())
+    for attribute in ("peft_config", "_hf_peft_config_loaded"):
+        network.__dict__.pop(attribute, None)
+
+
+def _as_peft_takes_it(target_modules: Sequence[str] | str) -> list[str] | str:
+    return target_modules if isinstance(target_modules, str) else list(target_modules)
+
+
+def _selected(network: torch.nn.Module, target_modules: list[str] | str) -> set[str]:
+    """Return the names of the modules that target modules mean in this network."""
+    config = LoraConfig(target_modules=target_modules)
+    return {n for n, _ in network.named_modules() if n and check_target_module_exists(config, n)}
+
+
+def _check_fits(network: torch.nn.Module, adapter: Adapter, model_id: str) -> None:
+    """Refuse a LoRA whose layers are not this network's, before anything is changed."""
+    layers = dict(network.named_modules())
+    for name, factors in adapter.layers.items():
+        layer = layers.get(name)
+        why = None
+        if not isinstance(layer, torch.nn.Linear | torch.nn.Conv2d):
+            why = f"it has a layer {name}, which this model lacks"
+        elif layer.weight.shape[1] != factors.shape[1]:
+            channels = f"{layer.weight.shape[1]} channels here, {factors.shape[1]} there"
+            why = f"{name} takes {channels}"
+        elif tuple(layer.weight.shape) != factors.shape:
+            why = f"{name} is {tuple(layer.weight.shape)} here, {factors.shape} there"
+        if why is not None:
+            raise ConfigError(
+                f"{adapter.file}: this LoRA does not belong to model {model_id}: {why}",
+                hint="give the model it was trained on with --model",
+            )
+
+
 def trainable(network: torch.nn.Module) -> list[torch.nn.Parameter]:
     """Return the LoRA's parameters in a fixed order."""
     return [parameter for _, parameter in _named(network)]
+
+
+def named_trainable(network: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """Return the LoRA's parameters by the names that `weights` gives them, ordered by name."""
+    return {name.replace(f".{ADAPTER}.", "."): parameter for name, parameter in _named(network)}
 
 
 def make_trainable(network: torch.nn.Module) -> list[torch.nn.Parameter]:
@@ -196,6 +293,15 @@ class Merged:
         """Return the memory of the weights that are held."""
         weights = (plain.get_parameter("weight") for *_, plain in self._layers)
         return sum(weight.numel() * weight.element_size() for weight in weights)
+
+    def around(self, call: Callable[P, R]) -> Callable[P, R]:
+        """Return a function that is made of the same calls inside the block."""
+
+        def merged(*arguments: P.args, **options: P.kwargs) -> R:
+            with self:
+                return call(*arguments, **options)
+
+        return merged
 
     def __enter__(self) -> None:
         for parent, name, _, plain in self._layers:

@@ -1,72 +1,34 @@
 """Mix LoRAs: by default exactly, so that the update is the weighted sum of the weight updates.
 
-A LoRA changes a weight by delta = scaling up @ down, with scaling alpha / rank (rsLoRA:
-alpha / sqrt(rank)). The sum of such updates is one LoRA of the summed rank:
+A LoRA changes a weight by delta = scaling up @ down (see factors.py). The sum of such updates is
+one LoRA of the summed rank:
 
     sum_i c_i s_i up_i @ down_i = [c_1 s_1 up_1, c_2 s_2 up_2, ...] @ [down_1; down_2; ...]
 
-`svd` brings that sum back to a lower rank and says what is lost. `ties` and `dare_linear` prune
-the updates before they are added. `factor` averages the factors one by one, as the reference
-implementation of AlignProp does: mean(up) @ mean(down) holds the cross terms up_i @ down_j and is
-another model than the mean of the updates.
+peft's own `cat` is this for adapters that a network carries; the exact mix needs no network, and
+rounds to float32 once. `svd` brings that sum back to a lower rank and says what is lost. `ties` and
+`dare_linear` prune the updates before they are added. `factor` averages the factors one by one, as
+the reference implementation of AlignProp does: mean(up) @ mean(down) holds the cross terms
+up_i @ down_j and is another model than the mean of the updates.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from alignprop_cli import rng
-
-Method = Literal["exact", "factor", "svd", "ties", "dare_linear"]
+from alignprop_cli.errors import RunError
+from alignprop_cli.lora.factors import Factors, Layers, not_finite
+from alignprop_cli.lora.recipe import PRUNING, Method
 
 _linalg: Any = torch.linalg
-
-PRUNING: tuple[Method, ...] = ("ties", "dare_linear")
-"""The methods that keep only a share of every update, the density."""
-
-
-@dataclass(frozen=True)
-class Factors:
-    """The LoRA of one layer: delta = scaling up @ down.
-
-    Args:
-        down: A, shape (r, in) of a linear layer, (r, in, kh, kw) of a convolution.
-        up: B, shape (out, r), or (out, r, 1, 1).
-        scaling: The factor on up @ down.
-    """
-
-    down: Tensor
-    up: Tensor
-    scaling: float
-
-    @property
-    def rank(self) -> int:
-        """Return r, the number of rows of down."""
-        return self.down.shape[0]
-
-    def delta(self) -> Tensor:
-        """Return the weight's update, float64, shape (out, in) or (out, in, kh, kw)."""
-        product = self.up.double().flatten(1) @ self.down.double().flatten(1)
-        return (self.scaling * product).view(self.up.shape[0], *self.down.shape[1:])
-
-
-Layers = Mapping[str, Factors]
-"""A whole LoRA: the factors of every layer it changes, by the layer's name."""
-
-
-def scaling(alpha: float, rank: int, *, rank_stabilised: bool = False) -> float:
-    """Return the factor on up @ down: alpha / rank, or alpha / sqrt(rank) for rsLoRA.
-
-    Source: Hu et al. 2021, arXiv:2106.09685, section 4.1; rsLoRA: Kalajdzievski 2023,
-        arXiv:2312.03732.
-    """
-    return alpha / (math.sqrt(rank) if rank_stabilised else rank)
 
 
 @dataclass(frozen=True)
@@ -74,7 +36,7 @@ class Mixed:
     """A mix of LoRAs.
 
     Args:
-        layers: Factors in float32 on the CPU, scaling 1, of contiguous memory.
+        layers: Factors in float32 on the CPU, alpha equal to the rank, of contiguous memory.
         error: What a lower rank left out: the L2 distance of the updates over all layers, relative
             to the norm of the mix that was asked for. 0 where the rank is not lowered.
     """
@@ -94,8 +56,7 @@ def mix(
 ) -> Mixed:
     """Mix LoRAs with the coefficients c_i.
 
-    The base model is the LoRA with delta 0: leave it out. A member changes nothing in a layer that
-    it lacks.
+    Leave out the base model, whose delta is 0. A member changes nothing in a layer that it lacks.
 
         exact: sum_i c_i delta_i, the ranks concatenated; coefficients and scalings are folded into
             up. A member with coefficient 0 adds no rank.
@@ -117,32 +78,30 @@ def mix(
         The mix. Not differentiable.
 
     Raises:
-        ValueError: If shapes differ, a weight or coefficient is not finite, there is not one
-            coefficient per member, or `factor` gets members of different ranks or scalings.
+        ValueError: If shapes or numbers differ, one is not finite, or `factor` gets members of
+            different ranks or scalings.
+        RunError: If a number of the mix is too large for float32.
 
     Source: ties: Yadav et al. 2023, arXiv:2306.01708, algorithm 1, with a coefficient on each
         update; dare: Yu et al. 2023, arXiv:2311.03099, eq. 3.
     """
     _check(members, coefficients)
-    names = sorted({name for member in members for name in member})
     square_error = square_norm = 0.0
     layers: dict[str, Factors] = {}
-    for number, name in enumerate(names):
+    for number, name in enumerate(sorted({name for member in members for name in member})):
         pairs = zip(members, coefficients, strict=True)
         parts = [(member[name], c) for member, c in pairs if name in member]
-        if method == "factor":
-            layers[name] = _average_factors(parts, name)
-            continue
-        if method == "exact":
-            layers[name] = _concatenate(parts)
-            continue
         wanted = rank or max(factors.rank for factors, _ in parts)
-        if method == "svd":
-            whole = _concatenate(parts)
-            layers[name], lost, kept = _truncate(whole, wanted)
-        else:
-            update = _prune(parts, method, density, seed, number)
+        if method in PRUNING:
+            update = _prune(parts, method, density, (seed, number))
+            _check_finite(name, update.float())
             layers[name], lost, kept = _factorise(update, wanted)
+        else:
+            whole = _average_factors(parts, name) if method == "factor" else _concatenate(parts)
+            _check_finite(name, whole.down, whole.up)
+            lower = method == "svd"
+            layers[name], lost, kept = _truncate(whole, wanted) if lower else (whole, 0.0, 0.0)
+        _check_finite(name, layers[name].down, layers[name].up)
         square_error += lost
         square_norm += lost + kept
     return Mixed(layers, math.sqrt(square_error / square_norm) if square_norm else 0.0)
@@ -174,29 +133,34 @@ def missing(first: Layers, other: Layers) -> str | None:
 def other_shape(first: Layers, other: Layers) -> str | None:
     """Return in words where a layer of two LoRAs has different shapes, None where nowhere."""
     for name in first.keys() & other.keys():
-        mine, yours = ((f.up.shape[0], *f.down.shape[1:]) for f in (first[name], other[name]))
+        mine, yours = first[name].shape, other[name].shape
         if mine != yours:
             return f"layer {name} is {yours} (out, in) here and {mine} in the first"
     return None
 
 
-def not_finite(layers: Layers) -> str | None:
-    """Return in words where a LoRA holds NaN or infinity, None where nowhere."""
-    for name, factors in layers.items():
-        finite = torch.isfinite(factors.down).all() and torch.isfinite(factors.up).all()
-        if not bool(finite) or not math.isfinite(factors.scaling):
-            return f"layer {name} holds NaN or infinity"
-    return None
+def _check_finite(layer: str, *mix: Tensor) -> None:
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in mix):
+        raise RunError(
+            f"soup: the mix of layer {layer} holds numbers that are too large for float32",
+            hint="give smaller shares",
+        )
+
+
+def _from_halves(down: Tensor, up: Tensor) -> Factors:
+    """Return factors of scaling 1 in float32 on the CPU."""
+    rank = float(down.shape[0])
+    return Factors(down.float().cpu().contiguous(), up.float().cpu().contiguous(), rank)
 
 
 def _concatenate(parts: Sequence[tuple[Factors, float]]) -> Factors:
     """Return one layer of the exact mix."""
     # Nothing but zeros: keep one, so that there still is a LoRA.
     parts = [(f, c) for f, c in parts if c != 0.0] or list(parts[:1])
-    down = torch.cat([factors.down.float().cpu() for factors, _ in parts], dim=0)
+    down = torch.cat([factors.down for factors, _ in parts], dim=0)
     # fp64: one rounding instead of two.
-    ups = [(c * f.scaling * f.up.double()).float().cpu() for f, c in parts]
-    return Factors(down.contiguous(), torch.cat(ups, dim=1).contiguous(), 1.0)
+    up = torch.cat([c * factors.scaling * factors.up.double() for factors, c in parts], dim=1)
+    return _from_halves(down, up)
 
 
 def _average_factors(parts: Sequence[tuple[Factors, float]], name: str) -> Factors:
@@ -209,7 +173,7 @@ def _average_factors(parts: Sequence[tuple[Factors, float]], name: str) -> Facto
         )
     down = sum((c * f.down.double() for f, c in parts), torch.zeros(()))
     up = sum((c * f.scaling * f.up.double() for f, c in parts), torch.zeros(()))
-    return Factors(down.float().cpu().contiguous(), up.float().cpu().contiguous(), 1.0)
+    return _from_halves(down, up)
 
 
 def _truncate(whole: Factors, rank: int) -> tuple[Factors, float, float]:
@@ -241,33 +205,27 @@ def _halves(
     root = kept.sqrt()
     up = (u[:, : len(kept)] * root).view(-1, len(kept), *like.up.shape[2:])
     down = (root[:, None] * v[: len(kept)]).view(len(kept), *like.down.shape[1:])
-    factors = Factors(down.float().contiguous(), up.float().contiguous(), 1.0)
-    return factors, float(lost.square().sum()), float(kept.square().sum())
+    return _from_halves(down, up), float(lost.square().sum()), float(kept.square().sum())
 
 
 def _prune(
-    parts: Sequence[tuple[Factors, float]], method: Method, density: float, seed: int, layer: int
+    parts: Sequence[tuple[Factors, float]], method: Method, density: float, key: tuple[int, int]
 ) -> Tensor:
     """Return the pruned and mixed update of one layer, float64."""
     deltas = [factors.delta() for factors, _ in parts]
     if method == "ties":
-        trimmed = torch.stack([_trim(delta, density) for delta in deltas])
+        # peft takes seconds to import, and no other method needs it.
+        from peft.utils import merge_utils
+
         weights = torch.tensor([c for _, c in parts], dtype=torch.float64)
-        agree = trimmed.sign() == trimmed.sum(dim=0).sign()
-        weighted = weights.view(-1, *[1] * deltas[0].ndim) * trimmed * agree
-        # A value that no member has left is zero, whatever it is divided by.
-        left = (agree & (trimmed != 0.0)).sum(dim=0).clamp(min=1)
-        return weighted.sum(dim=0) / left
+        with warnings.catch_warnings():
+            # It warns that density 1 prunes nothing.
+            warnings.simplefilter("ignore")
+            return merge_utils.ties(deltas, weights, density)
+    # peft's dare_linear draws from the global generator: not a function of the seed alone.
+    seed, layer = key
     total = torch.zeros_like(deltas[0])
     for number, (delta, (_, c)) in enumerate(zip(deltas, parts, strict=True)):
         stays = torch.rand(delta.shape, generator=rng.generator(seed, "soup", layer, number))
         total += c / density * delta * (stays < density)
     return total
-
-
-def _trim(delta: Tensor, density: float) -> Tensor:
-    """Return an update with all but a share of its values, the largest, set to zero."""
-    kept = delta.abs().flatten().topk(max(1, int(density * delta.numel()))).indices
-    mask = torch.zeros(delta.numel(), dtype=torch.bool)
-    mask[kept] = True
-    return delta * mask.view_as(delta)

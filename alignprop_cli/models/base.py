@@ -117,13 +117,12 @@ class Source:
 
     Args:
         config: The `model` section of the configuration.
-        path: A folder in diffusers format or a single file; None means that `config.id` is a hub
-            id.
+        path: A folder in diffusers format or a single file; that of a hub id is in the cache.
         dtype: Precision of the frozen weights.
     """
 
     config: ModelConfig
-    path: Path | None
+    path: Path
     dtype: torch.dtype
 
 

@@ -1,49 +1,106 @@
-"""Which adapter serves which model."""
+"""One row per family of base models, and how a model of any of them is found and opened."""
 
 from __future__ import annotations
 
+import gc
+import hashlib
+import importlib
 import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from alignprop_cli.config.schema import ModelConfig
+from alignprop_cli import device as machine
+from alignprop_cli.config.schema import ModelConfig, SampleConfig
 from alignprop_cli.errors import AssetError, ConfigError
-from alignprop_cli.models.base import DiffusionModel
+from alignprop_cli.models import loading
+from alignprop_cli.models.base import Family, Model, Sampler, Source
+from alignprop_cli.sampling import Embeds, Guidance
 
 TINY = Path(__file__).parent.parent / "tiny" / "pipeline"
 """The embedded model, in diffusers format."""
 
+ARCHITECTURES = Path(__file__).parent / "architectures"
+"""Folders in diffusers format that hold the configurations of published models, no weights."""
 
-def load_model(config: ModelConfig, device: torch.device) -> DiffusionModel:
-    """Load the base model that the configuration names.
+PUBLISHED = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd-1.5",
+    "runwayml/stable-diffusion-v1-5": "sd-1.5",
+    "CompVis/stable-diffusion-v1-4": "sd-1.5",
+    "stabilityai/stable-diffusion-2-1": "sd-2.1",
+    "stabilityai/stable-diffusion-2-1-base": "sd-2.1-base",
+}
+"""Which folder of `ARCHITECTURES` belongs to a hub id."""
 
-    Raises:
-        AssetError: If a file is missing or damaged, or the hub cannot be reached or refuses.
-        ConfigError: If the model is of a family that is not supported.
+
+def _from(module: str, name: str) -> Callable[..., Any]:
+    """Return a function of a family's file, which is imported when the function is called.
+
+    Diffusers takes seconds to import; what only looks up a row does not need it.
     """
-    from alignprop_cli.models import loading
 
-    return loading.load(config, find(config), device)
+    def call(*arguments: Any) -> Any:
+        function = getattr(importlib.import_module(f"alignprop_cli.models.{module}"), name)
+        return function(*arguments)
+
+    return call
 
 
-def find(config: ModelConfig) -> Path | None:
-    """Return the local folder or file that a configuration names; None is a hub id.
+FAMILIES: dict[str, Family] = {
+    family.pipeline_class: family
+    for family in (
+        Family(
+            name="Stable Diffusion 1.x and 2.x",
+            pipeline_class="StableDiffusionPipeline",
+            lora_prefix="unet.",
+            kohya_prefix="lora_unet_",
+            target_modules=("to_q", "to_k", "to_v", "to_out.0"),
+            load_text_encoders=_from("unet", "load_text_encoders"),
+            load_parts=_from("unet", "load_parts"),
+            on_meta=_from("unet", "on_meta"),
+        ),
+    )
+}
+"""All families, by the class of their pipeline in diffusers."""
+
+
+def register(family: Family) -> None:
+    """Add a family, so that its models can be opened; a row of the same class is replaced."""
+    FAMILIES[family.pipeline_class] = family
+
+
+def find(config: ModelConfig) -> tuple[Family, Path | None]:
+    """Return the family of the model that a configuration names, and where the model is.
+
+    The family is what model_index.json says. A hub id whose architecture is not shipped is asked
+    for that file, and nothing else is downloaded. Single files are Stable Diffusion.
+
+    Returns:
+        The family, and the local folder or file; None is a hub id.
 
     Raises:
-        AssetError: If it looks like a path and is not there, or is no folder in diffusers format.
-        ConfigError: If the model is of a family that is not supported.
+        AssetError: If a path is not there or is no folder in diffusers format, or if the hub cannot
+            be reached or refuses.
+        ConfigError: If the family is not supported.
     """
     path = TINY if config.id == "tiny" else Path(config.id).expanduser()
+    if path.is_file():
+        return FAMILIES["StableDiffusionPipeline"], path
     if path.is_dir():
-        _check_family(path)
-    elif not path.exists() and _looks_like_a_path(config.id):
+        return _family(path / "model_index.json", str(path)), path
+    if _looks_like_a_path(config.id):
         raise AssetError(
             f"model.id: no such file or folder: {config.id}",
             hint="give a folder in diffusers format, a .safetensors file, or a hub id; "
             "`--preset tiny` works without any download",
         )
-    return path if path.exists() else None
+    if config.id in PUBLISHED:
+        index = ARCHITECTURES / PUBLISHED[config.id] / "model_index.json"
+    else:
+        index = loading.download_index(config)
+    return _family(index, config.id), None
 
 
 def _looks_like_a_path(name: str) -> bool:
@@ -51,17 +108,96 @@ def _looks_like_a_path(name: str) -> bool:
     return not owner_and_name or Path(name).suffix in {".safetensors", ".ckpt"}
 
 
-def _check_family(path: Path) -> None:
-    index = path / "model_index.json"
+def _family(index: Path, place: str) -> Family:
+    """Return the family that a model_index.json names."""
     try:
         name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise AssetError(
-            f"{path}: not a model in diffusers format: cannot read {index.name}",
-            hint="the folder must hold model_index.json, unet/, vae/, text_encoder/, tokenizer/, "
-            "scheduler/",
+            f"{place}: not a model in diffusers format: cannot read {index.name}",
+            hint=f"the folder must hold {index.name} and a folder for each part that it names",
         ) from error
-    if name != "StableDiffusionPipeline":
-        raise ConfigError(
-            f"model.id: {path} is a {name}; supported is StableDiffusionPipeline (1.x and 2.x)"
-        )
+    # Pipelines with code of their own are named by a list.
+    if not isinstance(name, str) or name not in FAMILIES:
+        supported = ", ".join(f"{f.pipeline_class} ({f.name})" for f in FAMILIES.values())
+        raise ConfigError(f"model.id: {place} is a {name}; supported: {supported}")
+    return FAMILIES[name]
+
+
+def open_model(config: ModelConfig, prompts: Iterable[str], device: torch.device) -> Model:
+    """Load the base model that the configuration names, frozen, with the prompts encoded.
+
+    The text encoders are loaded, used and dropped before network and decoder are loaded, so the
+    device never holds both.
+
+    Args:
+        config: The `model` section.
+        prompts: All that the model will ever be asked for, the negative prompt among them; each
+            distinct one is encoded once. Without any, no text encoder is loaded.
+        device: Where the weights go.
+
+    Raises:
+        AssetError: If a file is missing or damaged, or the hub cannot be reached or refuses.
+        ConfigError: If the model is of a family that is not supported, or cannot be trained.
+    """
+    family, path = find(config)
+    # 1. All files are fetched first: what is missing is told before the prompts are encoded.
+    path = path or loading.download(config)
+    source = Source(config, path, machine.resolve_dtype(config.dtype, device))
+    machine.allow_tf32(source.dtype)
+
+    # 2. The text encoders live within this call. What is left of them is freed after it, cycles of
+    # references included.
+    embeds = _encode(family, source, list(dict.fromkeys(prompts)), device)
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+    # 3. What stays for the whole run.
+    parts = family.load_parts(source, device)
+    return Model(
+        id=config.id,
+        family=family,
+        network=parts.network,
+        decoder=parts.decoder,
+        embeds=embeds,
+        fingerprint=_fingerprint(parts.network.module),
+    )
+
+
+def _encode(
+    family: Family, source: Source, prompts: list[str], device: torch.device
+) -> dict[str, Embeds]:
+    """Return the embeddings of each prompt, on the CPU."""
+    if not prompts:
+        return {}
+    encoders = family.load_text_encoders(source, device)
+    cpu = torch.device("cpu")
+    # One after the other, so that the embeddings of thousands are never on the device together.
+    return {prompt: encoders.encode([prompt])[0].to(cpu) for prompt in prompts}
+
+
+def _fingerprint(network: torch.nn.Module) -> str:
+    lines = sorted(f"{name} {tuple(p.shape)}" for name, p in network.named_parameters())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def sampler(config: SampleConfig, family: Family) -> Sampler:
+    """Return how images are sampled from a model of a family.
+
+    Args:
+        config: The `sample` section.
+        family: Says how its guidance counts.
+    """
+    return Sampler(
+        num_inference_steps=config.num_inference_steps,
+        guidance=Guidance(
+            scale=config.guidance_scale,
+            interval=config.guidance_interval,
+            origin=family.guidance_origin,
+        ),
+        eta=config.eta,
+        height=config.height,
+        width=config.width,
+        negative_prompt=config.negative_prompt,
+    )

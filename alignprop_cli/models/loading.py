@@ -1,120 +1,126 @@
-"""Load a Stable Diffusion from a folder, a file or the hub, and say what is wrong with it."""
+"""Model files from the hub, and one message for whatever is wrong with model files."""
 
 from __future__ import annotations
 
-import pickle
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import diffusers
-import torch
-import transformers
-from diffusers import StableDiffusionPipeline
+from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
-    HfHubHTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from safetensors import SafetensorError
 
-from alignprop_cli import device as machine
+from alignprop_cli import hub
 from alignprop_cli.config.schema import ModelConfig
-from alignprop_cli.device import resolve_dtype
-from alignprop_cli.errors import AlignPropError, AssetError, ConfigError, first_line
-from alignprop_cli.models.unet import StableDiffusion
+from alignprop_cli.errors import AssetError, first_line
+
+_INDEX = "model_index.json"
 
 _ELSEWHERE = "set model.id to a local folder or file; `--preset tiny` works without any download"
 
 
-def load(config: ModelConfig, path: Path | None, device: torch.device) -> StableDiffusion:
-    """Load a pipeline from a folder, a single file, or the hub.
+def download_index(config: ModelConfig) -> Path:
+    """Return the model_index.json of a hub id.
+
+    Raises:
+        AssetError: If the hub cannot be reached or refuses, or has no such file.
+    """
+    with explained(config):
+        return Path(hf_hub_download(config.id, _INDEX, revision=config.revision))
+
+
+def download_configurations(config: ModelConfig) -> Path:
+    """Return a folder with the configurations of a hub id's parts, without weights.
+
+    Raises:
+        AssetError: If the hub cannot be reached or refuses.
+    """
+    with explained(config):
+        return Path(
+            snapshot_download(
+                config.id, revision=config.revision, allow_patterns=["*/*.json", _INDEX]
+            )
+        )
+
+
+def download(config: ModelConfig) -> Path:
+    """Return the folder of a hub id, in diffusers format, with all that is needed of it.
+
+    Raises:
+        AssetError: If the hub cannot be reached or refuses.
+    """
+    from diffusers import DiffusionPipeline
+
+    # What is named here is not downloaded.
+    unused = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
+    with explained(config):
+        folder: str | Path = DiffusionPipeline.download(
+            config.id, revision=config.revision, variant=config.variant, **unused
+        )
+        return Path(folder)
+
+
+@contextmanager
+def explained(config: ModelConfig, path: Path | None = None) -> Iterator[None]:
+    """Turn whatever goes wrong inside the block, while a model is fetched or read, into one error.
 
     Args:
         config: The `model` section.
-        path: The local folder or file; None means that `config.id` is a hub id.
-        device: Where the weights go.
+        path: The local folder or file that is read; None while the hub is asked.
 
     Raises:
-        AssetError: If something is missing, damaged, gated or out of reach; says which.
-        ConfigError: If the network takes more than latents (inpainting, upscaling).
+        AssetError: With what could not be loaded, why, and what to do.
     """
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    common: dict[str, Any] = {
-        "dtype": resolve_dtype(config.dtype, device),
-        "safety_checker": None,
-        "requires_safety_checker": False,
-        "feature_extractor": None,
-    }
     try:
-        if path is not None and path.is_file():
-            if config.config is not None:
-                common["config"] = config.config
-            pipeline = StableDiffusionPipeline.from_single_file(str(path), **common)
-        else:
-            pipeline = StableDiffusionPipeline.from_pretrained(
-                str(path or config.id),
-                revision=config.revision,
-                variant=config.variant,
-                image_encoder=None,
-                **common,
-            )
-    except _LOADING as error:
-        raise _explain(config, path, error) from error
-    channels = pipeline.unet.config.in_channels
-    if channels != pipeline.vae.config.latent_channels:
-        raise ConfigError(
-            f"model.id: the network of {config.id} takes {channels} channels, its latents have "
-            f"{pipeline.vae.config.latent_channels}: inpainting and upscaling models "
-            "cannot be trained"
-        )
-    machine.allow_tf32(common["dtype"])
-    model = StableDiffusion(pipeline.to(device), config.id)
-    model.tile_decoder(config.vae_tile_size)
-    return model
+        yield
+    except hub.FAILURES as error:
+        refusal = hub.find_cause(error, _REFUSALS) if path is None else None
+        if refusal is not None:
+            raise refusal(config) from error
+        place = path or f"{config.id} from the hub"
+        message = f"model.id: cannot load {place}: {first_line(error)}"
+        raise AssetError(message, hint=_ELSEWHERE) from error
 
 
-_LOADING = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    HfHubHTTPError,
-    SafetensorError,
-    pickle.UnpicklingError,
-)
+def _gated(config: ModelConfig) -> AssetError:
+    return AssetError(
+        f"model.id: {config.id} is gated: its licence has to be accepted first",
+        hint=f"accept it at https://huggingface.co/{config.id}, then `hf auth login`; "
+        f"or {_ELSEWHERE}",
+    )
 
 
-def _explain(config: ModelConfig, path: Path | None, error: BaseException) -> AlignPropError:
-    """Say in one message what could not be loaded and what to do."""
-    text = first_line(error)
-    if path is not None:
-        return AssetError(f"model.id: cannot load {path}: {text}", hint=_ELSEWHERE)
-    causes = _causes(error)
-    if any(isinstance(c, GatedRepoError) for c in causes):
-        return AssetError(
-            f"model.id: {config.id} is gated: its licence has to be accepted first",
-            hint=f"accept it at https://huggingface.co/{config.id}, then `hf auth login`; "
-            f"or {_ELSEWHERE}",
-        )
-    if any(isinstance(c, RevisionNotFoundError) for c in causes):
-        return AssetError(f"model.revision: {config.id} has no revision {config.revision!r}")
-    if any(isinstance(c, RepositoryNotFoundError) for c in causes):
-        return AssetError(f"model.id: the hub has no model {config.id}", hint=_ELSEWHERE)
-    if any(isinstance(c, (OfflineModeIsEnabled, LocalEntryNotFoundError)) for c in causes):
-        reason = "it is not in the cache and the hub cannot be reached"
-        return AssetError(f"model.id: {config.id}: {reason} (model_index.json)", hint=_ELSEWHERE)
-    return AssetError(f"model.id: cannot load {config.id} from the hub: {text}", hint=_ELSEWHERE)
+def _no_revision(config: ModelConfig) -> AssetError:
+    return AssetError(f"model.revision: {config.id} has no revision {config.revision!r}")
 
 
-def _causes(error: BaseException | None) -> list[BaseException]:
-    chain: list[BaseException] = []
-    while error is not None and error not in chain:
-        chain.append(error)
-        error = error.__cause__ or error.__context__
-    return chain
+def _no_repository(config: ModelConfig) -> AssetError:
+    return AssetError(f"model.id: the hub has no model {config.id}", hint=_ELSEWHERE)
+
+
+def _no_file(config: ModelConfig) -> AssetError:
+    return AssetError(
+        f"model.id: {config.id} is not a model in diffusers format: it has no {_INDEX}",
+        hint="download its single .safetensors file and give the path to it",
+    )
+
+
+def _offline(config: ModelConfig) -> AssetError:
+    return AssetError(f"model.id: {config.id}: {hub.OFFLINE} ({_INDEX})", hint=_ELSEWHERE)
+
+
+_REFUSALS: dict[type[BaseException], Callable[[ModelConfig], AssetError]] = {
+    GatedRepoError: _gated,  # before its base class RepositoryNotFoundError
+    RevisionNotFoundError: _no_revision,
+    RepositoryNotFoundError: _no_repository,
+    RemoteEntryNotFoundError: _no_file,
+    OfflineModeIsEnabled: _offline,
+    LocalEntryNotFoundError: _offline,
+}
+"""What each of the hub's errors is told as; the first that is among an error's causes counts."""

@@ -1,4 +1,4 @@
-"""LAION's aesthetic score: how people rate a picture, from its CLIP features. Reads no prompt."""
+"""LAION's aesthetic score: how people rate an image, from its CLIP features. Reads no prompt."""
 
 from __future__ import annotations
 
@@ -7,15 +7,32 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CLIPVisionModelWithProjection
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from alignprop_cli.hub import from_pretrained, loading, locate
 from alignprop_cli.images import CLIP_MEAN, CLIP_STD, normalise, resize_and_crop
 from alignprop_cli.rewards.base import without_autocast
-from alignprop_cli.rewards.frozen import FrozenReward, unit
+from alignprop_cli.rewards.frozen import (
+    FrozenReward,
+    MetaReward,
+    known_config,
+    refuse_other_tensors,
+    unit,
+)
 
 _FILE = "aesthetic-model.pth"
 _OPTION = "reward.aesthetic.head"
+_MODEL = "openai/clip-vit-large-patch14"
+_PUBLISHED = {
+    _MODEL: CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        patch_size=14,
+        projection_dim=768,
+    )
+}
 # The linear layers among the dropouts of the published head.
 _LAYERS = (0, 2, 4, 6, 7)
 
@@ -24,7 +41,7 @@ class AestheticReward(FrozenReward):
     """rewards = w . e + b, e the features of unit length of CLIP ViT-L/14; people rate 1 to 10.
 
     The published head is five linear layers with nothing but dropout between them, so it is one
-    affine map, and is computed as that. Pictures of Stable Diffusion 1.5 lie between 5 and 6.5;
+    affine map, and is computed as that. Images of Stable Diffusion 1.5 lie between 5 and 6.5;
     above 8 look at them.
 
     Args:
@@ -41,7 +58,7 @@ class AestheticReward(FrozenReward):
     def __init__(
         self,
         head: str = "trl-lib/ddpo-aesthetic-predictor",
-        model: str = "openai/clip-vit-large-patch14",
+        model: str = _MODEL,
     ) -> None:
         file = locate(head, _FILE, option=_OPTION)
         with loading(_OPTION, str(file)):
@@ -57,14 +74,30 @@ class AestheticReward(FrozenReward):
             self._head.load_state_dict({"weight": weight[None], "bias": bias[None]})
         self._head.eval().requires_grad_(False)
         self.networks, self.heads = (self._model,), (self._head,)
-        self.image_size: int = self._model.config.image_size
+
+    @classmethod
+    def on_meta(cls, dtype: torch.dtype, model: str = _MODEL, **_options: Any) -> MetaReward | None:
+        """Return the vision model on the meta device; see `FrozenReward`."""
+        config = known_config(CLIPVisionConfig, model, _PUBLISHED, option="reward.aesthetic.model")
+        if config is None:
+            return None
+        with torch.device("meta"):
+            network: Any = CLIPVisionModelWithProjection(config)
+        return MetaReward(lambda images: _features(network, images, dtype), network, dtype=dtype)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the score of each image, shape (B,). Differentiable in images."""
-        inputs = normalise(resize_and_crop(images, self.image_size), CLIP_MEAN, CLIP_STD)
+        features = _features(self._model, images, self.dtype)
         with without_autocast(images.device):
-            seen = self._model(pixel_values=inputs.to(self.dtype)).image_embeds
-            return self._head(unit(seen)).squeeze(-1)
+            return self._head(features).squeeze(-1)
+
+
+def _features(model: Any, images: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return features of unit length, shape (B, D). Differentiable in images (B, 3, H, W)."""
+    size = model.config.image_size
+    inputs = normalise(resize_and_crop(images, size), CLIP_MEAN, CLIP_STD)
+    with without_autocast(images.device):
+        return unit(model(pixel_values=inputs.to(dtype)).image_embeds)
 
 
 def affine(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -80,15 +113,12 @@ def affine(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         ValueError: If tensors are missing, unknown, or do not lead to one number.
     """
     expected = {f"layers.{place}.{part}" for place in _LAYERS for part in ("weight", "bias")}
-    wrong = sorted(expected ^ state.keys())
-    if wrong:
-        kind = "lacks" if wrong[0] in expected else "has an unknown"
-        raise ValueError(f"it {kind} {wrong[0]} ({len(wrong)} names differ)")
+    refuse_other_tensors(state, expected)
     weight = torch.eye(state["layers.0.weight"].shape[1], dtype=torch.float64)
     bias = weight.new_zeros(len(weight))
     for place in _LAYERS:
         layer, shift = (state[f"layers.{place}.{part}"].double() for part in ("weight", "bias"))
         weight, bias = layer @ weight, layer @ bias + shift
     if len(weight) != 1:
-        raise ValueError(f"it gives {len(weight)} numbers in place of one")
+        raise ValueError(f"it gives {len(weight)} numbers instead of one")
     return weight[0], bias[0]

@@ -16,9 +16,15 @@ class Reward(Protocol):
     """A differentiable measure of images.
 
     A plain function with this signature is a reward. Sign, scale and target are not its business:
-    they live in `losses.py`. An object may have `to(device)`, which is called once, and `beside`, a
-    mapping from names to functions of images (B, 3, H, W) that return (B,): figures that are
-    recorded beside the reward and never trained on.
+    they live in `losses.py`.
+
+    An object or a class may also have
+      to(device)      called once, before anything is measured;
+      extra_metrics   a mapping from names to functions of images (B, 3, H, W) that return (B,):
+                      recorded next to the reward, never trained on;
+      on_meta         a class or static method `on_meta(dtype, **options)` that returns a
+                      `frozen.MetaReward`, by which the planner counts the reward's memory. Without
+                      one the reward is left out of the estimate, which says so.
     """
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:

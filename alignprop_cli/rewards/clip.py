@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,46 @@ from torch import Tensor
 
 from alignprop_cli.errors import AssetError, ConfigError, did_you_mean
 from alignprop_cli.hub import loading
-from alignprop_cli.images import normalise, resize_and_crop
+from alignprop_cli.images import CLIP_MEAN, CLIP_STD, normalise, resize_and_crop
 from alignprop_cli.rewards.base import without_autocast
-from alignprop_cli.rewards.frozen import FrozenReward, TextCache, unit
+from alignprop_cli.rewards.frozen import CosineReward, MetaReward, unit
 
 TINY = Path(__file__).parent.parent / "tiny" / "aligner"
 """The embedded image-text model, in open_clip's format."""
 
+Fit = Callable[[Tensor, int], Tensor]
+"""From images (B, 3, H, W) of any size to (B, 3, size, size)."""
 
-class ClipReward(FrozenReward):
+
+class OpenClipReward(CosineReward):
+    """rewards = <image, text>, the cosine of an open_clip model, in [-1, 1].
+
+    Args:
+        model: The network.
+        tokenizer: Its tokenizer.
+        fit: How images (B, 3, H, W) become squares of a size, as the network was trained.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, fit: Fit = resize_and_crop) -> None:
+        super().__init__()
+        self._model, self._tokenizer, self._fit = model, tokenizer, fit
+        self.networks = (model,)
+
+    def see(self, images: Tensor) -> Tensor:
+        """Return features of unit length, shape (B, D). Differentiable in images (B, 3, H, W)."""
+        visual = self._model.visual
+        mean, std = visual.image_mean, visual.image_std
+        return _features(
+            self._model, normalise(self._fit(images, _size(visual)), mean, std), self.dtype
+        )
+
+    def read(self, texts: list[str]) -> Tensor:
+        """Return features of unit length, shape (N, D), of N texts."""
+        with without_autocast(self.device):
+            return unit(self._model.encode_text(self._tokenizer(texts).to(self.device)))
+
+
+class ClipReward(OpenClipReward):
     """rewards = <image, text>, both features of unit length, in [-1, 1].
 
     The features of a prompt are computed once and cached.
@@ -39,33 +72,16 @@ class ClipReward(FrozenReward):
     """
 
     def __init__(self, model: str = "tiny", pretrained: str | None = None) -> None:
-        self._model, self._tokenizer = load_open_clip("clip", model, pretrained)
-        self.networks = (self._model,)
-        visual = self._model.visual
-        size = visual.image_size
-        self.image_size: int = size if isinstance(size, int) else int(size[0])
-        self._mean, self._std = visual.image_mean, visual.image_std
-        self.text_features = TextCache(self._read)
+        super().__init__(*load_open_clip("clip", model, pretrained))
 
-    def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> ClipReward:
-        """Move the model to a device, in a precision, and return self."""
-        self.text_features.clear()
-        return super().to(device, dtype)
+    @classmethod
+    def on_meta(cls, dtype: torch.dtype, model: str = "tiny", **_options: Any) -> MetaReward | None:
+        """Return the network on the meta device; see `FrozenReward`."""
+        return open_clip_on_meta(dtype, model)
 
     def image_features(self, images: Tensor) -> Tensor:
         """Return features of unit length, shape (B, D). Differentiable in images (B, 3, H, W)."""
-        inputs = normalise(resize_and_crop(images, self.image_size), self._mean, self._std)
-        with without_autocast(images.device):
-            return unit(self._model.encode_image(inputs.to(self.dtype)))
-
-    def _read(self, texts: list[str]) -> Tensor:
-        """Return features of unit length, shape (N, D)."""
-        with without_autocast(self.device):
-            return unit(self._model.encode_text(self._tokenizer(texts).to(self.device)))
-
-    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
-        """Return the cosine of each image with its prompt, shape (B,). Differentiable in images."""
-        return (self.image_features(images) * self.text_features(prompts)).sum(dim=-1)
+        return self.see(images)
 
 
 def load_open_clip(reward: str, model: str, pretrained: str | None) -> tuple[Any, Any]:
@@ -96,6 +112,53 @@ def load_open_clip(reward: str, model: str, pretrained: str | None) -> tuple[Any
         )
         tokenizer = open_clip.get_tokenizer(name)
     return built.eval().requires_grad_(False), tokenizer
+
+
+def open_clip_on_meta(
+    dtype: torch.dtype, model: str, fit: Fit = resize_and_crop
+) -> MetaReward | None:
+    """Return an open_clip model on the meta device; None where its sizes are not known.
+
+    Args:
+        dtype: Precision of the network.
+        model: As in `ClipReward`.
+        fit: As in `OpenClipReward`.
+
+    Raises:
+        AssetError: If a folder's configuration is missing or damaged.
+    """
+    config: Any = None
+    path = TINY if model == "tiny" else Path(model).expanduser()
+    if path.is_dir():
+        with loading("reward.clip.model", model):
+            text = (path / "open_clip_config.json").read_text(encoding="utf-8")
+            config = json.loads(text)["model_cfg"]
+    elif model in open_clip.list_models():  # asked for any other it would look on the hub
+        config = open_clip.get_model_config(model)
+    if config is None:
+        return None
+    # A configuration may hold what is meant for other readers, such as the name of a tokenizer.
+    known = inspect.signature(open_clip.CLIP).parameters
+    with torch.device("meta"):
+        network = open_clip.CLIP(**{key: value for key, value in config.items() if key in known})
+    size = _size(network.visual)
+
+    def see(images: Tensor) -> Tensor:
+        return _features(network, normalise(fit(images, size), CLIP_MEAN, CLIP_STD), dtype)
+
+    return MetaReward(see, network, dtype=dtype)
+
+
+def _features(model: Any, inputs: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return features of unit length of normalised images, shape (B, D)."""
+    with without_autocast(inputs.device):
+        return unit(model.encode_image(inputs.to(dtype)))
+
+
+def _size(visual: Any) -> int:
+    """Return the height and width that a network sees."""
+    size = visual.image_size
+    return size if isinstance(size, int) else int(size[0])
 
 
 def _model_name(model: str, option: str) -> str:

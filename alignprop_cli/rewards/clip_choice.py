@@ -1,4 +1,4 @@
-"""Whether a picture shows its prompt rather than another one of a set, by a CLIP."""
+"""Whether an image shows its prompt rather than another one of a set, by a CLIP."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class ClipChoice(ClipReward):
 
     The cosines with all prompts of the set (and with the own one, where it is not among them),
     times the model's learned scale, go through a softmax. Unlike the cosine it asks for no more
-    than to be told apart, and fades once the picture is: what else it is like stays free.
+    than to be told apart, and fades once the image is: what else it is like stays free.
 
     Args:
         model: As in `ClipReward`.
@@ -31,7 +31,7 @@ class ClipChoice(ClipReward):
     Raises:
         ConfigError, AssetError: As `ClipReward` and `prompts.load_prompts`.
 
-    Source: the objective of CLIP, Radford et al. 2021, arXiv:2103.00020, with a fixed set in place
+    Source: the objective of CLIP, Radford et al. 2021, arXiv:2103.00020, with a fixed set instead
         of the batch.
     """
 
@@ -51,7 +51,7 @@ class ClipChoice(ClipReward):
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the log-probabilities, shape (B,). Differentiable in images."""
-        seen = self.image_features(images)
+        seen = self.see(images)
         scale = self._model.logit_scale.detach().to(seen.dtype).exp()
         own = scale * (seen * self.text_features(prompts)).sum(dim=-1, keepdim=True)
         with without_autocast(images.device):

@@ -16,7 +16,7 @@ from alignprop_cli.rewards.clip import ClipReward
 class ClipCount(ClipReward):
     """rewards = log P(the prompt's number | image) among prompts that differ in the number alone.
 
-    The prompt is read with `one`, `two`, ... up to `most` in place of its first number word, its
+    The prompt is read with `one`, `two`, ... up to `most` instead of its first number word, its
     noun in singular or plural, and the cosines with these, times the model's learned scale, go
     through a softmax. At most 0. As it only compares numbers it pays for nothing else, and fades
     once the number is clear. Published CLIP models count poorly; the embedded one was trained to.
@@ -45,7 +45,7 @@ class ClipCount(ClipReward):
             numbers.append(number - 1)
             texts += others
         read = self.text_features(texts).unflatten(0, (len(prompts), self.most))  # (B, N, D)
-        seen = self.image_features(images)
+        seen = self.see(images)
         with without_autocast(images.device):
             cosines = torch.einsum("bd,bnd->bn", seen, read)
         scale = self._model.logit_scale.detach().to(cosines.dtype).exp()

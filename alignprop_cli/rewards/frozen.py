@@ -1,14 +1,21 @@
-"""What the rewards that hold pretrained networks share: device, precision, recomputing, texts."""
+"""What the rewards that hold pretrained networks share: device, precision, recomputation, texts.
+
+`FrozenReward` is the reward itself; `MetaReward` is the same computation without weights, by which
+the planner counts what the reward will need before anything is loaded.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Self
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from alignprop_cli.hub import loading
 
 _TEXTS_KEPT = 4096
 
@@ -16,9 +23,13 @@ _TEXTS_KEPT = 4096
 class FrozenReward:
     """Base of a reward that measures with pretrained networks, which are never trained.
 
-    `networks` may run in half precision; what comes out of them is normalised, multiplied and
+    `networks` may run in half precision. What comes out of them is normalised, multiplied and
     judged in float32 outside autocast, since half precision is coarser than the differences that
     matter (bfloat16 has steps of 0.002 at a cosine of 0.28). `heads` are always float32.
+
+    A subclass may have `on_meta(dtype, **options)`, a class method that takes the options of its
+    constructor and returns its `MetaReward`, or None where its network is not known before it is
+    loaded.
     """
 
     networks: tuple[torch.nn.Module, ...] = ()
@@ -36,13 +47,122 @@ class FrozenReward:
         return self
 
     def recompute(self) -> None:
-        """From now on compute the repeated blocks of the networks again in backward.
+        """From now on recompute the repeated blocks of the networks in backward.
 
         Memory is then that of one block and the inputs of the others; gradients are the same.
         """
         for network in self.networks:
             for block in _blocks(network):
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+class CosineReward(FrozenReward):
+    """Base of the rewards that compare an image with its prompt by features of unit length.
+
+    A subclass has `see(images)` and `read(texts)`. The features of a prompt are computed once.
+    """
+
+    def __init__(self) -> None:
+        self.text_features = TextCache(self.read)
+
+    def see(self, images: Tensor) -> Tensor:
+        """Return features of unit length, shape (B, D). Differentiable in images (B, 3, H, W)."""
+        raise NotImplementedError
+
+    def read(self, texts: list[str]) -> Tensor:
+        """Return features of unit length, shape (N, D), of N texts."""
+        raise NotImplementedError
+
+    def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Self:
+        """Move the networks to a device, in a precision, and return self."""
+        self.text_features.clear()
+        return super().to(device, dtype)
+
+    def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
+        """Return the cosine of each image with its prompt, shape (B,). Differentiable in images."""
+        return (self.see(images) * self.text_features(prompts)).sum(dim=-1)
+
+
+class MetaReward(FrozenReward):
+    """A reward on the meta device: its shapes and its work without its weights.
+
+    Args:
+        measure: From images (B, 3, H, W) on the meta device to any tensor (B, ...) that is
+            differentiable in them.
+        networks: What it runs, on the meta device.
+        dtype: Precision of the networks.
+    """
+
+    def __init__(
+        self,
+        measure: Callable[[Tensor], Tensor],
+        *networks: torch.nn.Module,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self._measure, self.networks, self.dtype = measure, networks, dtype
+        for network in networks:
+            network.eval().requires_grad_(False)
+            torch.nn.Module.to(network, dtype)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Return a tensor of shape (B,) without values. Differentiable in images."""
+        return self._measure(images).reshape(len(images), -1).sum(dim=1)
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """Return the weights and buffers, which are in memory whatever is measured."""
+        return [t for network in self.networks for t in (*network.parameters(), *network.buffers())]
+
+    @property
+    def parameters(self) -> int:
+        """Return the number of weights, those that read the prompt among them."""
+        return sum(p.numel() for network in self.networks for p in network.parameters())
+
+
+def without_network(
+    reward: Callable[[Tensor, Sequence[str]], Tensor],
+) -> Callable[[Tensor, Sequence[str]], Tensor]:
+    """Let a reward that has no weights and reads no prompt be its own `MetaReward`; a decorator."""
+
+    def on_meta(dtype: torch.dtype) -> MetaReward:
+        return MetaReward(lambda images: reward(images, [""] * len(images)))
+
+    reward.on_meta = on_meta  # type: ignore[attr-defined]
+    return reward
+
+
+def known_config(kind: Any, place: str, published: Mapping[str, Any], *, option: str) -> Any:
+    """Return the configuration of a network of transformers, without loading its weights.
+
+    Args:
+        kind: What reads the configuration of a folder: a class of transformers.
+        place: A folder or a hub id.
+        published: Configurations by hub id.
+        option: The option that names the place, for the messages.
+
+    Returns:
+        The configuration; None for a hub id that is not among the published ones.
+
+    Raises:
+        AssetError: If the folder's configuration is missing or damaged.
+    """
+    if Path(place).expanduser().is_dir():
+        with loading(option, place):
+            return kind.from_pretrained(place)
+    return published.get(place)
+
+
+def refuse_other_tensors(state: Iterable[str], expected: Iterable[str]) -> None:
+    """Refuse weights whose names are not those that a network has.
+
+    Raises:
+        ValueError: With the first name that is missing or unknown.
+    """
+    known = set(expected)
+    wrong = sorted(known ^ set(state))
+    if wrong:
+        kind = "lacks" if wrong[0] in known else "has an unknown"
+        raise ValueError(f"it {kind} {wrong[0]} ({len(wrong)} names differ)")
 
 
 def exact(dtype: torch.dtype) -> torch.dtype:
@@ -76,6 +196,7 @@ class TextCache:
             if text not in self._known:
                 self._known[text] = self._encode([text])[0]
         found = torch.stack([self._known[text] for text in texts])
+        # The oldest go first; a dictionary keeps the order in which its keys came.
         while len(self._known) > _TEXTS_KEPT:
             self._known.pop(next(iter(self._known)))
         return found

@@ -1,4 +1,4 @@
-"""The human preference score by its authors' own package: to measure beside ours, not to train on.
+"""The human preference score by its authors' own package: to compare ours with, not to train on.
 
 The wheel hpsv2 1.2.0 lacks the vocabulary of its tokenizer and pins old versions of other packages,
 which is why it is an extra and never what training uses.
@@ -20,7 +20,7 @@ from alignprop_cli.rewards.hps import ARCHITECTURE, FILES
 
 
 class OfficialHps:
-    """rewards = the score of `hpsv2.score`, without reading its checkpoint again for each picture.
+    """rewards = the score of `hpsv2.score`, without reading its checkpoint anew for each image.
 
     It sees bytes and has no gradient. On a GPU the package runs in float16.
 
@@ -76,9 +76,9 @@ class OfficialHps:
         """Return the score of each image for its prompt, shape (B,). Not differentiable."""
         scores: list[Tensor] = []
         for pixels, prompt in zip(to_uint8(images).numpy(), prompts, strict=True):
-            picture = self._prepare(Image.fromarray(pixels))[None].to(self._device)
+            image = self._prepare(Image.fromarray(pixels))[None].to(self._device)
             tokens = self._tokenizer([prompt]).to(self._device)
             with torch.autocast(self._device.type, enabled=self._device.type == "cuda"):
-                found = self._model(picture, tokens)
+                found = self._model(image, tokens)
                 scores.append((found["image_features"] * found["text_features"]).sum().float())
         return torch.stack(scores)

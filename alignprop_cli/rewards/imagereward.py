@@ -1,4 +1,4 @@
-"""ImageReward: how people would rate a picture for its prompt, by a BLIP with cross-attention.
+"""ImageReward: how people would rate an image for its prompt, by a BLIP with cross-attention.
 
 Published as one state dict of classes that no longer import; here the same network is built of
 transformers' BLIP classes and loaded strictly, with names mapped. Every size is read from the
@@ -12,7 +12,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +28,12 @@ from alignprop_cli.errors import AssetError
 from alignprop_cli.hub import loading, locate
 from alignprop_cli.images import CLIP_MEAN, CLIP_STD, normalise, resize_and_crop
 from alignprop_cli.rewards.base import without_autocast
-from alignprop_cli.rewards.frozen import FrozenReward, exact
+from alignprop_cli.rewards.frozen import (
+    FrozenReward,
+    MetaReward,
+    exact,
+    refuse_other_tensors,
+)
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 """With which the published code brings its ratings to about mean 0 and deviation 1."""
@@ -38,15 +43,15 @@ _OPTION = "reward.imagereward.weights"
 
 
 class ImageReward(FrozenReward):
-    """rewards = (MLP(text token of BLIP(picture, prompt)) - MEAN) / STD.
+    """rewards = (MLP(text token of BLIP(image, prompt)) - MEAN) / STD.
 
-    Most pictures lie between -2 and 2. A vision transformer reads the picture, a BERT reads the
-    prompt (35 tokens, the rest is cut) and looks at the picture in every layer; its first token
-    goes through five linear layers without activations.
+    Most images lie between -2 and 2. A vision transformer reads the image, a BERT reads the prompt
+    (35 tokens, the rest is cut) and looks at the image in every layer; its first token goes through
+    five linear layers without activations.
 
     Args:
         weights: A folder with ImageReward.pt and med_config.json, the .pt file itself (with
-            med_config.json beside it), or a hub id.
+            med_config.json next to it), or a hub id.
         tokenizer: A folder with the files of a BERT tokenizer, or a hub id.
 
     Raises:
@@ -59,8 +64,8 @@ class ImageReward(FrozenReward):
         self, weights: str = "THUDM/ImageReward", tokenizer: str = "bert-base-uncased"
     ) -> None:
         file = locate(weights, "ImageReward.pt", option=_OPTION)
-        beside = str(file.parent) if Path(weights).expanduser().is_file() else weights
-        config_file = locate(beside, "med_config.json", option=_OPTION)
+        place = str(file.parent) if Path(weights).expanduser().is_file() else weights
+        config_file = locate(place, "med_config.json", option=_OPTION)
         with loading(_OPTION, str(file)):
             state = torch.load(file, map_location="cpu", weights_only=True)
         with loading(_OPTION, str(config_file)):
@@ -71,7 +76,6 @@ class ImageReward(FrozenReward):
             width = self._vision.config.hidden_size
             self._text = _text(_below(state, "blip.text_encoder."), sizes, width)
             self._head = _head(_below(state, "mlp.layers."), self._text.config.hidden_size)
-        self.image_size = cast(int, self._vision.config.image_size)
         with loading("reward.imagereward.tokenizer", tokenizer):
             self._tokenizer: Any = BertTokenizer.from_pretrained(tokenizer)
         if len(self._tokenizer) > self._text.config.vocab_size:
@@ -80,6 +84,19 @@ class ImageReward(FrozenReward):
                 f"model reads {self._text.config.vocab_size}"
             )
         self.networks, self.heads = (self._vision, self._text), (self._head,)
+
+    @classmethod
+    def on_meta(cls, dtype: torch.dtype, **_options: Any) -> MetaReward:
+        """Return the published networks on the meta device; see `FrozenReward`."""
+        with torch.device("meta"):
+            vision = BlipVisionModel(_PUBLISHED_VISION)
+            text = _text_model(_PUBLISHED_TEXT, _PUBLISHED_VISION.hidden_size)
+
+        def measure(images: Tensor) -> Tensor:
+            ids = torch.zeros((len(images), _TEXT_LENGTH), dtype=torch.long, device=images.device)
+            return _first_tokens(vision, text, images, ids, None, dtype)
+
+        return MetaReward(measure, vision, text, dtype=dtype)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the rating of each image for its prompt, shape (B,). Differentiable in images."""
@@ -90,21 +107,42 @@ class ImageReward(FrozenReward):
             max_length=_TEXT_LENGTH,
             return_tensors="pt",
         ).to(images.device)
+        first = _first_tokens(
+            self._vision, self._text, images, tokens.input_ids, tokens.attention_mask, self.dtype
+        )
         with without_autocast(images.device):
-            seen = self._see(images)
-            read = self._text(
-                input_ids=tokens.input_ids,
-                attention_mask=tokens.attention_mask,
-                encoder_hidden_states=seen,
-                encoder_attention_mask=seen.new_ones(seen.shape[:-1], dtype=torch.long),
-                is_decoder=False,  # no causal mask: the model is an encoder with cross-attention
-            ).last_hidden_state  # (B, 35, D)
-            return (self._head(read[:, 0].to(exact(read.dtype))).squeeze(-1) - MEAN) / STD
+            return (self._head(first).squeeze(-1) - MEAN) / STD
 
-    def _see(self, images: Tensor) -> Tensor:
-        """Return the tokens of each picture, shape (B, 1 + patches, width)."""
-        inputs = normalise(resize_and_crop(images, self.image_size), CLIP_MEAN, CLIP_STD)
-        return self._vision(pixel_values=inputs.to(self.dtype)).last_hidden_state
+
+def _see(vision: Any, images: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the tokens of each image, shape (B, 1 + patches, width)."""
+    size = vision.config.image_size
+    inputs = normalise(resize_and_crop(images, size), CLIP_MEAN, CLIP_STD)
+    return vision(pixel_values=inputs.to(dtype)).last_hidden_state
+
+
+def _first_tokens(
+    vision: Any, text: Any, images: Tensor, ids: Tensor, mask: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """Return the first token of the text model, shape (B, D), float32 at least.
+
+    Args:
+        vision: The vision transformer.
+        text: The text model, with cross-attention.
+        images: Shape (B, 3, H, W), in [0, 1].
+        ids: Tokens of the prompts, shape (B, 35).
+        mask: Where they are, shape (B, 35); None: everywhere.
+        dtype: Precision of both networks.
+    """
+    with without_autocast(images.device):
+        seen = _see(vision, images, dtype)
+        read = text(
+            input_ids=ids,
+            attention_mask=mask,
+            encoder_hidden_states=seen,
+            is_decoder=False,  # no causal mask: the model is an encoder with cross-attention
+        ).last_hidden_state  # (B, 35, D)
+        return read[:, 0].to(exact(read.dtype))
 
 
 def _vision(state: Mapping[str, Tensor]) -> BlipVisionModel:
@@ -127,15 +165,37 @@ def _vision(state: Mapping[str, Tensor]) -> BlipVisionModel:
 
 def _text(state: Mapping[str, Tensor], sizes: Mapping[str, Any], width: int) -> BlipTextModel:
     """Build the text model of a state dict and med_config.json, for vision tokens of a width."""
-    # med_config.json says encoder_width 768, which its own code replaces by the vision model's.
-    # is_decoder gives the layers their cross-attention.
-    config = BlipTextConfig(**sizes, encoder_hidden_size=width, is_decoder=True)
-    model = BlipTextModel(config, add_pooling_layer=False)
+    model = _text_model(sizes, width)
     # A constant that older versions of transformers saved.
     _load(model, {n: t for n, t in state.items() if n != "embeddings.position_ids"})
     return model
 
 
+def _text_model(sizes: Mapping[str, Any], width: int) -> BlipTextModel:
+    """Return a text model with cross-attention to vision tokens of a width."""
+    # med_config.json says encoder_width 768, which its own code replaces by the vision model's.
+    # is_decoder gives the layers their cross-attention.
+    config = BlipTextConfig(**sizes, encoder_hidden_size=width, is_decoder=True)
+    return BlipTextModel(config, add_pooling_layer=False)
+
+
+# Sizes of the published networks: a ViT-L/16 and a BERT-base.
+_PUBLISHED_VISION = BlipVisionConfig(
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    image_size=224,
+    patch_size=16,
+)
+_PUBLISHED_TEXT = {
+    "vocab_size": 30524,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 512,
+}
 _TEXT_SIZES = (
     "vocab_size",
     "hidden_size",
@@ -199,10 +259,6 @@ def _depth(state: Mapping[str, Tensor], prefix: str) -> int:
 
 def _load(module: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load strictly, in float32, freeze, and set to evaluation."""
-    expected = set(module.state_dict())
-    wrong = sorted(expected ^ set(state))
-    if wrong:
-        kind = "lacks" if wrong[0] in expected else "has an unknown"
-        raise ValueError(f"it {kind} {wrong[0]} ({len(wrong)} names differ)")
+    refuse_other_tensors(state, module.state_dict())
     module.load_state_dict(state, strict=True)
     module.eval().requires_grad_(False)

@@ -1,11 +1,11 @@
-"""How many bytes a picture takes as a JPEG file, as a differentiable estimate, and the true figure.
+"""How many bytes an image takes as a JPEG file: a differentiable estimate, and the true size.
 
 The file is written by an entropy coder, which has no gradient. Two measures stand in for it:
 
   size        the number of bits that the coefficients of the cosine transform need (the default)
   round_trip  the error of a differentiable JPEG codec, as DRaFT has it
 
-Spearman's rank correlation with the true size (Pillow, quality 95), over 200 drawn pictures of
+Spearman's rank correlation with the true size (Pillow, quality 95), over 200 synthetic images of
 64 x 64 and 200 of 256 x 192: flat shapes with noise, colour ramps, stripes and checks, 1/f noise,
 blurred noise. (tests/rewards/test_jpeg.py repeats it on 40 of 64 x 48: 0.995 and 0.910.)
 
@@ -29,17 +29,18 @@ from torch.nn.functional import avg_pool2d, pad
 from alignprop_cli.errors import AssetError, ConfigError, did_you_mean
 from alignprop_cli.images import to_uint8
 from alignprop_cli.rewards.base import without_autocast
+from alignprop_cli.rewards.frozen import MetaReward
 
 _QUALITY = {"size": 95, "round_trip": 80}
 """Quality that each measure is published with: DDPO's and DRaFT's."""
 
 
 class Compressibility:
-    """Minus the size of a picture as a JPEG file: higher is smaller.
+    """Minus the size of an image as a JPEG file: higher is smaller.
 
-    For `size`, minus `estimated_kilobytes`: DDPO's reward with an estimate in place of the file, in
+    For `size`, minus `estimated_kilobytes`: DDPO's reward with an estimate instead of the file, in
     kB of 1000 bytes, at most about -0.63. For `round_trip`, minus the mean squared error of
-    kornia's differentiable codec, at most 0. Both are best for a flat picture, and that is what a
+    kornia's differentiable codec, at most 0. Both are best for a flat image, and that is what a
     model that only maximises them ends at.
 
     Args:
@@ -54,25 +55,34 @@ class Compressibility:
         arXiv:2309.17400 (round trip); the codec is Shin & Song's, in kornia.
     """
 
+    _name = "compressibility"
+
     def __init__(self, measure: str = "size", quality: int | None = None) -> None:
-        self._size = _measure("compressibility", measure, quality)
-        self.beside = {"jpeg_kilobytes": true_size}
+        self._size = _measure(self._name, measure, quality)
+        self.extra_metrics = {"jpeg_kilobytes": true_size}
+
+    @classmethod
+    def on_meta(
+        cls, dtype: torch.dtype, measure: str = "size", quality: int | None = None
+    ) -> MetaReward | None:
+        """Return the measure itself, which has no weights; see `FrozenReward`."""
+        if measure == "round_trip":
+            return None  # kornia looks at values, which the meta device does not have
+        return MetaReward(_measure(cls._name, measure, quality))
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return minus the size or the error, shape (B,). Differentiable in images."""
         return -self._size(images)
 
 
-class Incompressibility:
-    """The size of a picture as a JPEG file: higher is larger.
+class Incompressibility(Compressibility):
+    """The size of an image as a JPEG file: higher is larger.
 
     Minus `Compressibility`, with its arguments and errors. Best is noise at full contrast. An
-    exactly flat picture has no gradient: it is the minimum.
+    exactly flat image has no gradient: it is the minimum.
     """
 
-    def __init__(self, measure: str = "size", quality: int | None = None) -> None:
-        self._size = _measure("incompressibility", measure, quality)
-        self.beside = {"jpeg_kilobytes": true_size}
+    _name = "incompressibility"
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the size or the error, shape (B,). Differentiable in images."""
@@ -112,7 +122,7 @@ def true_size(images: Tensor) -> Tensor:
 
 
 def jpeg_kilobytes(images_uint8: Tensor, quality: int = 95) -> Tensor:
-    """Return the true size of each picture as a JPEG file.
+    """Return the true size of each image as a JPEG file.
 
     Args:
         images_uint8: Shape (B, H, W, 3), uint8, as `images.to_uint8` makes them.
@@ -123,13 +133,13 @@ def jpeg_kilobytes(images_uint8: Tensor, quality: int = 95) -> Tensor:
 
     Source: kvablack/ddpo-pytorch, rewards.py.
     """
-    pictures = [Image.fromarray(array) for array in images_uint8.cpu().numpy()]
-    sizes = [len(_jpeg(picture, quality)) for picture in pictures]
+    images = [Image.fromarray(array) for array in images_uint8.cpu().numpy()]
+    sizes = [len(_jpeg(image, quality)) for image in images]
     return torch.tensor(sizes, dtype=torch.float32) / 1000.0
 
 
 def estimated_kilobytes(images: Tensor, quality: int = 95) -> Tensor:
-    """Estimate the size of each picture as a JPEG file with chroma at half resolution.
+    """Estimate the size of each image as a JPEG file with chroma at half resolution.
 
     bytes = header + (32 M + 2 sum_c log2(1 + 2 |c|)) / 8
 
@@ -139,9 +149,9 @@ def estimated_kilobytes(images: Tensor, quality: int = 95) -> Tensor:
     the table), not rounded. Of its 2 log2(1 + 2 |c|) bits one half is the magnitude, which JPEG
     writes as it is (log2 |c|), the other the code that announces it. |c| is smoothed to
     sqrt(c^2 + e^2) - e with e = 0.1 of a step, so that the gradient is continuous at 0, where
-    most coefficients of a smooth picture lie.
+    most coefficients of a smooth image lie.
 
-    On the pictures above the estimate is off by 2.4 % (64 x 64) and 3.8 % (256 x 192) in the
+    On the images above the estimate is off by 2.4 % (64 x 64) and 3.8 % (256 x 192) in the
     median, at worst by 36 %. Only the 2 and e were chosen by looking at them.
 
     Args:

@@ -12,8 +12,7 @@ from torch import Tensor
 from alignprop_cli.config.schema import LossConfig, RewardConfig
 from alignprop_cli.errors import AssetError, ConfigError, RunError
 from alignprop_cli.losses import reward_loss
-from alignprop_cli.rewards import registry
-from alignprop_cli.rewards import user as own
+from alignprop_cli.rewards import registry, user
 from alignprop_cli.rewards.base import Reward, check_inputs, check_rewards, depends_on
 from alignprop_cli.rewards.frozen import FrozenReward
 
@@ -27,7 +26,7 @@ class Member:
         reward: Measures images.
         weight: Factor on its loss.
         loss: How it becomes a loss.
-        base: Mean and deviation over pictures of the base model; with them the loss is that of
+        base: Mean and deviation over images of the base model; with them the loss is that of
             (reward - mean) / deviation, the target moved likewise.
     """
 
@@ -57,50 +56,51 @@ class Mixture:
 
     Attributes:
         names: Of the members.
-        beside: Figures that members report beside their rewards: functions of images by name.
+        extra_metrics: What members report besides their rewards, never trained on: functions of
+            images (B, 3, H, W) that return (B,), by name.
 
     Raises:
-        ConfigError: If what a member reports beside is no such mapping, or has the name of another
-            figure.
+        ConfigError: If a member's extra metrics are no such mapping, or one has the name of
+            another metric.
     """
 
     def __init__(self, members: Sequence[Member]) -> None:
         self.members = tuple(members)
         self.names = tuple(member.name for member in members)
-        self.beside: dict[str, Callable[[Tensor], Tensor]] = {}
+        self.extra_metrics: dict[str, Callable[[Tensor], Tensor]] = {}
         for member in members:
-            for name, measure in _beside(member).items():
-                if name in self.figures:
+            for name, measure in _extra_metrics(member).items():
+                if name in self.metrics:
                     raise ConfigError(
-                        f"reward '{member.name}': '{name}', which it reports beside, is another "
-                        "figure's name too",
+                        f"reward '{member.name}': its extra metric '{name}' has the name of "
+                        "another metric",
                         hint="give one of them another name",
                     )
-                self.beside[name] = measure
+                self.extra_metrics[name] = measure
 
     @property
-    def figures(self) -> tuple[str, ...]:
-        """Return the names of everything that `score` measures."""
-        return (*self.names, *self.beside)
+    def metrics(self) -> tuple[str, ...]:
+        """Return the names of everything that `score` measures: rewards, then extra metrics."""
+        return (*self.names, *self.extra_metrics)
 
     @property
     def features(self) -> Callable[[Tensor], Tensor] | None:
-        """Return what gives features of images (B, D), of the first member that can, if any."""
+        """Return the first function of a member from images to features (B, D), if any."""
         rewards = [m.reward for m in self.members if isinstance(m.reward, FrozenReward)]
         found = (getattr(reward, "image_features", None) for reward in rewards)
         return next(filter(None, found), None)
 
     def score(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
-        """Measure images with every member, and what they report beside.
+        """Measure images with every member and every extra metric.
 
         Args:
             images: Shape (B, 3, H, W), in [0, 1].
             prompts: B texts.
 
         Returns:
-            For each of `figures` a tensor of shape (B,), float32 (or float64 where the member
-            answers so), on the images' device. Those of members are differentiable in images as
-            far as the member is; those beside are not.
+            For each of `metrics` a tensor of shape (B,), float32 (or float64 where the member
+            answers so), on the images' device. Rewards are differentiable in images as far as the
+            member is; extra metrics are not.
 
         Raises:
             ConfigError: If a member answers with a wrong shape or changes the images.
@@ -111,8 +111,8 @@ class Mixture:
         for member in self.members:
             answer = check_rewards(member.name, _ask(member, images, prompts), prompts)
             scores[member.name] = answer.to(images.device)
-        for name, measure in self.beside.items():
-            with own.faults(RunError, f"'{name}' beside a reward failed"):
+        for name, measure in self.extra_metrics.items():
+            with user.faults(RunError, f"extra metric '{name}' failed"):
                 answer = measure(images.detach())
             scores[name] = check_rewards(name, answer, prompts).to(images.device)
         return scores
@@ -135,23 +135,55 @@ class Mixture:
         """Return the loss of each image, shape (B,). Differentiable in the scores."""
         return torch.stack([m.loss_of(scores[m.name]) for m in self.members]).sum(dim=0)
 
+    def differentiate(
+        self, images: Tensor, prompts: Sequence[str], to_loss: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Score images and go back to them, and no further.
+
+        Args:
+            images: Shape (B, 3, H, W), in [0, 1]; their own graph is not touched.
+            prompts: B texts.
+            to_loss: From the losses of the images, shape (B,), to the number whose gradient is
+                wanted.
+
+        Returns:
+            The gradient in images (B, 3, H, W), the losses (B,) and what `score` returns, detached.
+
+        Raises:
+            ConfigError, RunError: As `score` and `check_gradients`.
+        """
+        leaf = images.detach().requires_grad_()
+        # A copy: a reward that changes its images in place is found out, and harms nothing.
+        scored = leaf.clone()
+        scores = self.score(scored, prompts)
+        self.check_gradients(scores, scored)
+        losses = self.losses(scores)
+        with self.blamed():
+            to_loss(losses).backward()
+        assert leaf.grad is not None
+        return leaf.grad, losses.detach(), {name: v.detach() for name, v in scores.items()}
+
     def blamed(self) -> AbstractContextManager[None]:
-        """Return a block, for backward, in which any fault is one of the user's own rewards'."""
+        """Return a block in which a fault is told as that of the user's own rewards.
+
+        For the backward pass from the losses to what the images were decoded from, and for nothing
+        more: a fault in the backward pass of the network is not the reward's.
+        """
         names = [f"'{name}'" for name in self.names if name not in registry.SHIPPED]
         if not names:
             return nullcontext()
-        return own.faults(RunError, f"the gradient of {', '.join(names)} failed")
+        return user.faults(RunError, f"the gradient of {', '.join(names)} failed")
 
     def standardise(self, name: str, mean: float, std: float) -> None:
         """Let a member's loss be that of (reward - mean) / std from now on.
 
         Raises:
-            RunError: If std is 0: all pictures of the base model are worth the same.
+            RunError: If std is 0: all images of the base model have the same reward.
         """
         if not std > 0.0:
             raise RunError(
-                f"reward.{name}.standardise: the base model's pictures all have the reward {mean}",
-                hint="draw more with eval.images, or set base_mean and base_std",
+                f"reward.{name}.standardise: the base model's images all have the reward {mean}",
+                hint="sample more with eval.images, or set base_mean and base_std",
             )
         self.members = tuple(
             replace(member, base=(mean, std)) if member.name == name else member
@@ -159,35 +191,36 @@ class Mixture:
         )
 
     def recompute(self) -> None:
-        """Compute the blocks of the members' networks again in backward, to save memory."""
+        """From now on recompute the blocks of the members' networks in backward, to save memory."""
         for member in self.members:
             if isinstance(member.reward, FrozenReward):
                 member.reward.recompute()
 
 
-def _beside(member: Member) -> Mapping[str, Callable[[Tensor], Tensor]]:
-    """Return what a member reports beside its reward: functions of images by name."""
-    beside: object = getattr(member.reward, "beside", {})
-    if isinstance(beside, Mapping) and all(
-        isinstance(name, str) and callable(measure) for name, measure in beside.items()
+def _extra_metrics(member: Member) -> Mapping[str, Callable[[Tensor], Tensor]]:
+    """Return the extra metrics of a member: functions of images by name."""
+    found: object = getattr(member.reward, "extra_metrics", {})
+    if isinstance(found, Mapping) and all(
+        isinstance(name, str) and callable(measure) for name, measure in found.items()
     ):
-        return beside
+        return found
     raise ConfigError(
-        f"reward '{member.name}': beside must map names to functions of images, got {beside!r}"
+        f"reward '{member.name}': extra_metrics must map names to functions of images, "
+        f"got {found!r}"
     )
 
 
 def _ask(member: Member, images: Tensor, prompts: Sequence[str]) -> object:
-    """Return what a reward answers; a fault in one of the user's own is told as such."""
+    """Return the answer of a reward; a fault in a user's own is told as the user's."""
     if member.name in registry.SHIPPED:
         return member.reward(images, prompts)
     version = images._version
-    with own.faults(RunError, f"reward '{member.name}' failed"):
+    with user.faults(RunError, f"reward '{member.name}' failed"):
         answer = member.reward(images, prompts)
     if images._version != version:
         raise ConfigError(
             f"reward '{member.name}' changes the images it is given, which others use too",
-            hint="write x = x - 1 in place of x -= 1, or begin with images = images.clone()",
+            hint="write x = x - 1 instead of x -= 1, or begin with images = images.clone()",
         )
     return answer
 
@@ -211,7 +244,7 @@ def build_mixture(
         elif dtype != torch.float32:
             raise ConfigError(f"reward.{name}.dtype: it holds no network that could be {dtype}")
         elif callable(move := getattr(reward, "to", None)):
-            with own.faults(AssetError, f"reward '{name}': cannot be moved to {device}"):
+            with user.faults(AssetError, f"reward '{name}': cannot be moved to {device}"):
                 move(device)
         base = (
             None

@@ -1,4 +1,4 @@
-"""PickScore: which picture people pick for a prompt, a CLIP trained on their choices."""
+"""PickScore: which image people pick for a prompt, a CLIP trained on their choices."""
 
 from __future__ import annotations
 
@@ -7,18 +7,40 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import CLIPModel, CLIPTokenizer
+from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
 from alignprop_cli.hub import from_pretrained, loading
 from alignprop_cli.images import CLIP_MEAN, CLIP_STD, normalise, resize_and_crop
 from alignprop_cli.rewards.base import without_autocast
-from alignprop_cli.rewards.frozen import FrozenReward, TextCache, unit
+from alignprop_cli.rewards.frozen import CosineReward, MetaReward, known_config, unit
+
+_MODEL = "yuvalkirstain/PickScore_v1"
+_PUBLISHED = {
+    _MODEL: CLIPConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=1280,
+            intermediate_size=5120,
+            num_hidden_layers=32,
+            num_attention_heads=16,
+            patch_size=14,
+            hidden_act="gelu",
+        ).to_dict(),
+        text_config=CLIPTextConfig(
+            hidden_size=1024,
+            intermediate_size=4096,
+            num_hidden_layers=24,
+            num_attention_heads=16,
+            hidden_act="gelu",
+        ).to_dict(),
+        projection_dim=1024,
+    )
+}
 
 
-class PickScore(FrozenReward):
+class PickScore(CosineReward):
     """rewards = s <image, text>, both of unit length, s the model's scale (about 100): 18 to 24.
 
-    A difference of d between two pictures of one prompt stands for odds of e^d that people pick the
+    A difference of d between two images of one prompt stands for odds of e^d that people pick the
     better one.
 
     Args:
@@ -33,29 +55,36 @@ class PickScore(FrozenReward):
 
     def __init__(
         self,
-        model: str = "yuvalkirstain/PickScore_v1",
+        model: str = _MODEL,
         tokenizer: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
     ) -> None:
+        super().__init__()
         self._model: Any = from_pretrained(CLIPModel, model, option="reward.pickscore.model")
         with loading("reward.pickscore.tokenizer", tokenizer):
             self._tokenizer: Any = CLIPTokenizer.from_pretrained(tokenizer)
         self.networks = (self._model,)
-        self.image_size: int = self._model.config.vision_config.image_size
-        self._length: int = self._model.config.text_config.max_position_embeddings
-        self.text_features = TextCache(self._read)
 
-    def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> PickScore:
-        """Move the model to a device, in a precision, and return self."""
-        self.text_features.clear()
-        return super().to(device, dtype)
+    @classmethod
+    def on_meta(cls, dtype: torch.dtype, model: str = _MODEL, **_options: Any) -> MetaReward | None:
+        """Return the network on the meta device; see `FrozenReward`."""
+        config = known_config(CLIPConfig, model, _PUBLISHED, option="reward.pickscore.model")
+        if config is None:
+            return None
+        with torch.device("meta"):
+            network = CLIPModel(config)
+        return MetaReward(lambda images: _features(network, images, dtype), network, dtype=dtype)
 
-    def _read(self, texts: list[str]) -> Tensor:
-        """Return features of unit length, shape (N, D)."""
+    def see(self, images: Tensor) -> Tensor:
+        """Return features of unit length, shape (B, D). Differentiable in images (B, 3, H, W)."""
+        return _features(self._model, images, self.dtype)
+
+    def read(self, texts: list[str]) -> Tensor:
+        """Return features of unit length, shape (N, D), of N texts."""
         tokens = self._tokenizer(
             texts,
             padding="max_length",
             truncation=True,
-            max_length=self._length,
+            max_length=self._model.config.text_config.max_position_embeddings,
             return_tensors="pt",
         ).to(self.device)
         with without_autocast(self.device):
@@ -66,9 +95,14 @@ class PickScore(FrozenReward):
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the score of each image for its prompt, shape (B,). Differentiable in images."""
-        inputs = normalise(resize_and_crop(images, self.image_size), CLIP_MEAN, CLIP_STD)
-        with without_autocast(images.device):
-            seen = self._model.vision_model(pixel_values=inputs.to(self.dtype))
-            features = unit(self._model.visual_projection(seen.pooler_output))
-        scale = self._model.logit_scale.to(features.dtype).exp()
-        return scale * (features * self.text_features(prompts)).sum(dim=-1)
+        cosines = super().__call__(images, prompts)
+        return self._model.logit_scale.to(cosines.dtype).exp() * cosines
+
+
+def _features(model: Any, images: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return features of unit length, shape (B, D). Differentiable in images (B, 3, H, W)."""
+    size = model.config.vision_config.image_size
+    inputs = normalise(resize_and_crop(images, size), CLIP_MEAN, CLIP_STD)
+    with without_autocast(images.device):
+        seen = model.vision_model(pixel_values=inputs.to(dtype))
+        return unit(model.visual_projection(seen.pooler_output))

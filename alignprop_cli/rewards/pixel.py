@@ -1,7 +1,7 @@
 """Rewards that need no weights: for first experiments and for tests.
 
-All are smooth, cheap, and fooled at once (that is the lesson): a model that maximises brightness
-ends at white pictures.
+All are smooth, cheap, and easily fooled (that is the lesson): a model that maximises brightness
+ends at white images.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from alignprop_cli.rewards.base import without_autocast
+from alignprop_cli.rewards.frozen import without_network
 
 # Rec. 601 luma, the weights of JPEG's Y channel.
 _LUMA = (0.299, 0.587, 0.114)
@@ -24,24 +25,28 @@ def _luma(images: Tensor) -> Tensor:
         return torch.einsum("bchw,c->bhw", images, weights)
 
 
+@without_network
 def brightness(images: Tensor, prompts: Sequence[str]) -> Tensor:
     """Return the mean luma, in [0, 1]. Differentiable in images."""
     return _luma(images).mean(dim=(1, 2))
 
 
+@without_network
 def redness(images: Tensor, prompts: Sequence[str]) -> Tensor:
     """Return mean red minus mean of green and blue, in [-1, 1]. Differentiable in images."""
     red, green, blue = images.unbind(dim=1)
     return (red - (green + blue) / 2.0).mean(dim=(1, 2))
 
 
+@without_network
 def contrast(images: Tensor, prompts: Sequence[str]) -> Tensor:
     """Return the standard deviation of luma, in [0, 0.5]. Differentiable in images."""
     variance = _luma(images).flatten(1).var(dim=1, correction=0)
-    # The root has no gradient at a flat picture; the offset keeps it finite there.
+    # The root has no gradient at a flat image; the offset keeps it finite there.
     return torch.sqrt(variance + 1e-12)
 
 
+@without_network
 def colourfulness(images: Tensor, prompts: Sequence[str]) -> Tensor:
     """Return how strongly colours are spread, about 0 (grey) to 1 (vivid).
 
@@ -57,9 +62,10 @@ def colourfulness(images: Tensor, prompts: Sequence[str]) -> Tensor:
     return spread + 0.3 * shift
 
 
+@without_network
 def symmetry(images: Tensor, prompts: Sequence[str]) -> Tensor:
     """Return minus the mean absolute difference to the mirror image, in [-1, 0].
 
-    0 is a picture that equals its left-right mirror image. Differentiable in images.
+    0 is an image that equals its left-right mirror image. Differentiable in images.
     """
     return -(images - images.flip(-1)).abs().mean(dim=(1, 2, 3))

@@ -6,128 +6,107 @@ A name is one of
   path/to/file.py:attribute        the same from a file
   any name in the entry point group `alignprop.rewards` of an installed package.
 
-The options of the shipped rewards are listed here so that they can be checked without loading
-anything; a test keeps the list equal to the signatures.
+A reward is added by one file in this folder and one line of `SHIPPED`. Its options are the
+arguments of its constructor, which are read from the source: names and options are checked before
+torch or a model library is loaded.
 """
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from alignprop_cli.config.schema import RewardConfig
 from alignprop_cli.errors import AssetError, ConfigError, did_you_mean
-from alignprop_cli.rewards import user as own
-from alignprop_cli.rewards.base import Reward
+
+if TYPE_CHECKING:
+    import torch
+
+    from alignprop_cli.rewards.base import Reward
+    from alignprop_cli.rewards.frozen import MetaReward
 
 GROUP = "alignprop.rewards"
 
+# What an option may be, by how its constructor is annotated.
+_KINDS: Mapping[str, type] = {
+    **{kind.__name__: kind for kind in (str, int, float, bool)},
+    "Sequence[str]": list,
+}
+
 
 @dataclass(frozen=True)
-class Spec:
-    """Where a shipped reward lives, what it measures, and the options it takes.
+class Shipped:
+    """Where a shipped reward is, and what must be known of it before it is loaded.
 
     Args:
-        target: module:attribute.
-        summary: One line for people.
-        options: Name and type of each.
+        target: module:attribute, in this folder.
         reads_prompt: Whether the prompt matters.
-        instead: Option that takes the prompt's place where it is given.
+        instead: Option that replaces the prompt where it is given.
         trainable: Whether it has a gradient.
     """
 
     target: str
-    summary: str
-    options: Mapping[str, type] = field(default_factory=dict[str, type])
     reads_prompt: bool = True
     instead: str | None = None
     trainable: bool = True
 
+    @property
+    def options(self) -> Mapping[str, type]:
+        """Return the name and type of each option."""
+        return _options(self.target)
 
-def _pixel(name: str, summary: str) -> Spec:
-    return Spec(f"alignprop_cli.rewards.pixel:{name}", summary, reads_prompt=False)
 
-
-SHIPPED: Mapping[str, Spec] = {
-    "clip": Spec(
-        "alignprop_cli.rewards.clip:ClipReward",
-        "agreement of picture and prompt, cosine of an open_clip model",
-        {"model": str, "pretrained": str},
-    ),
-    "clip_count": Spec(
-        "alignprop_cli.rewards.clip_count:ClipCount",
-        "log-probability of the prompt's number of things, by an open_clip model, at most 0",
-        {"model": str, "pretrained": str, "most": int},
-    ),
-    "clip_choice": Spec(
-        "alignprop_cli.rewards.clip_choice:ClipChoice",
-        "log-probability of the prompt among those of a set, by an open_clip model, at most 0",
-        {"model": str, "pretrained": str, "prompts": str, "alike": list, "log": bool},
-    ),
-    "aesthetic": Spec(
-        "alignprop_cli.rewards.aesthetic:AestheticReward",
-        "how people rate a picture without its prompt, about 1 to 10",
-        {"head": str, "model": str},
-        reads_prompt=False,
-    ),
-    "hps": Spec(
-        "alignprop_cli.rewards.hps:HpsReward",
-        "human preference score v2.1 or v2.0, a cosine, about 0.2 to 0.35",
-        {"version": str, "weights": str},
-    ),
-    "hps-official": Spec(
-        "alignprop_cli.rewards.hps_official:OfficialHps",
-        "the same by the hpsv2 package itself; measures, cannot be trained on",
-        {"version": str, "weights": str},
-        trainable=False,
-    ),
-    "pickscore": Spec(
-        "alignprop_cli.rewards.pickscore:PickScore",
-        "which picture people pick for a prompt, about 18 to 24",
-        {"model": str, "tokenizer": str},
-    ),
-    "imagereward": Spec(
-        "alignprop_cli.rewards.imagereward:ImageReward",
-        "how people rate picture and prompt, about -2 to 2",
-        {"weights": str, "tokenizer": str},
-    ),
-    "compressibility": Spec(
-        "alignprop_cli.rewards.jpeg:Compressibility",
-        "minus the size as a JPEG file, estimated, in kB",
-        {"measure": str, "quality": int},
-        reads_prompt=False,
-    ),
-    "incompressibility": Spec(
-        "alignprop_cli.rewards.jpeg:Incompressibility",
-        "the size as a JPEG file, estimated, in kB",
-        {"measure": str, "quality": int},
-        reads_prompt=False,
-    ),
-    "count": Spec(
-        "alignprop_cli.rewards.detect:Count",
-        "log-probability of exactly N objects, at most 0",
-        {"object": str, "number": int, "model": str},
-        instead="number",
-    ),
-    "remove": Spec(
-        "alignprop_cli.rewards.detect:Remove",
-        "log-probability of no such object, at most 0",
-        {"object": str, "model": str},
-        reads_prompt=False,
-    ),
-    "brightness": _pixel("brightness", "mean luma, 0 to 1"),
-    "redness": _pixel("redness", "red above green and blue, -1 to 1"),
-    "contrast": _pixel("contrast", "deviation of luma, 0 to 0.5"),
-    "colourfulness": _pixel("colourfulness", "spread of colours, 0 to 1"),
-    "symmetry": _pixel("symmetry", "likeness to the mirror image, -1 to 0"),
+SHIPPED: Mapping[str, Shipped] = {
+    "clip": Shipped("clip:ClipReward"),
+    "clip_count": Shipped("clip_count:ClipCount"),
+    "clip_choice": Shipped("clip_choice:ClipChoice"),
+    "aesthetic": Shipped("aesthetic:AestheticReward", reads_prompt=False),
+    "hps": Shipped("hps:HpsReward"),
+    "hps-official": Shipped("hps_official:OfficialHps", trainable=False),
+    "pickscore": Shipped("pickscore:PickScore"),
+    "imagereward": Shipped("imagereward:ImageReward"),
+    "compressibility": Shipped("jpeg:Compressibility", reads_prompt=False),
+    "incompressibility": Shipped("jpeg:Incompressibility", reads_prompt=False),
+    "count": Shipped("detect:Count", instead="number"),
+    "remove": Shipped("detect:Remove", reads_prompt=False),
+    "brightness": Shipped("pixel:brightness", reads_prompt=False),
+    "redness": Shipped("pixel:redness", reads_prompt=False),
+    "contrast": Shipped("pixel:contrast", reads_prompt=False),
+    "colourfulness": Shipped("pixel:colourfulness", reads_prompt=False),
+    "symmetry": Shipped("pixel:symmetry", reads_prompt=False),
 }
+
+
+@cache
+def _options(target: str) -> Mapping[str, type]:
+    """Return the arguments of a shipped reward's constructor, read from its source."""
+    module, _, name = target.partition(":")
+    source = Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8")
+    classes = {n.name: n for n in ast.parse(source).body if isinstance(n, ast.ClassDef)}
+    while name in classes:
+        found = classes[name]
+        for node in found.body:
+            if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+                arguments = node.args.args[1:]
+                return {a.arg: _kind(a.annotation) for a in arguments}
+        # Inherited: from a class of the same file.
+        name = ast.unparse(found.bases[0])
+    return {}  # a function takes none
+
+
+def _kind(annotation: ast.expr | None) -> type:
+    """Return the type that an annotation such as `str | None` allows besides None."""
+    text = "" if annotation is None else ast.unparse(annotation)
+    return _KINDS[text.removesuffix(" | None")]
 
 
 def names() -> list[str]:
@@ -142,16 +121,16 @@ def check(name: str, options: Mapping[str, Any]) -> None:
         ConfigError: With the nearest known name or option.
     """
     if name in SHIPPED:
-        spec = SHIPPED[name]
+        known = SHIPPED[name].options
         for option, value in options.items():
-            if option not in spec.options:
-                known = (*RewardConfig.model_fields, *spec.options)
+            if option not in known:
+                names_known = (*RewardConfig.model_fields, *known)
                 raise ConfigError(
-                    f"reward.{name}: unknown option '{option}'.{did_you_mean(option, known)}"
+                    f"reward.{name}: unknown option '{option}'.{did_you_mean(option, names_known)}"
                 )
             # Not isinstance: True would be an int.
-            if value is not None and type(value) is not spec.options[option]:
-                kind = spec.options[option].__name__
+            if value is not None and type(value) is not known[option]:
+                kind = known[option].__name__
                 raise ConfigError(f"reward.{name}.{option}: expected a {kind}, got {value!r}")
     elif ":" not in name and name not in names():
         raise ConfigError(
@@ -167,6 +146,8 @@ def build(name: str, options: Mapping[str, Any]) -> Reward:
         ConfigError: If the name or an option is unknown, or the attribute is no reward.
         AssetError: If its module, file or weights are missing.
     """
+    from alignprop_cli.rewards import user  # loads torch
+
     check(name, options)
     target = _import(name)
     if not callable(target):
@@ -176,27 +157,75 @@ def build(name: str, options: Mapping[str, Any]) -> Reward:
             raise ConfigError(
                 f"reward '{name}' is a function and takes no options, got {dict(options)}"
             )
-        return cast(Reward, target)
+        return cast("Reward", target)
     try:
         inspect.signature(target).bind(**options)
     except TypeError as error:
         raise ConfigError(f"reward '{name}': {error}") from error
-    make = cast(Callable[..., Reward], target)
+    make = cast("Callable[..., Reward]", target)
     if name in SHIPPED:
         return make(**options)
-    with own.faults(AssetError, f"reward '{name}': cannot be built"):
+    with user.faults(AssetError, f"reward '{name}': cannot be built"):
         return make(**options)
+
+
+def on_meta(name: str, options: Mapping[str, Any], dtype: torch.dtype) -> MetaReward | None:
+    """Return a reward on the meta device, where its memory can be counted without its weights.
+
+    Args:
+        name: Of the reward.
+        options: As in the configuration.
+        dtype: Precision of its networks.
+
+    Returns:
+        A new one in every call, whose networks may be changed. None where nothing is known before
+        the reward is loaded: a user's own without `on_meta`, or sizes that are not known.
+
+    Raises:
+        ConfigError: If the name or an option is unknown, or `on_meta` returns something else.
+        AssetError: If its module or file, or a folder's configuration, is missing or damaged.
+    """
+    from alignprop_cli.rewards import user
+    from alignprop_cli.rewards.frozen import MetaReward
+
+    check(name, options)
+    make: Callable[..., object] | None = getattr(_import(name), "on_meta", None)
+    if make is None:
+        return None
+    if name in SHIPPED:
+        found = make(dtype, **options)
+    else:
+        with user.faults(AssetError, f"reward '{name}': on_meta failed"):
+            found = make(dtype, **options)
+    if found is None or isinstance(found, MetaReward):
+        return found
+    raise ConfigError(
+        f"reward '{name}': on_meta must return a MetaReward or None, got {type(found).__name__}"
+    )
+
+
+def parameters(name: str, options: Mapping[str, Any]) -> int:
+    """Return the number of weights of a reward; 0 where it has none or they are not known.
+
+    Raises:
+        ConfigError, AssetError: As `on_meta`.
+    """
+    import torch
+
+    found = on_meta(name, options, torch.float32)
+    return 0 if found is None else found.parameters
 
 
 def _import(name: str) -> Any:
     """Return the object that a name stands for."""
+    from alignprop_cli.rewards import user
+
     if name in SHIPPED:
-        name = SHIPPED[name].target
+        name = f"alignprop_cli.rewards.{SHIPPED[name].target}"
     elif ":" not in name:
-        point = next(p for p in entry_points(group=GROUP) if p.name == name)
-        name = point.value
+        name = next(point for point in entry_points(group=GROUP) if point.name == name).value
     place, _, attribute = name.rpartition(":")
-    with own.faults(AssetError, f"reward '{name}': cannot import {place}"):
+    with user.faults(AssetError, f"reward '{name}': cannot import {place}"):
         try:
             module = (
                 _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
@@ -214,10 +243,16 @@ def _import(name: str) -> Any:
 
 
 def _from_file(path: Path) -> Any:
-    """Run a Python file as a module of its own."""
+    """Return a Python file as a module of its own."""
     if not path.is_file():
         raise AssetError(f"reward: no such file: {path}")
-    name = f"alignprop_user_reward_{abs(hash(path.resolve()))}"
+    return _run(path.resolve(), path.stat().st_mtime_ns)
+
+
+@cache
+def _run(path: Path, _changed: int) -> Any:
+    """Run a Python file, once for as long as it does not change: it is asked for several times."""
+    name = f"alignprop_user_reward_{abs(hash(path))}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise AssetError(f"reward: cannot import {path}")

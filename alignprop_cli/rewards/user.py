@@ -1,4 +1,4 @@
-"""What a user's own reward does wrong, told as the user's."""
+"""Faults of a user's own reward, told as the user's."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from alignprop_cli.errors import AlignPropError
 
 @contextmanager
 def faults(kind: type[AlignPropError], what: str) -> Iterator[None]:
-    """Turn whatever the code within raises into an error of ours.
+    """Turn whatever the user's code inside the block raises into one of our errors.
 
-    It may raise anything at all, or end the process, and none of it is a fault of this program.
-    What already is one of our errors, and memory that ran out, pass unchanged.
+    Such code may raise anything, or end the process, and none of it is a bug of this program. Our
+    own errors and memory that has run out pass unchanged.
 
     Args:
-        kind: Of the error raised instead.
-        what: The beginning of its message; the type and text of the fault follow.
+        kind: Of the error that is raised instead.
+        what: Beginning of its message; the type and text of the fault follow.
     """
     try:
         yield

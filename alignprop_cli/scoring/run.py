@@ -123,7 +123,7 @@ def run(
         )
     device = make_accelerator().device
     mixture = build_mixture(config.reward, config.loss, device)
-    tally = _Tally(mixture.figures, wanted, console.as_json and wanted.target is None)
+    tally = _Tally(mixture.metrics, wanted, console.as_json and wanted.target is None)
     asked = {
         "rewards": {n: r.model_dump(mode="json") for n, r in config.reward.items()},
         "prompt": finder.prompt,
@@ -136,7 +136,7 @@ def run(
     left = sum(map(len, divided))
     if wanted.resume:
         console.note(f"{len(found) - left} of {len(found)} pictures are measured already")
-    with _open(wanted, mixture.figures, asked, kept) as write:
+    with _open(wanted, mixture.metrics, asked, kept) as write:
         with console.bar(left, "scoring") as bar:
             for result in scorer.score(
                 divided,
@@ -145,7 +145,7 @@ def run(
                 asking=[n for n, r in config.reward.items() if scorer.needs_prompt(n, r.options)],
                 device=device,
                 workers=_workers(wanted.workers, left),
-                known={_key(row): {n: row[n] for n in mixture.figures} for row in kept},
+                known={_key(row): {n: row[n] for n in mixture.metrics} for row in kept},
             ):
                 bar.advance()
                 if isinstance(result, Skipped):
@@ -171,7 +171,7 @@ def _kept(
     """Return the rows of an earlier run that stay."""
     if not wanted.resume or wanted.target is None:
         return []
-    names = mixture.figures
+    names = mixture.metrics
     resumed = rows.resume(wanted.target, wanted.chosen, names, asked)
     if resumed.whole or not resumed.rows:
         return resumed.rows

@@ -1,4 +1,4 @@
-"""Read a picture of the embedded model's language back, without any network.
+"""Read an image of the embedded model's language back, without any network.
 
 Background: the median colour of what is not an object. Objects: what differs from the border's
 colour, in connected pieces. Colour: the nearest of the language's. Shape: the template that
@@ -36,7 +36,7 @@ _WINDOW_PX = 33
 
 @dataclass(frozen=True)
 class Check:
-    """Which parts of a prompt a picture has right."""
+    """Which parts of a prompt an image has right."""
 
     background: bool
     colour: bool
@@ -51,7 +51,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Seen:
-    """What is in a picture; colour and shape are empty where there is no object."""
+    """What is in an image; colour and shape are empty where there is no object."""
 
     background: str
     colour: str
@@ -60,7 +60,7 @@ class Seen:
 
 
 def check(images: Pixels, prompts: Sequence[str]) -> list[Check]:
-    """Compare pictures with their prompts.
+    """Compare images with their prompts.
 
     Args:
         images: Shape (B, 48, 48, 3), uint8.
@@ -99,7 +99,7 @@ def check_parts(images: Pixels, prompts: Sequence[str]) -> dict[str, NDArray[np.
 
 
 def look(image: Pixels) -> Seen:
-    """Read one picture, shape (48, 48, 3), uint8."""
+    """Read one image, shape (48, 48, 3), uint8."""
     pixels = ndimage.gaussian_filter(image.astype(np.float64), (0.5, 0.5, 0.0))
     border = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3)])
     border = np.concatenate([border, pixels[:, :2].reshape(-1, 3), pixels[:, -2:].reshape(-1, 3)])

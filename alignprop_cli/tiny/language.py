@@ -1,4 +1,4 @@
-"""The picture language of the embedded model: prompts, and drawings of them.
+"""The language of the embedded model: prompts, and drawings of them.
 
 A prompt is "<count> <size> <colour> <shape> on a <background> background", for instance
 "two small red circles on a dark blue background". Where the objects are is free.
@@ -105,7 +105,7 @@ def parse(prompt: str) -> Scene:
     """
     scene = _BY_PROMPT.get(" ".join(prompt.lower().split()))
     if scene is None:
-        raise ValueError(f"not a prompt of the embedded model's picture language: {prompt!r}")
+        raise ValueError(f"not a prompt of the embedded model's language: {prompt!r}")
     return scene
 
 
@@ -115,7 +115,7 @@ def is_language(prompt: str) -> bool:
 
 
 def draw(prompt: str | Scene, rng: np.random.Generator) -> Pixels:
-    """Draw a picture of a prompt.
+    """Draw an image of a prompt.
 
     Args:
         prompt: A prompt of the language, or its scene.
@@ -140,10 +140,10 @@ def draw(prompt: str | Scene, rng: np.random.Generator) -> Pixels:
 
 
 def draw_many(prompts: Sequence[str], count: int, seed: int) -> tuple[Pixels, NDArray[np.int64]]:
-    """Draw pictures of randomly chosen prompts.
+    """Draw images of randomly chosen prompts.
 
     Returns:
-        Pictures, shape (count, 48, 48, 3), and for each the index of its prompt, shape (count,).
+        Images, shape (count, 48, 48, 3), and for each the index of its prompt, shape (count,).
     """
     rng = np.random.default_rng(seed)
     chosen = rng.integers(len(prompts), size=count)
@@ -204,7 +204,7 @@ def _polygon_distance(x: Floats, y: Floats, corners: Floats) -> Floats:
 
 
 def _place(count: int, radius: float, rng: np.random.Generator) -> Floats:
-    """Return centres, shape (count, 2), apart from each other and inside the picture."""
+    """Return centres, shape (count, 2), apart from each other and inside the image."""
     margin, apart = _REACH * radius + 0.3, _APART * radius + 1.0
     for _ in range(12):
         tries = rng.uniform(margin, SIZE_PX - margin, size=(16, 2))

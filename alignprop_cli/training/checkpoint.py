@@ -24,8 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from alignprop_cli.errors import ConfigError, RunError
-from alignprop_cli.lora.files import checkpoints
-from alignprop_cli.models.base import LORA_FILE
+from alignprop_cli.lora.files import LORA_FILE, checkpoints
 from alignprop_cli.storage import write_whole
 
 

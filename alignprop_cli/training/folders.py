@@ -37,10 +37,12 @@ def run_to_resume(
         AssetError: If the folder is no run, or there is none and nothing says how to start one.
         ConfigError: If a run is named together with what would start another one.
     """
+    # A new run.
     if resume is None:
         return None
     if resume == "auto":
         return _newest_run(preset, config, output)
+    # A run that is named is resumed as it was; only some settings may change, by --set and flags.
     for flag, value in (("--preset", preset), ("--config", config)):
         if value is not None:
             raise ConfigError(
@@ -58,6 +60,7 @@ def run_to_resume(
 
 
 def _newest_run(preset: str | None, config: str | None, output: str | None) -> Path | None:
+    # With auto the same command line starts a run and, after a crash, resumes it.
     startable = preset is not None or config is not None
     if output is not None:
         run = Path(output).expanduser()
@@ -78,6 +81,8 @@ def _newest_run(preset: str | None, config: str | None, output: str | None) -> P
 
 def _with_checkpoints(parent: Path) -> list[Path]:
     """Return the runs in a folder that have a checkpoint, newest first."""
+    # A run without a checkpoint has nothing to resume; its folder's time says nothing, since
+    # evaluations are written there too.
     found = [
         folder
         for folder in parent.glob("*")

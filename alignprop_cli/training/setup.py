@@ -111,7 +111,7 @@ def prepare_lora(config: Config, model: Model, found: Path | None, console: Cons
         )
         have: dict[str, Any] = {"target_modules": targets}
     else:
-        start = files.read(files.adapter_file(found or _initial(own.init)))
+        start = files.read(found / files.LORA_FILE if found else _initial(own.init))
         lora.load(module, start, model.id)
         lora.make_trainable(module)
         if start.left_out:
@@ -126,13 +126,13 @@ def prepare_lora(config: Config, model: Model, found: Path | None, console: Cons
     return config.model_copy(update={"lora": own.model_copy(update=have)})
 
 
-def _initial(path: str) -> Path:
-    """Return the LoRA to start from: a file, a checkpoint, or the newest one of a run.
+def _initial(name: str) -> Path:
+    """Return the file of the LoRA to start from: a file, a LoRA folder, a checkpoint or a run.
 
     Raises:
         AssetError: If there is none.
     """
-    place = Path(path).expanduser()
-    if not place.exists():
-        raise AssetError(f"lora.init: no such file or folder: {place}")
-    return files.latest(place) if (place / "checkpoints").is_dir() else place
+    try:
+        return files.locate(name).file
+    except AssetError as error:
+        raise AssetError(f"lora.init: {error.message}", hint=error.hint) from error

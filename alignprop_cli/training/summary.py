@@ -8,11 +8,10 @@ from typing import Any
 
 from alignprop_cli.console import table
 from alignprop_cli.device import peak_gib
-from alignprop_cli.evaluation import draw as evaluator
-from alignprop_cli.evaluation import sheet as report
-from alignprop_cli.evaluation.draw import Paired, Samples
-from alignprop_cli.lora.files import latest
-from alignprop_cli.models.base import LORA_FILE
+from alignprop_cli.evaluation.compare import Paired, checks, compare
+from alignprop_cli.evaluation.draw import Samples
+from alignprop_cli.evaluation.sheet import Cell, contact_sheet
+from alignprop_cli.lora.files import LORA_FILE, latest
 from alignprop_cli.storage import write_text
 from alignprop_cli.training.callbacks import Run
 
@@ -22,21 +21,21 @@ def finish(run: Run, base: Samples, tuned: Samples, seconds: float) -> None:
     folder, config, trainer = run.folder, run.config, run.trainer
     peak = peak_gib(trainer.model.device)
     paired = {
-        name: evaluator.compare(base.samples, base.rewards[name], tuned.rewards[name])
+        name: compare(base.samples, base.rewards[name], tuned.rewards[name])
         for name in trainer.mixture.metrics
     }
-    checks = {
-        part: evaluator.compare(base.samples, right["base"], right["tuned"])
-        for part, right in evaluator.checks({"base": base, "tuned": tuned}).items()
+    checked = {
+        part: compare(base.samples, right["base"], right["tuned"])
+        for part, right in checks({"base": base, "tuned": tuned}).items()
     }
     cells = [
-        report.Cell(sample.prompt, (before, after), (base.caption(i), tuned.caption(i)))
+        Cell(sample.prompt, (before, after), (base.caption(i), tuned.caption(i)))
         for i, (sample, before, after) in enumerate(
             zip(base.samples, base.images, tuned.images, strict=True)
         )
     ]
     sheet = folder / "before_after.png"
-    report.contact_sheet(cells, sheet, titles=("base", "tuned"))
+    contact_sheet(cells, sheet, titles=("base", "tuned"))
     last = latest(folder)
     next_command = f"alignprop evaluate {folder}"
     values: dict[str, Any] = {
@@ -51,7 +50,7 @@ def finish(run: Run, base: Samples, tuned: Samples, seconds: float) -> None:
             "prompts": config.eval.prompts,
             "images": len(base.samples),
             "rewards": {name: asdict(result) for name, result in paired.items()},
-            "checker": {part: asdict(result) for part, result in checks.items()},
+            "checker": {part: asdict(result) for part, result in checked.items()},
         },
         "next": next_command,
     }
@@ -67,7 +66,7 @@ def finish(run: Run, base: Samples, tuned: Samples, seconds: float) -> None:
                 ("", "base", "tuned", "difference", "95 % interval"),
                 [
                     *map(_reward_row, paired, paired.values()),
-                    *map(_check_row, checks, checks.values()),
+                    *map(_check_row, checked, checked.values()),
                 ],
             ),
             "",

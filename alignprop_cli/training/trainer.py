@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -87,7 +88,7 @@ class Trainer:
         self.step_number += 1
         self.images_seen += self.settings.batch_size
         return totals.record(
-            self.accelerator.gather,
+            lambda values: cast(Tensor, self.accelerator.gather(values)),
             step=self.step_number,
             images_seen=self.images_seen,
             grad_norm=norm,

@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from alignprop_cli.cli import main
 from alignprop_cli.config.schema import ModelConfig
+from alignprop_cli.lora import files
 from alignprop_cli.lora import layers as lora
-from alignprop_cli.models.base import LORA_FILE
-from alignprop_cli.models.families import load_model
+from alignprop_cli.lora.files import LORA_FILE
+from alignprop_cli.models.families import open_model
 from alignprop_cli.rewards.clip import ClipReward
 from tests.factories import fill_lora_b, small_pipeline
 
@@ -50,10 +51,11 @@ def trained(base, tmp_path_factory):
         "reward": {"brightness": {}},
         "eval": {"prompts": str(prompts), "images": 4, "batch_size": 3},
     }
-    model = load_model(ModelConfig(id=str(base)), torch.device("cpu"))
-    lora.inject(model.network, rank=2, alpha=4, target_modules=("to_q", "to_v"), seed=0)
+    model = open_model(ModelConfig(id=str(base)), [], torch.device("cpu"))
+    module = model.network.module
+    lora.inject(module, rank=2, alpha=4, target_modules=("to_q", "to_v"), seed=0)
     for step in (1, 2):
-        fill_lora_b(model.network, seed=step, scale=2.0)
+        fill_lora_b(module, seed=step, scale=2.0)
         folder = run_folder / "checkpoints" / f"step-{step:06d}"
         folder.mkdir(parents=True)
         header = {
@@ -61,7 +63,13 @@ def trained(base, tmp_path_factory):
             "alignprop.base_fingerprint": model.fingerprint,
             "alignprop.config": json.dumps(config),
         }
-        model.save_lora(folder, lora.weights(model.network), header)
+        files.save(
+            folder,
+            lora.weights(module),
+            header,
+            prefix=model.family.lora_prefix,
+            adapter_metadata=lora.adapter_metadata(module),
+        )
     # JSON is YAML.
     (run_folder / "config.yaml").write_text(json.dumps(config))
     return run_folder
@@ -75,29 +83,29 @@ def test_a_run_is_compared_with_its_base_model(capsys, trained, tmp_path):
     folder = tmp_path / "out"
     code, out, err = run(capsys, trained, "--reward", "brightness,contrast", "-o", folder)
     assert code == 0, err
-    assert "4 pictures" in out
+    assert "4 images" in out
     assert "contrast" in out
     results = json.loads((folder / "results.json").read_text())
-    assert results["schema"] == "alignprop.evaluate/3"
+    assert results["schema"] == "alignprop.evaluate/4"
     assert results["adapters"]["tuned"]["file"].endswith(f"step-000002/{LORA_FILE}")
     assert results["checker"] == {}
-    figures = results["rewards"]["brightness"]
-    base, tuned = figures["base"], figures["tuned"]
+    metrics = results["rewards"]["brightness"]
+    base, tuned = metrics["base"], metrics["tuned"]
     assert tuned["low"] <= tuned["difference"] <= tuned["high"]
     assert tuned["mean"] - base["mean"] == pytest.approx(tuned["difference"])
-    # The figures are those of the pictures that were written.
+    # The metrics are those of the images that were written.
     for which in ("base", "tuned"):
         written = sorted((folder / "images" / which).iterdir())
         assert [p.name for p in written] == [f"{i:04d}.png" for i in range(4)]
         luma = [(pixels(p) / 255.0 @ [0.299, 0.587, 0.114]).mean() for p in written]
-        assert np.mean(luma) == pytest.approx(figures[which]["mean"], abs=0.02)
+        assert np.mean(luma) == pytest.approx(metrics[which]["mean"], abs=0.02)
     assert (
         pixels(folder / "images/base/0000.png") != pixels(folder / "images/tuned/0000.png")
     ).any()
     assert Image.open(folder / "sheet.png").width > 300
 
 
-def test_pictures_say_how_they_were_drawn_and_prompts_are_no_file_names(capsys, trained, tmp_path):
+def test_images_say_how_they_were_sampled_and_prompts_are_no_file_names(capsys, trained, tmp_path):
     code, _, _ = run(capsys, trained, "--seed", "5", "-o", tmp_path / "out", "-q")
     assert code == 0
     texts = Image.open(tmp_path / "out" / "images" / "tuned" / "0002.png").info
@@ -107,7 +115,7 @@ def test_pictures_say_how_they_were_drawn_and_prompts_are_no_file_names(capsys, 
     assert len(texts["adapter_sha256"]) == 64
 
 
-def test_batch_size_changes_no_picture_and_seed_changes_all(capsys, trained, tmp_path):
+def test_batch_size_changes_no_image_and_seed_changes_all(capsys, trained, tmp_path):
     for name, *args in (("a", "--batch-size", 1), ("b", "--batch-size", 4), ("c", "--seed", 1)):
         assert run(capsys, trained, *args, "-o", tmp_path / name)[0] == 0
     for number in range(4):
@@ -134,7 +142,7 @@ def test_what_is_not_used_of_a_file_is_said(capsys, trained, tmp_path):
     assert "left out" not in err
 
 
-def test_the_base_model_alone_draws_the_same_base_pictures(capsys, trained, tmp_path):
+def test_the_base_model_alone_samples_the_same_base_images(capsys, trained, tmp_path):
     assert run(capsys, trained, "-o", tmp_path / "pair")[0] == 0
     code, out, _ = run(
         capsys, "base", "--config", trained / "config.yaml", "-o", tmp_path / "base", "--json"
@@ -166,7 +174,7 @@ def test_output_is_in_the_run_and_is_not_replaced_unasked(capsys, trained, tmp_p
     assert json.loads(out)["output"] == str(copy / "evaluation-step-000001")
 
 
-def test_a_bare_file_is_drawn_as_its_header_says(capsys, trained, tmp_path, monkeypatch):
+def test_a_bare_file_is_sampled_as_its_header_says(capsys, trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copy(trained / "checkpoints/step-000002" / LORA_FILE, tmp_path / "mine.safetensors")
     code, out, err = run(capsys, "mine.safetensors", "-n", 1, "--json")
@@ -188,7 +196,7 @@ def test_a_soup_is_evaluated_like_any_lora(capsys, trained, tmp_path):
     assert a["brightness"]["tuned"] == pytest.approx(b["brightness"]["tuned"], abs=1e-5)
 
 
-def test_several_loras_are_drawn_on_the_same_pictures(capsys, trained, tmp_path):
+def test_several_loras_are_compared_on_the_same_samples(capsys, trained, tmp_path):
     steps = [trained / "checkpoints" / f"step-{n:06d}" for n in (1, 2)]
     code, out, err = run(capsys, *steps, "-o", tmp_path / "both", "--json")
     assert code == 0, err
@@ -202,16 +210,16 @@ def test_several_loras_are_drawn_on_the_same_pictures(capsys, trained, tmp_path)
         assert both["rewards"]["brightness"][name] == pytest.approx(alone, abs=1e-5)
 
 
-def test_strengths_draw_a_curve_from_the_base_model_on(capsys, trained, tmp_path):
+def test_strengths_make_a_curve_from_the_base_model_on(capsys, trained, tmp_path):
     code, out, err = run(capsys, trained, "--scale", "1,0,0.5", "-o", tmp_path / "out", "--json")
     assert code == 0, err
-    figures = json.loads(out)["rewards"]["brightness"]
-    assert set(figures) == {"trained_on", "base", "strength 0", "strength 0.5", "strength 1"}
+    metrics = json.loads(out)["rewards"]["brightness"]
+    assert set(metrics) == {"trained_on", "base", "strength 0", "strength 0.5", "strength 1"}
     # Exactly: nothing is added to any weight.
-    assert figures["strength 0"]["ties"] == 1.0
+    assert metrics["strength 0"]["ties"] == 1.0
     assert run(capsys, trained, "-o", tmp_path / "whole", "-q")[0] == 0
     whole = json.loads((tmp_path / "whole" / "results.json").read_text())
-    assert figures["strength 1"] == pytest.approx(whole["rewards"]["brightness"]["tuned"], abs=1e-6)
+    assert metrics["strength 1"] == pytest.approx(whole["rewards"]["brightness"]["tuned"], abs=1e-6)
     assert Image.open(tmp_path / "out" / "curve.png").width > 300
     assert not (tmp_path / "whole" / "curve.png").exists()
 
@@ -228,7 +236,7 @@ def test_half_strength_is_the_soup_with_the_base_model(capsys, trained, tmp_path
         assert abs(a - b).max() <= 1
 
 
-def test_several_pictures_of_a_prompt_show_how_different_they_are(capsys, tmp_path):
+def test_several_images_of_a_prompt_show_how_different_they_are(capsys, tmp_path):
     code, out, err = run(
         capsys,
         *["base", "--preset", "tiny", "--json", "--images", "6"],
@@ -236,8 +244,8 @@ def test_several_pictures_of_a_prompt_show_how_different_they_are(capsys, tmp_pa
     )
     assert code == 0, err
     values = json.loads(out)
-    # Two prompts of three pictures, each with its own noise.
-    assert [p["image_index"] for p in values["pictures"]] == [0, 1, 2, 0, 1, 2]
+    # Two prompts of three images, each with its own noise.
+    assert [s["image_index"] for s in values["samples"]] == [0, 1, 2, 0, 1, 2]
     assert [p["images"] for p in values["by_prompt"]] == [3, 3]
     images = [pixels(tmp_path / "out" / "images" / "base" / f"{i:04d}.png") for i in range(6)]
     model = ClipReward("tiny")
@@ -248,7 +256,7 @@ def test_several_pictures_of_a_prompt_show_how_different_they_are(capsys, tmp_pa
         for first in (0, 3)
         for i, j in ((first, first + 1), (first, first + 2), (first + 1, first + 2))
     ]
-    # The features were taken before the pictures were rounded to bytes.
+    # The features were taken before the images were rounded to bytes.
     found = values["rewards"]["diversity"]["base"]["mean"]
     assert found == pytest.approx(np.mean(expected), abs=0.01)
     assert found > 0.001
@@ -265,7 +273,7 @@ def test_several_pictures_of_a_prompt_show_how_different_they_are(capsys, tmp_pa
     assert len(values["groups"]) >= 1
 
 
-def test_the_table_and_the_report_hold_every_picture_and_escape_prompts(capsys, trained, tmp_path):
+def test_the_table_and_the_report_hold_every_image_and_escape_prompts(capsys, trained, tmp_path):
     folder = tmp_path / "out"
     evil = tmp_path / "prompts.csv"
     evil.write_text('prompt,group\n"<script>alert(1)</script>","<b>g"\n"a, b",x\n', "utf-8")
@@ -275,10 +283,10 @@ def test_the_table_and_the_report_hold_every_picture_and_escape_prompts(capsys, 
         rows = list(csv.DictReader(file))
     assert [row["model"] for row in rows] == ["base", "base", "tuned", "tuned"]
     assert [row["prompt"] for row in rows[:2]] == ["<script>alert(1)</script>", "a, b"]
-    pictures = json.loads(out)["pictures"]
-    for row, picture in zip(rows[2:], pictures, strict=True):
+    samples = json.loads(out)["samples"]
+    for row, sample in zip(rows[2:], samples, strict=True):
         assert (folder / row["file"]).is_file()
-        expected = picture["rewards"]["tuned"]["brightness"]
+        expected = sample["rewards"]["tuned"]["brightness"]
         assert float(row["brightness"]) == pytest.approx(expected, rel=1e-5)
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in page
@@ -301,7 +309,7 @@ def test_a_lora_of_another_model_is_refused(capsys, trained, tmp_path):
     ("args", "code", "words"),
     [
         (["base"], 2, "--preset"),
-        (["RUN", "base"], 2, "the base model is always drawn"),
+        (["RUN", "base"], 2, "the base model is always sampled"),
         (["RUN", "RUN", "--scale", "1"], 2, "--scale goes with one LoRA"),
         (["base", "--scale", "1"], 2, "--scale goes with one LoRA"),
         (["RUN", "--scale", "1,x"], 2, "expected numbers"),

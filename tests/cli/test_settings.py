@@ -1,12 +1,21 @@
-"""The configuration of `evaluate` and `score`: whose values count."""
+"""What the commands share: rewards by name, whose values count, and where results may go."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from alignprop_cli.commands.outputs import check_output
-from alignprop_cli.commands.settings import build, reward_names, reward_weights
+from alignprop_cli.commands.options import check_output, reward_names, reward_weights
+from alignprop_cli.commands.settings import for_evaluation, for_scoring, for_training
+from alignprop_cli.config.schema import Config
 from alignprop_cli.errors import ConfigError
+
+
+def evaluating(file: Path | None = None, **values: object) -> Config:
+    """Return the configuration with which the base model is evaluated."""
+    config = None if file is None else str(file)
+    return for_evaluation("base", None, None, config, **{"flags": {"model.id": "tiny"}, **values})
 
 
 def test_names_are_split_and_come_once():
@@ -28,37 +37,52 @@ def test_weights_follow_names_which_may_hold_colons_themselves():
         reward_weights(["clip", "clip:2"])
 
 
-def test_without_any_reward_it_is_clip():
-    assert list(build().reward) == ["clip"]
-    assert list(build(header={"reward": {"contrast": {}}}).reward) == ["contrast"]
+def test_without_any_reward_it_is_clip_but_never_in_training(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("reward:\n  contrast:\n")
+    assert list(for_scoring(None, None).reward) == ["clip"]
+    assert list(evaluating().reward) == ["clip"]
+    assert list(evaluating(file).reward) == ["contrast"]
+    file.write_text("train:\n  steps: 1\n")
+    with pytest.raises(ConfigError, match="no reward is given"):
+        for_training(None, None, str(file), sets=None, reward=None, flags={"model.id": "tiny"})
 
 
 def test_named_rewards_replace_others_and_keep_their_own_options(tmp_path):
-    file = tmp_path / "mine.yaml"
+    file, other = tmp_path / "mine.yaml", f"{tmp_path}/mine.py:best"
+    (tmp_path / "mine.py").write_text("def best(images, prompts):\n    return images.mean()\n")
     file.write_text("reward:\n  clip:\n    model: ViT-B-32\n  contrast:\n")
-    rewards = build(config=file, rewards=["clip", "dir/mine.py:best"]).reward
-    assert list(rewards) == ["clip", "dir/mine.py:best"]
+    rewards = evaluating(file, reward=["clip", other]).reward
+    assert list(rewards) == ["clip", other]
     assert rewards["clip"].options == {"model": "ViT-B-32"}
-    again = build(config=file, rewards=["clip"], assignments=["reward.clip.model=tiny"])
+    again = evaluating(file, reward=["clip"], sets=["reward.clip.model=tiny"])
     assert again.reward["clip"].options == {"model": "tiny"}
 
 
 def test_an_option_of_a_reward_that_is_not_measured_is_refused():
     with pytest.raises(ConfigError, match="clip is not among those of --reward"):
-        build(rewards=["contrast"], assignments=["reward.clip.model=tiny"])
+        for_scoring(["reward.clip.model=tiny"], ["contrast"])
 
 
-def test_flags_win_and_mistakes_name_them():
-    flags = {"eval.images": ("--images", 3), "eval.seed": ("--seed", None)}
-    config = build(header={"eval": {"images": 8, "seed": 4}}, flags=flags)
+def test_what_scoring_would_ignore_is_refused():
+    with pytest.raises(ConfigError, match=r"only reward\.NAME\.OPTION"):
+        for_scoring(["train.steps=3"], None)
+
+
+def test_flags_win_and_mistakes_name_them(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("eval:\n  images: 8\n  seed: 4\n")
+    config = evaluating(file, flags={"eval.images": 3, "eval.seed": None})
     assert (config.eval.images, config.eval.seed) == (3, 4)
     with pytest.raises(ConfigError, match=r"eval\.images.*--images"):
-        build(flags={"eval.images": ("--images", -1)})
+        evaluating(flags={"model.id": "tiny", "eval.images": -1})
 
 
-def test_a_reward_section_that_is_no_mapping_is_refused():
+def test_a_reward_section_that_is_no_mapping_is_refused(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("reward: clip\n")
     with pytest.raises(ConfigError, match="reward"):
-        build(header={"reward": "clip"})
+        evaluating(file)
 
 
 def test_an_empty_folder_may_be_used_and_a_file_never(tmp_path):

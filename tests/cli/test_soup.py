@@ -6,14 +6,15 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from alignprop_cli.cli import main
 from alignprop_cli.config.schema import ModelConfig
 from alignprop_cli.lora import files as adapter
 from alignprop_cli.lora import layers as lora
-from alignprop_cli.lora.mixing import Factors
-from alignprop_cli.models.base import LORA_FILE
-from alignprop_cli.models.families import load_model
+from alignprop_cli.lora.factors import Factors
+from alignprop_cli.lora.files import LORA_FILE
+from alignprop_cli.models.families import open_model
 from alignprop_cli.storage import sha256
 from tests.factories import fill_lora_b, randn, small_pipeline
 
@@ -32,7 +33,7 @@ def make(folder, seed, *, rank=2, base="f1", width=4, layers=("x.to_q", "y.to_v"
     made = {}
     for number, name in enumerate(layers):
         down = randn(10 * seed + number, rank, width, dtype=torch.float32)
-        made[name] = Factors(down, randn(90 + seed, 6, rank, dtype=torch.float32), 1.0)
+        made[name] = Factors(down, randn(90 + seed, 6, rank, dtype=torch.float32), rank)
     if bad:
         made[layers[0]].up[0, 0] = float("nan")
     config = {"model": {"id": "tiny"}, "train": {"steps": 3}, "eval": {"images": 2}}
@@ -41,7 +42,8 @@ def make(folder, seed, *, rank=2, base="f1", width=4, layers=("x.to_q", "y.to_v"
         "alignprop.base_model": f"model {base}",
         "alignprop.config": json.dumps(config),
     }
-    adapter.write(folder, made, header)
+    weights, settings = adapter.packed(made)
+    adapter.save(folder, weights, header, prefix="unet.", adapter_metadata=settings)
     return folder
 
 
@@ -202,6 +204,44 @@ def test_recipes_that_make_no_sense_are_refused(capsys, tmp_path, args, words):
     assert not (tmp_path / "mixed").exists()
 
 
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--coef", "1e308"],
+        ["--coef", "1e300", "--method", "factor"],
+        ["--coef", "1e308", "--method", "svd", "--rank", "1"],
+        ["--sweep", "0:1e308:1e308"],
+    ],
+)
+def test_a_mix_that_is_not_finite_is_refused(capsys, tmp_path, args):
+    a, b = make(tmp_path / "a", 1), make(tmp_path / "b", 2)
+    code, out, err = run(capsys, a, b, *args, "-o", tmp_path / "mixed")
+    assert (code, out) == (4, "")
+    assert "too large for float32" in " ".join(err.split())
+    assert not list(tmp_path.glob("mixed/share-1*"))
+    assert not (tmp_path / "mixed" / LORA_FILE).exists()
+
+
+def test_what_is_no_plain_lora_is_refused_and_what_is_left_out_is_said(capsys, tmp_path):
+    pair = {"x.lora.down.weight": torch.ones(2, 4), "x.lora.up.weight": torch.ones(6, 2)}
+    kinds = {
+        "dora": ({f"unet.{n}": v for n, v in pair.items()} | {"unet.x.dora_scale": torch.ones(6)}),
+        "bare": pair,
+        "text": {f"{p}.{n}": v.clone() for p in ("unet", "text_encoder") for n, v in pair.items()},
+    }
+    for name, state in kinds.items():
+        save_file(state, tmp_path / f"{name}.safetensors")
+    found = {
+        name: run(capsys, tmp_path / f"{name}.safetensors", "base", "-o", tmp_path / f"{name}-mix")
+        for name in kinds
+    }
+    assert {name: code for name, (code, *_) in found.items()} == {"dora": 2, "bare": 3, "text": 0}
+    assert "is a DoRA" in found["dora"][2]
+    assert "unexpected tensor x.lora.down.weight" in " ".join(found["bare"][2].split())
+    assert "its 1 layers of the text encoder are left out" in " ".join(found["text"][2].split())
+    assert list(layers_of(tmp_path / "text-mix")) == ["x"]
+
+
 def test_a_folder_may_have_an_equals_sign_in_its_name(capsys, tmp_path):
     a, b = make(tmp_path / "lr=0.5", 1), make(tmp_path / "b", 2)
     code, out, _ = run(capsys, a, b, "-o", tmp_path / "mixed", "--json")
@@ -212,7 +252,7 @@ def test_a_folder_may_have_an_equals_sign_in_its_name(capsys, tmp_path):
 def test_missing_members_and_two_bases_are_refused(capsys, tmp_path):
     a = make(tmp_path / "a", 1)
     assert run(capsys, a, tmp_path / "none")[0] == 3
-    assert run(capsys, "base", "stablediffusion")[0] == 2
+    assert run(capsys, "base", "base")[0] == 2
     assert run(capsys, a, "base", "--coef", "nan")[0] == 2
     (tmp_path / "text.safetensors").write_text("no weights")
     assert run(capsys, a, tmp_path / "text.safetensors", "-o", tmp_path / "mixed")[0] == 3
@@ -248,9 +288,10 @@ def small_loras(tmp_path):
     }
     folders = []
     for seed in (1, 2):
-        model = load_model(ModelConfig(id=str(base)), torch.device("cpu"))
-        lora.inject(model.network, rank=2, alpha=4, target_modules=("to_q", "to_v"), seed=seed)
-        fill_lora_b(model.network, seed=seed, scale=2.0)
+        model = open_model(ModelConfig(id=str(base)), [], torch.device("cpu"))
+        network = model.network.module
+        lora.inject(network, rank=2, alpha=4, target_modules=("to_q", "to_v"), seed=seed)
+        fill_lora_b(network, seed=seed, scale=2.0)
         folders.append(tmp_path / f"lora{seed}")
         folders[-1].mkdir()
         header = {
@@ -258,7 +299,13 @@ def small_loras(tmp_path):
             "alignprop.base_fingerprint": model.fingerprint,
             "alignprop.config": json.dumps(config),
         }
-        model.save_lora(folders[-1], lora.weights(model.network), header)
+        adapter.save(
+            folders[-1],
+            lora.weights(network),
+            header,
+            prefix=model.family.lora_prefix,
+            adapter_metadata=lora.adapter_metadata(network),
+        )
     return folders
 
 
@@ -268,7 +315,7 @@ def test_a_sweep_goes_from_one_member_to_the_other(capsys, tmp_path):
     code, out, err = run(capsys, a, b, "--sweep", "0:1:0.5", "-o", folder, "--json")
     assert code == 0, err
     values = json.loads(out)
-    assert values["schema"] == "alignprop.evaluate/3"
+    assert values["schema"] == "alignprop.evaluate/4"
     names = ["share-0", "share-0.5", "share-1"]
     assert list(values["adapters"]) == names
     assert (folder / "evaluation" / "curve.png").is_file()

@@ -99,6 +99,30 @@ def test_later_layers_win(tmp_path: Path) -> None:
     assert (config.train.steps, config.train.batch_size, config.train.seed) == (7, 4, 5)
 
 
+def test_what_a_lora_file_records_comes_before_everything_else(tmp_path: Path) -> None:
+    file = write(tmp_path / "mine.yaml", "eval: {images: 5}\n")
+    recorded = {"eval": {"images": 8, "seed": 4}}
+    flags = {"eval.seed": 6, "eval.batch_size": None}
+    config = presets.resolve(config=file, recorded=recorded, default_reward="contrast", flags=flags)
+    assert (config.eval.images, config.eval.seed, config.eval.batch_size) == (5, 6, 8)
+    assert recorded == {"eval": {"images": 8, "seed": 4}}
+
+
+@pytest.mark.parametrize(
+    ("key", "flag"),
+    [
+        ("model.id", "--model"),
+        ("output.dir", "--output"),
+        ("train.steps", "--steps"),
+        ("eval.images_per_prompt", "--images-per-prompt"),
+    ],
+)
+def test_a_mistake_in_a_flag_names_the_flag(key: str, flag: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        presets.resolve(preset="tiny", flags={key: [1]})
+    assert {problem.key: problem.origin for problem in caught.value.problems} == {key: flag}
+
+
 def test_a_file_comes_after_the_preset(tmp_path: Path) -> None:
     file = write(tmp_path / "mine.yaml", "train: {steps: 3}\n")
     config = presets.resolve(preset="tiny", config=file)

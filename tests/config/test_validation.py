@@ -32,8 +32,8 @@ def test_a_reward_alone_is_a_complete_configuration() -> None:
 def test_all_problems_are_reported_at_once() -> None:
     found = problems(
         {
-            "train": {"steps": 0, "learning_rte": 1.0, "batch_size": 6, "micro_batch": 4},
-            "gradient": {"method": "last_k", "k": 60},
+            "train": {"steps": 0, "learning_rte": 1.0, "batch_size": 6},
+            "gradient": {"method": "last_k", "k": 60, "window_group": 4},
             "smaple": {},
             "loss": {"kind": "hinge"},
             "reward": {"clip": {}},
@@ -44,7 +44,7 @@ def test_all_problems_are_reported_at_once() -> None:
     assert found.keys() == {
         "train.steps",
         "train.learning_rte",
-        "train.micro_batch",
+        "gradient.window_group",
         "gradient.k",
         "smaple",
         "loss.target",
@@ -67,10 +67,12 @@ def test_all_problems_are_reported_at_once() -> None:
             "gradient.method",
         ),
         ({"train": {"batch_size": 8}, "gradient": {"window_group": 3}}, "gradient.window_group"),
-        (
-            {"train": {"batch_size": 8, "micro_batch": 4}, "gradient": {"window_group": 2}},
-            "train.micro_batch",
-        ),
+        ({"sample": {"guidance_interval": [0.2, 1.5]}}, "sample.guidance_interval"),
+        ({"lora": {"target_modules": []}}, "lora.target_modules"),
+        ({"lora": {"target_modules": ["to_q", 3]}}, "lora.target_modules"),
+        ({"lora": {"target_modules": "to_(q"}}, "lora.target_modules"),
+        ({"train": {"rollout_batch": 0}}, "train.rollout_batch"),
+        ({"train": {"decode_batch": "some"}}, "train.decode_batch"),
         ({"gradient": {"method": "last_k", "k": 0}}, "gradient.k"),
         ({"train": {"learning_rate": float("nan")}}, "train.learning_rate"),
         ({"sample": {"eta": 1.5}}, "sample.eta"),
@@ -84,6 +86,31 @@ def test_all_problems_are_reported_at_once() -> None:
 )
 def test_what_cannot_work_is_refused_by_its_key(section: dict[str, Any], key: str) -> None:
     assert list(problems(MINIMAL | section)) == [key]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [(None, None), (["to_q", "to_v"], ("to_q", "to_v")), (r"mid\..*\.to_q", r"mid\..*\.to_q")],
+)
+def test_target_modules_are_the_familys_a_list_or_a_regular_expression(
+    given: Any, expected: Any
+) -> None:
+    config = parse(MINIMAL | {"lora": {"target_modules": given}})
+    assert config.lora.target_modules == expected
+
+
+@pytest.mark.parametrize("group", [None, 2, 3, 6])
+@pytest.mark.parametrize("micro_batch", [1, 4, 5, 8])
+def test_a_micro_batch_need_not_divide_anything(group: int | None, micro_batch: int) -> None:
+    train = {"batch_size": 6, "micro_batch": micro_batch}
+    config = parse(MINIMAL | {"train": train, "gradient": {"window_group": group}})
+    assert (config.train.rollout_batch, config.train.decode_batch) == ("auto", "auto")
+
+
+def test_a_key_refused_by_every_branch_of_a_union_is_one_problem_even_in_odd_sections() -> None:
+    # Names that pydantic uses for the branches of a union may be those of a reward.
+    found = problems({"reward": {"int": {"weight": "x"}, "str": {"loss": {"kind": "none"}}}})
+    assert list(found) == ["reward.int.weight", "reward.str.loss.kind"]
 
 
 def test_the_origin_of_a_key_is_that_of_its_nearest_part() -> None:
@@ -157,7 +184,10 @@ positive = st.floats(1e-12, 1e12)
         {
             "model": st.fixed_dictionaries({"id": texts, "revision": st.none() | texts}),
             "lora": st.fixed_dictionaries(
-                {"alpha": st.none() | positive, "target_modules": st.lists(texts, min_size=1)}
+                {
+                    "alpha": st.none() | positive,
+                    "target_modules": st.none() | st.just(".*to_q") | st.lists(texts, min_size=1),
+                }
             ),
             "sample": st.fixed_dictionaries(
                 {"guidance_scale": st.floats(0.0, 30.0), "negative_prompt": texts}
@@ -165,7 +195,9 @@ positive = st.floats(1e-12, 1e12)
             "train": st.fixed_dictionaries(
                 {
                     "batch_size": st.sampled_from([4, 8]),
-                    "micro_batch": st.sampled_from(["auto", 2, 4]),
+                    "rollout_batch": st.sampled_from(["auto", 16]),
+                    "micro_batch": st.sampled_from(["auto", 2, 3]),
+                    "decode_batch": st.sampled_from(["auto", 1]),
                     "learning_rate": positive,
                     "max_grad_norm": st.none() | positive,
                 }

@@ -1,16 +1,24 @@
-"""Every command line of the README runs: shortened here, in full length when marked slow."""
+"""Every command of README and docs/ runs: shortened here, in full length when marked slow."""
 
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 
 import pytest
 
 from alignprop_cli.cli import main
+from alignprop_cli.models import families
 
-README = Path(__file__).parents[2] / "README.md"
+ROOT = Path(__file__).parents[2]
+README = ROOT / "README.md"
+PAGES = [
+    README,
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "alignprop_cli" / "tiny" / "README.md",
+]
 # What makes a command short, by command; none changes what is exercised.
 SHORT = {
     "train": [
@@ -25,27 +33,41 @@ SHORT = {
     "soup": [],
     "score": [],
 }
+# Of soup only what evaluates draws images.
+EVALUATES = ("--sweep", "--evaluate")
+# Plans of cards that are not here leave nothing behind and take long: once each is enough.
+PLANNED: set[str] = set()
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
 
 
-def commands() -> list[list[str]]:
-    lines = [line for block in blocks("bash") for line in block.splitlines()]
-    return [shlex.split(line)[1:] for line in lines if line.startswith("alignprop ")]
+def commands(page: Path) -> list[list[str]]:
+    """Return what a page types: alignprop's commands, and the examples that it runs."""
+    lines = [shlex.split(line) for block in blocks(page, "bash") for line in block.splitlines()]
+    return [words for words in lines if words[:1] == ["alignprop"] or is_example(words)]
 
 
-def write_files_of_the_readme(folder: Path) -> None:
+def is_example(words: list[str]) -> bool:
+    return words[:1] == ["python"] and len(words) == 2 and words[1].endswith(".py")
+
+
+RUN = [page for page in PAGES if commands(page)]
+
+
+def write_files_of(page: Path, folder: Path) -> None:
     for language in ("yaml", "python"):
-        for block in blocks(language):
+        for block in blocks(page, language):
             name = re.match(r"# (\S+\.(?:yaml|py))\n", block)
             if name:
                 (folder / name[1]).write_text(block, encoding="utf-8")
 
 
 def shortened(arguments: list[str]) -> list[str]:
-    """Return a command with what makes it short, in place of what makes it long."""
+    """Return a command with what makes it short instead of what makes it long."""
+    if {"--dry-run", "--list-presets", "--show-preset"} & {*arguments}:
+        return arguments
     kept: list[str] = []
     skip = False
     for argument in arguments:
@@ -58,38 +80,91 @@ def shortened(arguments: list[str]) -> list[str]:
         elif kept[-1] == "--set":
             kept.pop()
     extra = SHORT[arguments[0]]
-    if "--resume" in arguments:
+    if arguments[:2] == ["train", "--resume"]:
         # The run has its own settings; two steps more than it has.
         extra = ["--steps=4"]
+    if arguments[0] == "soup" and {*EVALUATES} & {*arguments}:
+        extra = ["--images=2"]
     return [*kept, *extra]
 
 
-def run_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change) -> int:
+def run_all(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change) -> None:
     monkeypatch.chdir(tmp_path)
-    write_files_of_the_readme(tmp_path)
-    for arguments in commands():
+    monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
+    write_files_of(page, tmp_path)
+    for words in commands(page):
+        if is_example(words):
+            runpy.run_path(words[1], run_name="__main__")
+            continue
+        if "--gpu-memory" in words:
+            if shlex.join(words) in PLANNED:
+                continue
+            PLANNED.add(shlex.join(words))
         with pytest.raises(SystemExit) as ended:
-            main([*change(arguments), "--quiet"])
-        assert not ended.value.code, f"alignprop {shlex.join(arguments)}"
-    return len(commands())
+            main([*change(words[1:]), "--quiet"])
+        assert not ended.value.code, shlex.join(words)
 
 
-def test_every_command_of_the_readme_runs_in_this_order(tmp_path, monkeypatch) -> None:
-    assert run_all(tmp_path, monkeypatch, shortened) >= 8
-    names = {arguments[0] for arguments in commands()}
-    assert names == {"train", "evaluate", "soup", "score"}
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
+def test_every_command_of_a_page_runs_in_this_order_in_an_empty_folder(
+    page, tmp_path, monkeypatch
+) -> None:
+    run_all(page, tmp_path, monkeypatch, shortened)
 
 
 @pytest.mark.slow
-def test_every_command_of_the_readme_runs_in_full_length(tmp_path, monkeypatch) -> None:
-    run_all(tmp_path, monkeypatch, lambda arguments: arguments)
+@pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
+def test_every_command_of_a_page_runs_in_full_length(page, tmp_path, monkeypatch) -> None:
+    run_all(page, tmp_path, monkeypatch, lambda arguments: arguments)
 
 
-def test_every_picture_and_file_the_readme_links_to_exists() -> None:
-    text = README.read_text(encoding="utf-8")
-    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
-    assert links
-    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
-    anchors = {"#" + re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in headings}
-    for link in links:
-        assert link in anchors if link[0] == "#" else (README.parent / link).exists(), link
+def test_the_readme_shows_all_four_commands() -> None:
+    shown = commands(README)
+    assert len(shown) >= 8
+    assert {words[1] for words in shown} == {"train", "evaluate", "soup", "score"}
+
+
+def test_the_readme_is_short_and_begins_with_what_it_runs_on_and_what_was_not_tried() -> None:
+    lines = README.read_text(encoding="utf-8").splitlines()
+    assert len(lines) <= 220
+    first = "\n".join(lines[:10])
+    assert "Runs on" in first
+    assert "Not tried" in first
+
+
+def test_the_readme_installs_the_tests_as_the_checks_do() -> None:
+    [line] = [
+        line for block in blocks(README, "bash") for line in block.splitlines() if "[test]" in line
+    ]
+    assert line == "pip install '.[test]' && pytest"
+    checks = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    assert "run pip install --quiet '.[test]'" in checks
+    assert "run pytest" in checks
+
+
+def anchors(page: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in headings}
+
+
+def test_every_image_file_and_heading_that_a_page_links_to_exists() -> None:
+    missing: list[str] = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for link in re.findall(r"\]\(([^)]+)\)", text):
+            if link.startswith("http"):
+                continue
+            file, _, anchor = link.partition("#")
+            target = (page.parent / file) if file else page
+            if not target.exists() or (anchor and anchor not in anchors(target)):
+                missing.append(f"{page.name}: {link}")
+    assert not missing
+
+
+def test_no_page_keeps_a_note_to_its_authors() -> None:
+    notes = [
+        f"{page.name}: {note.strip()[:60]}"
+        for page in PAGES
+        for note in re.findall(r"<!--(.*?)-->", page.read_text(encoding="utf-8"), re.DOTALL)
+    ]
+    assert not notes

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from alignprop_cli.errors import AssetError, ConfigError
+from alignprop_cli.errors import AssetError
 from alignprop_cli.lora import files as adapter
-from alignprop_cli.lora.mixing import Factors
-from alignprop_cli.models.base import LORA_FILE
+from alignprop_cli.lora.factors import Factors
+from alignprop_cli.lora.files import LORA_FILE, PEFT_FILE
 
 
 def save(
@@ -58,10 +58,12 @@ def test_peft_names_and_alphas_beside_the_weights_are_read(tmp_path):
 
 def test_what_is_written_reads_back_with_the_rank_of_every_layer(tmp_path):
     layers = {
-        "x.to_q": Factors(torch.rand(2, 4), torch.rand(6, 2), 1.0),
-        "y.to_q": Factors(torch.rand(5, 4), torch.rand(6, 5), 1.0),
+        "x.to_q": Factors(torch.rand(2, 4), torch.rand(6, 2), 2.0),
+        "y.to_q": Factors(torch.rand(5, 4), torch.rand(6, 5), 5.0),
     }
-    file = adapter.write(tmp_path, layers, {"alignprop.version": "0"})
+    weights, settings = adapter.packed(layers)
+    header = {"alignprop.version": "0"}
+    file = adapter.save(tmp_path, weights, header, prefix="unet.", adapter_metadata=settings)
     read = adapter.read(file)
     assert file.name == LORA_FILE
     assert read.header["alignprop.version"] == "0"
@@ -70,28 +72,6 @@ def test_what_is_written_reads_back_with_the_rank_of_every_layer(tmp_path):
     settings = json.loads(read.header["lora_adapter_metadata"])
     other = {"y.to_q": 5} if settings["unet.r"] == 2 else {"x.to_q": 2}
     assert settings["unet.rank_pattern"] == settings["unet.alpha_pattern"] == other
-
-
-@pytest.mark.parametrize(
-    ("settings", "extra", "error", "words"),
-    [
-        ({"use_dora": True}, {}, ConfigError, "DoRA"),
-        (None, {"unet.x.to_q.lora_magnitude_vector": torch.ones(6)}, ConfigError, "DoRA"),
-        (None, {"unet.x.to_v.lora.down.weight": torch.ones(2, 4)}, AssetError, "unexpected"),
-        (None, {"unet.x.to_q.bias": torch.ones(6)}, AssetError, "unexpected"),
-    ],
-)
-def test_what_is_more_or_less_than_a_lora_is_refused(tmp_path, settings, extra, error, words):
-    path = save(tmp_path / "a.safetensors", settings, extra=extra)
-    with pytest.raises(error, match=words):
-        adapter.read(path)
-
-
-def test_files_that_are_no_lora_are_refused(tmp_path):
-    other = tmp_path / "other.safetensors"
-    save_file({"weight": torch.ones(3)}, other)
-    with pytest.raises(AssetError, match="holds no LoRA"):
-        adapter.read(other)
 
 
 def test_a_run_means_its_newest_checkpoint(tmp_path):
@@ -114,6 +94,21 @@ def test_what_does_not_exist_is_said(tmp_path):
         adapter.locate(str(tmp_path / "none"))
     with pytest.raises(AssetError, match="holds no LoRA"):
         adapter.locate(str(tmp_path))
+
+
+def test_a_copy_of_a_checkpoint_is_none(tmp_path):
+    for name in ("step-000002", "step-backup-step-000002", "step-000002-old"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert [path.name for path in adapter.checkpoints(tmp_path)] == ["step-000002"]
+
+
+def test_a_folder_of_peft_is_found_and_named_after_itself(tmp_path):
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    save(folder / PEFT_FILE)
+    found = adapter.locate(str(folder))
+    assert found == adapter.Located(folder / PEFT_FILE)
+    assert found.label == "mine"
 
 
 def test_a_damaged_header_is_said(tmp_path):

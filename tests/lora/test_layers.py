@@ -110,6 +110,32 @@ def test_unknown_target_modules_are_refused(network: UNet2DConditionModel) -> No
         lora.inject(network, rank=2, alpha=2, target_modules=["to_x"], seed=0)
 
 
+def test_a_regular_expression_names_layers_by_their_whole_name(
+    network: UNet2DConditionModel,
+) -> None:
+    pattern = r"mid_block\..*\.attn[12]\.to_(q|out\.0)"
+    lora.inject(network, rank=2, alpha=2, target_modules=pattern, seed=0)
+    layers = {name.rpartition(".lora_")[0] for name in lora.weights(network)}
+    inside = "mid_block.attentions.0.transformer_blocks.0"
+    assert layers == {f"{inside}.attn{i}.{end}" for i in (1, 2) for end in ("to_q", "to_out.0")}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "match"),
+    [
+        ("to_q", "no whole name fits the pattern to_q"),
+        ("(", r"'\(' is no regular expression"),
+        (r".*attn1", "names more than linear layers and convolutions"),
+    ],
+)
+def test_patterns_that_name_no_layers_are_refused(
+    network: UNet2DConditionModel, pattern: str, match: str
+) -> None:
+    with pytest.raises(ConfigError, match=rf"lora\.target_modules: .*{match}") as raised:
+        lora.inject(network, rank=2, alpha=2, target_modules=pattern, seed=0)
+    assert "\n" not in raised.value.message
+
+
 def test_weights_are_copies_that_can_be_put_back(network: UNet2DConditionModel) -> None:
     inject(network)
     fill_lora_b(network, seed=1)

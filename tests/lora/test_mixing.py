@@ -11,16 +11,13 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model
-from peft.utils import merge_utils
-from safetensors.torch import save_file
 
-from alignprop_cli.commands import recipe
-from alignprop_cli.config.schema import ModelConfig
-from alignprop_cli.lora import files as adapter
+from alignprop_cli.errors import RunError
+from alignprop_cli.lora import files
 from alignprop_cli.lora import layers as lora
 from alignprop_cli.lora import mixing as soup
-from alignprop_cli.lora.mixing import Factors
-from alignprop_cli.models.families import load_model
+from alignprop_cli.lora.factors import Factors, scaling
+from alignprop_cli.lora.recipe import Method
 from tests.factories import fill_lora_b, randn, small_pipeline
 
 # Factors are rounded to float32 once.
@@ -33,12 +30,12 @@ def random_lora(seed: int, *, rank: int = 3, alpha: float = 3.0, stabilised: boo
     def normal(number: int, *shape: int) -> torch.Tensor:
         return randn(100 * seed + number, *shape, dtype=torch.float32)
 
-    factor = soup.scaling(alpha, rank, rank_stabilised=stabilised)
-    return {
-        "a.to_q": Factors(normal(0, rank, 8), normal(1, 12, rank), factor),
-        "b.to_out.0": Factors(normal(2, rank, 5), normal(3, 6, rank), factor),
-        "conv": Factors(normal(4, rank, 4, 3, 3), normal(5, 7, rank, 1, 1), factor),
+    pairs = {
+        "a.to_q": (normal(0, rank, 8), normal(1, 12, rank)),
+        "b.to_out.0": (normal(2, rank, 5), normal(3, 6, rank)),
+        "conv": (normal(4, rank, 4, 3, 3), normal(5, 7, rank, 1, 1)),
     }
+    return {name: Factors(down, up, alpha, stabilised) for name, (down, up) in pairs.items()}
 
 
 def relative_error(mixed, expected) -> float:
@@ -75,8 +72,8 @@ def test_a_mix_is_the_weighted_sum_of_the_updates(coefficients, other):
 
 
 def test_rslora_scales_by_the_root_of_the_rank():
-    assert soup.scaling(8.0, 16) == 0.5
-    assert soup.scaling(8.0, 16, rank_stabilised=True) == 2.0
+    assert scaling(8.0, 16) == 0.5
+    assert scaling(8.0, 16, rank_stabilised=True) == 2.0
 
 
 @pytest.mark.parametrize("coefficients", [(1.0, 0.0), (1.0,)])
@@ -108,15 +105,15 @@ def test_averaging_the_factors_is_another_model():
         name: Factors(
             (members[0][name].down + members[1][name].down) / 2,
             (members[0][name].up + members[1][name].up) / 2,
-            1.0,
+            3.0,
         )
         for name in members[0]
     }
     assert relative_error(averaged, weighted_sum(members, (0.5, 0.5))) > 0.3
 
 
-def one_layer(down, up, factor=1.0):
-    return {"layer": Factors(torch.tensor(down), torch.tensor(up), factor)}
+def one_layer(down, up):
+    return {"layer": Factors(torch.tensor(down), torch.tensor(up), 1.0)}
 
 
 def test_a_member_changes_nothing_in_a_layer_that_it_lacks():
@@ -139,8 +136,8 @@ def test_exact_is_the_cat_of_peft():
     model.base_model.add_weighted_adapter(["first", "second"], [0.7, -0.4], "both", "cat")
     layer = model.base_model.model.layer
     members = [
-        {"layer": Factors(layer.lora_A[n].weight.data, layer.lora_B[n].weight.data, 8 / r)}
-        for n, r in (("first", 2), ("second", 4))
+        {"layer": Factors(layer.lora_A[n].weight.data, layer.lora_B[n].weight.data, 8.0)}
+        for n in ("first", "second")
     ]
     mixed = soup.mix(members, [0.7, -0.4]).layers
     assert relative_error(mixed, {"layer": layer.get_delta_weight("both").double()}) < TOLERANCE
@@ -193,16 +190,25 @@ def test_ties_trims_elects_a_sign_and_averages_who_is_left():
     assert mixed.error == pytest.approx(0.0, abs=1e-9)
 
 
-@pytest.mark.parametrize("density", [0.3, 0.75])
-def test_ties_is_that_of_peft(density):
-    """An independent implementation; every value of these updates differs from zero."""
-    members = [random_lora(1), random_lora(2, rank=5), random_lora(3)]
-    mixed = soup.mix(members, (0.7, 0.3, -0.2), "ties", density=density, rank=99).layers
-    weights = torch.tensor([0.7, 0.3, -0.2], dtype=torch.float64)
+@pytest.mark.parametrize("density", [0.3, 0.75, 1.0])
+def test_ties_is_its_algorithm_value_by_value(density):
+    """Algorithm 1 of arXiv:2306.01708 written out; no update of these holds a zero or a tie."""
+    members, shares = [random_lora(1), random_lora(2, rank=5), random_lora(3)], (0.7, 0.3, -0.2)
+    mixed = soup.mix(members, shares, "ties", density=density, rank=99).layers
     for name, factors in mixed.items():
-        deltas = [member[name].delta() for member in members]
-        expected = merge_utils.ties(deltas, weights, density)
-        torch.testing.assert_close(factors.delta(), expected, rtol=1e-4, atol=1e-5)
+        deltas = [member[name].delta().flatten().tolist() for member in members]
+        kept = int(density * len(deltas[0]))
+        least = [sorted(map(abs, delta), reverse=True)[kept - 1] for delta in deltas]
+        expected = []
+        for values in zip(*deltas, strict=True):
+            trimmed = [v if abs(v) >= low else 0.0 for v, low in zip(values, least, strict=True)]
+            heavier = sum(trimmed)
+            left = [c * v for c, v in zip(shares, trimmed, strict=True) if v * heavier > 0.0]
+            expected.append(sum(left) / max(1, len(left)))
+        found = factors.delta().flatten()
+        torch.testing.assert_close(
+            found, torch.tensor(expected, dtype=torch.float64), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_dare_keeps_a_random_share_and_makes_up_for_the_rest():
@@ -228,17 +234,13 @@ def test_dare_keeps_a_random_share_and_makes_up_for_the_rest():
     assert any(not torch.allclose(again[name], value) for name, value in other.items())
 
 
-def test_the_command_line_names_the_same_methods():
-    assert get_args(recipe.Method) == get_args(soup.Method)
-
-
 def test_nothing_but_zeros_is_still_a_lora_without_effect():
     mixed = soup.mix([random_lora(1)], [0.0]).layers
     assert all(float(f.delta().abs().max()) == 0.0 for f in mixed.values())
 
 
 def test_half_precision_is_mixed_in_float32():
-    half = {n: Factors(f.down.half(), f.up.half(), f.scaling) for n, f in random_lora(1).items()}
+    half = {n: Factors(f.down.half(), f.up.half(), f.alpha) for n, f in random_lora(1).items()}
     mixed = soup.mix([half, half], [0.25, 0.5]).layers
     assert relative_error(mixed, weighted_sum([half, half], (0.25, 0.5))) < TOLERANCE
     assert {f.up.dtype for f in mixed.values()} == {torch.float32}
@@ -262,6 +264,20 @@ def test_non_finite_numbers_are_refused():
         soup.mix([random_lora(1), random_lora(2)], [1.0])
 
 
+@pytest.mark.parametrize("method", get_args(Method))
+def test_a_mix_that_float32_cannot_hold_is_refused(method):
+    with pytest.raises(
+        RunError, match=r"the mix of layer a\.to_q holds numbers that are too large"
+    ):
+        soup.mix([random_lora(1), random_lora(2)], [1e308, -1e308], method)
+
+
+def test_dare_leaves_the_global_generator_alone():
+    state = torch.random.get_rng_state()
+    soup.mix([random_lora(1)], [1.0], "dare_linear", seed=3)
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> tuple[Path, list[Path]]:
     """Return a small pipeline and two LoRAs of it, of different rank and alpha."""
@@ -269,21 +285,23 @@ def trained(tmp_path_factory) -> tuple[Path, list[Path]]:
     base = small_pipeline(root / "base")
     folders = []
     for number, (rank, alpha) in enumerate([(2, 4.0), (3, 3.0)]):
-        model = load_model(ModelConfig(id=str(base)), torch.device("cpu"))
+        network = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
         targets = ("to_q", "to_k", "to_v", "to_out.0")
-        lora.inject(model.network, rank=rank, alpha=alpha, target_modules=targets, seed=number)
-        fill_lora_b(model.network, seed=number)
+        lora.inject(network, rank=rank, alpha=alpha, target_modules=targets, seed=number)
+        fill_lora_b(network, seed=number)
         folder = root / f"lora{number}"
         folder.mkdir()
-        model.save_lora(folder, lora.weights(model.network), {})
+        settings = lora.adapter_metadata(network)
+        files.save(folder, lora.weights(network), {}, prefix="unet.", adapter_metadata=settings)
         folders.append(folder)
     return base, folders
 
 
 def test_plain_diffusers_draws_the_same_with_the_mix_as_with_both_members(trained, tmp_path):
     base, folders = trained
-    members = [adapter.read(adapter.locate(str(folder)).file).layers for folder in folders]
-    adapter.write(tmp_path, soup.mix(members, (0.7, 0.3)).layers, {})
+    members = [files.read(files.locate(str(folder)).file).layers for folder in folders]
+    weights, settings = files.packed(soup.mix(members, (0.7, 0.3)).layers)
+    files.save(tmp_path, weights, {}, prefix="unet.", adapter_metadata=settings)
 
     inputs = (
         randn(7, 2, 4, 8, 8, dtype=torch.float32),
@@ -305,36 +323,3 @@ def test_plain_diffusers_draws_the_same_with_the_mix_as_with_both_members(traine
     plain, both, mixed = output(), output("both"), output("mix")
     assert float((both - plain).norm() / plain.norm()) > 1e-3
     torch.testing.assert_close(mixed, both, rtol=1e-4, atol=1e-5)
-
-
-def test_kohyas_format_is_drawn_and_mixed_with_the_alpha_of_every_layer(trained, tmp_path):
-    base, _ = trained
-    names = (
-        "down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q",
-        "up_blocks_1_attentions_1_transformer_blocks_0_attn2_to_out_0",
-        "down_blocks_0_attentions_0_transformer_blocks_0_ff_net_2",
-        "down_blocks_0_resnets_0_conv1",
-        "mid_block_attentions_0_proj_in",
-    )
-    unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
-    weights = {n.replace(".", "_"): p for n, p in unet.named_parameters()}
-    state = {}
-    for number, name in enumerate(names):
-        shape = weights[f"{name}_weight"].shape
-        ones = (1, 1) if len(shape) == 4 else ()
-        state |= {
-            f"lora_unet_{name}.lora_down.weight": randn(number, 4, *shape[1:], dtype=torch.float32),
-            f"lora_unet_{name}.lora_up.weight": randn(9, shape[0], 4, *ones, dtype=torch.float32),
-            f"lora_unet_{name}.alpha": torch.tensor(1.0 + number),
-        }
-    file = tmp_path / "kohya.safetensors"
-    save_file(state, file)
-    # diffusers alone loses the alphas of attention layers where they differ.
-    model = load_model(ModelConfig(id=str(base)), torch.device("cpu"))
-    model.load_lora(file)
-    found = adapter.read(file).layers
-    assert len(found) == len(names)
-    for name, factors in found.items():
-        layer = model.network.get_submodule(name)
-        expected = layer.get_delta_weight(lora.ADAPTER).double()
-        torch.testing.assert_close(factors.delta(), expected, rtol=1e-5, atol=1e-5)

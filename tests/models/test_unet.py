@@ -1,41 +1,43 @@
-"""Stable Diffusion pipelines: loading, drawing like diffusers, and LoRAs in and out."""
+"""Stable Diffusion: loading, sampling like diffusers, and what is wrong with model files."""
 
 from __future__ import annotations
 
 import json
 import re
 import shutil
-from collections.abc import Mapping
+import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from peft import get_peft_model_state_dict
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from alignprop_cli.config.schema import ModelConfig
+from alignprop_cli.config.schema import ModelConfig, SampleConfig
 from alignprop_cli.device import resolve_dtype
-from alignprop_cli.errors import AlignPropError, AssetError, ConfigError
+from alignprop_cli.errors import AssetError, ConfigError
 from alignprop_cli.lora import layers as lora
-from alignprop_cli.models.base import LORA_FILE
-from alignprop_cli.models.families import load_model
-from alignprop_cli.models.meta import outline
-from alignprop_cli.models.unet import StableDiffusion
+from alignprop_cli.models import loading, unet
+from alignprop_cli.models.base import Decoder, Model, Parts, Source
+from alignprop_cli.models.families import open_model, sampler
+from alignprop_cli.models.meta import meta_model
+from alignprop_cli.models.unet import ClipText, VaeDecoder, load_text_encoders
 from alignprop_cli.planning import meter as memory
-from alignprop_cli.sampling import sample
+from alignprop_cli.sampling import Guidance, guided, sample
+from alignprop_cli.schedule import NoiseSchedule
 from tests.factories import TEXT_WIDTH, fill_lora_b, randn, small_pipeline
 
 CPU = torch.device("cpu")
@@ -43,10 +45,13 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 PROMPTS = ["a cat", "dogs"]
 
 
-def load(path: Path | str, **options: str) -> StableDiffusion:
-    model = load_model(ModelConfig(id=str(path), **({"dtype": "float32"} | options)), CPU)
-    assert isinstance(model, StableDiffusion)
-    return model
+def load(path: Path | str, prompts: Sequence[str] = (*PROMPTS, ""), **options: str) -> Model:
+    config = ModelConfig(id=str(path), **({"dtype": "float32"} | options))
+    return open_model(config, prompts, CPU)
+
+
+def load_encoders(path: Path, dtype: torch.dtype = torch.float32, **options: str) -> ClipText:
+    return load_text_encoders(Source(ModelConfig(id=str(path), **options), path, dtype), CPU)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def model(folder: Path) -> StableDiffusion:
+def model(folder: Path) -> Model:
     return load(folder)
 
 
@@ -63,10 +68,14 @@ def noise(*shape: int) -> Tensor:
     return randn(3, *shape, dtype=torch.float32)
 
 
+def schedule(model: Model, steps: int) -> NoiseSchedule:
+    return model.network.schedule(steps, model.network.latent_shape(None, None))
+
+
 @torch.no_grad()
-def draw(model: StableDiffusion, guidance: float = 4.0) -> Tensor:
-    denoise = model.denoiser(model.encode_prompts(PROMPTS), guidance)
-    return model.decode(sample(denoise, noise(2, 4, 8, 8), model.schedule(3)))
+def draw(model: Model, guidance: float = 4.0) -> Tensor:
+    denoise = guided(model.network.predict, model.conditioning(PROMPTS, ""), Guidance(guidance))
+    return model.decoder.decode(sample(denoise, noise(2, 4, 8, 8), schedule(model, 3)))
 
 
 @torch.no_grad()
@@ -115,108 +124,174 @@ def test_a_folder_of_a_pndm_model_is_drawn_with_ddim(folder: Path, tmp_path: Pat
     file.write_text(json.dumps(config))
     index = copy / "model_index.json"
     index.write_text(index.read_text().replace("DDIMScheduler", "PNDMScheduler"))
-    assert load(copy).schedule(5) == load(folder).schedule(5)
+    assert schedule(load(copy), 5) == schedule(load(folder), 5)
 
 
-def test_the_negative_prompt_goes_to_the_unconditional_branch(model: StableDiffusion) -> None:
-    conditioning = model.encode_prompts(PROMPTS, "a boat")
-    expected = model.encode_prompts(["a boat"]).prompt_embeds
-    assert conditioning.prompt_embeds.shape == (2, 16, TEXT_WIDTH)
-    assert torch.equal(conditioning.negative_prompt_embeds[1:], expected)
-    assert not torch.equal(conditioning.prompt_embeds[:1], expected)
+def test_the_negative_prompt_goes_to_the_unconditional_branch(folder: Path) -> None:
+    model = load(folder, [*PROMPTS, "a boat"])
+    conditioning = model.conditioning(PROMPTS, "a boat")
+    expected = model.embeds["a boat"].tensors["hidden"]
+    assert conditioning.negative is not None
+    text, negative = conditioning.text.tensors["hidden"], conditioning.negative.tensors["hidden"]
+    assert text.shape == negative.shape == (2, 16, TEXT_WIDTH)
+    assert torch.equal(negative[0], expected)
+    assert torch.equal(negative[1], expected)
+    assert not torch.equal(text[0], expected)
+    assert model.conditioning(PROMPTS, None).negative is None
 
 
-def test_outside_of_its_interval_guidance_is_off_and_costs_nothing(model: StableDiffusion) -> None:
-    conditioning = model.encode_prompts(PROMPTS)
-    latents, batches = noise(2, 4, 8, 8), []
-    model.network.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
-    interval = model.denoiser(conditioning, 4.0, (0.2, 0.7))
-    guided, plain = model.denoiser(conditioning, 4.0), model.denoiser(conditioning, 1.0)
-    # Of 1000 timesteps, numbered from 0.
-    for timestep, inside in ((100, False), (199, False), (200, True), (699, True), (700, False)):
-        expected = (guided if inside else plain)(latents, timestep)
+def test_outside_of_its_interval_guidance_is_off_and_costs_nothing(model: Model) -> None:
+    conditioning = model.conditioning(PROMPTS, "")
+    predict, module = model.network.predict, model.network.module
+    latents, batches = noise(2, 4, 8, 8), list[int]()
+    module.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
+    interval = guided(predict, conditioning, Guidance(4.0, (0.2, 0.7)))
+    always = guided(predict, conditioning, Guidance(4.0))
+    never = guided(predict, conditioning, Guidance(1.0))
+    seen = set[bool]()
+    for step in schedule(model, 10).steps:
+        inside = 0.2 <= step.sigma <= 0.7
+        expected = (always if inside else never)(latents, step)
         batches.clear()
-        assert torch.equal(interval(latents, timestep), expected)
+        assert torch.equal(interval(latents, step), expected)
         assert batches == [4 if inside else 2]
-    assert not torch.equal(guided(latents, 100), plain(latents, 100))
+        assert not torch.equal(always(latents, step), never(latents, step))
+        seen.add(inside)
+    assert seen == {True, False}
 
 
-def test_a_prompt_is_encoded_alike_alone_and_in_a_batch(model: StableDiffusion) -> None:
-    both = model.encode_prompts(PROMPTS).prompt_embeds
-    assert not both.requires_grad
-    again = model.encode_prompts([PROMPTS[1]]).prompt_embeds
-    assert torch.equal(both[1:], again)
-
-
-def test_kept_prompts_need_no_encoder_and_others_still_can_be_encoded(
-    model: StableDiffusion, monkeypatch: pytest.MonkeyPatch
+def test_the_interval_is_in_sigma_ends_included_and_comes_from_the_configuration(
+    model: Model,
 ) -> None:
-    before = model.encode_prompts(PROMPTS, "blurry")
-    model.keep_prompts([*PROMPTS, "a cat", "blurry"])
-    assert model.pipeline.text_encoder.device == CPU
-    other = model.encode_prompts(["a house"]).prompt_embeds
-    assert other.isfinite().all()
-    assert not torch.equal(other[0], before.prompt_embeds[0])
+    config = SampleConfig(
+        guidance_scale=3.0, guidance_interval=(0.25, 0.75), eta=0.5, negative_prompt="n", width=24
+    )
+    made = sampler(config, model.family)
+    assert (made.num_inference_steps, made.eta, made.negative_prompt) == (50, 0.5, "n")
+    assert (made.height, made.width) == (None, 24)
+    for sigma, inside in ((0.2, False), (0.25, True), (0.75, True), (0.8, False)):
+        assert made.guidance.applies(sigma) is inside
+    # Sigma is not the share of the timesteps: it passes 0.75 long before timestep 750.
+    steps = schedule(model, 500).steps
+    above = min(step.timestep for step in steps if step.sigma > 0.75)
+    assert above in (first_timestep_above(0.75), first_timestep_above(0.75) + 1)
+    assert above < 500
 
-    def refuse(*arguments: Any, **options: Any) -> None:
-        raise AssertionError("a kept prompt was encoded again")
 
-    monkeypatch.setattr(model.pipeline.text_encoder, "forward", refuse)
-    after = model.encode_prompts(PROMPTS, "blurry")
-    assert torch.equal(before.prompt_embeds, after.prompt_embeds)
-    assert torch.equal(before.negative_prompt_embeds, after.negative_prompt_embeds)
+def first_timestep_above(sigma: float) -> int:
+    """Return the first timestep whose noise exceeds sigma, from the betas of SD 1.x."""
+    kept = 1.0
+    for timestep in range(1000):
+        root = 0.00085**0.5 + (0.012**0.5 - 0.00085**0.5) * timestep / 999
+        kept *= 1.0 - root**2
+        if (1.0 - kept) ** 0.5 > sigma:
+            return timestep
+    raise AssertionError
 
 
-def test_everything_is_frozen_and_in_evaluation_mode(model: StableDiffusion) -> None:
-    for module in (model.network, model.pipeline.vae, model.pipeline.text_encoder):
+def test_a_prompt_is_encoded_alike_alone_and_in_a_batch(folder: Path) -> None:
+    encoders = load_encoders(folder)
+    both = [embeds.tensors["hidden"] for embeds in encoders.encode(PROMPTS)]
+    (again,) = encoders.encode([PROMPTS[1]])
+    assert not both[1].requires_grad
+    assert torch.equal(both[1], again.tensors["hidden"])
+
+
+def test_predict_calls_the_network_in_its_precision_and_answers_in_that_of_the_latents(
+    model: Model,
+) -> None:
+    conditioning = model.conditioning(PROMPTS, "")
+    latents = noise(2, 4, 8, 8)
+    expected = model.network.module(
+        latents, torch.tensor([441, 441]), conditioning.text.tensors["hidden"]
+    ).sample
+    got = model.network.predict(latents.double(), 441, conditioning.text)
+    assert got.dtype == torch.float64
+    assert torch.equal(got.float(), expected)
+
+
+def test_everything_is_frozen_and_in_evaluation_mode(model: Model, folder: Path) -> None:
+    for module in (model.network.module, model.decoder.module, load_encoders(folder).encoder):
         assert not module.training
         assert not any(p.requires_grad for p in module.parameters())
 
 
-@pytest.mark.parametrize("checkpointed", [False, True])
-def test_the_decoder_gives_float32_and_its_gradient_does_not_depend_on_checkpointing(
-    model: StableDiffusion, checkpointed: bool
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_recomputed_blocks_give_the_same_numbers(model: Model, guidance: float) -> None:
+    parameters = lora.inject(model.network.module, rank=2, alpha=2, target_modules=TARGETS, seed=0)
+    fill_lora_b(model.network.module, seed=1)
+    denoise = guided(model.network.predict, model.conditioning(PROMPTS, ""), Guidance(guidance))
+    step = schedule(model, 5).steps[2]
+
+    def gradients(on: bool, has_grad: bool) -> list[Tensor]:
+        model.network.recompute_blocks(on)
+        latents = noise(2, 4, 8, 8).requires_grad_(has_grad)
+        for tensor in parameters:
+            tensor.grad = None
+        # backward(): reentrant recomputation knows no torch.autograd.grad.
+        denoise(latents, step).square().sum().backward()
+        model.network.recompute_blocks(False)
+        found = [tensor.grad for tensor in (*parameters, latents) if tensor.grad is not None]
+        assert len(found) == len(parameters) + has_grad
+        return found
+
+    for has_grad in (False, True):
+        plain, again = gradients(False, has_grad), gradients(True, has_grad)
+        # The same products; gradients that meet at a skip connection are added in another order.
+        for a, b in zip(plain, again, strict=True):
+            assert float((a - b).norm()) <= 1e-5 * float(a.norm())
+        assert max(float(gradient.norm()) for gradient in plain) > 1e-3
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_decoder_gives_float32_and_its_gradient_does_not_depend_on_recomputation(
+    model: Model, recompute: bool
 ) -> None:
     latents = noise(2, 4, 8, 8).requires_grad_()
-    pictures = model.decode(latents, use_checkpoint=checkpointed)
+    decoder = model.decoder
+    pictures = decoder.decode(latents, recompute=recompute)
     assert pictures.dtype == torch.float32
     assert 0.0 <= pictures.min().item() <= pictures.max().item() <= 1.0
     (gradient,) = torch.autograd.grad(pictures.square().sum(), [latents])
-    (expected,) = torch.autograd.grad(model.decode(latents).square().sum(), [latents])
+    (expected,) = torch.autograd.grad(decoder.decode(latents).square().sum(), [latents])
     assert torch.equal(gradient, expected)
     assert float(gradient.norm()) > 1e-3
 
 
-def test_a_decoder_in_tiles_needs_less_and_draws_nearly_the_same(
-    model: StableDiffusion,
-) -> None:
+def test_the_decoders_parameters_are_those_that_get_a_gradient(model: Model) -> None:
+    decoder = model.decoder
+    decoder.module.requires_grad_(True)
+    decoder.decode(noise(1, 4, 8, 8)).sum().backward()
+    used = {id(p) for p in decoder.module.parameters() if p.grad is not None}
+    assert {id(p) for p in decoder.parameters()} == used
+
+
+def test_a_decoder_in_tiles_needs_less_and_draws_nearly_the_same(model: Model) -> None:
     latents = noise(2, 4, 16, 16).requires_grad_()
     weight = noise(2, 3, 32, 32)
+    vae = model.decoder.module
 
-    def gradient(**options: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        pictures = model.decode(latents, **options)
+    def gradient(decoder: Decoder, *, recompute: bool = False) -> tuple[Tensor, Tensor]:
+        pictures = decoder.decode(latents, recompute=recompute)
         return pictures.detach(), torch.autograd.grad((pictures * weight).sum(), [latents])[0]
 
-    def peak() -> int:
-        weights = model.decoder_parameters()
+    def peak(decoder: Decoder) -> int:
+        exclude = [*decoder.parameters(), latents]
         return memory.count(
-            lambda: model.decode(latents, use_checkpoint=True), exclude=[*weights, latents]
+            lambda: decoder.decode(latents, recompute=True), exclude=exclude
         ).backward
 
-    whole, whole_gradient = gradient()
-    whole_peak = peak()
-    try:
-        model.tile_decoder(32)  # a single tile
-        assert torch.equal(gradient()[0], whole)
-        model.tile_decoder(8)
-        tiled, tiled_gradient = gradient()
-        again, again_gradient = gradient(use_checkpoint=True)
-        assert peak() < 0.7 * whole_peak
-        with pytest.raises(ConfigError, match="vae_tile_size: 12 is not a multiple of 8"):
-            model.tile_decoder(12)
-    finally:
-        model.tile_decoder(None)
-    assert torch.equal(gradient()[0], whole)
+    whole, whole_gradient = gradient(model.decoder)
+    whole_peak = peak(model.decoder)
+    single_tile = VaeDecoder(vae, 2, 32, "name")
+    assert torch.equal(gradient(single_tile)[0], whole)
+    decoder = VaeDecoder(vae, 2, 8, "name")
+    tiled, tiled_gradient = gradient(decoder)
+    again, again_gradient = gradient(decoder, recompute=True)
+    assert peak(decoder) < 0.7 * whole_peak
+    with pytest.raises(ConfigError, match="vae_tile_size: 12 is not a multiple of 8, which name"):
+        VaeDecoder(vae, 2, 12, "name")
+    assert torch.equal(gradient(VaeDecoder(vae, 2, None, "name"))[0], whole)
     assert torch.equal(tiled, again)
     assert torch.equal(tiled_gradient, again_gradient)
     assert tiled.shape == whole.shape
@@ -228,29 +303,43 @@ def test_a_decoder_in_tiles_needs_less_and_draws_nearly_the_same(
     assert float(cosine) > 0.3
 
 
-def test_the_size_of_tiles_is_an_option_of_the_model(tmp_path: Path) -> None:
-    path = small_pipeline(tmp_path / "model")
-    config = ModelConfig(id=str(path), vae_tile_size=8)
-    for made in (load_model(config, CPU), outline(config, torch.float32, "cpu")):
-        assert made.pipeline.vae.use_tiling  # type: ignore[attr-defined]
-        assert made.pipeline.vae.tile_latent_min_size == 4  # type: ignore[attr-defined]
+def test_the_size_of_tiles_is_an_option_of_the_model(folder: Path) -> None:
+    config = ModelConfig(id=str(folder), vae_tile_size=8)
+    decoders = (
+        open_model(config, [], CPU).decoder,
+        meta_model(config, torch.float32, "cpu").parts.decoder,
+    )
+    for decoder in decoders:
+        assert decoder.module.use_tiling
+        assert decoder.module.tile_latent_min_size == 4
+    for refused in (
+        lambda config: open_model(config, [], CPU),
+        lambda config: meta_model(config, torch.float32, "cpu"),
+    ):
+        with pytest.raises(ConfigError, match="vae_tile_size: 12 is not a multiple of 8"):
+            refused(ModelConfig(id=str(folder), vae_tile_size=12))
 
 
 def test_sizes_default_to_the_models_own_and_follow_the_units_of_the_network(
-    model: StableDiffusion,
+    model: Model,
 ) -> None:
-    assert model.latent_shape(None, None) == (4, 8, 8)
-    assert model.latent_shape(32, None) == (4, 16, 8)
-    assert model.latent_shape(16, 24) == (4, 8, 12)
+    latent_shape = model.network.latent_shape
+    assert latent_shape(None, None) == (4, 8, 8)
+    assert latent_shape(32, None) == (4, 16, 8)
+    assert latent_shape(16, 24) == (4, 8, 12)
     with pytest.raises(ConfigError, match=r"sample\.width: 23 is not a multiple of 4.*nearest: 24"):
-        model.latent_shape(16, 23)
+        latent_shape(16, 23)
     with pytest.raises(ConfigError, match=r"sample\.height"):
-        model.latent_shape(18, 16)
+        latent_shape(18, 16)
 
 
-def test_more_steps_than_timesteps_are_refused(model: StableDiffusion) -> None:
+def test_more_steps_than_timesteps_are_refused(model: Model) -> None:
     with pytest.raises(ConfigError, match="num_inference_steps: 1001"):
-        model.schedule(1001)
+        schedule(model, 1001)
+    # This model's first timestep is 1, so the last of a thousand is one that it does not know.
+    with pytest.raises(ConfigError, match="num_inference_steps: 1000 reaches timestep 1000"):
+        schedule(model, 1000)
+    assert len(schedule(model, 999)) == 999
 
 
 def test_noise_prediction_at_zero_terminal_snr_is_refused(tmp_path: Path) -> None:
@@ -258,7 +347,7 @@ def test_noise_prediction_at_zero_terminal_snr_is_refused(tmp_path: Path) -> Non
         tmp_path, scheduler_rescale_betas_zero_snr=True, scheduler_timestep_spacing="trailing"
     )
     with pytest.raises(ConfigError, match="alpha = 0"):
-        load(folder).schedule(10)
+        schedule(load(folder), 10)
 
 
 @pytest.mark.parametrize(
@@ -273,19 +362,22 @@ def test_noise_prediction_at_zero_terminal_snr_is_refused(tmp_path: Path) -> Non
 def test_the_precision_is_the_one_asked_for(folder: Path, name: str, dtype: torch.dtype) -> None:
     assert resolve_dtype(name, CPU) == dtype
     model = load(folder, dtype=name)
-    for module in (model.network, model.pipeline.vae, model.pipeline.text_encoder):
+    modules = (model.network.module, model.decoder.module, load_encoders(folder, dtype).encoder)
+    for module in modules:
         assert {p.dtype for p in module.parameters()} == {dtype}
+    assert {e.tensors["hidden"].dtype for e in model.embeds.values()} == {dtype}
 
 
 def test_latents_stay_in_float32_around_a_network_in_half_precision(folder: Path) -> None:
     model = load(folder, dtype="bfloat16")
-    parameters = lora.inject(model.network, rank=2, alpha=2, target_modules=TARGETS, seed=0)
-    fill_lora_b(model.network, seed=1)
+    module = model.network.module
+    parameters = lora.inject(module, rank=2, alpha=2, target_modules=TARGETS, seed=0)
+    fill_lora_b(module, seed=1)
     assert {p.dtype for p in parameters} == {torch.float32}
-    denoise = model.denoiser(model.encode_prompts(PROMPTS), 3.0)
-    noise_pred = denoise(noise(2, 4, 8, 8), 501)
+    denoise = guided(model.network.predict, model.conditioning(PROMPTS, ""), Guidance(3.0))
+    noise_pred = denoise(noise(2, 4, 8, 8), schedule(model, 2).steps[1])
     assert noise_pred.dtype == torch.float32
-    pictures = model.decode(noise_pred)
+    pictures = model.decoder.decode(noise_pred)
     assert pictures.dtype == torch.float32
     pictures.sum().backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in parameters)
@@ -300,7 +392,7 @@ def test_the_fingerprint_tells_architectures_apart_and_not_weights(
     assert own.fingerprint == same.fingerprint
     assert own.fingerprint != other.fingerprint
     before = own.fingerprint
-    lora.inject(own.network, rank=2, alpha=2, target_modules=TARGETS, seed=0)
+    lora.inject(own.network.module, rank=2, alpha=2, target_modules=TARGETS, seed=0)
     assert own.fingerprint == before
 
 
@@ -388,18 +480,26 @@ def single_file(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def check_equal_weights(model: StableDiffusion, expected: StableDiffusion) -> None:
-    for part in ("unet", "vae", "text_encoder"):
-        state = getattr(model.pipeline, part).state_dict()
-        for name, value in getattr(expected.pipeline, part).state_dict().items():
+def check_equal_weights(path: Path, folder: Path) -> tuple[Model, Model]:
+    """Return the models of a single file and of its folder, whose weights are the same."""
+    models = load(path, config=str(folder)), load(folder)
+    encoders = load_encoders(path, config=str(folder)), load_encoders(folder)
+    pairs = {
+        "unet": [model.network.module for model in models],
+        "vae": [model.decoder.module for model in models],
+        "text_encoder": [both.encoder for both in encoders],
+    }
+    for part, (made, expected) in pairs.items():
+        state = made.state_dict()
+        for name, value in expected.state_dict().items():
             assert torch.equal(state[name], value), f"{part}.{name}"
+    return models
 
 
 def test_a_single_safetensors_file_loads_to_the_numbers_of_its_folder(
     folder: Path, single_file: Path
 ) -> None:
-    model, expected = load(single_file, config=str(folder)), load(folder)
-    check_equal_weights(model, expected)
+    model, expected = check_equal_weights(single_file, folder)
     assert model.fingerprint == expected.fingerprint
     assert torch.equal(draw(model), draw(expected))
 
@@ -409,7 +509,7 @@ def test_a_single_ckpt_file_loads_to_the_numbers_of_its_folder(
 ) -> None:
     path = tmp_path / "model.ckpt"
     torch.save({"state_dict": to_original_layout(folder)}, path)
-    check_equal_weights(load(path, config=str(folder)), load(folder))
+    check_equal_weights(path, folder)
 
 
 def test_a_damaged_single_file_is_reported_as_missing_weights(
@@ -427,6 +527,34 @@ def test_a_damaged_single_file_is_reported_as_missing_weights(
         assert name in str(caught.value)
 
 
+@pytest.mark.parametrize("kind", ["folder", "single_file"])
+def test_text_encoders_are_gone_before_the_network_is_loaded(
+    kind: str, folder: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoders: list[weakref.ref[Any]] = []
+    loaded: list[bool] = []
+    load_text_encoders, load_parts = unet.load_text_encoders, unet.load_parts
+
+    def spy_on_encoders(source: Source, device: torch.device) -> unet.ClipText:
+        made = load_text_encoders(source, device)
+        encoders.extend([weakref.ref(made), weakref.ref(made.encoder)])
+        encoders.extend(weakref.ref(p) for p in made.encoder.parameters())
+        assert not loaded
+        return made
+
+    def spy_on_parts(source: Source, device: torch.device) -> Parts:
+        assert encoders
+        loaded.append(any(encoder() is not None for encoder in encoders))
+        return load_parts(source, device)
+
+    monkeypatch.setattr(unet, "load_text_encoders", spy_on_encoders)
+    monkeypatch.setattr(unet, "load_parts", spy_on_parts)
+    path = request.getfixturevalue(kind)
+    model = open_model(ModelConfig(id=str(path), config=str(folder)), ["a cat"], CPU)
+    assert loaded == [False]
+    assert model.embeds["a cat"].tensors["hidden"].device == CPU
+
+
 # --- What is missing, damaged or of another kind ---
 
 
@@ -437,7 +565,8 @@ def test_a_path_to_nothing_is_reported_without_asking_the_hub(
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("the hub was asked")
 
-    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", refuse)
+    monkeypatch.setattr(loading, "hf_hub_download", refuse)
+    monkeypatch.setattr(DiffusionPipeline, "download", refuse)
     with pytest.raises(AssetError, match="no such file or folder") as caught:
         load(name)
     assert name in caught.value.message
@@ -457,8 +586,9 @@ def test_another_family_of_models_is_refused_by_name(folder: Path, tmp_path: Pat
     index = copy / "model_index.json"
     text = index.read_text().replace('"StableDiffusionPipeline"', '"StableDiffusionXLPipeline"')
     index.write_text(text)
-    with pytest.raises(ConfigError, match="StableDiffusionXLPipeline"):
+    with pytest.raises(ConfigError, match="StableDiffusionXLPipeline") as caught:
         load(copy)
+    assert "supported: StableDiffusionPipeline (Stable Diffusion 1.x" in caught.value.message
 
 
 @pytest.mark.parametrize(
@@ -491,8 +621,11 @@ def test_a_damaged_part_of_a_folder_is_reported(folder: Path, tmp_path: Path, fi
 
 
 def test_an_inpainting_model_is_refused(tmp_path: Path) -> None:
+    path = small_pipeline(tmp_path, in_channels=9)
     with pytest.raises(ConfigError, match="takes 9 channels, its latents have 4"):
-        load(small_pipeline(tmp_path, in_channels=9))
+        load(path)
+    with pytest.raises(ConfigError, match="takes 9 channels, its latents have 4"):
+        meta_model(ModelConfig(id=str(path)), torch.float32, "cpu")
 
 
 # What the hub's errors read of a response; its class depends on the version of the hub's client.
@@ -505,6 +638,7 @@ RESPONSE: Any = SimpleNamespace(headers={}, request=None, status_code=403)
         (GatedRepoError("gated", response=RESPONSE), "a/b is gated"),
         (RepositoryNotFoundError("none", response=RESPONSE), "the hub has no model a/b"),
         (RevisionNotFoundError("none", response=RESPONSE), "has no revision 'old'"),
+        (RemoteEntryNotFoundError("none", response=RESPONSE), "it has no model_index.json"),
         (LocalEntryNotFoundError("offline"), "the hub cannot be reached"),
         (OfflineModeIsEnabled("offline"), "the hub cannot be reached"),
         (HfHubHTTPError("500 broken", response=RESPONSE), "cannot load a/b from the hub"),
@@ -512,8 +646,14 @@ RESPONSE: Any = SimpleNamespace(headers={}, request=None, status_code=403)
     ],
 )
 @pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize("at", ["index", "weights"])
 def test_what_the_hub_refuses_is_explained(
-    error: Exception, message: str, wrapped: bool, monkeypatch: pytest.MonkeyPatch
+    error: Exception,
+    message: str,
+    wrapped: bool,
+    at: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def fail(*args: object, **kwargs: object) -> None:
         if wrapped:
@@ -521,157 +661,13 @@ def test_what_the_hub_refuses_is_explained(
             raise OSError(str(error)) from error
         raise error
 
-    monkeypatch.setattr(StableDiffusionPipeline, "from_pretrained", fail)
+    index = folder / "model_index.json"
+    monkeypatch.setattr(
+        loading, "hf_hub_download", fail if at == "index" else lambda *_, **__: index
+    )
+    monkeypatch.setattr(DiffusionPipeline, "download", fail)
     with pytest.raises(AssetError) as caught:
         load("a/b", revision="old")
     assert message in caught.value.message
     assert "second line" not in caught.value.message
     assert caught.value.exit_code == 3
-
-
-# --- LoRA in and out ---
-
-
-def with_lora(model: StableDiffusion, **options: int) -> dict[str, Tensor]:
-    settings = {"rank": 3, "alpha": 5, "seed": 2} | options
-    lora.inject(model.network, target_modules=TARGETS, **settings)
-    fill_lora_b(model.network, seed=50)
-    return lora.weights(model.network)
-
-
-def save(model: StableDiffusion, directory: Path, metadata: Mapping[str, str] = {}) -> Path:
-    return model.save_lora(directory, lora.weights(model.network), metadata)
-
-
-def test_a_saved_lora_loads_to_the_same_weights_and_pictures(
-    model: StableDiffusion, folder: Path, tmp_path: Path
-) -> None:
-    base = draw(model)
-    weights = with_lora(model)
-    tuned = draw(model)
-    assert float((tuned - base).abs().max()) > 1e-3
-    file = save(model, tmp_path)
-    assert file == tmp_path / LORA_FILE
-    for path in (file, tmp_path):
-        again = load(folder)
-        again.load_lora(path)
-        loaded = lora.weights(again.network)
-        assert loaded.keys() == weights.keys()
-        assert all(torch.equal(loaded[name], weights[name]) for name in weights)
-        assert torch.equal(draw(again), tuned)
-
-
-def test_a_saved_lora_gives_equal_pictures_in_plain_diffusers(
-    model: StableDiffusion, folder: Path, tmp_path: Path
-) -> None:
-    # alpha differs from rank, so a reader that ignores it draws something else.
-    with_lora(model)
-    save(model, tmp_path)
-    pipeline = StableDiffusionPipeline.from_pretrained(folder)
-    base = draw_with_diffusers(pipeline)
-    pipeline.load_lora_weights(tmp_path)
-    tuned = draw_with_diffusers(pipeline)
-    assert float((tuned - base).abs().max()) > 1e-3
-    torch.testing.assert_close(draw(model), tuned, **CLOSE)
-
-
-def test_a_lora_saved_by_plain_diffusers_is_read(
-    model: StableDiffusion, folder: Path, tmp_path: Path
-) -> None:
-    with_lora(model)
-    expected = draw(model)
-    (tmp_path / "ours").mkdir()
-    save(model, tmp_path / "ours")
-    pipeline = StableDiffusionPipeline.from_pretrained(folder)
-    pipeline.load_lora_weights(tmp_path / "ours")
-    StableDiffusionPipeline.save_lora_weights(
-        tmp_path / "theirs",
-        unet_lora_layers=get_peft_model_state_dict(pipeline.unet, adapter_name="default_0"),
-        unet_lora_adapter_metadata=pipeline.unet.peft_config["default_0"].to_dict(),
-    )
-    again = load(folder)
-    again.load_lora(tmp_path / "theirs")
-    torch.testing.assert_close(draw(again), expected, **CLOSE)
-
-
-def test_metadata_goes_to_the_header_of_the_file(model: StableDiffusion, tmp_path: Path) -> None:
-    with_lora(model)
-    file = save(model, tmp_path, {"alignprop_model": "tiny"})
-    with safe_open(file, framework="pt") as reader:
-        header = reader.metadata()
-    assert header["alignprop_model"] == "tiny"
-    assert header["format"] == "pt"
-    settings = json.loads(header["lora_adapter_metadata"])
-    assert settings["unet.r"] == 3
-    assert settings["unet.lora_alpha"] == 5
-
-
-def test_a_loaded_lora_can_be_trained_on(
-    model: StableDiffusion, folder: Path, tmp_path: Path
-) -> None:
-    with_lora(model)
-    save(model, tmp_path)
-    again = load(folder, dtype="bfloat16")
-    again.load_lora(tmp_path)
-    parameters = lora.make_trainable(again.network)
-    trained = {name for name, p in again.network.named_parameters() if p.requires_grad}
-    assert len(trained) == len(parameters) > 0
-    assert all(".lora_" in name for name in trained)
-    assert {p.dtype for p in parameters} == {torch.float32}
-
-
-def check_refused_unchanged(
-    model: StableDiffusion, path: Path, kind: type[AlignPropError], match: str
-) -> None:
-    before = draw(model)
-    with pytest.raises(kind, match=match):
-        model.load_lora(path)
-    assert not lora.is_present(model.network)
-    assert torch.equal(draw(model), before)
-
-
-def test_a_lora_of_another_width_is_refused(model: StableDiffusion, tmp_path: Path) -> None:
-    other = load(small_pipeline(tmp_path / "other", block_out_channels=(64, 64)))
-    with_lora(other)
-    file = save(other, tmp_path)
-    check_refused_unchanged(model, file, ConfigError, "does not belong to model")
-
-
-def test_a_lora_with_layers_this_model_lacks_is_refused(
-    model: StableDiffusion, tmp_path: Path
-) -> None:
-    other = load(
-        small_pipeline(
-            tmp_path / "other",
-            down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        )
-    )
-    with_lora(other)
-    file = save(other, tmp_path)
-    check_refused_unchanged(model, file, ConfigError, "which this model lacks")
-
-
-def test_a_lora_of_a_text_encoder_alone_is_refused(model: StableDiffusion, tmp_path: Path) -> None:
-    file = tmp_path / LORA_FILE
-    layer = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_linear_layer"
-    state = {
-        f"{layer}.down.weight": torch.ones(2, TEXT_WIDTH),
-        f"{layer}.up.weight": torch.ones(TEXT_WIDTH, 2),
-    }
-    save_file(state, file)
-    check_refused_unchanged(model, file, ConfigError, "does not belong to model")
-
-
-def test_files_that_are_no_lora_are_reported(
-    model: StableDiffusion, folder: Path, tmp_path: Path
-) -> None:
-    with pytest.raises(AssetError, match="no LoRA at"):
-        model.load_lora(tmp_path)
-    with pytest.raises(AssetError, match=r"nothing\.safetensors is missing"):
-        model.load_lora(tmp_path / "nothing.safetensors")
-    damaged = tmp_path / "damaged.safetensors"
-    damaged.write_bytes(b"\x10\x00\x00\x00")
-    check_refused_unchanged(model, damaged, AssetError, "damaged")
-    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    check_refused_unchanged(model, weights, AssetError, "LoRA")

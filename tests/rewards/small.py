@@ -44,9 +44,7 @@ PROMPTS = ["two cats", "one cat", "three cats"]
 """Prompts that every reward can read: they name a number of cats."""
 
 
-def pictures(
-    height: int, width: int, dtype: torch.dtype = torch.float32, *, count: int = 3
-) -> Tensor:
+def noise(height: int, width: int, dtype: torch.dtype = torch.float32, *, count: int = 3) -> Tensor:
     """Return white noise in [0, 1], shape (count, 3, height, width)."""
     return torch.rand((count, 3, height, width), generator=generator(0), dtype=dtype)
 
@@ -90,7 +88,7 @@ def head_file(folder: Path) -> Path:
 
 
 def hps_weights(folder: Path) -> Path:
-    """Write both versions of a small HPS; `shrink_hps` puts its architecture in place."""
+    """Write both versions of a small HPS; `shrink_hps` gives `HpsReward` its architecture."""
     for seed, file in enumerate(hps.FILES.values()):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)

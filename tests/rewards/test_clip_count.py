@@ -1,4 +1,4 @@
-"""The reward that compares numbers: its prompts, its formula, and that it sees what was drawn."""
+"""The reward that compares numbers: its prompts, its formula, and that it sees what is there."""
 
 from __future__ import annotations
 

@@ -21,10 +21,10 @@ from transformers import (
 )
 
 from alignprop_cli.errors import AssetError, ConfigError
-from alignprop_cli.images import normalise
-from alignprop_cli.rewards.detect import Count, Detector, Remove, log_probability, number_in
+from alignprop_cli.rewards.detect import Count, Remove, log_probability, number_in
+from alignprop_cli.rewards.detector import Detector, owlv2_inputs, yolos_inputs
 from tests.factories import randn
-from tests.rewards.small import pictures, small_owlv2, small_yolos
+from tests.rewards.small import noise, small_owlv2, small_yolos
 
 PROMPTS = ["two cats", "3 cats", "one cat"]
 
@@ -116,14 +116,14 @@ def test_ascent_on_log_odds_ends_at_the_number() -> None:
 
 
 def test_removing_is_counting_to_none(folder: str) -> None:
-    images = pictures(32, 40)
+    images = noise(32, 40)
     remove, count = Remove("dog", folder), Count("dog", 0, folder)
     torch.testing.assert_close(remove(images, PROMPTS), count(images, PROMPTS))
     assert (remove(images, PROMPTS) < 0.0).all()
 
 
 def test_yolos_scores_are_those_of_the_librarys_post_processing(folders: dict[str, Path]) -> None:
-    images = pictures(32, 40)
+    images = noise(32, 40)
     scores = torch.stack(
         [
             torch.sigmoid(Detector("count", name, str(folders["yolos"])).log_odds(images)[0])
@@ -131,7 +131,7 @@ def test_yolos_scores_are_those_of_the_librarys_post_processing(folders: dict[st
         ]
     )  # (classes, B, Q)
     detector = Detector("count", "cat", str(folders["yolos"]))
-    inputs = normalise(detector._fitted(images), detector.mean, detector.std)
+    inputs = yolos_inputs(images, detector.network.config)
     output = detector.network(pixel_values=inputs)
     library = YolosImageProcessor().post_process_object_detection(output, threshold=0.0)
     seen = 0
@@ -146,7 +146,7 @@ def test_yolos_scores_are_those_of_the_librarys_post_processing(folders: dict[st
 
 
 def test_owlv2_scores_are_those_of_the_librarys_post_processing(folders: dict[str, Path]) -> None:
-    images = pictures(24, 32)
+    images = noise(24, 32)
     detector = Detector("count", "cat", str(folders["owlv2"]))
     log_odds, boxes = detector.log_odds(images)
     size = {"height": 32, "width": 32}
@@ -166,13 +166,13 @@ def test_owlv2_scores_are_those_of_the_librarys_post_processing(folders: dict[st
 def test_yolos_is_fed_as_the_library_does(
     folders: dict[str, Path], height: int, width: int
 ) -> None:
-    images = pictures(height, width)
+    images = noise(height, width)
     detector = Detector("count", "cat", str(folders["yolos"]))
     processor = YolosImageProcessor(
         size={"shortest_edge": 32, "longest_edge": 48}, do_rescale=False, do_pad=False
     )
     library = processor(images=list(images), return_tensors="pt").pixel_values
-    fitted = normalise(detector._fitted(images), detector.mean, detector.std)
+    fitted = yolos_inputs(images, detector.network.config)
     torch.testing.assert_close(fitted, library, rtol=0.0, atol=1e-4)
 
 
@@ -180,11 +180,11 @@ def test_yolos_is_fed_as_the_library_does(
 def test_owlv2_is_fed_as_the_library_does(
     folders: dict[str, Path], height: int, width: int
 ) -> None:
-    images = pictures(height, width)
+    images = noise(height, width)
     detector = Detector("count", "cat", str(folders["owlv2"]))
     processor = Owlv2ImageProcessor(size={"height": 32, "width": 32}, do_rescale=False)
     library = processor(images=list(images), return_tensors="pt").pixel_values
-    squared = normalise(detector._squared(images), detector.mean, detector.std)
+    squared = owlv2_inputs(images, detector.network.config)
     torch.testing.assert_close(squared, library, rtol=0.0, atol=1e-5)
 
 
@@ -209,7 +209,7 @@ def test_there_is_a_gradient_where_nothing_is_detected(folder: str) -> None:
     else:
         network.class_head.logit_scale.weight.data.zero_()
         network.class_head.logit_shift.bias.data -= 30.0
-    images = pictures(32, 32).requires_grad_()
+    images = noise(32, 32).requires_grad_()
     assert float(reward.expected(images).detach().max()) < 1e-9
     (gradient,) = torch.autograd.grad(reward(images, PROMPTS).sum(), [images])
     assert (gradient.flatten(1).norm(dim=1) > 1e-2).all()
@@ -217,7 +217,7 @@ def test_there_is_a_gradient_where_nothing_is_detected(folder: str) -> None:
 
 @pytest.mark.parametrize("number", [0, 3])
 def test_ascent_on_pixels_moves_the_count_towards_the_number(folder: str, number: int) -> None:
-    reward, images = Count("cat", number, folder), pictures(32, 32)
+    reward, images = Count("cat", number, folder), noise(32, 32)
     moved = images.clone()
     for _ in range(20):
         moved.requires_grad_()
@@ -282,7 +282,7 @@ def test_a_prompt_without_the_number_is_refused(prompt: str) -> None:
 
 
 def test_the_number_of_each_prompt_is_the_one_counted_to(folder: str) -> None:
-    images = pictures(32, 32)
+    images = noise(32, 32)
     read = Count("cat", model=folder)(images, ["one cat", "three cats", "zero cats"])
     for index, number in enumerate((1, 3, 0)):
         fixed = Count("cat", number, folder)(images, PROMPTS)
@@ -300,7 +300,7 @@ def test_an_unknown_word_is_refused_with_the_nearest(folders: dict[str, Path]) -
 
 
 def test_the_words_of_an_open_detector_matter(folders: dict[str, Path]) -> None:
-    images = pictures(32, 32)
+    images = noise(32, 32)
     cat, dog = (Remove(name, str(folders["owlv2"]))(images, PROMPTS) for name in ("cat", "dog"))
     assert not torch.allclose(cat, dog, rtol=1e-3)
 
@@ -309,7 +309,7 @@ def test_a_number_out_of_range_is_refused(folders: dict[str, Path]) -> None:
     with pytest.raises(ConfigError, match=r"reward\.count\.number: expected 0 to 100, got -1"):
         Count("cat", -1, str(folders["yolos"]))
     with pytest.raises(ConfigError, match="at most 7 objects apart, got 8"):
-        Count("cat", 8, str(folders["yolos"]))(pictures(32, 32), PROMPTS)
+        Count("cat", 8, str(folders["yolos"]))(noise(32, 32), PROMPTS)
 
 
 # --- Files ---

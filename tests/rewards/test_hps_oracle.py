@@ -28,7 +28,7 @@ pytestmark = pytest.mark.skipif(
     not PLACE, reason="ALIGNPROP_HPSV2 names no folder with the package hpsv2; .ci/run makes one"
 )
 SIZE = 32
-# Square and not, smaller and larger than the model's 32, odd. The package cannot score a picture
+# Square and not, smaller and larger than the model's 32, odd. The package cannot score an image
 # whose long edge is 32 already unless it is square: it pads none of those.
 PICTURES = [(32, 32), (64, 64), (512, 384), (100, 257), (20, 12), (700, 700), (33, 31)]
 PROMPTS = [
@@ -60,13 +60,13 @@ official = [
     [float(x) for x in img_score.score(files, p, cp=weights, hps_version="v2.1")] for p in prompts
 ]
 from alignprop_cli.rewards import hps_official
-from alignprop_cli.scoring.files import read_picture
+from alignprop_cli.scoring.files import read_image
 import torch
 hps_official.ARCHITECTURE = "small-hps"
 reward = hps_official.OfficialHps(weights=weights)
-pixels = [torch.from_numpy(read_picture(Path(f)).pixels.copy()) for f in files]
-pictures = [p.permute(2, 0, 1) / 255 for p in pixels]
-wrapped = [[float(reward(x[None], [p])) for x in pictures] for p in prompts]
+pixels = [torch.from_numpy(read_image(Path(f)).pixels.copy()) for f in files]
+images = [p.permute(2, 0, 1) / 255 for p in pixels]
+wrapped = [[float(reward(x[None], [p])) for x in images] for p in prompts]
 print(json.dumps([official, wrapped]))
 """
 
@@ -75,8 +75,8 @@ def noise_with_shapes(width: int, height: int, seed: int) -> Image.Image:
     rng = np.random.default_rng(seed)
     rows, columns = np.mgrid[0:height, 0:width]
     waves = [np.sin(columns / 9.0 + rows / rng.uniform(3.0, 20.0)) for _ in range(3)]
-    picture = 127.0 + 90.0 * np.stack(waves, axis=-1) + rng.normal(0.0, 25.0, (height, width, 3))
-    return Image.fromarray(picture.clip(0, 255).astype(np.uint8))
+    image = 127.0 + 90.0 * np.stack(waves, axis=-1) + rng.normal(0.0, 25.0, (height, width, 3))
+    return Image.fromarray(image.clip(0, 255).astype(np.uint8))
 
 
 def ask_the_package(arguments: Sequence[object]) -> list[list[list[float]]]:
@@ -122,6 +122,6 @@ def test_scores_are_those_of_the_official_package(
         ours.append(scores)
     np.testing.assert_allclose(ours, official, rtol=0.0, atol=1e-5)
     np.testing.assert_allclose(wrapped, official, rtol=0.0, atol=1e-6)
-    # The pictures and the prompts are told apart by far more than that.
+    # The images and the prompts are told apart by far more than that.
     assert np.ptp(official, axis=1).min() > 1e-3
     assert np.ptp(official, axis=0).min() > 1e-3

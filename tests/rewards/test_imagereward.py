@@ -20,7 +20,7 @@ from tests.rewards.small import (
     TEXT_WIDTH,
     WORDS,
     imagereward_state,
-    pictures,
+    noise,
     vision_tower,
     write_imagereward,
 )
@@ -92,12 +92,14 @@ def test_the_rating_is_that_of_timms_vision_transformer_and_a_plain_bert(
             if name.startswith("blip.visual_encoder.")
         }
     )
-    images = pictures(SIZE, SIZE)
+    images = noise(SIZE, SIZE)
     mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(1, 3, 1, 1)
     std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(1, 3, 1, 1)
     with torch.no_grad():
         seen = tower.forward_features((images - mean) / std)
-        torch.testing.assert_close(reward._see(images), seen, rtol=0.0, atol=1e-5)
+        torch.testing.assert_close(
+            imagereward._see(reward._vision, images, torch.float32), seen, rtol=0.0, atol=1e-5
+        )
         tokens = torch.tensor([encoded(prompt) for prompt in PROMPTS])
         rating = plain_text_tower(state, tokens, seen)[:, 0]
         for place in (0, 2, 4, 6, 7):
@@ -109,21 +111,24 @@ def test_the_rating_is_that_of_timms_vision_transformer_and_a_plain_bert(
 
 
 def test_the_epsilon_of_the_vision_norms_matters(reward: ImageReward) -> None:
-    images = pictures(SIZE, SIZE)
+    images = noise(SIZE, SIZE)
     norms = [m for m in reward._vision.modules() if isinstance(m, torch.nn.LayerNorm)]
     assert {norm.eps for norm in norms} == {1e-6}
-    seen = reward._see(images)
+    seen = imagereward._see(reward._vision, images, torch.float32)
     try:
         for norm in norms:
             norm.eps = 1e-5  # the default of BlipVisionConfig
-        assert float((reward._see(images) - seen).abs().max()) > 1e-5
+        assert (
+            float((imagereward._see(reward._vision, images, torch.float32) - seen).abs().max())
+            > 1e-5
+        )
     finally:
         for norm in norms:
             norm.eps = 1e-6
 
 
 def test_the_prompt_matters_up_to_its_35th_token(reward: ImageReward) -> None:
-    images = pictures(SIZE, SIZE)
+    images = noise(SIZE, SIZE)
     assert not torch.allclose(reward(images, PROMPTS), reward(images, PROMPTS[::-1]))
     long = "a " * 33
     torch.testing.assert_close(
@@ -133,7 +138,7 @@ def test_the_prompt_matters_up_to_its_35th_token(reward: ImageReward) -> None:
 
 def test_the_file_itself_may_be_named(folder: Path, reward: ImageReward) -> None:
     named = ImageReward(str(folder / "ImageReward.pt"), str(folder))
-    images = pictures(SIZE, SIZE)
+    images = noise(SIZE, SIZE)
     torch.testing.assert_close(named(images, PROMPTS), reward(images, PROMPTS))
 
 

@@ -18,7 +18,7 @@ from alignprop_cli.rewards import jpeg
 from alignprop_cli.rewards.base import Reward
 from alignprop_cli.rewards.jpeg import Compressibility, Incompressibility, jpeg_kilobytes
 from tests.factories import generator
-from tests.rewards.small import pictures
+from tests.rewards.small import noise
 
 MEASURES = ("size", "round_trip")
 TEXTS = ["", "", ""]
@@ -31,11 +31,11 @@ def measure(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def drawn(count: int, height: int, width: int) -> Tensor:
+def synthetic(count: int, height: int, width: int) -> Tensor:
     """Shapes, ramps, stripes and noise, in turn, of random strength."""
     rng = np.random.default_rng(0)
     rows, columns = np.mgrid[0:height, 0:width]
-    pictures: list[np.ndarray] = []
+    images: list[np.ndarray] = []
     for index in range(count):
         tint = rng.random(3)
         if index % 4 == 0:
@@ -44,28 +44,28 @@ def drawn(count: int, height: int, width: int) -> Tensor:
                 left, top, size = int(rng.integers(width)), int(rng.integers(height)), width // 4
                 colour = tuple(rng.integers(0, 256, 3).tolist())
                 ImageDraw.Draw(image).ellipse((left, top, left + size, top + size), fill=colour)
-            picture = np.asarray(image) / 255.0
+            image = np.asarray(image) / 255.0
         elif index % 4 == 1:
             ramp = (columns / width * rng.random() + rows / height * rng.random()) / 2.0
-            picture = ramp[..., None] * tint + rng.normal(0.0, rng.choice([0.0, 0.02]), tint.shape)
+            image = ramp[..., None] * tint + rng.normal(0.0, rng.choice([0.0, 0.02]), tint.shape)
         elif index % 4 == 2:
             wave = np.sin(2.0 * np.pi * rng.uniform(0.02, 0.45) * (columns + rows))
-            picture = 0.5 + 0.5 * rng.random() * wave[..., None] * tint
+            image = 0.5 + 0.5 * rng.random() * wave[..., None] * tint
         else:
-            picture = 0.5 + rng.uniform(0.0, 0.3) * rng.normal(size=(height, width, 3))
-        pictures.append(np.clip(picture, 0.0, 1.0))
-    return torch.tensor(np.stack(pictures), dtype=torch.float32).permute(0, 3, 1, 2)
+            image = 0.5 + rng.uniform(0.0, 0.3) * rng.normal(size=(height, width, 3))
+        images.append(np.clip(image, 0.0, 1.0))
+    return torch.tensor(np.stack(images), dtype=torch.float32).permute(0, 3, 1, 2)
 
 
 def natural(size: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """1/f noise, which has the spectrum of photographs (Field 1987)."""
     frequencies = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.fftfreq(size)[None])
     spectrum = np.fft.fft2(np.random.default_rng(0).normal(size=(3, 3, size, size)))
-    pictures = np.fft.ifft2(spectrum / np.maximum(frequencies, 1.0 / size)).real
-    return torch.tensor(0.5 + 0.15 * pictures / pictures.std(), dtype=dtype).clamp(0.0, 1.0)
+    noise = np.fft.ifft2(spectrum / np.maximum(frequencies, 1.0 / size)).real
+    return torch.tensor(0.5 + 0.15 * noise / noise.std(), dtype=dtype).clamp(0.0, 1.0)
 
 
-def test_a_large_picture_is_measured() -> None:
+def test_a_large_image_is_measured() -> None:
     images = torch.rand((1, 3, 1024, 1000), generator=generator(0))
     estimate = -Compressibility()(images, [""])
     # White noise, the largest of files: measured 5.3 % too high.
@@ -73,7 +73,7 @@ def test_a_large_picture_is_measured() -> None:
 
 
 def test_the_two_rewards_are_opposites(measure: str) -> None:
-    images = pictures(16, 16)
+    images = noise(16, 16)
     up, down = Incompressibility(measure, 90), Compressibility(measure, 90)
     torch.testing.assert_close(up(images, TEXTS), -down(images, TEXTS))
 
@@ -96,26 +96,26 @@ def test_the_steps_are_those_of_the_standard() -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(16, 16), (64, 96), (50, 70)])
-def test_a_flat_picture_has_the_size_of_its_file_and_is_best(height: int, width: int) -> None:
+def test_a_flat_image_has_the_size_of_its_file_and_is_best(height: int, width: int) -> None:
     flat = torch.full((1, 3, height, width), 0.4)
     reward = Compressibility()
     # The file also holds the colour itself, a few bytes.
     true = jpeg_kilobytes(to_uint8(flat))
     torch.testing.assert_close(-reward(flat, [""]), true, rtol=0.0, atol=0.008)
-    assert (reward(pictures(height, width), TEXTS) < reward(flat, [""])).all()
+    assert (reward(noise(height, width), TEXTS) < reward(flat, [""])).all()
 
 
-def test_a_flat_picture_is_best_for_the_round_trip() -> None:
+def test_a_flat_image_is_best_for_the_round_trip() -> None:
     pytest.importorskip("kornia")
     reward = Compressibility("round_trip")
     flat = torch.full((1, 3, 32, 32), 0.5)
     assert float(reward(flat, [""])) == pytest.approx(0.0, abs=1e-5)
-    assert (reward(pictures(32, 32), TEXTS) < -1e-3).all()
+    assert (reward(noise(32, 32), TEXTS) < -1e-3).all()
 
 
-def test_the_size_ranks_pictures_as_their_files_do_and_better_than_the_round_trip() -> None:
+def test_the_size_ranks_images_as_their_files_do_and_better_than_the_round_trip() -> None:
     pytest.importorskip("kornia")
-    images = drawn(40, 64, 48)
+    images = synthetic(40, 64, 48)
     true = jpeg_kilobytes(to_uint8(images)).numpy()
     texts = [""] * len(images)
 
@@ -156,7 +156,7 @@ def test_ascent_changes_the_true_size() -> None:
 
 
 def test_the_true_size_is_pillows_in_thousands_of_bytes() -> None:
-    images = to_uint8(pictures(20, 30))
+    images = to_uint8(noise(20, 30))
     file = io.BytesIO()
     Image.fromarray(images[1].numpy()).save(file, "JPEG", quality=95)
     sizes = jpeg_kilobytes(images)
@@ -173,8 +173,8 @@ def test_kornias_codec_follows_pillow_from_quality_to_quality() -> None:
     for quality in (10, 50, 75, 95):
         decoded = jpeg_codec_differentiable(images, torch.tensor([float(quality)]))
         files = [io.BytesIO() for _ in images]
-        for picture, file in zip(to_uint8(images).numpy(), files, strict=True):
-            Image.fromarray(picture).save(file, "JPEG", quality=quality)
+        for image, file in zip(to_uint8(images).numpy(), files, strict=True):
+            Image.fromarray(image).save(file, "JPEG", quality=quality)
         arrays = np.stack([np.asarray(Image.open(file)) for file in files]) / 255.0
         pillow = torch.tensor(arrays, dtype=torch.float32).permute(0, 3, 1, 2)
         # Measured: 19.5, 21.1, 22.0, 23.7 dB, Pillow's own within 0.4 dB, and 34 to 38 dB from

@@ -16,7 +16,7 @@ from alignprop_cli.rewards import registry
 from alignprop_cli.rewards.base import Reward
 from alignprop_cli.rewards.frozen import FrozenReward
 from alignprop_cli.rewards.mixture import Member, Mixture
-from tests.rewards.small import NETWORKS, PROMPTS, SIZE, SMALL, pictures, shrink_hps
+from tests.rewards.small import NETWORKS, PROMPTS, SIZE, SMALL, noise, shrink_hps
 
 CPU = torch.device("cpu")
 
@@ -55,7 +55,7 @@ def test_every_shipped_reward_is_held_to_the_laws(tmp_path: Path) -> None:
 def test_it_is_one_finite_float32_per_image_with_a_gradient_for_each(
     reward: Reward, count: int, height: int, width: int
 ) -> None:
-    images = pictures(height, width, count=count).requires_grad_()
+    images = noise(height, width, count=count).requires_grad_()
     rewards = reward(images, PROMPTS[:count])
     assert rewards.shape == (count,)
     assert rewards.dtype == torch.float32
@@ -66,7 +66,7 @@ def test_it_is_one_finite_float32_per_image_with_a_gradient_for_each(
 
 
 def test_it_is_the_same_alone_and_in_a_batch(reward: Reward) -> None:
-    images = pictures(40, 48)
+    images = noise(40, 48)
     alone = torch.cat([reward(images[i : i + 1], PROMPTS[i : i + 1]) for i in range(3)])
     # float32 sums in another order.
     torch.testing.assert_close(alone, reward(images, PROMPTS), rtol=1e-5, atol=1e-5)
@@ -76,7 +76,7 @@ def test_gradcheck(reward: Any) -> None:
     network = isinstance(reward, FrozenReward)
     exact = copied(reward).to(CPU, torch.float64) if network else reward
     # Inside the range, away from the clipping of a codec.
-    images = (0.3 + 0.4 * pictures(8, 9, torch.float64, count=1)).requires_grad_()
+    images = (0.3 + 0.4 * noise(8, 9, torch.float64, count=1)).requires_grad_()
     assert torch.autograd.gradcheck(
         lambda x: exact(x, PROMPTS[:1]), [images], fast_mode=network, atol=1e-6
     )
@@ -84,13 +84,13 @@ def test_gradcheck(reward: Any) -> None:
 
 def test_the_prompt_is_read_where_the_table_says_so(reward: Reward, request: Any) -> None:
     name = request.node.callspec.params["reward"].split()[0]
-    images = pictures(SIZE, SIZE)
+    images = noise(SIZE, SIZE)
     same = torch.equal(reward(images, PROMPTS), reward(images, PROMPTS[::-1]))
     assert same != registry.SHIPPED[name].reads_prompt
 
 
 def test_autocast_changes_nothing(reward: Reward) -> None:
-    images = pictures(SIZE, SIZE)
+    images = noise(SIZE, SIZE)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         under = reward(images, PROMPTS)
     torch.testing.assert_close(under, reward(images, PROMPTS))
@@ -105,7 +105,7 @@ def test_it_is_frozen_and_in_evaluation(reward: Any) -> None:
 
 @of_networks
 def test_in_half_precision_the_answer_is_float32_and_near(reward: Any) -> None:
-    images = pictures(SIZE, SIZE).requires_grad_()
+    images = noise(SIZE, SIZE).requires_grad_()
     exact = reward(images, PROMPTS)
     rewards = copied(reward).to(CPU, torch.bfloat16)(images, PROMPTS)
     assert rewards.dtype == torch.float32
@@ -120,7 +120,7 @@ def test_in_half_precision_the_answer_is_float32_and_near(reward: Any) -> None:
 @of_networks
 def test_recomputing_changes_no_number_and_stores_less(reward: Any) -> None:
     def run(reward: Any) -> tuple[Tensor, Tensor, int]:
-        images = pictures(SIZE, SIZE).requires_grad_()
+        images = noise(SIZE, SIZE).requires_grad_()
         weights = {p.data_ptr() for network in reward.networks for p in network.parameters()}
         sizes: dict[int, int] = {}
 
@@ -134,7 +134,7 @@ def test_recomputing_changes_no_number_and_stores_less(reward: Any) -> None:
         (gradient,) = torch.autograd.grad(rewards.sum(), [images])
         return rewards.detach(), gradient, sum(sizes.values())
 
-    reward(pictures(SIZE, SIZE), PROMPTS)  # texts are cached before anything is counted
+    reward(noise(SIZE, SIZE), PROMPTS)  # texts are cached before anything is counted
     again = copied(reward)
     again.recompute()
     before, after = run(reward), run(again)
@@ -145,7 +145,7 @@ def test_recomputing_changes_no_number_and_stores_less(reward: Any) -> None:
 
 def test_what_cannot_be_measured_is_refused(reward: Reward) -> None:
     mixture = Mixture([Member("mine", reward, 1.0, LossConfig())])
-    images = pictures(16, 16)
+    images = noise(16, 16)
     for value in (float("nan"), float("inf")):
         broken = images.clone()
         broken[1, 0, 0, 0] = value

@@ -26,7 +26,7 @@ from tests.rewards.small import (
     SIZE,
     head_file,
     hps_weights,
-    pictures,
+    noise,
     shrink_hps,
     transformers_clip,
 )
@@ -94,7 +94,7 @@ def test_the_score_is_that_of_five_layers_on_open_clips_features(
                 state[f"{mine}.{a}.{part}"] = source[f"{theirs}.{b}.{part}"]
     tower.load_state_dict(state, strict=True)
 
-    images = pictures(SIZE, SIZE)
+    images = noise(SIZE, SIZE)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
     with torch.no_grad():
         values = torch.nn.functional.normalize(tower((images - mean) / std), dim=-1)
@@ -149,12 +149,10 @@ def test_a_head_of_another_kind_is_refused(
 # --- hps ---
 
 
-def test_hps_is_the_plain_cosine_of_the_letterboxed_picture(
-    tmp_path: Path, small_hps: None
-) -> None:
+def test_hps_is_the_plain_cosine_of_the_letterboxed_image(tmp_path: Path, small_hps: None) -> None:
     reward = HpsReward(weights=str(hps_weights(tmp_path)))
     model, tokenizer = reward._model, open_clip.get_tokenizer("ViT-H-14")
-    wide = pictures(SIZE // 2, SIZE)
+    wide = noise(SIZE // 2, SIZE)
     padded = torch.zeros(3, 3, SIZE, SIZE)
     padded[:, :, SIZE // 4 : SIZE // 4 + SIZE // 2] = wide
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
@@ -197,7 +195,7 @@ def test_pickscore_is_the_formula_on_the_librarys_own_logits(clip_folder: Path) 
     model = CLIPModel.from_pretrained(clip_folder).eval()
     model.logit_scale.data.fill_(4.2)
     reward._model.logit_scale.data.fill_(4.2)
-    images = pictures(SIZE, SIZE)
+    images = noise(SIZE, SIZE)
     mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (CLIP_MEAN, CLIP_STD))
     tokens = reward._tokenizer(
         PROMPTS, padding="max_length", truncation=True, max_length=16, return_tensors="pt"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-from collections.abc import Callable
+import subprocess
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -24,6 +27,7 @@ from tests.factories import generator, small_clip
 PIXEL = ("brightness", "redness", "contrast", "colourfulness", "symmetry")
 PROMPTS = ["a cat", "two dogs", "a boat"]
 CPU = torch.device("cpu")
+NONE = type(None)
 
 
 @pytest.fixture(scope="module")
@@ -36,13 +40,13 @@ def clip(clip_folder: Path) -> ClipReward:
     return ClipReward(str(clip_folder))
 
 
-def pictures(height: int = 20, width: int = 16, dtype: torch.dtype = torch.float32) -> Tensor:
+def noise(height: int = 20, width: int = 16, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.rand((3, 3, height, width), generator=generator(0), dtype=dtype)
 
 
 def test_the_clip_reward_has_the_gradient_of_central_differences(clip_folder: Path) -> None:
     reward = ClipReward(str(clip_folder))
-    images = pictures(12, 12).requires_grad_()
+    images = noise(12, 12).requires_grad_()
     (gradient,) = torch.autograd.grad(reward(images, PROMPTS).sum(), [images])
     direction = gradient / gradient.norm()
     width = 0.02
@@ -55,7 +59,7 @@ def test_the_clip_reward_has_the_gradient_of_central_differences(clip_folder: Pa
 
 
 def test_the_clip_reward_is_the_cosine_with_the_own_prompt(clip: ClipReward) -> None:
-    images = pictures()
+    images = noise()
     rewards = clip(images, PROMPTS)
     features, texts = clip.image_features(images), clip.text_features(PROMPTS)
     torch.testing.assert_close(features.norm(dim=1), torch.ones(3))
@@ -83,7 +87,7 @@ def test_pixel_rewards_have_their_values_on_plain_pictures() -> None:
 
 
 @pytest.mark.parametrize("name", PIXEL)
-def test_a_flat_picture_has_a_finite_gradient(name: str) -> None:
+def test_a_flat_image_has_a_finite_gradient(name: str) -> None:
     images = torch.full((1, 3, 4, 4), 0.5, requires_grad=True)
     registry.build(name, {})(images, [""]).sum().backward()
     assert images.grad is not None
@@ -93,12 +97,29 @@ def test_a_flat_picture_has_a_finite_gradient(name: str) -> None:
 # --- Names ---
 
 
-def test_the_table_of_options_equals_the_signatures() -> None:
-    for spec in registry.SHIPPED.values():
-        module, _, attribute = spec.target.partition(":")
-        target = getattr(importlib.import_module(module), attribute)
-        options = tuple(inspect.signature(target).parameters) if inspect.isclass(target) else ()
-        assert tuple(spec.options) == options
+def test_options_read_from_the_source_are_those_of_the_constructor() -> None:
+    for name, shipped in registry.SHIPPED.items():
+        target = registry._import(name)
+        options = inspect.signature(target).parameters if inspect.isclass(target) else {}
+        assert list(shipped.options) == list(options)
+        # Their types too, as Python itself reads the annotations; YAML gives lists for sequences.
+        hints = typing.get_type_hints(target.__init__) if options else {}
+        for option, kind in shipped.options.items():
+            union = isinstance(hints[option], types.UnionType)
+            allowed = typing.get_args(hints[option]) if union else (hints[option],)
+            assert [kind] == [list if a == Sequence[str] else a for a in allowed if a is not NONE]
+
+
+def test_names_and_options_are_checked_without_torch() -> None:
+    code = (
+        "import sys\n"
+        "from alignprop_cli.rewards import registry\n"
+        "for name in registry.SHIPPED: registry.check(name, {})\n"
+        "registry.check('count', {'object': 'cat', 'number': 3})\n"
+        "print(*({'torch', 'transformers', 'open_clip'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
 
 
 def test_unknown_names_and_options_are_refused_with_the_nearest_one() -> None:
@@ -118,7 +139,7 @@ def test_a_reward_of_the_users_own_comes_from_a_file(tmp_path: Path) -> None:
         "    def __call__(self, images, prompts):\n"
         "        return self.factor * images.mean(dim=(1, 2, 3))\n\n\nNUMBER = 3\n"
     )
-    images = pictures()
+    images = noise()
     red = registry.build(f"{file}:red", {})
     torch.testing.assert_close(red(images, PROMPTS), images[:, 0].mean(dim=(1, 2)))
     scaled = registry.build(f"{file}:Scaled", {"factor": 2.0})
@@ -169,7 +190,7 @@ def test_a_mixture_sums_weighted_losses_and_keeps_each_reward_apart() -> None:
         LossConfig(kind="maximise", target=None, scale=3.0),
         CPU,
     )
-    images = pictures()
+    images = noise()
     scores = mixture.score(images, PROMPTS)
     assert list(scores) == ["brightness", "redness"]
     bright, red = pixel.brightness(images, PROMPTS), pixel.redness(images, PROMPTS)
@@ -191,7 +212,7 @@ def test_a_standardised_member_is_measured_in_the_base_models_deviations() -> No
         CPU,
     )
     mixture.standardise("contrast", 0.2, 0.05)
-    images = pictures()
+    images = noise()
     scores = mixture.score(images, PROMPTS)
     expected = -2.0 * (scores["brightness"] - 0.4) / 0.1
     expected = expected + (0.6 - scores["contrast"]).clamp(min=0.0) / 0.05
@@ -201,58 +222,59 @@ def test_a_standardised_member_is_measured_in_the_base_models_deviations() -> No
         mixture.standardise("redness", 0.5, 0.0)
 
 
-def test_figures_beside_a_reward_are_measured_and_never_trained_on() -> None:
+def test_extra_metrics_are_measured_and_never_trained_on() -> None:
     class Reward:
-        beside = {"area": lambda images: images.sum(dim=(1, 2, 3))}  # noqa: RUF012
+        extra_metrics = {"area": lambda images: images.sum(dim=(1, 2, 3))}  # noqa: RUF012
 
         def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
             return images.mean(dim=(1, 2, 3))
 
     mixture = Mixture([Member("mine", Reward(), 1.0, LossConfig())])
-    assert (mixture.names, mixture.figures) == (("mine",), ("mine", "area"))
-    images = pictures().requires_grad_()
+    assert (mixture.names, mixture.metrics) == (("mine",), ("mine", "area"))
+    images = noise().requires_grad_()
     scores = mixture.score(images, PROMPTS)
     torch.testing.assert_close(scores["area"], images.detach().sum(dim=(1, 2, 3)))
     assert not scores["area"].requires_grad
     torch.testing.assert_close(mixture.losses(scores), -scores["mine"])
 
 
-class Beside:
-    """A reward that reports something beside, and gives features to whoever asks."""
+class Extra:
+    """A reward with extra metrics, and something that is called as features are."""
 
     image_features = 3
 
-    def __init__(self, beside: object) -> None:
-        self.beside = beside
+    def __init__(self, extra_metrics: object) -> None:
+        self.extra_metrics = extra_metrics
 
     def __call__(self, images: Tensor, prompts: list[str]) -> Tensor:
         return images.mean(dim=(1, 2, 3))
 
 
 @pytest.mark.parametrize(
-    ("beside", "match"),
+    ("extra_metrics", "match"),
     [
-        ({"brightness": torch.sum}, "reward 'mine': 'brightness', which it reports beside, is ano"),
+        (
+            {"brightness": torch.sum},
+            "'mine': its extra metric 'brightness' has the name of another",
+        ),
         (
             ["sharp"],
-            r"reward 'mine': beside must map names to functions of images, got \['sharp'\]",
+            r"reward 'mine': extra_metrics must map names to functions of images, got \['sharp'\]",
         ),
-        ({"sharp": 1.0}, r"reward 'mine': beside must map names .* got {'sharp': 1.0}"),
+        ({"sharp": 1.0}, r"reward 'mine': extra_metrics must map names .* got {'sharp': 1.0}"),
     ],
 )
-def test_a_figure_beside_a_reward_never_takes_the_place_of_another(
-    beside: object, match: str
-) -> None:
+def test_an_extra_metric_never_replaces_another_metric(extra_metrics: object, match: str) -> None:
     brightness = Member("brightness", registry.build("brightness", {}), 1.0, LossConfig())
-    mine = Member("mine", Beside(beside), 1.0, LossConfig())
+    mine = Member("mine", Extra(extra_metrics), 1.0, LossConfig())
     with pytest.raises(ConfigError, match=match):
         Mixture([brightness, mine])
 
 
 def test_features_are_those_of_shipped_rewards_alone(clip: ClipReward) -> None:
-    mine = Member("mine", Beside({}), 1.0, LossConfig())
+    mine = Member("mine", Extra({}), 1.0, LossConfig())
     assert Mixture([mine]).features is None
-    images = pictures()
+    images = noise()
     found = Mixture([mine, Member("clip", clip, 1.0, LossConfig())]).features
     assert found is not None
     torch.testing.assert_close(found(images), clip.image_features(images))
@@ -284,13 +306,13 @@ def test_a_wrong_answer_of_a_reward_is_refused(
     loss = LossConfig(kind="maximise", target=None, scale=1.0)
     mixture = Mixture([Member("mine", reward, 1.0, loss)])
     with pytest.raises(error, match=match):
-        mixture.score(pictures(), PROMPTS)
+        mixture.score(noise(), PROMPTS)
 
 
 def test_a_reward_that_changes_its_images_is_refused() -> None:
     mixture = Mixture([Member("mine", lambda images, prompts: images.sub_(0.5), 1.0, LossConfig())])
     with pytest.raises(ConfigError, match="reward 'mine' changes the images it is given"):
-        mixture.score(pictures(), PROMPTS)
+        mixture.score(noise(), PROMPTS)
 
 
 @pytest.mark.parametrize(
@@ -310,7 +332,7 @@ def test_a_reward_that_changes_its_images_is_refused() -> None:
 def test_what_depends_on_the_images_is_told_from_what_only_has_a_gradient(
     answer: Callable[[Tensor], Tensor], expected: bool
 ) -> None:
-    images = pictures().requires_grad_() * 2.0
+    images = noise().requires_grad_() * 2.0
     assert depends_on(answer(images), images) == expected
 
 
@@ -322,3 +344,19 @@ def test_the_features_of_a_text_do_not_depend_on_what_was_asked_before() -> None
     assert torch.equal(torch.cat(single[::-1]), expected)
     again.text_features(texts[5:7])
     assert torch.equal(again.text_features(texts), expected)
+
+
+def test_a_fault_is_told_as_the_users_only_in_the_blamed_block() -> None:
+    def fails(images: Tensor, prompts: Sequence[str]) -> Tensor:
+        return images.mean(dim=(1, 2, 3))
+
+    shipped = Member("brightness", registry.build("brightness", {}), 1.0, LossConfig())
+    with pytest.raises(RuntimeError, match="kernel"), Mixture([shipped]).blamed():
+        raise RuntimeError("kernel")
+    mixture = Mixture([shipped, Member("mine.py:fails", fails, 1.0, LossConfig())])
+    told = r"the gradient of 'mine\.py:fails' failed: RuntimeError"
+    with pytest.raises(RunError, match=told), mixture.blamed():
+        raise RuntimeError("kernel")
+    # Memory that runs out is nobody's fault: the plan is changed.
+    with pytest.raises(torch.OutOfMemoryError), mixture.blamed():
+        raise torch.OutOfMemoryError

@@ -1,4 +1,4 @@
-"""The picture language of the embedded model and its checker."""
+"""The language of the embedded model and its checker."""
 
 from __future__ import annotations
 

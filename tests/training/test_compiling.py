@@ -2,42 +2,51 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from alignprop_cli.planning import probe
+from alignprop_cli.models.compiled import uncompiled
 from alignprop_cli.training import compiling
 from alignprop_cli.training.compiling import compile_network
 from alignprop_cli.training.trainer import Trainer
+from alignprop_cli.training.trial import Trial
 from tests.factories import TEXT_WIDTH, small_pipeline
-from tests.training.test_trainer import make_trainer, relative_difference, small_config
+from tests.training.test_trainer import (
+    hold_still,
+    make_trainer,
+    parameters,
+    relative_difference,
+    small_config,
+)
 
 SECTIONS: dict[str, dict[str, object]] = {
     "sample": {"num_inference_steps": 2, "eta": 0.0},
     "gradient": {"window_group": 2, "k_max": 2},
-    "train": {"batch_size": 2, "micro_batch": 2, "max_grad_norm": None, "steps": 3},
+    "train": {"batch_size": 2, "micro_batch": 2, "max_grad_norm": None},
 }
+STEPS = 3
 CONFIG = small_config(**SECTIONS)
 
 
 def compiled_blocks(trainer: Trainer) -> int:
-    return sum(m._compiled_call_impl is not None for m in trainer.model.network.modules())
+    return sum(m._compiled_call_impl is not None for m in trainer.model.network.module.modules())
 
 
 def gradient(trainer: Trainer) -> torch.Tensor:
-    trainer.optimizer.step = lambda: None  # type: ignore[method-assign]
+    hold_still(trainer)
     trainer.step()
-    return torch.cat([p.grad.flatten() for p in trainer.parameters if p.grad is not None])
+    return torch.cat([p.grad.flatten() for p in parameters(trainer) if p.grad is not None])
 
 
 def gradients(backend: str) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     """Return the gradient of a step without and with compiled blocks, and what was said."""
     plain, compiled = make_trainer(CONFIG), make_trainer(CONFIG)
     said: list[str] = []
-    compile_network(compiled, True, said.append, backend=backend)
+    compile_network(Trial(compiled), STEPS, True, said.append, backend=backend)
     assert compiled_blocks(compiled) > 0
     return gradient(plain), gradient(compiled), said
 
@@ -74,15 +83,16 @@ def test_all_sizes_of_blocks_are_compiled_and_evaluation_is_not(tmp_path: Path) 
         norm_num_groups=8,
     )
     trainer = make_trainer(small_config(**SECTIONS, model={"id": str(path)}))
-    compile_network(trainer, True, lambda text: None, backend=counting)  # type: ignore[arg-type]
+    compile_network(Trial(trainer), STEPS, True, lambda text: None, backend=counting)  # type: ignore[arg-type]
     first = len(graphs)
     assert first >= 8
-    probe.rehearse(trainer, 1, calls=1)
+    trainer.apply_plan(replace(trainer.plan, rollout_batch=1, micro_batch=1, decode_batch=1))
+    Trial(trainer).run_micro_batch(calls=1)
     assert len(graphs) == 2 * first  # another batch size
     done = len(graphs)
-    with compiling.uncompiled(trainer.model.network):
+    with uncompiled(trainer.model.network.module):
         assert compiled_blocks(trainer) == 0
-        trainer.model.network(torch.zeros(3, 4, 8, 8), 1, torch.zeros(3, 16, TEXT_WIDTH))
+        trainer.model.network.module(torch.zeros(3, 4, 8, 8), 1, torch.zeros(3, 16, TEXT_WIDTH))
     assert len(graphs) == done
     assert compiled_blocks(trainer) > 0
 
@@ -92,7 +102,7 @@ def test_what_cannot_be_compiled_runs_as_it_is_and_says_so() -> None:
         raise RuntimeError("no compiler here\nand more of it")
 
     trainer, said = make_trainer(CONFIG), list[str]()
-    compile_network(trainer, True, said.append, backend=broken)  # type: ignore[arg-type]
+    compile_network(Trial(trainer), STEPS, True, said.append, backend=broken)  # type: ignore[arg-type]
     assert compiled_blocks(trainer) == 0
     assert "cannot be compiled here and run as they are" in said[0]
     assert torch.equal(gradient(trainer), gradient(make_trainer(CONFIG)))
@@ -101,25 +111,22 @@ def test_what_cannot_be_compiled_runs_as_it_is_and_says_so() -> None:
 @pytest.mark.parametrize("wanted", [False, "auto"])
 def test_on_the_cpu_nothing_is_compiled_unless_it_is_asked_for(wanted: Any) -> None:
     trainer = make_trainer(CONFIG)
-    compile_network(trainer, wanted, pytest.fail)
+    compile_network(Trial(trainer), STEPS, wanted, pytest.fail)
     assert compiled_blocks(trainer) == 0
 
 
-def on_a_gpu(
-    monkeypatch: pytest.MonkeyPatch, steps: int, seconds: list[float | Exception]
-) -> Trainer:
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch, seconds: list[float | Exception]) -> Trainer:
     """Return a trainer of a run on a GPU, whose micro-batches take so many seconds."""
-    train = {"batch_size": 8, "micro_batch": 8, "steps": steps}
-    trainer, times = make_trainer(small_config(train=train)), iter(seconds)
+    trainer, times = make_trainer(small_config()), iter(seconds)
 
-    def timed(trainer: Trainer) -> float:
+    def timed(trial: Trial) -> float:
         taken = next(times)
         if isinstance(taken, Exception):
             raise taken
         return taken
 
     monkeypatch.setattr(compiling, "_timed", timed)
-    monkeypatch.setattr(compiling, "rehearse", lambda *arguments: None)
+    monkeypatch.setattr(Trial, "run_micro_batch", lambda *arguments: None)
     monkeypatch.setattr(
         type(trainer.model), "device", property(lambda model: torch.device("cuda", 0))
     )
@@ -131,17 +138,17 @@ def test_a_run_of_twenty_minutes_and_more_is_worth_trying(
     monkeypatch: pytest.MonkeyPatch, steps: int, tried: bool
 ) -> None:
     said: list[str] = []
-    trainer = on_a_gpu(monkeypatch, steps, [9.0, 9.0, 50.0, 6.0])
+    trainer = on_a_gpu(monkeypatch, [9.0, 9.0, 50.0, 6.0])
     assert trainer.plan.accumulation == 1
-    compile_network(trainer, "auto", said.append, backend="aot_eager")
+    compile_network(Trial(trainer), steps, "auto", said.append, backend="aot_eager")
     assert (compiled_blocks(trainer) > 0) is tried
     assert len(said) == tried
 
 
 def test_where_memory_runs_out_before_compiling_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
-    trainer = on_a_gpu(monkeypatch, 1000, [torch.OutOfMemoryError("CUDA out of memory")])
-    compile_network(trainer, True, said.append)
+    trainer = on_a_gpu(monkeypatch, [torch.OutOfMemoryError("CUDA out of memory")])
+    compile_network(Trial(trainer), STEPS, True, said.append)
     assert compiled_blocks(trainer) == 0
     assert said == ["the network's blocks are not compiled: memory ran out before that"]
 
@@ -150,7 +157,7 @@ def test_where_memory_runs_out_before_compiling_it_is_said(monkeypatch: pytest.M
 def test_what_is_not_faster_is_taken_back(
     monkeypatch: pytest.MonkeyPatch, seconds: list[float | Exception], kept: bool
 ) -> None:
-    trainer, said = on_a_gpu(monkeypatch, 1000, seconds), list[str]()
-    compile_network(trainer, "auto", said.append, backend="aot_eager")
+    trainer, said = on_a_gpu(monkeypatch, seconds), list[str]()
+    compile_network(Trial(trainer), 1000, "auto", said.append, backend="aot_eager")
     assert (compiled_blocks(trainer) > 0) is kept
     assert ("not worth keeping" in said[0]) is not kept

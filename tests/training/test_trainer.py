@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -11,12 +13,15 @@ from alignprop_cli.config.schema import Config
 from alignprop_cli.config.validation import parse
 from alignprop_cli.errors import RunError
 from alignprop_cli.lora import layers as lora
-from alignprop_cli.models.families import load_model
-from alignprop_cli.planning.plan import make_plan
+from alignprop_cli.models.families import open_model
+from alignprop_cli.planning.plan import Plan, make_plan
+from alignprop_cli.planning.request import plan_request
 from alignprop_cli.prompts import load_prompts
 from alignprop_cli.rewards import pixel
 from alignprop_cli.rewards.mixture import Member, Mixture, build_mixture
-from alignprop_cli.training.trainer import Trainer, learning_rate
+from alignprop_cli.training import setup
+from alignprop_cli.training.optimizer import OptimizerSettings
+from alignprop_cli.training.trainer import Trainer
 
 SMALL = {
     "sample": {"num_inference_steps": 4, "guidance_scale": 3.0, "eta": 0.5},
@@ -39,30 +44,46 @@ def small_config(**sections: dict[str, object]) -> Config:
     return parse(values)
 
 
-def make_trainer(config: Config, mixture: Mixture | None = None) -> Trainer:
+def make_trainer(
+    config: Config, mixture: Mixture | None = None, plan: Plan | None = None
+) -> Trainer:
+    config = setup.settled(config)
     accelerator = Accelerator(cpu=True)
-    model = load_model(config.model, accelerator.device)
+    prompts = load_prompts("shapes")
+    model = open_model(config.model, [*prompts, ""], accelerator.device)
+    module = model.network.module
     lora.inject(
-        model.network,
+        module,
         rank=config.lora.rank,
         alpha=config.lora.rank,
-        target_modules=config.lora.target_modules,
+        target_modules=config.lora.target_modules or model.family.target_modules,
         seed=config.train.seed,
     )
     # B is zero at first, and so would be A's gradient.
-    for index, parameter in enumerate(lora.trainable(model.network)):
+    for index, parameter in enumerate(lora.trainable(module)):
         generator = torch.Generator().manual_seed(index)
         parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     mixture = mixture or build_mixture(config.reward, config.loss, accelerator.device)
-    plan = make_plan(config, processes=1)
-    return Trainer(config, plan, model, mixture, load_prompts("shapes"), accelerator)
+    request = plan_request(config, 1)
+    settings = setup.settings(config, model.family, request.estimator)
+    plan = plan or make_plan(request)
+    return Trainer(settings, plan, model, mixture, prompts, accelerator)
 
 
-def gradient_of_a_step(config: Config) -> torch.Tensor:
-    trainer = make_trainer(config)
-    trainer.optimizer.step = lambda: None  # type: ignore[method-assign]
+def parameters(trainer: Trainer) -> list[torch.nn.Parameter]:
+    return list(trainer.optimizer.parameters.values())
+
+
+def hold_still(trainer: Trainer) -> None:
+    """Let steps compute everything and update nothing."""
+    trainer.optimizer.adamw.step = lambda: None  # type: ignore[method-assign]
+
+
+def gradient_of_a_step(config: Config, plan: Plan | None = None) -> torch.Tensor:
+    trainer = make_trainer(config, plan=plan)
+    hold_still(trainer)
     trainer.step()
-    return torch.cat([p.grad.flatten() for p in trainer.parameters if p.grad is not None])
+    return torch.cat([p.grad.flatten() for p in parameters(trainer) if p.grad is not None])
 
 
 def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -91,12 +112,11 @@ def double_gradient_of_a_step(config: Config, monkeypatch: pytest.MonkeyPatch) -
         patch.setattr(rng, "image_noise", lambda *args: draw(*args).double())
         member = Member("colourfulness", pixel.colourfulness, 1.0, config.loss)
         trainer = make_trainer(config, Mixture([member]))
-        for module in (trainer.model.network, trainer.model.pipeline.vae):
+        for module in (trainer.model.network.module, trainer.model.decoder.module):
             module.double()
-        trainer.model.pipeline.text_encoder.double()
-        trainer.optimizer.step = lambda: None  # type: ignore[method-assign]
+        hold_still(trainer)
         trainer.step()
-    return torch.cat([p.grad.flatten() for p in trainer.parameters])
+    return torch.cat([p.grad.flatten() for p in parameters(trainer)])
 
 
 def test_dividing_the_batch_changes_nothing_but_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,10 +151,11 @@ def test_fewer_calls_before_the_window_are_made_and_nothing_else_changes() -> No
     def calls_of(**gradient: object) -> tuple[int, torch.Tensor]:
         trainer = make_trainer(small_config(gradient={"method": "last_k", "k": 1, **gradient}))
         made: list[object] = []
-        trainer.model.network.register_forward_pre_hook(lambda *_: made.append(None))
-        trainer.optimizer.step = lambda: None  # type: ignore[method-assign]
+        network = trainer.model.network.module
+        network.register_forward_pre_hook(lambda *_: made.append(None))
+        hold_still(trainer)
         trainer.step()
-        return len(made), torch.cat([p.grad.flatten() for p in trainer.parameters])
+        return len(made), torch.cat([p.grad.flatten() for p in parameters(trainer)])
 
     calls, gradient = calls_of()
     fewer, other = calls_of(rollout_steps=1)
@@ -159,7 +180,7 @@ def test_the_same_seed_gives_the_same_step_and_another_seed_another_one() -> Non
     records = [trainer.step() for trainer in (first, again, other)]
     assert records[0].loss == records[1].loss
     assert records[0].loss != records[2].loss
-    for a, b in zip(first.parameters, again.parameters, strict=True):
+    for a, b in zip(parameters(first), parameters(again), strict=True):
         assert torch.equal(a, b)
 
 
@@ -167,29 +188,35 @@ def test_a_restored_trainer_continues_bit_for_bit() -> None:
     config = small_config(sample={"num_inference_steps": 2}, train={"batch_size": 8})
     straight = make_trainer(config)
     straight.step()
-    state, weights = straight.state(), lora.weights(straight.model.network)
+    state, weights = straight.optimizer.state(), lora.weights(straight.model.network.module)
     expected = straight.step()
 
     resumed = make_trainer(config)
-    lora.set_weights(resumed.model.network, weights)
-    resumed.load_state(state)
+    lora.set_weights(resumed.model.network.module, weights)
+    resumed.optimizer.load_state(state)
+    resumed.step_number = 1
     record = resumed.step()
     assert (record.loss, record.grad_norm, record.step) == (
         expected.loss,
         expected.grad_norm,
         expected.step,
     )
-    for a, b in zip(resumed.parameters, straight.parameters, strict=True):
+    for a, b in zip(parameters(resumed), parameters(straight), strict=True):
         assert torch.equal(a, b)
 
 
 def test_an_optimiser_that_lost_a_part_is_refused() -> None:
     trainer = make_trainer(small_config(sample={"num_inference_steps": 2}))
     trainer.step()
-    state = trainer.state()
-    del state.optimizer["0.exp_avg_sq"]
-    with pytest.raises(RunError, match="does not fit"):
-        trainer.load_state(state)
+    state = trainer.optimizer.state()
+    name = next(iter(trainer.optimizer.parameters))
+    for broken in (
+        {key: value for key, value in state.items() if key != f"{name}.exp_avg_sq"},
+        state | {f"{name}.exp_avg_sq": torch.zeros(1)},
+        state | {"another.exp_avg": torch.zeros(1)},
+    ):
+        with pytest.raises(RunError, match="does not fit"):
+            trainer.optimizer.load_state(broken)
 
 
 @pytest.mark.parametrize(
@@ -202,15 +229,8 @@ def test_an_optimiser_that_lost_a_part_is_refused() -> None:
 def test_the_learning_rate_rises_then_falls_and_does_not_look_at_the_number_of_steps(
     decay: int | None, expected: list[float]
 ) -> None:
-    for steps in (3, 7):
-        train = {
-            "learning_rate": 1.0,
-            "warmup_steps": 1,
-            "steps": steps,
-            "lr_decay_steps": decay,
-        }
-        config = parse({"reward": {"clip": {}}, "train": train}).train
-        assert [learning_rate(config, step) for step in range(7)] == pytest.approx(expected)
+    settings = OptimizerSettings(1.0, warmup_steps=1, decay_steps=decay)
+    assert [settings.learning_rate_at(step) for step in range(7)] == pytest.approx(expected)
 
 
 def test_a_reward_that_is_not_finite_stops_the_step_before_anything_is_updated() -> None:
@@ -219,10 +239,10 @@ def test_a_reward_that_is_not_finite_stops_the_step_before_anything_is_updated()
 
     config = small_config(sample={"num_inference_steps": 2})
     trainer = make_trainer(config, Mixture([Member("broken", broken, 1.0, config.loss)]))
-    before = lora.weights(trainer.model.network)
+    before = lora.weights(trainer.model.network.module)
     with pytest.raises(RunError, match="reward 'broken' returned nan"):
         trainer.step()
-    after = lora.weights(trainer.model.network)
+    after = lora.weights(trainer.model.network.module)
     assert all(torch.equal(before[name], after[name]) for name in before)
     assert trainer.step_number == 0
 
@@ -240,10 +260,10 @@ def test_a_gradient_that_is_not_finite_stops_the_step_before_anything_is_updated
     config = small_config(sample={"num_inference_steps": 2})
     member = Member("inf", lambda images, prompts: Explode.apply(images), 1.0, config.loss)
     trainer = make_trainer(config, Mixture([member]))
-    before = lora.weights(trainer.model.network)
+    before = lora.weights(trainer.model.network.module)
     with pytest.raises(RunError, match="step 1: the gradient is not finite"):
         trainer.step()
-    after = lora.weights(trainer.model.network)
+    after = lora.weights(trainer.model.network.module)
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
@@ -292,10 +312,10 @@ def test_running_out_of_memory_changes_the_parts_and_not_the_result(
 
     trainer = make_trainer(config)
     said: list[str] = []
-    monkeypatch.setattr(trainer, "_note", said.append)
+    monkeypatch.setattr(trainer, "note", said.append)
     owner, name = {
-        "network": (trainer.model.network, "forward"),
-        "decode": (trainer.model, "decode"),
+        "network": (trainer.model.network.module, "forward"),
+        "decode": (trainer.model.decoder, "decode"),
         "score": (trainer.mixture, "score"),
         "backward": (torch.Tensor, "backward"),
     }[where]
@@ -313,7 +333,7 @@ def test_running_out_of_memory_changes_the_parts_and_not_the_result(
         assert after.loss == pytest.approx(before.loss, rel=1e-5)
         assert after.backprop_steps == before.backprop_steps
     mine, theirs = (
-        torch.cat([p.detach().flatten() for p in t.parameters]) for t in (trainer, undisturbed)
+        torch.cat([p.detach().flatten() for p in parameters(t)]) for t in (trainer, undisturbed)
     )
     assert relative_difference(mine, theirs) < 1e-4
 
@@ -321,11 +341,11 @@ def test_running_out_of_memory_changes_the_parts_and_not_the_result(
 def test_running_out_of_memory_with_one_image_is_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     config = small_config(train={"micro_batch": 1, "batch_size": 2}, gradient={"window_group": 2})
     trainer = make_trainer(config)
-    before = [parameter.detach().clone() for parameter in trainer.parameters]
-    monkeypatch.setattr(trainer.model, "decode", Full(trainer.model.decode, {1}))
+    before = [parameter.detach().clone() for parameter in parameters(trainer)]
+    monkeypatch.setattr(trainer.model.decoder, "decode", Full(trainer.model.decoder.decode, {1}))
     with pytest.raises(torch.OutOfMemoryError):
         trainer.step()
-    assert all(torch.equal(a, b) for a, b in zip(before, trainer.parameters, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, parameters(trainer), strict=True))
     assert trainer.step_number == 0
 
 
@@ -334,3 +354,70 @@ def test_every_level_of_recomputation_has_the_same_gradient(level: str) -> None:
     plain = gradient_of_a_step(small_config())
     again = gradient_of_a_step(small_config(gradient={"checkpoint_network": level}))
     assert torch.equal(plain, again)
+
+
+def division(rollout: int, micro: int, decode: int) -> Plan:
+    return Plan(8, 1, rollout_batch=rollout, micro_batch=micro, decode_batch=decode)
+
+
+@pytest.mark.parametrize("method", ["random_k", "last_k"])
+def test_three_batches_divide_the_same_step(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is rolled out, gone back through and decoded together, with the default group.
+
+    2 draws of K a step of 8 images (`window_group` 2 of 4 draws), so that a micro-batch of 8 has to
+    be parted and one of 3 divides nothing.
+    """
+    config = small_config(
+        gradient={"method": method, "k": 2, "window_group": None},
+        train={"max_grad_norm": None, "micro_batch": "auto"},
+    )
+    divisions = [(8, 8, 8), (8, 4, 2), (3, 2, 1), (1, 1, 1), (5, 3, 2)]
+
+    def gradient(plan: Plan) -> torch.Tensor:
+        draw = rng.image_noise
+        with monkeypatch.context() as patch:
+            patch.setattr(rng, "image_noise", lambda *args: draw(*args).double())
+            member = Member("colourfulness", pixel.colourfulness, 1.0, config.loss)
+            trainer = make_trainer(config, Mixture([member]), plan)
+            trainer.model.network.module.double()
+            trainer.model.decoder.module.double()
+            hold_still(trainer)
+            trainer.step()
+        return torch.cat([p.grad.flatten() for p in parameters(trainer)])
+
+    whole = gradient(division(*divisions[0]))
+    assert float(whole.norm()) > 1e-4
+    for batches in divisions[1:]:
+        assert relative_difference(gradient(division(*batches)), whole) < 1e-12
+
+
+def test_the_default_group_gives_one_gradient_on_any_machine() -> None:
+    config = small_config(
+        sample={"eta": 0.0},
+        gradient={"window_group": None},
+        train={"max_grad_norm": None, "micro_batch": "auto", "batch_size": 8},
+    )
+    whole = gradient_of_a_step(config, division(8, 8, 8))
+    assert float(whole.norm()) > 1e-4
+    for micro_batch in (1, 2, 4):
+        divided = gradient_of_a_step(config, division(micro_batch, micro_batch, micro_batch))
+        assert relative_difference(divided, whole) < 1e-5
+
+
+def test_an_overflow_in_float16_lowers_the_loss_scale_and_repeats_the_step() -> None:
+    config = small_config(sample={"num_inference_steps": 2})
+    plain = make_trainer(config)
+    plain.step()
+    scaled = make_trainer(config)
+    scaled.optimizer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**140)
+    record = scaled.step()
+    assert math.isfinite(record.grad_norm)
+    assert scaled.optimizer.scaler.get_scale() < 2.0**140
+    for a, b in zip(parameters(scaled), parameters(plain), strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
+
+    # The scale is part of what a run is resumed from.
+    resumed = make_trainer(config)
+    resumed.optimizer.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**140)
+    resumed.optimizer.load_state(scaled.optimizer.state())
+    assert resumed.optimizer.scaler.get_scale() == scaled.optimizer.scaler.get_scale()

@@ -1,9 +1,9 @@
 """Stage three of the embedded model: the image-text model, used as the alignment reward.
 
-It learns to tell the prompt of a picture from prompts that differ in one word: on drawings, on
-blurred, noisy and autoencoded drawings, and on pictures the network drew, with what the checker
-sees in them as their prompt and what was asked for among the wrong ones. Without the last it tells
-a triangle from a star in a drawing but hardly in a picture that is neither quite.
+It learns to tell the prompt of an image from prompts that differ in one word: on drawings, on
+blurred, noisy and autoencoded drawings, and on images of the network. Of the last the checker says
+what they show, and what was asked for is among the wrong prompts. Without them it tells a triangle
+from a star in a drawing but hardly in an image that is neither quite.
 The temperature is fixed and high: cosines of right and wrong prompts end far apart, which leaves
 the reward room to rise.
 """
@@ -110,13 +110,13 @@ def autoencoded(
 
 
 def generated(pipeline: StableDiffusionPipeline, work: Path) -> tuple[Tensor, Tensor, Tensor]:
-    """Draw training prompts with the network and read the pictures with the checker.
+    """Sample training prompts from the network and read the images with the checker.
 
-    The checker does not read sizes: the size that was asked for is taken as seen. Pictures of
+    The checker does not read sizes: the size that was asked for is taken as seen. Images of
     nothing, of more than four objects, or of a scene that is held out are left out.
 
     Returns:
-        Pictures, shape (N, 3, 48, 48), uint8; the numbers of the prompts seen and of the prompts
+        Images, shape (N, 3, 48, 48), uint8; the numbers of the prompts seen and of the prompts
         asked for, each (N,). Kept in a file.
     """
     file = work / "generated.pt"
@@ -254,9 +254,9 @@ def _close(prompts: list[str]) -> list[list[list[int]]]:
 def _candidates(
     numbers: np.ndarray, wrong: np.ndarray, close: list[list[list[int]]], step: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the numbers of the texts to choose from, and which of them is each picture's.
+    """Return the numbers of the texts to choose from, and which of them is each image's.
 
-    Each picture brings its own text, what was asked for instead, and one neighbour by attribute.
+    Each image brings its own text, what was asked for instead, and one neighbour by attribute.
     """
     rng = np.random.default_rng(step)
     texts = {int(n) for n in numbers} | {int(n) for n in wrong}

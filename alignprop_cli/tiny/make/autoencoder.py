@@ -192,7 +192,7 @@ def train(work: Path, device: torch.device, steps: int) -> AutoencoderKL:
 
 
 def to_range(pictures: data.Pixels) -> Tensor:
-    """Return pictures (N, H, W, 3) in bytes as images (N, 3, H, W) in [-1, 1]."""
+    """Return images (N, H, W, 3) in bytes as (N, 3, H, W) in [-1, 1]."""
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1.0
 
 
@@ -218,7 +218,7 @@ def fold_statistics(vae: AutoencoderKL, images: Tensor) -> None:
     """Make every latent channel of mean 0 and spread 1 by changing the two 1x1 convolutions.
 
     Args:
-        vae: Changed in place; its pictures stay the same.
+        vae: Changed in place; its images stay the same.
         images: Shape (B, 3, H, W), in [-1, 1].
     """
     latents = vae.encode(images).latent_dist.mode()

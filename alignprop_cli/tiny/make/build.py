@@ -20,7 +20,7 @@ from PIL import Image
 
 from alignprop_cli.tiny.make import aligner, autoencoder, tokenizer, unet
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent
 STEPS = {"autoencoder": 3000, "unet": 2300, "aligner": 3000}
 GUIDANCE_SCALE = 3.0
 _CARD_SAMPLES = 500
@@ -45,7 +45,7 @@ def main() -> None:
     vae = load_autoencoder(work, device)
     if stage in ("unet", "all"):
         pipeline = unet.train(vae, words, work, device, STEPS["unet"])
-        # Pictures of another network would teach the aligner the wrong mistakes.
+        # Images of another network would teach the aligner the wrong mistakes.
         (work / "generated.pt").unlink(missing_ok=True)
         save_pipeline(pipeline, work / "tokenizer", arguments.output / "pipeline")
     if stage in ("aligner", "all"):

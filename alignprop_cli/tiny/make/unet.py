@@ -190,7 +190,7 @@ def samples(
     guidance_scale: float = 3.0,
     seed: int = 0,
 ) -> tuple[data.Pixels, list[str]]:
-    """Return pictures (count, 48, 48, 3) of held-out prompts, spread evenly, and the prompts."""
+    """Return images (count, 48, 48, 3) of held-out prompts, spread evenly, and the prompts."""
     heldout = data.heldout_prompts()
     prompts = [heldout[i * len(heldout) // count % len(heldout)] for i in range(count)]
     if count > len(heldout):

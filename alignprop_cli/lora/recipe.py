@@ -11,6 +11,12 @@ from alignprop_cli.errors import ConfigError
 
 Method = Literal["exact", "factor", "svd", "ties", "dare_linear"]
 
+RANKED: tuple[Method, ...] = ("svd", "ties", "dare_linear")
+"""The methods whose result has a rank to choose."""
+
+PRUNING: tuple[Method, ...] = ("ties", "dare_linear")
+"""The methods that keep only a share of every update, the density."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -32,18 +38,17 @@ def check_recipe(recipe: Recipe) -> None:
     Raises:
         ConfigError: Names the option and the methods that have it.
     """
-    ranked = ("svd", "ties", "dare_linear")
-    if recipe.rank is not None and recipe.method not in ranked:
+    if recipe.rank is not None and recipe.method not in RANKED:
         raise ConfigError(
             f"--rank: method {recipe.method} has no choice of rank",
-            hint=f"--rank goes with --method {', '.join(ranked)}",
+            hint=f"--rank goes with --method {', '.join(RANKED)}",
         )
     if recipe.density is None:
         return
-    if recipe.method not in ranked[1:]:
+    if recipe.method not in PRUNING:
         raise ConfigError(
             f"--density: method {recipe.method} prunes nothing",
-            hint=f"--density goes with --method {', '.join(ranked[1:])}",
+            hint=f"--density goes with --method {', '.join(PRUNING)}",
         )
     if not 0.0 < recipe.density <= 1.0:
         raise ConfigError(f"--density: expected more than 0 and at most 1, got {recipe.density:g}")
@@ -105,7 +110,6 @@ def sweep_shares(sweep: str, members: list[str], coef: str | None) -> list[float
 
 
 def _number(text: str, where: str) -> float:
-
     try:
         number = float(text)
     except ValueError:

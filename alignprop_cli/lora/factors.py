@@ -1,0 +1,103 @@
+"""A LoRA as numbers: two factors a layer, and the scaling of their product."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The LoRA of one layer: delta = scaling up @ down.
+
+    Args:
+        down: A, shape (r, in) of a linear layer, (r, in, kh, kw) of a convolution.
+        up: B, shape (out, r), or (out, r, 1, 1).
+        alpha: Numerator of the scaling.
+        rank_stabilised: Whether the scaling is that of rsLoRA.
+    """
+
+    down: Tensor
+    up: Tensor
+    alpha: float
+    rank_stabilised: bool = False
+
+    @property
+    def rank(self) -> int:
+        """Return r, the number of rows of down."""
+        return self.down.shape[0]
+
+    @property
+    def scaling(self) -> float:
+        """Return the factor on up @ down."""
+        return scaling(self.alpha, self.rank, rank_stabilised=self.rank_stabilised)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Return the shape of the weight: (out, in) or (out, in, kh, kw)."""
+        return self.up.shape[0], *self.down.shape[1:]
+
+    def delta(self) -> Tensor:
+        """Return the weight's update, float64, shape (out, in) or (out, in, kh, kw)."""
+        product = self.up.double().flatten(1) @ self.down.double().flatten(1)
+        return (self.scaling * product).view(self.shape)
+
+
+Layers = Mapping[str, Factors]
+"""A whole LoRA: the factors of every layer it changes, by the layer's name in the network."""
+
+
+def scaling(alpha: float, rank: int, *, rank_stabilised: bool = False) -> float:
+    """Return the factor on up @ down: alpha / rank, or alpha / sqrt(rank) for rsLoRA.
+
+    Source: Hu et al. 2021, arXiv:2106.09685, section 4.1; rsLoRA: Kalajdzievski 2023,
+        arXiv:2312.03732.
+    """
+    return alpha / (math.sqrt(rank) if rank_stabilised else rank)
+
+
+def not_finite(layers: Layers) -> str | None:
+    """Return in words where a LoRA holds NaN or infinity, None where nowhere."""
+    for name, factors in layers.items():
+        finite = torch.isfinite(factors.down).all() and torch.isfinite(factors.up).all()
+        if not bool(finite) or not math.isfinite(factors.alpha):
+            return f"layer {name} holds NaN or infinity"
+    return None
+
+
+def adapter_settings(layers: Layers) -> dict[str, Any]:
+    """Return rank and alpha of every layer in the words of peft's `LoraConfig`.
+
+    Returns:
+        `r` and `lora_alpha` of most layers, `rank_pattern` and `alpha_pattern` of the others, and
+        `use_rslora`.
+    """
+    kinds = Counter((factors.rank, factors.alpha) for factors in layers.values())
+    (rank, alpha), _ = kinds.most_common(1)[0]
+    other_ranks = {n: f.rank for n, f in sorted(layers.items()) if f.rank != rank}
+    other_alphas = {n: whole(f.alpha) for n, f in sorted(layers.items()) if f.alpha != alpha}
+    return {
+        "r": rank,
+        "lora_alpha": whole(alpha),
+        "rank_pattern": {_pattern(name, layers): value for name, value in other_ranks.items()},
+        "alpha_pattern": {_pattern(name, layers): value for name, value in other_alphas.items()},
+        "use_rslora": any(factors.rank_stabilised for factors in layers.values()),
+    }
+
+
+def whole(alpha: float) -> float:
+    """Return alpha as peft writes it: an integer where it is one, so that it round-trips."""
+    return int(alpha) if float(alpha).is_integer() else alpha
+
+
+def _pattern(name: str, layers: Layers) -> str:
+    """Return a pattern of peft, which matches the ends of names, for this layer alone."""
+    ambiguous = any(other.endswith(f".{name}") for other in layers)
+    return f"^{re.escape(name)}" if ambiguous else name

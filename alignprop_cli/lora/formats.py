@@ -1,0 +1,319 @@
+"""From the tensors of a LoRA file to the factors of every layer, whoever wrote it.
+
+    diffusers   unet.<layer>.lora.down.weight and .lora.up.weight, or .lora_A.weight and
+                .lora_B.weight; of old .processor.to_q_lora.down.weight and so on
+    PEFT        base_model.model.<layer>.lora_A.weight and .lora_B.weight
+    kohya       lora_unet_<layer, _ for .>.lora_down.weight and .lora_up.weight
+
+Alpha is a number beside the tensors (<layer>.alpha), or stands in the adapter's configuration;
+PEFT's names of an adapter may stand before `.weight`. Every tensor is either used, or counted as
+one of a text encoder, or the file is refused: nothing is left out in silence.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from alignprop_cli.errors import AssetError, ConfigError, RunError
+from alignprop_cli.lora.factors import Factors, Layers, not_finite
+
+NETWORK = "unet."
+"""What diffusers puts before the names of the network's layers."""
+
+PEFT = "base_model.model."
+"""What PEFT puts there, whose alphas are in a file of their own."""
+
+_KOHYA = "lora_unet_"
+_TEXT = re.compile(r"text_encoder(_\d)?\.|lora_te\d?_|base_model\.model\.text_model\.")
+
+_HALVES = {"lora_A": "down", "lora.down": "down", "lora_down": "down"}
+_HALVES |= {"lora_B": "up", "lora.up": "up", "lora_up": "up"}
+_TENSOR = re.compile(
+    rf"(?P<layer>.+?)\.(?:(?P<half>{'|'.join(map(re.escape, _HALVES))})"
+    r"(?:\.(?P<adapter>[^.]+))?\.weight|alpha)"
+)
+_OLD = re.compile(r"\.processor\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight$")
+_TEXT_TENSOR = re.compile(r"[._]lora[._].*|\.(alpha|dora_scale)$")
+
+# kohya writes _ for every dot: the words of a UNet that have one of their own.
+_WORDS = (
+    *("down_blocks", "mid_block", "up_blocks", "transformer_blocks", "time_embedding"),
+    *("add_embedding", "time_emb_proj", "linear_1", "linear_2", "conv_in", "conv_out"),
+    *("conv_shortcut", "proj_in", "proj_out", "to_q", "to_k", "to_v", "to_out"),
+)
+_WORD = re.compile(rf"(?:{'|'.join(_WORDS)}|[a-z]+\d*|\d+)(?=_|$)")
+_FIRST_WORDS = {"down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out"}
+_FIRST_WORDS |= {"time_embedding", "add_embedding"}
+
+# Parts of a tensor's name, as regular expressions, of what is more or other than a LoRA.
+_OTHER_KINDS = {
+    r"dora_scale|lora_magnitude_vector": "a DoRA",
+    r"hada_.*": "a LoHa",
+    r"lokr_.*": "a LoKr",
+    r"lora_mid": "a LoCon with a Tucker factor",
+    r"oft_.*|boft_.*": "an OFT",
+    r"ia3_.*|on_input": "an (IA)3",
+    r"lora_E|ranknum": "an AdaLoRA",
+    r"diff|diff_b|w_norm|b_norm": "a file of whole weight differences",
+    r"lora_embedding_[AB]": "a LoRA of embeddings",
+}
+_OTHER_SETTINGS = {
+    "use_dora": "a DoRA",
+    "lora_bias": "a LoRA with biases",
+    "use_qalora": "a QALoRA",
+    "use_bdlora": "a BD-LoRA",
+    "alora_invocation_tokens": "an activated LoRA",
+    "arrow_config": "a mixture of LoRAs (Arrow)",
+    "kasa_config": "a KaSA",
+    "monteclora_config": "a MonteCLoRA",
+    "layer_replication": "a LoRA of repeated layers",
+    "target_parameters": "a LoRA of parameters instead of layers",
+}
+_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@dataclass
+class _Tensors:
+    """The tensors of one layer, until they are known to be whole."""
+
+    halves: dict[str, tuple[str, Tensor]] = field(default_factory=dict[str, tuple[str, Tensor]])
+    alpha: tuple[str, Tensor] | None = None
+
+
+def read_settings(text: str, where: str) -> dict[str, Any]:
+    """Return the adapter's configuration, the names of its keys without that of the network.
+
+    Args:
+        text: JSON as of peft's `LoraConfig`.
+        where: File and place, for messages.
+
+    Raises:
+        AssetError: If it is no such configuration.
+        ConfigError: If it is that of another kind of adapter.
+    """
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise AssetError(f"{where} is not JSON") from error
+    if not isinstance(found, dict):
+        raise AssetError(f"{where}: expected an object, got {text[:40]}")
+    settings: dict[str, Any] = {str(k).removeprefix(NETWORK): v for k, v in found.items()}
+    # Whatever makes the update more than two factors and a number is refused by its name.
+    kind = settings.get("peft_type", "LORA")
+    if kind != "LORA":
+        _refuse(where, f"a {kind}")
+    for option, what in _OTHER_SETTINGS.items():
+        if settings.get(option):
+            _refuse(where, f"{what} ({option})")
+    start = settings.get("init_lora_weights")
+    if isinstance(start, str) and start.startswith(_CHANGE_THE_BASE):
+        raise ConfigError(
+            f"{where}: init_lora_weights {start} changes the base model's weights too, which are "
+            "not in the file",
+            hint="save it with PEFT's path_initial_model_for_weight_conversion",
+        )
+    _check_targets(settings.get("target_modules"), where)
+    return settings
+
+
+def _check_targets(targets: object, where: str) -> None:
+    """Refuse what cannot name layers: they are names or one regular expression."""
+    if targets is None or (isinstance(targets, list) and all(isinstance(t, str) for t in targets)):
+        return
+    if isinstance(targets, str):
+        try:
+            re.compile(targets)
+            return
+        except re.error:
+            pass
+    raise AssetError(
+        f"{where}: target_modules: expected names or a regular expression, got {targets!r}"
+    )
+
+
+def read_layers(
+    state: Mapping[str, Tensor], settings: Mapping[str, Any], file: Path
+) -> tuple[Layers, int]:
+    """Return the factors of every layer, and the number of layers of text encoders.
+
+    Args:
+        state: All tensors of the file, by name.
+        settings: The adapter's configuration; empty where there is none.
+        file: For messages.
+
+    Raises:
+        AssetError: If it is no LoRA of a UNet, a tensor is read by no rule, or one is damaged.
+        ConfigError: If it is another kind of adapter, or a LoRA of text encoders alone.
+        RunError: If a number is not finite.
+    """
+    # No command trains or uses text encoders with a LoRA: their layers are counted, to be told.
+    texts = {_TEXT_TENSOR.sub("", name) for name in state if _TEXT.match(name)}
+    names = sorted(name for name in state if not _TEXT.match(name))
+    if texts and not names:
+        raise ConfigError(f"{file}: is a LoRA of the text encoder alone, which is left out here")
+    # Other kinds first: their message says more than that of a tensor that nothing reads.
+    for name in names:
+        for pattern, what in _OTHER_KINDS.items():
+            if any(re.fullmatch(pattern, part) for part in name.split(".")[1:]):
+                _refuse(str(file), f"{what} ({name})")
+    if not any(_TENSOR.fullmatch(_present(name)) for name in names):
+        raise AssetError(f"{file}: holds no LoRA weights")
+    grouped = _group(state, names, file)
+    layers = {
+        layer: _factors(layer, tensors, settings, file)
+        for layer, tensors in sorted(grouped.items())
+    }
+    damage = not_finite(layers)
+    if damage:
+        raise RunError(f"{file}: {damage}", hint="use an earlier checkpoint or another copy")
+    return layers, len(texts)
+
+
+def _present(name: str) -> str:
+    """Return today's name of a tensor that older diffusers called otherwise."""
+
+    def rename(found: re.Match[str]) -> str:
+        layer = "to_out.0" if found[1] == "to_out" else found[1]
+        return f".{layer}.lora.{found[2]}.weight"
+
+    return _OLD.sub(rename, name)
+
+
+def _group(state: Mapping[str, Tensor], names: list[str], file: Path) -> dict[str, _Tensors]:
+    """Return the tensors by layer; every name is read by a rule or refused."""
+    grouped: dict[str, _Tensors] = {}
+    adapters: set[str] = set()
+    for name in names:
+        found = _TENSOR.fullmatch(_present(name))
+        layer = _layer(found["layer"], file) if found else None
+        if found is None or layer is None:
+            raise AssetError(f"{file}: cannot be read as a LoRA: unexpected tensor {name}")
+        tensors = grouped.setdefault(layer, _Tensors())
+        half = _HALVES.get(found["half"] or "")
+        if half is None:
+            tensors.alpha = (name, state[name])
+            continue
+        adapters.add(found["adapter"] or "")
+        # Also two adapters have the same layers.
+        if half in tensors.halves:
+            raise AssetError(
+                f"{file}: has two tensors for layer {layer}: {tensors.halves[half][0]} and {name}"
+            )
+        tensors.halves[half] = (name, state[name])
+    if len(adapters) > 1:
+        raise AssetError(f"{file}: holds several adapters: {', '.join(sorted(adapters))}")
+    return grouped
+
+
+def _layer(name: str, file: Path) -> str | None:
+    """Return the name of a layer in the network from that in the file; None where unknown."""
+    if name.startswith(NETWORK):
+        return name.removeprefix(NETWORK)
+    if name.startswith(PEFT):
+        layer = name.removeprefix(PEFT)
+        return layer if layer.split(".")[0] in _FIRST_WORDS else None
+    if name.startswith(_KOHYA):
+        flat = name.removeprefix(_KOHYA)
+        # No other split gives the words of a UNet's names, so this turns the renaming back.
+        words = _WORD.findall(flat)
+        if "_".join(words) == flat and words[0] in _FIRST_WORDS:
+            return ".".join(words)
+        raise AssetError(
+            f"{file}: unexpected layer {name}: it is not named as diffusers names a UNet's layers",
+            hint="kohya's trainer names them so for Stable Diffusion XL, which is not supported",
+        )
+    return None
+
+
+def _factors(layer: str, tensors: _Tensors, settings: Mapping[str, Any], file: Path) -> Factors:
+    """Return the factors of one layer once its tensors are known to fit together."""
+    if set(tensors.halves) != {"down", "up"}:
+        odd = next(iter(tensors.halves.values()), tensors.alpha)
+        assert odd is not None
+        raise AssetError(
+            f"{file}: cannot be read as a LoRA: unexpected tensor {odd[0]}, which stands alone"
+        )
+    for name, value in tensors.halves.values():
+        if value.dtype not in _DTYPES:
+            kind = str(value.dtype).removeprefix("torch.")
+            raise AssetError(f"{file}: {name} is {kind}; expected a float of 16 to 64 bits")
+    down, up = tensors.halves["down"][1], tensors.halves["up"][1]
+    shapes = f"{tuple(down.shape)} and {tuple(up.shape)}"
+    # (r, in) and (out, r); of a convolution (r, in, kh, kw) and (out, r, 1, 1).
+    if (
+        down.ndim not in (2, 4)
+        or up.ndim != down.ndim
+        or up.shape[1] != down.shape[0]
+        or any(size != 1 for size in up.shape[2:])
+        or 0 in (*down.shape, *up.shape)
+    ):
+        raise AssetError(f"{file}: layer {layer}: shapes {shapes} share no rank")
+    rank = down.shape[0]
+    # What others wrote may hold anything: wrong types, patterns that are none, numbers too large.
+    try:
+        recorded = _by_pattern(settings, "r", "rank_pattern", layer)
+        alpha = _by_pattern(settings, "lora_alpha", "alpha_pattern", layer)
+        stabilised = _flag(settings.get("use_rslora", False))
+        beside = None if tensors.alpha is None else _scalar(tensors.alpha[1])
+    except (AttributeError, TypeError, ValueError, OverflowError, re.error) as error:
+        raise AssetError(f"{file}: alpha of layer {layer} cannot be read: {error}") from error
+    # A configuration that contradicts the tensors leaves open what alpha is over.
+    if recorded is not None and recorded != rank:
+        raise AssetError(f"{file}: layer {layer} has rank {rank}, its configuration {recorded:g}")
+    if None not in (alpha, beside) and alpha != beside:
+        raise AssetError(
+            f"{file}: layer {layer} has alpha {beside:g} beside its tensors, {alpha:g} in its "
+            "configuration"
+        )
+    if alpha is None and beside is None and recorded is not None:
+        raise AssetError(f"{file}: its configuration has a rank and no lora_alpha")
+    known = beside if alpha is None else alpha
+    return Factors(down, up, float(rank) if known is None else known, stabilised)
+
+
+def _by_pattern(
+    settings: Mapping[str, Any], default: str, patterns: str, layer: str
+) -> float | None:
+    """Return a number of a layer by PEFT's rule; patterns match the end of its name.
+
+    Source: `peft.utils.other.get_pattern_key`.
+    """
+    value = settings.get(default)
+    for pattern, number in (settings.get(patterns) or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", layer):
+            value = number
+            break
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"expected a number, got {value!r}")
+    return float(value)
+
+
+def _scalar(value: Tensor) -> float:
+    if value.numel() != 1 or value.dtype not in (*_DTYPES, torch.int32, torch.int64):
+        raise ValueError(f"expected one number, got {value.dtype} of shape {tuple(value.shape)}")
+    return float(value)
+
+
+def _flag(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"use_rslora: expected true or false, got {value!r}")
+    return value
+
+
+def _refuse(where: str, what: str) -> NoReturn:
+    raise ConfigError(
+        f"{where}: is {what}: its update of a weight is not alpha / rank B A",
+        hint="only plain LoRAs and rsLoRAs can be drawn with, trained on and mixed",
+    )

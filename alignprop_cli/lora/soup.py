@@ -1,0 +1,259 @@
+"""Make a soup of LoRA files: find and check the members, mix them, write the result.
+
+The arithmetic is in mixing.py, what the user may ask for in recipe.py.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from alignprop_cli import __version__
+from alignprop_cli.errors import ConfigError
+from alignprop_cli.lora import files, formats, mixing
+from alignprop_cli.lora.files import LORA_FILE, Adapter
+from alignprop_cli.lora.recipe import RANKED, Recipe
+from alignprop_cli.storage import sha256, write_whole
+
+BASE = "base"
+"""What the base model is called as a member; a folder of that name is ./base."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """What is mixed.
+
+    Args:
+        name: What the user called it.
+        label: What folders call it.
+        adapter: Its LoRA; None is the base model.
+    """
+
+    name: str
+    label: str
+    adapter: Adapter | None
+
+
+@dataclass(frozen=True)
+class Mix:
+    """One mix of the members.
+
+    Args:
+        folder: Where it goes.
+        coefficients: The share of each member.
+        share: Of the first member, along a sweep; None of a mix alone.
+    """
+
+    folder: Path
+    coefficients: Sequence[float]
+    share: float | None = None
+
+
+@dataclass(frozen=True)
+class Soup:
+    """Members that belong together, and the mixes to make of them.
+
+    Args:
+        members: At least one of them is not the base model.
+        folder: Where everything goes.
+        mixes: One, in that folder, or those of a sweep, in folders inside.
+        recipe: How they are mixed.
+    """
+
+    members: Sequence[Member]
+    folder: Path
+    mixes: Sequence[Mix]
+    recipe: Recipe
+
+    @property
+    def contents(self) -> list[str]:
+        """Return the names of what the folder will hold: what may be replaced."""
+        parts = [mix.folder.name for mix in self.mixes if mix.share is not None]
+        return [LORA_FILE, "evaluation", *parts]
+
+    @property
+    def left_out(self) -> list[str]:
+        """Return what of the members' files goes into no mix."""
+        adapters = [m.adapter for m in self.members if m.adapter and m.adapter.left_out]
+        what = "layers of the text encoder are left out"
+        return [f"{adapter.file}: its {adapter.left_out} {what}" for adapter in adapters]
+
+    @property
+    def remarks(self) -> list[str]:
+        """Return what is unusual about the shares of a mix alone."""
+        if self.mixes[0].share is not None:
+            return []
+        total, least = sum(self.mixes[0].coefficients), min(self.mixes[0].coefficients)
+        if total < 0.999 or total > 1.001:
+            return [f"the shares add up to {total:g}: the mix is not an average"]
+        return ["a share is negative: this goes on beyond a member"] if least < 0.0 else []
+
+    def make(self) -> tuple[dict[str, Any], list[str]]:
+        """Write the mixes.
+
+        Returns:
+            Of a mix alone: what was made, for programs and for people. Of a sweep nothing.
+
+        Raises:
+            ConfigError: If the method cannot mix the members.
+            RunError: If a number of a mix is too large for float32.
+        """
+        made = [_make(mix, self.members, self.recipe) for mix in self.mixes]
+        return made[0] if self.mixes[0].share is None else ({}, [])
+
+
+def prepare(
+    names: Sequence[str],
+    coefficients: Sequence[float],
+    shares: Sequence[float] | None,
+    output: str | None,
+    recipe: Recipe,
+) -> Soup:
+    """Read the members of a soup, and say where its mixes go.
+
+    Args:
+        names: What the user calls the members: runs, checkpoints, LoRA files or folders, or `base`.
+        coefficients: The share of each, for a mix alone.
+        shares: Of the first of two members, along a sweep; None is a mix alone.
+        output: The folder that the user named.
+        recipe: How they are mixed.
+
+    Raises:
+        AlignPropError: As `files.locate` and `files.read`.
+        ConfigError: If the members are of different base models or of different layers, or all are
+            the base model.
+    """
+    if all(name == BASE for name in names):
+        raise ConfigError("soup: all members are the base model: there is nothing to mix")
+    located = [None if name == BASE else files.locate(name) for name in names]
+    members = [
+        Member(name, found.label, files.read(found.file)) if found else Member(name, "base", None)
+        for name, found in zip(names, located, strict=True)
+    ]
+    _check_members([m.adapter for m in members if m.adapter is not None], recipe.allow_missing)
+    labels = [member.label for member in members]
+    default = _default_name(labels, None if shares is not None else coefficients)
+    folder = Path(output or default).expanduser()
+    if shares is None:
+        return Soup(members, folder, [Mix(folder, coefficients)], recipe)
+    mixes = [Mix(folder / f"share-{share:g}", [share, 1.0 - share], share) for share in shares]
+    return Soup(members, folder, mixes, recipe)
+
+
+def _default_name(labels: list[str], coefficients: Sequence[float] | None) -> str:
+    """Return soup-<label>-<share>-... for the folder; of two members only the first's share."""
+    if coefficients is None:
+        return "-".join(["soup", *labels, "sweep"])[:200]
+    if len(labels) == 2 and abs(sum(coefficients) - 1.0) < 1e-9:
+        return f"soup-{labels[0]}-{labels[1]}-{coefficients[0]:g}"
+    pairs = zip(labels, coefficients, strict=True)
+    return "-".join(["soup", *(f"{label}-{share:g}" for label, share in pairs)])[:200]
+
+
+def _check_members(adapters: Sequence[Adapter], allow_missing: bool) -> None:
+    """Refuse LoRAs of different base models or of different layers."""
+    first = adapters[0]
+    for other in adapters[1:]:
+        prints = [a.header.get("alignprop.base_fingerprint") for a in (first, other)]
+        if all(prints) and prints[0] != prints[1]:
+            models = [a.header.get("alignprop.base_model", "unknown") for a in (first, other)]
+            raise ConfigError(
+                f"soup: different base models: {first.file} belongs to {models[0]}, "
+                f"{other.file} to {models[1]}",
+                hint="only LoRAs of the same base model can be mixed",
+            )
+        difference = mixing.other_shape(first.layers, other.layers)
+        if difference:
+            raise ConfigError(
+                f"{other.file}: {difference}", hint="members need the same base model"
+            )
+        lacking = mixing.missing(first.layers, other.layers)
+        if lacking and not allow_missing:
+            raise ConfigError(
+                f"{other.file}: {lacking}",
+                hint="they were trained with other lora.target_modules; with --allow-missing a "
+                "member changes nothing in a layer that it lacks",
+            )
+
+
+def _make(mix: Mix, members: Sequence[Member], recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
+    """Mix the members, write the folder whole or not at all, and return what there is to say."""
+    pairs = list(zip(members, mix.coefficients, strict=True))
+    present = [(m.adapter, c) for m, c in pairs if m.adapter is not None]
+    try:
+        mixed = mixing.mix(
+            [adapter.layers for adapter, _ in present],
+            [c for _, c in present],
+            recipe.method,
+            rank=recipe.rank,
+            density=0.5 if recipe.density is None else recipe.density,
+            seed=recipe.seed,
+        )
+    except ValueError as error:
+        raise ConfigError(f"soup: {error}", hint="the default method, exact, mixes any") from error
+    made_of: list[dict[str, Any]] = [
+        {"name": m.name, "sha256": m.adapter.sha256 if m.adapter else None, "coefficient": c}
+        for m, c in pairs
+    ]
+    header = _header([adapter for adapter, _ in present], made_of, recipe)
+    weights, metadata = files.packed(mixed.layers)
+    # The only names that `files.read` gives back layers of.
+    prefix = formats.NETWORK
+    write_whole(
+        mix.folder,
+        lambda made: files.save(made, weights, header, prefix=prefix, adapter_metadata=metadata),
+    )
+    return _describe(mix.folder, made_of, mixed, recipe)
+
+
+def _header(
+    adapters: Sequence[Adapter], made_of: list[dict[str, Any]], recipe: Recipe
+) -> dict[str, str]:
+    """Return what the result says of itself: its members, and how to draw with it."""
+    header = {
+        "alignprop.version": __version__,
+        "alignprop.merged_from": json.dumps(made_of),
+        "alignprop.merged_by": json.dumps(asdict(recipe)),
+    }
+    for key in ("alignprop.base_model", "alignprop.base_fingerprint"):
+        known = [a.header[key] for a in adapters if a.header.get(key)]
+        header |= {key: known[0]} if known else {}
+    configs = [files.recorded_config(a.header, a.file) for a in adapters]
+    config = next((c for c in configs if c is not None), None)
+    if config is not None:
+        # A soup was not trained, so only what evaluation needs stays true of it.
+        kept = {k: config[k] for k in ("model", "sample", "reward", "loss", "eval") if k in config}
+        header["alignprop.config"] = json.dumps(kept, sort_keys=True)
+    return header
+
+
+def _describe(
+    folder: Path, made_of: list[dict[str, Any]], mixed: mixing.Mixed, recipe: Recipe
+) -> tuple[dict[str, Any], list[str]]:
+    """Return what was made, for programs and for people."""
+    file = folder / LORA_FILE
+    ranks = sorted({factors.rank for factors in mixed.layers.values()})
+    values: dict[str, Any] = {
+        "folder": str(folder.resolve()),
+        "adapter": str(file.resolve()),
+        "sha256": sha256(file),
+        "members": made_of,
+        "method": recipe.method,
+        "error": mixed.error,
+        "layers": len(mixed.layers),
+        "ranks": ranks,
+        "bytes": file.stat().st_size,
+    }
+    rank = " to ".join(map(str, dict.fromkeys((ranks[0], ranks[-1]))))
+    sources = " + ".join(f"{m['coefficient']:g} x {m['name']}" for m in made_of)
+    lines = [
+        f"soup     {sources}",
+        f"adapter  {file}",
+        f"{len(mixed.layers)} layers of rank {rank}, {file.stat().st_size / 2**20:.2f} MiB",
+    ]
+    if recipe.method in RANKED:
+        lines.append(f"the rank leaves out {mixed.error:.2%} of the mix (relative L2 distance)")
+    return values, lines

@@ -1,0 +1,264 @@
+"""Object detectors, asked how sure they are of one kind of object, differentiably.
+
+Nothing here reads the library's post-processing, which thresholds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate, pad
+from torch.nn.utils.rnn import pad_sequence
+from torchvision.ops import box_convert, nms
+from torchvision.transforms.functional import gaussian_blur
+from transformers import (
+    AutoConfig,
+    CLIPTokenizer,
+    Owlv2Config,
+    Owlv2ForObjectDetection,
+    YolosConfig,
+    YolosForObjectDetection,
+)
+
+from alignprop_cli.errors import ConfigError, did_you_mean
+from alignprop_cli.hub import from_pretrained, loading
+from alignprop_cli.images import CLIP_MEAN, CLIP_STD, normalise
+from alignprop_cli.rewards.base import without_autocast
+from alignprop_cli.rewards.frozen import MetaReward, exact, known_config
+
+MOST = 100
+"""Largest number of places that are told apart."""
+
+IMPOSSIBLE = -1e4
+"""Log-odds of a place that is not there: exp of it is 0, and it is still far from overflow."""
+
+DEFAULT_MODEL = "hustvl/yolos-tiny"
+
+_OVERLAP = 0.5
+_SHARPNESS = 2.0
+_THRESHOLD = {"yolos": 0.5, "owlv2": 0.1}
+
+_IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+_OWLV2_BASE = Owlv2Config(vision_config={"image_size": 960, "patch_size": 16})
+_PUBLISHED = {
+    DEFAULT_MODEL: YolosConfig(
+        hidden_size=192,
+        intermediate_size=768,
+        num_attention_heads=3,
+        image_size=[800, 1333],
+        use_mid_position_embeddings=False,
+    ),
+    "google/owlv2-base-patch16": _OWLV2_BASE,
+    "google/owlv2-base-patch16-ensemble": _OWLV2_BASE,
+}
+
+
+class Detector:
+    """A YOLOS or an OWLv2, asked for one kind of object. Frozen; its answers are float32.
+
+    Args:
+        reward: Name of the reward, for messages.
+        object: As in `detect.Count`.
+        model: As in `detect.Count`.
+
+    Raises:
+        ConfigError, AssetError: As `detect.Count`.
+    """
+
+    def __init__(self, reward: str, object: str, model: str) -> None:
+        self._reward = reward
+        option = f"reward.{reward}.model"
+        with loading(option, model):
+            config: Any = AutoConfig.from_pretrained(model)
+            if config.model_type not in _THRESHOLD:
+                raise ConfigError(
+                    f"{option}: expected a detector of the kinds {', '.join(_THRESHOLD)}, "
+                    f"{model} is a '{config.model_type}'"
+                )
+            if config.model_type == "yolos":
+                self.network: Any = from_pretrained(YolosForObjectDetection, model, option=option)
+                self._words = None
+            else:
+                self.network = from_pretrained(Owlv2ForObjectDetection, model, option=option)
+                length = config.text_config.max_position_embeddings
+                self._words = _words(
+                    self.network.owlv2, CLIPTokenizer.from_pretrained(model), object, length
+                )
+        self._label = _label(config, object, reward, model) if self._words is None else 0
+        threshold = _THRESHOLD[config.model_type]
+        self._threshold = math.log(threshold / (1.0 - threshold))
+
+    def log_odds(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Ask every query of the detector.
+
+        Args:
+            images: Shape (B, 3, H, W), in [0, 1].
+
+        Returns:
+            The log-odds of the object, shape (B, Q), and boxes (centre x, centre y, width,
+            height) as fractions of the image, shape (B, Q, 4). Differentiable in images. Their
+            sigmoid is the library's score.
+        """
+        if self._words is None:
+            return _ask_yolos(self.network, images, self._label)
+        return _ask_owlv2(self.network, images, self._words)
+
+    def places(self, images: Tensor, numbers: Sequence[int] | None = None) -> Tensor:
+        """Return the log-odds of an object at each distinct place, against the threshold, squared.
+
+        Args:
+            images: Shape (B, 3, H, W), in [0, 1].
+            numbers: Places of each image to keep even if they overlap, B of them. None: no such.
+
+        Returns:
+            Shape (B, places), the surest first; impossible where an image has fewer than others.
+            Differentiable in images.
+
+        Raises:
+            ConfigError: If the detector has fewer queries than a number.
+        """
+        log_odds, boxes = self.log_odds(images)
+        wanted = [0] * len(log_odds) if numbers is None else list(numbers)
+        most = min(log_odds.shape[1], MOST)
+        if max(wanted) > most:
+            raise ConfigError(
+                f"reward.{self._reward}.number: this detector tells at most {most} objects apart, "
+                f"got {max(wanted)}"
+            )
+        relative = _SHARPNESS * (log_odds - self._threshold)
+        corners = box_convert(boxes.detach().float(), "cxcywh", "xyxy")
+        chosen: list[Tensor] = []
+        for odds, box, number in zip(relative, corners, wanted, strict=True):
+            # The boxes only choose; the log-odds that are chosen keep their gradient.
+            kept = nms(box, odds.detach().float(), _OVERLAP)[:MOST]
+            if len(kept) < number:
+                # Too few are left to hold N objects: the surest of the others come back.
+                rest = odds.detach().clone()
+                rest[kept] = -torch.inf
+                kept = torch.cat([kept, rest.topk(number - len(kept)).indices])
+            chosen.append(odds[kept])
+        return pad_sequence(chosen, batch_first=True, padding_value=IMPOSSIBLE)
+
+
+def detector_on_meta(dtype: torch.dtype, model: str) -> MetaReward | None:
+    """Return a detector on the meta device; None where its sizes are not known.
+
+    The choice of places, which depends on values and needs next to nothing, is left out.
+
+    Args:
+        dtype: Precision of the network.
+        model: As in `detect.Count`.
+
+    Raises:
+        AssetError: If a folder's configuration is missing or damaged.
+    """
+    config: Any = known_config(AutoConfig, model, _PUBLISHED, option="reward.count.model")
+    if isinstance(config, YolosConfig):
+        with torch.device("meta"):
+            yolos = YolosForObjectDetection(config)
+        return MetaReward(lambda images: _ask_yolos(yolos, images, 0)[0], yolos, dtype=dtype)
+    if isinstance(config, Owlv2Config):
+        with torch.device("meta"):
+            owlv2 = Owlv2ForObjectDetection(config)
+            words = torch.zeros((1, 1, config.projection_dim))
+        return MetaReward(lambda images: _ask_owlv2(owlv2, images, words)[0], owlv2, dtype=dtype)
+    return None
+
+
+def _ask_yolos(network: Any, images: Tensor, label: int) -> tuple[Tensor, Tensor]:
+    """Return what a YOLOS answers for one of its classes; see `Detector.log_odds`."""
+    images = images.to(exact(images.dtype))
+    with without_autocast(images.device):
+        inputs = yolos_inputs(images, network.config).to(network.dtype)
+        found = network(pixel_values=inputs)
+    logits = found.logits.to(images.dtype)
+    others = torch.cat([logits[..., :label], logits[..., label + 1 :]], dim=-1)
+    return logits[..., label] - others.logsumexp(dim=-1), found.pred_boxes
+
+
+def _ask_owlv2(network: Any, images: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what an OWLv2 answers for words, shape (1, 1, D); see `Detector.log_odds`."""
+    images = images.to(exact(images.dtype))
+    with without_autocast(images.device):
+        inputs = owlv2_inputs(images, network.config).to(network.dtype)
+        # The steps of its forward, less the words, which are always the same, and a mask of words
+        # that casts to float32.
+        patches, _ = network.image_embedder(inputs)
+        flat = patches.flatten(1, 2)  # (B, Q, D)
+        logits, _ = network.class_predictor(flat, words.to(flat).expand(len(images), 1, -1))
+        boxes = network.box_predictor(flat, patches)
+    return logits[..., 0].to(images.dtype), boxes
+
+
+def yolos_inputs(images: Tensor, config: Any) -> Tensor:
+    """Return images as YOLOS is fed: resized to a short edge, within a long edge, whole patches.
+
+    Args:
+        images: Shape (B, 3, H, W), float, in [0, 1].
+        config: Of the network.
+
+    Returns:
+        Shape (B, 3, height, width), normalised. Differentiable in images.
+    """
+    height, width = images.shape[-2:]
+    scale = min(
+        min(config.image_size) / min(height, width), max(config.image_size) / max(height, width)
+    )
+    patch = config.patch_size
+    target = tuple(max(patch, int(side * scale) // patch * patch) for side in (height, width))
+    sized = interpolate(images, target, mode="bilinear", antialias=True, align_corners=False)
+    return normalise(sized, *_IMAGENET)
+
+
+def owlv2_inputs(images: Tensor, config: Any) -> Tensor:
+    """Return images as OWLv2 is fed: padded with black to a square, blurred and resized.
+
+    Args:
+        images: Shape (B, 3, H, W), float, in [0, 1].
+        config: Of the network.
+
+    Returns:
+        Shape (B, 3, side, side), normalised. Differentiable in images.
+    """
+    side = config.vision_config.image_size
+    height, width = images.shape[-2:]
+    longest = max(height, width)
+    images = pad(images, (0, longest - width, 0, longest - height))
+    if (sigma := (longest / side - 1.0) / 2.0) > 0.0:
+        taps = 2 * math.ceil(3.0 * sigma) + 1
+        # One axis after the other: the library's kernel is the product of both.
+        for kernel in ([taps, 1], [1, taps]):
+            images = gaussian_blur(images, kernel, [sigma, sigma])
+    sized = interpolate(images, (side, side), mode="bilinear", align_corners=False)
+    return normalise(sized, CLIP_MEAN, CLIP_STD)
+
+
+def _words(model: Any, tokenizer: Any, object: str, length: int) -> Tensor:
+    """Return what an OWLv2 makes of the name of an object, shape (1, 1, D)."""
+    tokens = tokenizer(
+        f"a photo of a {object}",  # the caption of the library's examples
+        padding="max_length",
+        truncation=True,
+        max_length=length,
+        return_tensors="pt",
+    )
+    with torch.no_grad():
+        read = model.text_model(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)
+        return model.text_projection(read.pooler_output)[None]
+
+
+def _label(config: Any, object: str, reward: str, model: str) -> int:
+    """Return the index of a word among the classes of a detector."""
+    known = {name.lower(): int(index) for index, name in config.id2label.items() if name != "N/A"}
+    if object.lower() not in known:
+        raise ConfigError(
+            f"reward.{reward}.object: {model} knows no '{object}'."
+            f"{did_you_mean(object.lower(), known)}",
+            hint=f"set reward.{reward}.model to google/owlv2-base-patch16-ensemble for any words",
+        )
+    return known[object.lower()]

@@ -1,0 +1,88 @@
+"""Comparing two models on the same samples: how sure a difference is, how diverse images are."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from alignprop_cli.evaluation.compare import Evaluation, Identity, checks, compare, diversity
+from alignprop_cli.evaluation.draw import Floats, Sample, Samples
+
+
+def samples(prompts: int, each: int = 1) -> list[Sample]:
+    return [Sample(str(p), p, i) for p in range(prompts) for i in range(each)]
+
+
+def test_a_constant_difference_is_certain_and_its_wins_and_ties_are_counted() -> None:
+    base = np.arange(8.0)
+    same = compare(samples(8), base, base)
+    assert (same.difference, same.low, same.high, same.wins, same.ties) == (0, 0, 0, 0, 1)
+    up = compare(samples(8), base, base + 0.5)
+    assert (up.base, up.tuned) == (3.5, 4.0)
+    assert [up.difference, up.low, up.high] == pytest.approx([0.5, 0.5, 0.5])
+    assert (up.wins, up.ties) == (1, 0)
+    some = compare(samples(8), base, base + np.array([1, 1, 0, -1, 0, 0, 0, 1]))
+    assert (some.wins, some.ties) == (3 / 8, 4 / 8)
+
+
+def test_the_interval_is_that_of_a_mean_and_images_of_one_prompt_are_no_more_certain() -> None:
+    rng = np.random.default_rng(0)
+    base, change = rng.normal(size=200), rng.normal(0.3, 1.0, size=200)
+    single = compare(samples(200), base, base + change)
+    # The normal approximation of the mean's distribution.
+    error = 1.96 * change.std() / np.sqrt(200)
+    assert single.difference == pytest.approx(change.mean())
+    assert single.low == pytest.approx(change.mean() - error, abs=0.1 * error)
+    assert single.high == pytest.approx(change.mean() + error, abs=0.1 * error)
+    repeated = compare(samples(200, 5), base.repeat(5), (base + change).repeat(5))
+    assert repeated.high - repeated.low == pytest.approx(2 * error, rel=0.1)
+
+
+def drawn(chosen: list[Sample], rewards: Floats, features: Floats | None = None) -> Samples:
+    images = np.zeros((len(chosen), 4, 4, 3), dtype=np.uint8)
+    return Samples(tuple(chosen), images, {"clip": rewards}, features)
+
+
+def test_diversity_is_one_minus_the_mean_cosine_of_a_prompts_images() -> None:
+    # Prompt 0: right angles and one pair that is the same; prompt 1: opposite; prompt 2: alone.
+    chosen = [*(Sample("a", 0, i) for i in range(3)), *(Sample("b", 1, i) for i in range(2))]
+    chosen.append(Sample("c", 2))
+    x, y = [1.0, 0.0], [0.0, 1.0]
+    features = np.array([x, y, x, y, [0.0, -1.0], x])
+    prompts, values = diversity(drawn(chosen, np.zeros(6), features))
+    assert [sample.prompt for sample in prompts] == ["a", "b"]
+    # Cosines of prompt 0: 0, 1, 0; of prompt 1: -1.
+    np.testing.assert_allclose(values, [1.0 - 1.0 / 3.0, 2.0])
+    with pytest.raises(ValueError, match="needs features"):
+        diversity(drawn(chosen, np.zeros(6)))
+
+
+def test_an_evaluation_compares_each_group_with_the_base_model_on_its_own_samples() -> None:
+    chosen = samples(4)
+    result = Evaluation(
+        model={"id": "m"},
+        variants={"tuned": Identity("f", "0", 1.0, ["clip"])},
+        prompt_set="mine",
+        seed=0,
+        sample={},
+        axis="",
+        curve=[],
+        drawn={
+            "base": drawn(chosen, np.array([1.0, 2.0, 3.0, 4.0])),
+            "tuned": drawn(chosen, np.array([2.0, 3.0, 3.0, 2.0])),
+        },
+        group_of={"0": "up", "1": "up", "3": "down"},
+        seconds=0.0,
+    )
+    means = {
+        group: (of["clip"]["base"].mean, of["clip"]["tuned"].mean)
+        for group, of in result.groups.items()
+    }
+    assert means == {"down": (4.0, 2.0), "up": (1.5, 2.5)}
+    assert result.metrics["clip"]["base"].paired is None
+    paired = result.metrics["clip"]["tuned"].paired
+    assert paired is not None
+    assert (paired.difference, paired.wins, paired.ties) == (0.0, 0.5, 0.25)
+    assert result.trained_on == {"clip"}
+    # No checker knows these prompts.
+    assert checks(result.drawn) == result.checker == {}

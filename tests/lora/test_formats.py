@@ -1,0 +1,614 @@
+"""The law of LoRA files: each is read exactly as its formula says, or refused with what it is."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import alignprop_cli
+from alignprop_cli.errors import AlignPropError, AssetError, ConfigError, RunError
+from alignprop_cli.lora import files, formats
+from alignprop_cli.lora import layers as lora
+from alignprop_cli.lora.factors import Factors
+from alignprop_cli.lora.files import LORA_FILE, PEFT_CONFIG, PEFT_FILE
+from tests.factories import TEXT_WIDTH, randn, small_pipeline
+
+PACKAGE = Path(alignprop_cli.__file__).parent
+
+# Every kind of layer that a LoRA of a UNet can have, of different ranks and alphas.
+ATTENTION = {
+    "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q": (2, 3.0),
+    "up_blocks.1.attentions.1.transformer_blocks.0.attn2.to_out.0": (4, 1.0),
+    "mid_block.attentions.0.transformer_blocks.0.attn2.to_k": (4, 1.0),
+}
+LAYERS = ATTENTION | {
+    "down_blocks.0.attentions.0.transformer_blocks.0.ff.net.0.proj": (3, 0.5),
+    "down_blocks.0.attentions.0.transformer_blocks.0.ff.net.2": (4, 8.0),
+    "down_blocks.0.downsamplers.0.conv": (2, 2.0),
+    "down_blocks.0.resnets.0.conv1": (4, 1.0),
+    "down_blocks.0.resnets.0.time_emb_proj": (1, 1.0),
+    "mid_block.attentions.0.proj_in": (5, 2.5),
+    "up_blocks.0.resnets.0.conv_shortcut": (2, 4.0),
+    "conv_in": (2, 1.0),
+    "time_embedding.linear_1": (3, 6.0),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_pipeline(tmp_path_factory.mktemp("sd") / "model")
+
+
+@pytest.fixture(scope="module")
+def base(folder: Path) -> UNet2DConditionModel:
+    return UNet2DConditionModel.from_pretrained(folder, subfolder="unet").requires_grad_(False)
+
+
+@torch.no_grad()
+def run(network: torch.nn.Module) -> Tensor:
+    latents = randn(1, 2, 4, 8, 8, dtype=torch.float32)
+    return network(latents, 10, randn(2, 2, 5, TEXT_WIDTH, dtype=torch.float32)).sample
+
+
+class Lora:
+    """A random LoRA, and the files that others would write of it."""
+
+    def __init__(self, network: torch.nn.Module, layers: dict[str, tuple[int, float]]) -> None:
+        self.ranks = {name: rank for name, (rank, _) in layers.items()}
+        self.alphas = {name: alpha for name, (_, alpha) in layers.items()}
+        self.downs: dict[str, Tensor] = {}
+        self.ups: dict[str, Tensor] = {}
+        for number, (name, rank) in enumerate(self.ranks.items()):
+            out, *inputs = network.get_submodule(name).weight.shape
+            ones = (1,) * (len(inputs) - 1)
+            self.downs[name] = 0.3 * randn(number, rank, *inputs, dtype=torch.float32)
+            self.ups[name] = 0.3 * randn(90 + number, out, rank, *ones, dtype=torch.float32)
+
+    def state(self, down: str, up: str, rename: Callable[[str], str]) -> dict[str, Tensor]:
+        """Return its tensors by `<renamed layer>.<down>` and `<renamed layer>.<up>`."""
+        downs = {f"{rename(name)}.{down}": value for name, value in self.downs.items()}
+        return downs | {f"{rename(name)}.{up}": value for name, value in self.ups.items()}
+
+    def alpha_tensors(self, rename: Callable[[str], str]) -> dict[str, Tensor]:
+        return {f"{rename(name)}.alpha": torch.tensor(a) for name, a in self.alphas.items()}
+
+    def settings(self, **more: Any) -> dict[str, Any]:
+        """Return a configuration as of peft: everything by patterns, some that match two layers."""
+        return {
+            "peft_type": "LORA",
+            "r": 4,
+            "lora_alpha": 1,
+            "rank_pattern": {n: r for n, r in self.ranks.items() if r != 4},
+            "alpha_pattern": {n: a for n, a in self.alphas.items() if a != 1.0},
+            "target_modules": sorted(self.ranks),
+        } | more
+
+    def deltas(self, scaling: Callable[[float, int], float]) -> dict[str, Tensor]:
+        """Return scaling x B A of every layer, float64, by its definition."""
+        found = {}
+        for name, down in self.downs.items():
+            product = self.ups[name].double().flatten(1) @ down.double().flatten(1)
+            factor = scaling(self.alphas[name], self.ranks[name])
+            found[name] = factor * product.view(-1, *down.shape[1:])
+        return found
+
+
+def unet(name: str) -> str:
+    return f"unet.{name}"
+
+
+def kohya(name: str) -> str:
+    return "lora_unet_" + name.replace(".", "_")
+
+
+def peft(name: str) -> str:
+    return f"base_model.model.{name}"
+
+
+def header(settings: dict[str, Any]) -> dict[str, str]:
+    named = {f"unet.{key}": value for key, value in settings.items()}
+    return {"format": "pt", "lora_adapter_metadata": json.dumps(named)}
+
+
+def diffusers_down(made: Lora, place: Path) -> Path:
+    save_file(
+        made.state("lora.down.weight", "lora.up.weight", unet),
+        place / LORA_FILE,
+        metadata=header(made.settings()),
+    )
+    return place / LORA_FILE
+
+
+def diffusers_ab(made: Lora, place: Path, **settings: Any) -> Path:
+    state = made.state("lora_A.weight", "lora_B.weight", unet)
+    save_file(state, place / LORA_FILE, metadata=header(made.settings(**settings)))
+    return place / LORA_FILE
+
+
+def diffusers_plain(made: Lora, place: Path) -> Path:
+    save_file(made.state("lora_A.weight", "lora_B.weight", unet), place / LORA_FILE)
+    return place / LORA_FILE
+
+
+def diffusers_alpha(made: Lora, place: Path) -> Path:
+    state = made.state("lora_A.weight", "lora_B.weight", unet) | made.alpha_tensors(unet)
+    save_file(state, place / LORA_FILE)
+    return place / LORA_FILE
+
+
+def diffusers_both(made: Lora, place: Path) -> Path:
+    state = made.state("lora.down.weight", "lora.up.weight", unet) | made.alpha_tensors(unet)
+    save_file(state, place / LORA_FILE, metadata=header(made.settings()))
+    return place / LORA_FILE
+
+
+def diffusers_rslora(made: Lora, place: Path) -> Path:
+    return diffusers_ab(made, place, use_rslora=True)
+
+
+def diffusers_name(made: Lora, place: Path) -> Path:
+    state = made.state("lora_A.default_0.weight", "lora_B.default_0.weight", unet)
+    save_file(state, place / LORA_FILE)
+    return place / LORA_FILE
+
+
+def diffusers_processor(made: Lora, place: Path) -> Path:
+    def old(name: str) -> str:
+        attention, _, layer = name.removesuffix(".0").rpartition(".")
+        return f"unet.{attention}.processor.{layer}_lora"
+
+    save_file(made.state("down.weight", "up.weight", old), place / LORA_FILE)
+    return place / LORA_FILE
+
+
+def peft_folder(made: Lora, place: Path, **settings: Any) -> Path:
+    save_file(made.state("lora_A.weight", "lora_B.weight", peft), place / PEFT_FILE)
+    (place / PEFT_CONFIG).write_text(json.dumps(made.settings(**settings)), encoding="utf-8")
+    return files.locate(str(place)).file
+
+
+def peft_rslora(made: Lora, place: Path) -> Path:
+    return peft_folder(made, place, use_rslora=True)
+
+
+def kohya_plain(made: Lora, place: Path) -> Path:
+    file = place / "kohya.safetensors"
+    save_file(made.state("lora_down.weight", "lora_up.weight", kohya), file)
+    return file
+
+
+def kohya_alpha(made: Lora, place: Path) -> Path:
+    file = place / "kohya.safetensors"
+    state = made.state("lora_down.weight", "lora_up.weight", kohya) | made.alpha_tensors(kohya)
+    save_file(state, file)
+    return file
+
+
+def ours(made: Lora, place: Path) -> Path:
+    layers = {n: Factors(made.downs[n], made.ups[n], a) for n, a in made.alphas.items()}
+    weights, settings = files.packed(layers)
+    return files.save(place, weights, {}, prefix="unet.", adapter_metadata=settings)
+
+
+def over_rank(alpha: float, rank: int) -> float:
+    return alpha / rank
+
+
+def over_root(alpha: float, rank: int) -> float:
+    return alpha / rank**0.5
+
+
+def one(alpha: float, rank: int) -> float:
+    return 1.0
+
+
+# Format, its layers, its scaling, and whether plain diffusers reads it rightly: it refuses `.alpha`
+# beside its own names, does not load PEFT's files, and loses alphas of kohya's attention layers.
+FORMATS = [
+    (diffusers_down, LAYERS, over_rank, True),
+    (diffusers_ab, LAYERS, over_rank, True),
+    (diffusers_plain, LAYERS, one, True),
+    (diffusers_alpha, LAYERS, over_rank, False),
+    (diffusers_both, LAYERS, over_rank, False),
+    (diffusers_rslora, LAYERS, over_root, True),
+    (diffusers_name, LAYERS, one, True),
+    (diffusers_processor, ATTENTION, one, True),
+    (peft_folder, LAYERS, over_rank, False),
+    (peft_rslora, LAYERS, over_root, False),
+    (kohya_plain, LAYERS, one, True),
+    (kohya_alpha, LAYERS, over_rank, False),
+    (ours, LAYERS, over_rank, True),
+]
+
+
+@pytest.mark.parametrize(
+    ("write", "layers", "scaling", "oracle"), FORMATS, ids=[row[0].__name__ for row in FORMATS]
+)
+def test_every_format_is_read_as_its_formula_says(
+    base: UNet2DConditionModel, folder: Path, tmp_path: Path, write, layers, scaling, oracle
+) -> None:
+    made = Lora(base, layers)
+    file, deltas = write(made, tmp_path), made.deltas(scaling)
+
+    adapter = files.read(file)
+    assert adapter.layers.keys() == deltas.keys()
+    assert adapter.left_out == 0
+    for name, factors in adapter.layers.items():
+        torch.testing.assert_close(factors.delta(), deltas[name], rtol=1e-6, atol=1e-6)
+
+    # Loaded it is the same as added to the weights by hand.
+    before = run(base)
+    by_hand, loaded = copy.deepcopy(base), copy.deepcopy(base)
+    for name, delta in deltas.items():
+        by_hand.get_submodule(name).weight.data += delta.float()
+    lora.load(loaded, adapter, "small")
+    expected = run(by_hand)
+    effect = float((expected - before).norm())
+    assert effect > 1e-2 * float(before.norm())
+    assert float((run(loaded) - expected).norm()) < 1e-4 * effect
+
+    if oracle:
+        pipeline = StableDiffusionPipeline.from_pretrained(folder)
+        pipeline.load_lora_weights(file)
+        assert float((run(pipeline.unet) - expected).norm()) < 1e-4 * effect
+
+
+def test_a_pattern_of_peft_matches_the_end_of_names(
+    base: UNet2DConditionModel, tmp_path: Path
+) -> None:
+    made = Lora(base, dict.fromkeys(ATTENTION, (4, 2.0)))
+    patterns = {"attn2.to_(k|v)": 6, r"^down_blocks\..*to_q": 8, "to_out": 99}
+    read = files.read(diffusers_ab(made, tmp_path, lora_alpha=2, alpha_pattern=patterns)).layers
+    assert [factors.alpha for _, factors in sorted(read.items())] == [8.0, 6.0, 2.0]
+
+
+def test_a_layer_whose_name_ends_as_another_keeps_its_own_alpha(tmp_path: Path) -> None:
+    def layer(seed: int, rank: int, alpha: float) -> Factors:
+        return Factors(randn(seed, rank, 4), randn(seed, 6, rank), alpha)
+
+    layers = {"a.x": layer(1, 2, 4.0), "b.a.x": layer(2, 3, 1.0), "c": layer(3, 5, 2.0)}
+    layers |= {name: layer(4, 5, 2.0) for name in ("d", "e")}
+    weights, settings = files.packed(layers)
+    file = files.save(tmp_path, weights, {}, prefix="unet.", adapter_metadata=settings)
+    read = files.read(file).layers
+    assert {n: f.alpha for n, f in read.items()} == {n: f.alpha for n, f in layers.items()}
+
+
+ARCHITECTURES = sorted(place.name for place in (PACKAGE / "models" / "architectures").iterdir())
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kohyas_names_are_those_of_the_layers_with_other_dots(architecture: str) -> None:
+    config = PACKAGE / "models" / "architectures" / architecture / "unet" / "config.json"
+    with torch.device("meta"):
+        network = UNet2DConditionModel.from_config(json.loads(config.read_text()))
+    names = [
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
+    ]
+    assert len(names) > 200
+    pair = (torch.ones(2, 3), torch.ones(4, 2))
+    state = {}
+    for name in names:
+        parts = (f"{kohya(name)}.lora_down.weight", f"{kohya(name)}.lora_up.weight")
+        state |= dict(zip(parts, pair, strict=True))
+    layers, _ = formats.read_layers(state, {}, Path("kohya.safetensors"))
+    assert sorted(layers) == sorted(names)
+
+
+X = "unet.x.to_q"
+PAIR = {f"{X}.lora.down.weight": torch.ones(2, 4), f"{X}.lora.up.weight": torch.ones(6, 2)}
+HALVES = (("A", "down"), ("B", "up"))
+K = "lora_unet_mid_block_attentions_0_proj_in"
+KOHYA = {f"{K}.lora_down.weight": torch.ones(2, 4), f"{K}.lora_up.weight": torch.ones(6, 2)}
+NAN = torch.tensor(float("nan"))
+
+
+def changed(part: str, value: Tensor) -> dict[str, Tensor]:
+    return PAIR | {f"{X}.lora.{part}.weight": value}
+
+
+def tall(value: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.full((2, 4), value).to(dtype)
+
+
+REFUSED: dict[str, tuple[dict[str, Tensor], type[AlignPropError], str]] = {
+    # Other kinds of adapters, by their tensors.
+    "dora of kohya": (KOHYA | {f"{K}.dora_scale": torch.ones(6, 1)}, ConfigError, "is a DoRA"),
+    "dora of peft": (
+        PAIR | {f"{X}.lora_magnitude_vector": torch.ones(6)},
+        ConfigError,
+        r"is a DoRA \(unet\.x\.to_q\.lora_magnitude_vector\)",
+    ),
+    "loha": (
+        {f"{K}.hada_{part}": torch.ones(2, 2) for part in ("w1_a", "w1_b", "w2_a", "w2_b")},
+        ConfigError,
+        "is a LoHa",
+    ),
+    "lokr": (
+        {f"{K}.lokr_w1": torch.ones(2, 2), f"{K}.lokr_w2": torch.ones(3, 2)},
+        ConfigError,
+        "is a LoKr",
+    ),
+    "locon mid": (
+        KOHYA | {f"{K}.lora_mid.weight": torch.ones(2, 2, 3, 3)},
+        ConfigError,
+        "Tucker factor",
+    ),
+    "oft": ({f"{K}.oft_blocks": torch.ones(2, 2, 2)}, ConfigError, "is an OFT"),
+    "ia3": ({f"{K}.weight": torch.ones(4), f"{K}.on_input": NAN}, ConfigError, r"is an \(IA\)3"),
+    "differences": ({f"{K}.diff": torch.ones(6, 4)}, ConfigError, "whole weight differences"),
+    "embedding": ({f"{X}.lora_embedding_A": torch.ones(2, 4)}, ConfigError, "of embeddings"),
+    # Names that no rule reads.
+    "other weights": ({"conv_in.weight": torch.ones(4)}, AssetError, "holds no LoRA weights"),
+    "nothing": ({}, AssetError, "holds no LoRA weights"),
+    "bias": (PAIR | {f"{X}.bias": torch.ones(6)}, AssetError, r"unexpected tensor .*to_q\.bias"),
+    "a bias of a factor": (
+        PAIR | {f"{X}.lora_B.bias": torch.ones(6)},
+        AssetError,
+        "unexpected tensor",
+    ),
+    "a transformer": (
+        {n.replace("unet.", "transformer."): v for n, v in PAIR.items()},
+        AssetError,
+        r"unexpected tensor transformer\.x",
+    ),
+    "no prefix": ({n[5:]: v for n, v in PAIR.items()}, AssetError, r"unexpected tensor x\.to_q"),
+    "names of sdxl": (
+        {n.replace("mid_block", "middle_block"): v for n, v in KOHYA.items()},
+        AssetError,
+        "not named as diffusers names",
+    ),
+    "words of nobody": (
+        {n.replace("proj_in", "proj-in"): v for n, v in KOHYA.items()},
+        AssetError,
+        "not named as diffusers names",
+    ),
+    "alone": (
+        PAIR | {"unet.x.to_v.lora.down.weight": torch.ones(2, 4)},
+        AssetError,
+        r"unexpected tensor unet\.x\.to_v.* alone",
+    ),
+    "an alpha alone": (PAIR | {"unet.y.alpha": torch.tensor(1.0)}, AssetError, "alone"),
+    "a layer twice": (
+        PAIR | {f"{X}.lora_A.weight": torch.ones(2, 4), f"{X}.lora_B.weight": torch.ones(6, 2)},
+        AssetError,
+        r"two tensors for layer x\.to_q",
+    ),
+    "two adapters": (
+        PAIR | {f"unet.y.lora_{n}.b.weight": PAIR[f"{X}.lora.{m}.weight"] for n, m in HALVES},
+        AssetError,
+        "several adapters",
+    ),
+    # Tensors that are no factors.
+    "0-d": (changed("down", torch.tensor(1.0)), AssetError, "share no rank"),
+    "both 0-d": (
+        dict.fromkeys(PAIR, torch.tensor(1.0)),
+        AssetError,
+        r"to_q: shapes \(\) and \(\) share no rank",
+    ),
+    "rank 0": (
+        {f"{X}.lora.down.weight": torch.ones(0, 4), f"{X}.lora.up.weight": torch.ones(6, 0)},
+        AssetError,
+        "share no rank",
+    ),
+    "other ranks": (changed("up", torch.ones(6, 3)), AssetError, r"\(2, 4\) and \(6, 3\) share"),
+    "a kernel in up": (
+        {
+            f"{X}.lora.down.weight": torch.ones(2, 4, 1, 1),
+            f"{X}.lora.up.weight": torch.ones(6, 2, 3, 3),
+        },
+        AssetError,
+        "share no rank",
+    ),
+    "float8": (
+        changed("down", tall(dtype=torch.float8_e4m3fn)),
+        AssetError,
+        r"down\.weight is float8_e4m3fn; expected a float of 16 to 64 bits",
+    ),
+    "int8": (changed("up", torch.ones(6, 2, dtype=torch.int8)), AssetError, "is int8"),
+    "nan": (changed("down", tall(float("nan"))), RunError, r"layer x\.to_q holds NaN"),
+    "infinity": (changed("down", tall(float("inf"))), RunError, r"layer x\.to_q holds NaN or inf"),
+    "alpha of three": (
+        PAIR | {f"{X}.alpha": torch.ones(3)},
+        AssetError,
+        r"alpha of layer x\.to_q cannot be read: expected one number",
+    ),
+    "alpha 2 x 2": (
+        KOHYA | {f"{K}.alpha": torch.ones(2, 2)},
+        AssetError,
+        r"alpha of layer mid_block\.attentions\.0\.proj_in cannot be read",
+    ),
+    "alpha in float8": (
+        PAIR | {f"{X}.alpha": torch.tensor(1.0).to(torch.float8_e4m3fn)},
+        AssetError,
+        "expected one number, got torch.float8",
+    ),
+    "alpha nan": (PAIR | {f"{X}.alpha": NAN}, RunError, "holds NaN"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_more_or_less_than_a_lora_is_refused(tmp_path: Path, case: str) -> None:
+    state, kind, words = REFUSED[case]
+    file = tmp_path / LORA_FILE
+    save_file({name: value.clone() for name, value in state.items()}, file)
+    with pytest.raises(kind, match=words) as raised:
+        files.read(file)
+    assert type(raised.value) is kind
+    assert "\n" not in raised.value.message
+    assert str(file) in raised.value.message
+
+
+SETTINGS: dict[str, tuple[str, type[AlignPropError], str]] = {
+    "dora": ('{"unet.use_dora": true}', ConfigError, r"is a DoRA \(use_dora\)"),
+    "bias": ('{"unet.lora_bias": true}', ConfigError, "is a LoRA with biases"),
+    "loha": ('{"peft_type": "LOHA"}', ConfigError, "is a LOHA"),
+    "repeated": ('{"layer_replication": [[0, 4]]}', ConfigError, "repeated layers"),
+    "parameters": ('{"target_parameters": ["w"]}', ConfigError, "of parameters"),
+    "pissa": (
+        '{"init_lora_weights": "pissa_niter_4"}',
+        ConfigError,
+        "pissa_niter_4 changes the base model's weights",
+    ),
+    "a number": ("5", AssetError, "expected an object, got 5"),
+    "a list": ("[]", AssetError, "expected an object"),
+    "no json": ("{", AssetError, "is not JSON"),
+    "deep": ("[" * 100_000, AssetError, "is not JSON"),
+    "targets": ('{"target_modules": 5}', AssetError, "names or a regular expression, got 5"),
+    "target names": ('{"target_modules": [5]}', AssetError, "names or a regular expression"),
+    "target pattern": ('{"target_modules": "("}', AssetError, "names or a regular expression"),
+    "alpha text": ('{"lora_alpha": "many"}', AssetError, r"alpha of layer x\.to_q"),
+    "alpha true": ('{"lora_alpha": true}', AssetError, r"alpha of layer x\.to_q"),
+    "alpha nan": ('{"lora_alpha": NaN}', RunError, "holds NaN"),
+    "patterns": ('{"r": 2, "lora_alpha": 2, "alpha_pattern": [1]}', AssetError, "cannot be read"),
+    "pattern": ('{"lora_alpha": 2, "alpha_pattern": {"(": 1}}', AssetError, "cannot be read"),
+    "rslora": ('{"lora_alpha": 2, "use_rslora": "yes"}', AssetError, "use_rslora"),
+    "no alpha": ('{"r": 2}', AssetError, "a rank and no lora_alpha"),
+    "other rank": ('{"r": 8, "lora_alpha": 2}', AssetError, "has rank 2, its configuration 8"),
+}
+
+
+@pytest.mark.parametrize("case", SETTINGS)
+@pytest.mark.parametrize("place", ["header", "beside"])
+def test_settings_that_say_something_else_are_refused(
+    tmp_path: Path, case: str, place: str
+) -> None:
+    text, kind, words = SETTINGS[case]
+    words = words.replace(r"x\.to_q", r"[\w.]+")
+    if place == "header":
+        file = tmp_path / LORA_FILE
+        save_file(PAIR, file, metadata={"lora_adapter_metadata": text})
+    else:
+        file = tmp_path / PEFT_FILE
+        state = {"lora_A": torch.ones(2, 4), "lora_B": torch.ones(6, 2)}
+        save_file({f"{peft('conv_in')}.{n}.weight": v for n, v in state.items()}, file)
+        (tmp_path / PEFT_CONFIG).write_text(text, encoding="utf-8")
+    with pytest.raises(kind, match=words) as raised:
+        files.read(file)
+    assert type(raised.value) is kind
+    assert str(tmp_path) in raised.value.message
+
+
+def test_an_alpha_that_is_said_twice_must_be_the_same(tmp_path: Path) -> None:
+    file = tmp_path / LORA_FILE
+    state = PAIR | {f"{X}.alpha": torch.tensor(4.0)}
+    save_file(state, file, metadata=header({"r": 2, "lora_alpha": 2}))
+    with pytest.raises(AssetError, match="alpha 4 beside its tensors, 2 in its configuration"):
+        files.read(file)
+
+
+def test_pefts_own_format_needs_its_configuration(
+    base: UNet2DConditionModel, tmp_path: Path
+) -> None:
+    file = peft_folder(Lora(base, ATTENTION), tmp_path)
+    (tmp_path / PEFT_CONFIG).unlink()
+    with pytest.raises(AssetError, match=r"adapter_config\.json .* cannot be read"):
+        files.read(file)
+
+
+def test_layers_of_text_encoders_are_counted(tmp_path: Path) -> None:
+    text = "text_encoder.text_model.encoder.layers.{}.self_attn.{}_proj"
+    state = dict(PAIR)
+    for name in (text.format(0, "q"), text.format(1, "q"), text.format(1, "out")):
+        state |= {
+            f"{name}.lora_linear_layer.down.weight": torch.ones(2, 4),
+            f"{name}.lora_linear_layer.up.weight": torch.ones(4, 2),
+        }
+    save_file(state, tmp_path / "a.safetensors")
+    assert files.read(tmp_path / "a.safetensors").left_out == 3
+
+    state = dict(KOHYA)
+    for name in ("lora_te_text_model_encoder_layers_0_mlp_fc1", "lora_te2_text_projection"):
+        state |= {
+            f"{name}.lora_down.weight": torch.ones(2, 4),
+            f"{name}.lora_up.weight": torch.ones(4, 2),
+            f"{name}.alpha": torch.tensor(1.0),
+            # Whatever it is there, it is left out.
+            f"{name}.dora_scale": torch.ones(4, 1),
+        }
+    save_file(state, tmp_path / "b.safetensors")
+    assert files.read(tmp_path / "b.safetensors").left_out == 2
+
+
+# --- Files as people report them elsewhere ---
+
+CASES = (
+    Path(os.environ.get("ALIGNPROP_CASES", Path(__file__).parents[3] / "shared" / "cases")) / "lora"
+)
+
+
+@pytest.fixture
+def tiny() -> UNet2DConditionModel:
+    network = UNet2DConditionModel.from_pretrained(PACKAGE / "tiny" / "pipeline", subfolder="unet")
+    return network.requires_grad_(False)
+
+
+def case_file(name: str) -> Path:
+    if not (CASES / name).is_file():
+        pytest.skip(f"needs {CASES / name}")
+    return CASES / name
+
+
+def check_adds_up(
+    network: UNet2DConditionModel, adapter: files.Adapter, state: dict[str, Tensor], scale: float
+) -> None:
+    """Assert that the loaded LoRA is scale B A added to the weights, of every tensor in a file."""
+    width = network.config.cross_attention_dim
+    inputs = (
+        randn(1, 2, network.config.in_channels, 8, 8, dtype=torch.float32),
+        10,
+        randn(2, 2, 5, width, dtype=torch.float32),
+    )
+    by_hand = copy.deepcopy(network)
+    downs = sorted(name for name in state if ".lora_A." in name)
+    for down in downs:
+        layer = down.split(".lora_A.")[0].removeprefix("unet.").removeprefix("base_model.model.")
+        delta = scale * state[down.replace(".lora_A.", ".lora_B.")] @ state[down]
+        by_hand.get_submodule(layer).weight.data += delta
+    with torch.no_grad():
+        before, expected = network(*inputs).sample, by_hand(*inputs).sample
+        lora.load(network, adapter, "tiny")
+        loaded = network(*inputs).sample
+    assert len(adapter.layers) == len(downs) > 0
+    effect = float((expected - before).norm())
+    assert effect > 1e-3
+    assert float((loaded - expected).norm()) < 1e-4 * effect
+
+
+def test_case_a_dora_of_kohya_is_refused() -> None:
+    with pytest.raises(ConfigError, match="is a DoRA"):
+        files.read(case_file("kohya_dora.safetensors"))
+
+
+def test_case_the_name_of_an_adapter_in_the_names_is_read(tiny: UNet2DConditionModel) -> None:
+    file = case_file("peft_default0_name.safetensors")
+    check_adds_up(tiny, files.read(file), load_file(file), 1.0)
+
+
+def test_case_alphas_beside_the_names_of_peft_are_read(tiny: UNet2DConditionModel) -> None:
+    file = case_file("peft_alpha_layer.safetensors")
+    check_adds_up(tiny, files.read(file), load_file(file), 0.25)
+
+
+def test_case_a_folder_of_peft_is_read_with_its_configuration(
+    tiny: UNet2DConditionModel, tmp_path: Path
+) -> None:
+    file = case_file("peft_base_model.safetensors")
+    shutil.copy(file, tmp_path / PEFT_FILE)
+    with pytest.raises(AssetError, match=r"adapter_config\.json"):
+        files.read(files.locate(str(tmp_path)).file)
+    shutil.copy(CASES / PEFT_CONFIG, tmp_path)
+    check_adds_up(tiny, files.read(files.locate(str(tmp_path)).file), load_file(file), 4.0)
