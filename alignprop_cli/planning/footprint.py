@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from alignprop_cli.guidance import guided
 from alignprop_cli.lora import layers as lora
 from alignprop_cli.models.base import MetaModel, Sampler
 from alignprop_cli.planning import meter
 from alignprop_cli.planning.estimate import Affine, Footprint, Level, Work
-from alignprop_cli.sampling import guided
 
 
 def measure(

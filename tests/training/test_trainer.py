@@ -12,6 +12,7 @@ from alignprop_cli import rng
 from alignprop_cli.config.schema import Config
 from alignprop_cli.config.validation import parse
 from alignprop_cli.errors import RunError
+from alignprop_cli.guidance import Embeds
 from alignprop_cli.lora import layers as lora
 from alignprop_cli.models.families import open_model
 from alignprop_cli.planning.plan import Plan, make_plan
@@ -19,7 +20,6 @@ from alignprop_cli.planning.request import plan_request
 from alignprop_cli.prompts import load_prompts
 from alignprop_cli.rewards import pixel
 from alignprop_cli.rewards.mixture import Member, Mixture, build_mixture
-from alignprop_cli.sampling import Embeds
 from alignprop_cli.training import setup
 from alignprop_cli.training.optimizer import OptimizerSettings
 from alignprop_cli.training.trainer import Trainer
