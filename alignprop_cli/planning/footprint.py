@@ -6,6 +6,7 @@ and neither weights nor a GPU.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from alignprop_cli.guidance import guided
 from alignprop_cli.lora import layers as lora
-from alignprop_cli.models.base import MetaModel, Sampler
+from alignprop_cli.models.base import Decoder, MetaModel, Sampler
 from alignprop_cli.planning import meter
 from alignprop_cli.planning.estimate import Affine, Footprint, Level, Work
 
@@ -48,41 +49,24 @@ def measure(
 
     # 1. Calls without gradient run on weights that have the LoRA added to them.
     merged = lora.Merged(network.module)
-
-    def rollout_call(given: Tensor) -> Tensor:
-        with torch.no_grad(), merged:
-            return denoise(given)
-
-    rollout = count(rollout_call, shape, there=there, device_type=device_type, has_grad=False)
+    plain = torch.no_grad()(merged.around(denoise))
+    rollout = count(plain, shape, there=there, device_type=device_type, has_grad=False)
 
     # 2. Calls with gradient, whose input carries it or not, by what is recomputed. The LoRA's
-    # gradients are made in backward and are as large for any batch.
+    #    gradients are made in backward and are as large for any batch.
+    fixed = 4 * trained
+    counted = functools.partial(count, denoise, shape, there=there, device_type=device_type)
+
     def call(*, has_grad: bool, blocks: bool) -> Work:
         network.recompute_blocks(blocks)
-        found = count(
-            denoise,
-            shape,
-            there=there,
-            device_type=device_type,
-            has_grad=has_grad,
-            fixed_backward=4 * trained,
-        )
+        found = counted(has_grad=has_grad, fixed_backward=fixed)
         network.recompute_blocks(False)
         return found
 
     def by_level(*, has_grad: bool) -> dict[Level, Work]:
-        plain = call(has_grad=has_grad, blocks=False)
+        stored = call(has_grad=has_grad, blocks=False)
         blocks = call(has_grad=has_grad, blocks=True)
-        return {"none": plain, "block": blocks, "call": _recomputed_call(plain, rollout, latents)}
-
-    # 3. From clean latents to images.
-    def decode(recompute: bool) -> Work:
-        return count(
-            lambda given: decoder.decode(given, recompute=recompute),
-            shape,
-            there=decoder.parameters(),
-            device_type=device_type,
-        )
+        return {"none": stored, "block": blocks, "call": _recomputed_call(stored, rollout, latents)}
 
     return Footprint(
         weights={**weights, "merged LoRA": merged.bytes} if merged.bytes else weights,
@@ -91,9 +75,22 @@ def measure(
         rollout=rollout,
         first=by_level(has_grad=False),
         call=by_level(has_grad=True),
-        decoder={recompute: decode(recompute) for recompute in (False, True)},
+        # 3. From clean latents to images.
+        decoder={again: _decode(decoder, shape, device_type, again) for again in (False, True)},
         reward=reward,
         uncounted=uncounted,
+    )
+
+
+def _decode(
+    decoder: Decoder, shape: tuple[int, int, int], device_type: str, recompute: bool
+) -> Work:
+    """Count the decoder, whose blocks are recomputed or not."""
+    return count(
+        lambda latents: decoder.decode(latents, recompute=recompute),
+        shape,
+        there=decoder.parameters(),
+        device_type=device_type,
     )
 
 
