@@ -20,6 +20,7 @@ from pydantic import (
 
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
+Pixels = Annotated[int, Field(ge=1, le=8192)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -108,8 +109,8 @@ class SampleConfig(Section):
     eta: float = Field(
         default=0.0, ge=0.0, le=1.0, description="Fresh noise per step, 0 deterministic to 1 DDPM."
     )
-    height: PositiveInt | None = Field(default=None, description="Pixels; null is the model's own.")
-    width: PositiveInt | None = Field(default=None, description="Pixels; null is the model's own.")
+    height: Pixels | None = Field(default=None, description="Pixels; null is the model's own.")
+    width: Pixels | None = Field(default=None, description="Pixels; null is the model's own.")
     negative_prompt: str = Field(default="", description="What the unconditional branch is given.")
 
 
@@ -258,7 +259,7 @@ class EvalConfig(Section):
         default=5, description="Draw sample pictures every so many steps; 0 never."
     )
     sample_images: PositiveInt = Field(default=8, description="Pictures drawn each time.")
-    batch_size: PositiveInt = Field(
+    batch_size: Annotated[int, Field(ge=1, le=4096)] = Field(
         default=8, description="Pictures drawn at once; changes no picture."
     )
     seed: Annotated[int, Field(ge=0)] = Field(default=0, description="Of the evaluation's noise.")

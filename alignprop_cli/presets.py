@@ -7,6 +7,8 @@ changes one option.
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -88,13 +90,16 @@ def preset_path(name: str) -> Path:
     return directory() / f"{name}.yaml"
 
 
-def read(path: Path, layers: Layers, seen: tuple[Path, ...] = ()) -> None:
+def read(
+    path: Path, layers: Layers, seen: tuple[Path, ...] = (), *, complete: bool = False
+) -> None:
     """Read a YAML file, and first what it extends, into the layers.
 
     Args:
         path: The file. Its `extends:` names a shipped preset or a file beside it.
         layers: Changed in place.
         seen: Files being read, to find a circle.
+        complete: Whether it has to stand alone, as the configuration of a run does.
 
     Raises:
         AssetError: If the file cannot be read.
@@ -109,6 +114,11 @@ def read(path: Path, layers: Layers, seen: tuple[Path, ...] = ()) -> None:
     root = _compose(text, path)
     tree, lines = ({}, {}) if root is None else _convert(root, path)
     parent = tree.pop("extends", None)
+    if parent is not None and complete:
+        raise ConfigError(
+            f"{path}: extends: the configuration of a run is complete and extends nothing",
+            hint="a file of your own goes to --config",
+        )
     if parent is not None:
         if not isinstance(parent, str):
             raise ConfigError(f"{path}: extends: expected the name of a preset, got {parent!r}")
@@ -138,6 +148,21 @@ def override(layers: Layers, assignments: Iterable[str]) -> None:
             problems.append(Problem(key, f"cannot read the value {raw!r}; quote it"))
     if problems:
         raise ConfigError("--set: cannot be read", problems)
+
+
+def assignment(key: str, value: Any) -> str:
+    """Return the text for `--set` that gives a key this value, on one line and printable."""
+    flow = yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, width=math.inf)
+    ways = [value] if isinstance(value, str) else []
+    for text in (*ways, flow.strip()[1:-1]):
+        try:
+            if text.isprintable() and yaml.safe_load(text) == value:
+                return f"{key}={text}"
+        except (yaml.YAMLError, ValueError):
+            continue
+    # JSON is YAML but for its pairs of surrogates.
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return f"{key}=" + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in text)
 
 
 def choose_rewards(layers: Layers, rewards: Mapping[str, float | None]) -> None:
@@ -189,6 +214,40 @@ def resolve(
         ConfigError, AssetError: As `read`, `override` and `config.parse`.
     """
     layers = Layers()
+    stack(
+        layers,
+        preset=preset,
+        config=config,
+        assignments=assignments,
+        rewards=rewards,
+        flags=named(flags or {}),
+    )
+    source = f"preset {preset}" if config is None and preset else str(config or "command line")
+    return parse(layers.values, layers.origins, source=source)
+
+
+def stack(
+    layers: Layers,
+    *,
+    preset: str | None = None,
+    config: Path | None = None,
+    assignments: Iterable[str] = (),
+    rewards: Mapping[str, float | None] | None = None,
+    flags: Mapping[str, tuple[str, Any]] | None = None,
+) -> None:
+    """Put everything that the command line was given upon the layers.
+
+    Args:
+        layers: Changed in place.
+        preset: As `resolve`, and so are the next three.
+        config: File.
+        assignments: Texts.
+        rewards: With weights.
+        flags: For each dotted key the flag's name and its value; None was not given.
+
+    Raises:
+        ConfigError, AssetError: As `read` and `override`.
+    """
     if preset is not None:
         read(preset_path(preset), layers)
     if config is not None:
@@ -196,11 +255,17 @@ def resolve(
     override(layers, assignments)
     if rewards:
         choose_rewards(layers, rewards)
-    for key, value in (flags or {}).items():
+    for key, (flag, value) in (flags or {}).items():
         if value is not None:
-            layers.set(key, value, f"--{key.rpartition('.')[2] if key != 'model.id' else 'model'}")
-    source = f"preset {preset}" if config is None and preset else str(config or "command line")
-    return parse(layers.values, layers.origins, source=source)
+            layers.set(key, value, flag)
+
+
+def named(flags: Mapping[str, Any]) -> dict[str, tuple[str, Any]]:
+    """Return for each dotted key its flag's name and value."""
+    return {
+        key: (f"--{key.rpartition('.')[2] if key != 'model.id' else 'model'}", value)
+        for key, value in flags.items()
+    }
 
 
 def _merge(base: Tree, other: Mapping[str, Any]) -> None:

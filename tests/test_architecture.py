@@ -24,7 +24,7 @@ PACKAGE = ROOT / "alignprop_cli"
 # Where each module, or each folder of modules, lives. A new one is placed here first.
 LAYER = {
     "errors": "errors",
-    **dict.fromkeys(["config", "validation", "presets", "estimate", "plan"], "decide"),
+    **dict.fromkeys(["config", "validation", "presets", "trust", "estimate", "plan"], "decide"),
     **dict.fromkeys(
         ["schedule", "sampling", "truncation", "losses", "images"],
         "maths",

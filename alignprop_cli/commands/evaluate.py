@@ -84,6 +84,8 @@ def evaluate(
 
       alignprop evaluate my_lora.safetensors --preset tiny --scale 0,0.5,1,1.5
     """
+    from alignprop_cli import adapter
+
     flags = {
         "model.id": ("--model", model),
         "eval.prompts": ("--prompts", prompts),
@@ -95,7 +97,17 @@ def evaluate(
     located = _locate(targets)
     strengths = _strengths(scale, located)
     first = located[0] if located else None
-    resolved = configuration(targets[0], first, preset, config, sets or [], reward, flags)
+    header = {} if first is None else adapter.read_header(first.file)
+    resolved = configuration(
+        targets[0] if first is None else str(first.file),
+        header,
+        None if first is None else first.run,
+        preset,
+        config,
+        sets or [],
+        reward,
+        flags,
+    )
     _run(resolved, located, strengths, (output, overwrite), (as_json, quiet))
 
 
@@ -165,7 +177,8 @@ def _strengths(text: str | None, located: list[Located]) -> list[float] | None:
 
 def configuration(
     target: str,
-    located: Located | None,
+    header: dict[str, str],
+    run: Path | None,
     preset: str | None,
     config: str | None,
     sets: list[str],
@@ -175,72 +188,72 @@ def configuration(
     """Return the complete configuration, its rewards' names and options checked.
 
     Args:
-        target: What the user named, for messages.
-        located: Its LoRA; None is the base model.
+        target: What is drawn, for messages.
+        header: Of its file; empty for the base model.
+        run: The run it belongs to, where there is one.
         preset: Name of a preset, instead of what comes with the LoRA.
         config: File of the user's own, likewise.
         sets: `--set` texts.
         reward: Those of `--reward`.
         flags: Dotted key to name and value of the other flags.
+
+    Raises:
+        AssetError, ConfigError: As `settings.build`; if nothing says what the base model is.
     """
     from pathlib import Path
 
-    from alignprop_cli import adapter
     from alignprop_cli.commands import settings
     from alignprop_cli.rewards import registry
 
-    header = {} if located is None else adapter.read_header(located.file)
-    given = preset is not None or config is not None
-    own, values = _own_settings(located, header, given=given, model=flags["model.id"][1])
+    values: dict[str, object] = {}
+    # What the command line names takes the place of what came with the weights.
+    if preset is not None or config is not None:
+        run = None
+    elif run is None:
+        values = _values(target, header, model=flags["model.id"][1])
     resolved = settings.build(
         preset=preset,
-        config=Path(config).expanduser() if config else own,
+        config=Path(config).expanduser() if config else None,
         header=values,
+        run=run,
         assignments=sets,
         rewards=settings.reward_names(reward),
         flags=flags,
-        source=str(own or target),
+        source=target if run is None else str(run / "config.yaml"),
     )
     for name, member in resolved.reward.items():
         registry.check(name, member.options)
     return resolved
 
 
-def _own_settings(
-    located: Located | None, header: dict[str, str], *, given: bool, model: str | None
-) -> tuple[Path | None, dict[str, object]]:
-    """Return the configuration that comes with the weights: a run's file, or a header's values.
+def _values(target: str, header: dict[str, str], *, model: str | None) -> dict[str, object]:
+    """Return the configuration in the header of weights, or the base model that it names.
 
     Args:
-        located: The weights; None is the base model.
-        header: Of their file.
-        given: Whether the command line names a preset or a configuration, which then counts.
+        target: The weights, for messages.
+        header: Of their file; empty for the base model.
         model: What the command line names as the base model.
 
     Raises:
         AssetError: If the configuration in the header is damaged.
-        ConfigError: If there is no configuration and nothing says what the base model is.
+        ConfigError: If there is none and nothing says what the base model is.
     """
+    from pathlib import Path
+
     from alignprop_cli.adapter import recorded_config
     from alignprop_cli.errors import ConfigError
 
-    if given:
-        return None, {}
-    if located is not None and located.run is not None:
-        return located.run / "config.yaml", {}
-    if located is not None:
-        recorded = recorded_config(header, located.file)
-        if recorded is not None:
-            return None, recorded
+    recorded = recorded_config(header, Path(target))
+    if recorded is not None:
+        return recorded
     if "alignprop.base_model" in header:
-        return None, {"model": {"id": header["alignprop.base_model"]}}
+        return {"model": {"id": header["alignprop.base_model"]}}
     if model is None:
-        what = "base" if located is None else str(located.file)
         raise ConfigError(
-            f"{what}: nothing says which base model to draw with",
-            hint=f"give --preset, --config or --model: alignprop evaluate {what} --preset tiny",
+            f"{target}: nothing says which base model to draw with",
+            hint=f"give --preset, --config or --model: alignprop evaluate {target} --preset tiny",
         )
-    return None, {}
+    return {}
 
 
 def _default_folder(located: list[Located]) -> Path:

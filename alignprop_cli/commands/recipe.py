@@ -104,6 +104,21 @@ def sweep_shares(sweep: str, members: list[str], coef: str | None) -> list[float
     return [round(first + number * step, 9) for number in range(count)]
 
 
+def share_name(share: float) -> str:
+    """Return the name of a mix's folder along a sweep."""
+    return f"share-{share:g}"
+
+
+def default_name(labels: list[str], coefficients: list[float], suffix: list[str]) -> str:
+    """Return soup-<label>-<share>-... for the folder; of two members only the first's share."""
+    if suffix:
+        return "-".join(["soup", *labels, *suffix])[:200]
+    if len(labels) == 2 and abs(sum(coefficients) - 1.0) < 1e-9:
+        return f"soup-{labels[0]}-{labels[1]}-{coefficients[0]:g}"
+    pairs = zip(labels, coefficients, strict=True)
+    return "-".join(["soup", *(f"{label}-{share:g}" for label, share in pairs)])[:200]
+
+
 def _number(text: str, where: str) -> float:
 
     try:

@@ -1,4 +1,8 @@
-"""The configuration of `evaluate` and `score`: that of a run, a preset, or nothing but rewards."""
+"""The configuration of `evaluate` and `score`, and of a run to go on with.
+
+That of a run, a LoRA's header, a preset, or nothing but rewards. What comes with weights is held to
+`trust.refuse_untyped` here, before anything that it names is imported, read or fetched.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from alignprop_cli import presets
+from alignprop_cli import presets, trust
 from alignprop_cli.config import Config
 from alignprop_cli.errors import ConfigError
 from alignprop_cli.validation import parse
@@ -44,6 +48,7 @@ def build(
     preset: str | None = None,
     config: Path | None = None,
     header: Mapping[str, Any] | None = None,
+    run: Path | None = None,
     assignments: Iterable[str] = (),
     rewards: Sequence[str] = (),
     flags: Mapping[str, tuple[str, Any]] | None = None,
@@ -51,12 +56,13 @@ def build(
 ) -> Config:
     """Return a complete configuration.
 
-    Later wins: defaults < header < preset < config < assignments < rewards < flags.
+    Later wins: defaults < header or run < preset < config < assignments < rewards < flags.
 
     Args:
         preset: Name of a shipped preset.
-        config: A YAML file, such as that of a run.
+        config: A YAML file that the user named.
         header: Values that a LoRA file carries.
+        run: The folder of a run, whose config.yaml counts.
         assignments: `--set` texts.
         rewards: Names; replace those of the files, whose options stay where the name is the same.
             Without any name here or there it is `clip`.
@@ -64,22 +70,95 @@ def build(
         source: What to call all this in a message.
 
     Raises:
-        ConfigError, AssetError: As `presets.read`, `presets.override` and `config.parse`.
+        ConfigError, AssetError: As `presets.read`, `presets.override`, `config.parse` and
+            `trust.refuse_untyped`.
     """
+    given: dict[str, Any] = {
+        "preset": preset,
+        "config": config,
+        "assignments": list(assignments),
+        "rewards": dict.fromkeys(rewards),
+        "flags": flags,
+    }
     layers = presets.Layers(values=dict(header or {}))
-    if preset is not None:
-        presets.read(presets.preset_path(preset), layers)
-    if config is not None:
-        presets.read(config, layers)
-    presets.override(layers, assignments)
-    if rewards:
-        presets.choose_rewards(layers, dict.fromkeys(rewards))
-    elif not layers.values.get("reward"):
+    if run is not None:
+        presets.read(run / "config.yaml", layers, complete=True)
+    presets.stack(layers, **given)
+    if not layers.values.get("reward"):
         layers.values["reward"] = {"clip": None}
-    for key, (flag, value) in (flags or {}).items():
-        if value is not None:
-            layers.set(key, value, flag)
-    return parse(layers.values, layers.origins, source=source)
+    found = parse(layers.values, layers.origins, source=source)
+    if header or run is not None:
+        typed = presets.Layers()
+        presets.stack(typed, **given)
+        trust.refuse_untyped(found, typed.values, _shipped(), source=source)
+    return found
+
+
+def resume(
+    run: Path,
+    *,
+    preset: str | None = None,
+    config: Path | None = None,
+    assignments: Sequence[str] = (),
+    rewards: Mapping[str, float | None] | None = None,
+    flags: Mapping[str, Any] | None = None,
+) -> Config:
+    """Return the complete configuration of a run to go on with.
+
+    Args:
+        run: Its folder.
+        preset: What a new run would be made of, where that was given too: nothing of it counts, but
+            what it names is named by the user.
+        config: Likewise.
+        assignments: `--set` texts.
+        rewards: Those of `--reward`. Rewards of the run are confirmed by that; none is dropped.
+        flags: Dotted key to value of the named flags; None was not given.
+
+    Raises:
+        ConfigError, AssetError: As `build`.
+    """
+    from alignprop_cli import checkpoint
+
+    source = run / "config.yaml"
+    layers, typed, named = presets.Layers(), presets.Layers(), presets.named(flags or {})
+    presets.read(source, layers, complete=True)
+    own, chosen = layers.values.get("reward"), dict(rewards or {})
+    # A reward that the run does not have takes the place of the others, and is refused later.
+    if chosen and isinstance(own, dict) and chosen.keys() <= own.keys():
+        chosen = {**dict.fromkeys(own), **chosen}
+    presets.stack(layers, assignments=assignments, rewards=chosen, flags=named)
+    found = parse(layers.values, layers.origins, source=str(source))
+    presets.stack(
+        typed,
+        preset=preset,
+        config=config,
+        assignments=assignments,
+        rewards=rewards,
+        flags=named,
+    )
+    # With a checkpoint nothing is read from where the run began.
+    keys = trust.TO_TRAIN if checkpoint.checkpoints(run) else (*trust.TO_TRAIN, "lora.init")
+    trust.refuse_untyped(found, typed.values, _shipped(), source=str(source), keys=keys)
+    return found
+
+
+def next_command(command: str, config: Config, keys: Sequence[str] = trust.TO_DRAW) -> str:
+    """Return a command with the words that a recorded configuration needs to be typed with it."""
+    words = trust.words_to_type(config, _shipped(), keys=keys)
+    return f"{command} {words}" if words else command
+
+
+def _shipped() -> trust.Shipped:
+    """Return what may be named by a file that came with weights."""
+    from alignprop_cli.models.registry import PUBLISHED
+    from alignprop_cli.prompts import SETS
+    from alignprop_cli.rewards.registry import SHIPPED
+
+    return trust.Shipped(
+        models=PUBLISHED,
+        prompts=SETS,
+        rewards={name: spec.places for name, spec in SHIPPED.items()},
+    )
 
 
 def only_rewards(assignments: Sequence[str]) -> None:

@@ -9,20 +9,40 @@ import typer
 from alignprop_cli.commands import (
     DebugOption,
     JsonOption,
+    ModelOption,
     OutputOption,
     OverwriteOption,
     QuietOption,
     RewardOption,
+    SetOption,
 )
-from alignprop_cli.commands.recipe import Method, Recipe, check_recipe, member_shares, sweep_shares
+from alignprop_cli.commands.recipe import (
+    Method,
+    Recipe,
+    check_recipe,
+    default_name,
+    member_shares,
+    share_name,
+    sweep_shares,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
     from pathlib import Path
 
-    from alignprop_cli.adapter import Adapter
+    from alignprop_cli.adapter import Adapter, Located
+    from alignprop_cli.config import Config
     from alignprop_cli.console import Console
     from alignprop_cli.soup import Mixed
+
+CoefOption = Annotated[
+    str | None,
+    typer.Option(
+        "--coef",
+        help="share of A, B gets the rest; or one share for each member: 0.2,0.3,0.5; "
+        "default: equal shares",
+    ),
+]
 
 BASE = ("base", "stablediffusion")
 """What the base model is called as a member; a folder of that name is ./base."""
@@ -36,14 +56,7 @@ def soup(
             help="runs, checkpoints, LoRA files or folders, or base; MEMBER=0.7 gives its share",
         ),
     ],
-    coef: Annotated[
-        str | None,
-        typer.Option(
-            "--coef",
-            help="share of A, B gets the rest; or one share for each member: 0.2,0.3,0.5; "
-            "default: equal shares",
-        ),
-    ] = None,
+    coef: CoefOption = None,
     method: Annotated[Method, typer.Option("--method", help="how the members are mixed")] = "exact",
     rank: Annotated[
         int | None,
@@ -70,6 +83,8 @@ def soup(
         ),
     ] = None,
     reward: RewardOption = None,
+    model: ModelOption = None,
+    sets: SetOption = None,
     images: Annotated[
         int | None, typer.Option("--images", "-n", min=1, help="pictures drawn with each mix")
     ] = None,
@@ -105,9 +120,11 @@ def soup(
     shares = None if sweep is None else sweep_shares(sweep, members, coef)
     console, alone = Console(as_json=as_json, quiet=quiet), not evaluate and shares is None
     chosen = member_shares(members, coef)
+    # Before anything is mixed.
+    config = None if alone else _configuration(chosen[0], sets, reward, model, images)
     made = _make(console, chosen, recipe, shares, (output, overwrite), alone=alone)
-    if not alone:
-        _compare(console, made, reward, images)
+    if config is not None:
+        _compare(console, made, config)
 
 
 def _make(
@@ -136,21 +153,18 @@ def _make(
 
     from alignprop_cli import adapter
     from alignprop_cli.commands.outputs import check_output
-    from alignprop_cli.errors import ConfigError
     from alignprop_cli.models.base import LORA_FILE
 
     (names, coefficients), (output, overwrite) = members, place
-    if all(name in BASE for name in names):
-        raise ConfigError("soup: all members are the base model: there is nothing to mix")
-    located = [None if name in BASE else adapter.locate(name) for name in names]
+    located = _locate(names)
     labels = ["base" if found is None else found.label for found in located]
     suffix = [] if shares is None else ["sweep"]
-    folder = Path(output or _default_name(labels, coefficients, suffix)).expanduser()
-    parts = [] if shares is None else [_share_name(share) for share in shares]
+    folder = Path(output or default_name(labels, coefficients, suffix)).expanduser()
+    parts = [] if shares is None else [share_name(share) for share in shares]
     check_output(folder, overwrite=overwrite, ours=(LORA_FILE, "evaluation", *parts))
     adapters = [None if found is None else adapter.read(found.file) for found in located]
     if shares is not None:
-        made: dict[float | None, Path] = {s: folder / _share_name(s) for s in shares}
+        made: dict[float | None, Path] = {s: folder / share_name(s) for s in shares}
         for share in shares:
             _mix(made[share], names, adapters, [share, 1.0 - share], recipe)
         return made
@@ -165,38 +179,64 @@ def _make(
     return {None: folder}
 
 
-def _share_name(share: float) -> str:
-    return f"share-{share:g}"
+def _locate(names: list[str]) -> list[Located | None]:
+    """Return the LoRAs of the members; None is the base model."""
+    from alignprop_cli import adapter
+    from alignprop_cli.errors import ConfigError
+
+    if all(name in BASE for name in names):
+        raise ConfigError("soup: all members are the base model: there is nothing to mix")
+    return [None if name in BASE else adapter.locate(name) for name in names]
+
+
+def _configuration(
+    names: list[str],
+    sets: list[str] | None,
+    reward: list[str] | None,
+    model: str | None,
+    images: int | None,
+) -> Config:
+    """Return what a mix of these members is evaluated with.
+
+    Args:
+        names: Of the members.
+        sets: `--set` texts.
+        reward: Those of `--reward`; None are those of the members.
+        model: Of `--model`, likewise.
+        images: Pictures drawn with each; None is what the members were evaluated with.
+    """
+    from alignprop_cli import adapter
+    from alignprop_cli.commands.evaluate import configuration
+
+    files = [found.file for found in _locate(names) if found is not None]
+    header = _recorded((file, adapter.read_header(file)) for file in files)
+    flags = {"model.id": ("--model", model), "eval.images": ("--images", images)}
+    return configuration(str(files[0]), header, None, None, None, sets or [], reward, flags)
 
 
 def _compare(
     console: Console,
     made: Mapping[float | None, Path],
-    reward: list[str] | None,
-    images: int | None,
+    config: Config,
 ) -> None:
     """Evaluate mixes as `alignprop evaluate` does, and print its result.
 
     Args:
         console: For people and for the result.
         made: The folders of the mixes, by the share of the first member; None of one alone.
-        reward: Those of `--reward`; None are those of the members.
-        images: Pictures drawn with each; None is what the members were evaluated with.
+        config: Theirs.
     """
     from alignprop_cli import adapter
-    from alignprop_cli.commands.evaluate import configuration
     from alignprop_cli.prompts import load_groups, load_prompts
 
     located = {share: adapter.locate(str(place)) for share, place in made.items()}
     first = next(iter(located.values()))
-    flags = {"model.id": ("--model", None), "eval.images": ("--images", images)}
-    config = configuration(str(first.file.parent), first, None, None, [], reward, flags)
     prompts, groups = load_prompts(config.eval.prompts), load_groups(config.eval.prompts)
 
     from alignprop_cli.commands.evaluation import Variant, run_evaluation
 
     variants = [
-        Variant("tuned" if share is None else _share_name(share), found, at=share)
+        Variant("tuned" if share is None else share_name(share), found, at=share)
         for share, found in located.items()
     ]
     place = made.get(None, first.file.parent.parent)
@@ -215,16 +255,6 @@ def _tell(console: Console, adapters: list[Adapter | None], coefficients: list[f
             console.warn(
                 f"{member.file}: its {member.left_out} layers of the text encoder are left out"
             )
-
-
-def _default_name(labels: list[str], coefficients: list[float], suffix: list[str]) -> str:
-    """Return soup-<label>-<share>-... for the folder; of two members only the first's share."""
-    if suffix:
-        return "-".join(["soup", *labels, *suffix])[:200]
-    if len(labels) == 2 and abs(sum(coefficients) - 1.0) < 1e-9:
-        return f"soup-{labels[0]}-{labels[1]}-{coefficients[0]:g}"
-    pairs = zip(labels, coefficients, strict=True)
-    return "-".join(["soup", *(f"{label}-{share:g}" for label, share in pairs)])[:200]
 
 
 def _mix(
@@ -340,17 +370,26 @@ def _header(
     from dataclasses import asdict
 
     from alignprop_cli import __version__
-    from alignprop_cli.adapter import recorded_config
 
-    header = {
+    return {
         "alignprop.version": __version__,
         "alignprop.merged_from": json.dumps(members),
         "alignprop.merged_by": json.dumps(asdict(recipe)),
+        **_recorded((member.file, member.header) for member in adapters),
     }
+
+
+def _recorded(members: Iterable[tuple[Path, Mapping[str, str]]]) -> dict[str, str]:
+    """Return the base model of the members, by file and header, and how to draw with it."""
+    import json
+
+    from alignprop_cli.adapter import recorded_config
+
+    found, header = list(members), dict[str, str]()
     for key in ("alignprop.base_model", "alignprop.base_fingerprint"):
-        known = [a.header[key] for a in adapters if a.header.get(key)]
+        known = [texts[key] for _, texts in found if texts.get(key)]
         header |= {key: known[0]} if known else {}
-    configs = [recorded_config(a.header, a.file) for a in adapters]
+    configs = [recorded_config(texts, file) for file, texts in found]
     config = next((c for c in configs if c is not None), None)
     if config is not None:
         # A soup was not trained, so only what evaluation needs stays true of it.

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from alignprop_cli import checkpoint, evaluator, report
+from alignprop_cli.commands import settings
 from alignprop_cli.commands.session import Session
 from alignprop_cli.console import table
 from alignprop_cli.evaluator import Drawn, Paired
@@ -34,7 +35,7 @@ def finish(session: Session, base: Drawn, tuned: Drawn, seconds: float) -> None:
     sheet = run / "before_after.png"
     report.contact_sheet(cells, sheet, titles=("base", "tuned"))
     last = checkpoint.latest(run)
-    next_command = f"alignprop evaluate {run}"
+    next_command = settings.next_command(f"alignprop evaluate {run}", config)
     values: dict[str, Any] = {
         "run": str(run.resolve()),
         "adapter": str((last / checkpoint.LORA_FILE).resolve()),

@@ -137,19 +137,28 @@ def _settings(
     from pathlib import Path
 
     from alignprop_cli import presets
+    from alignprop_cli.commands import settings
     from alignprop_cli.errors import ConfigError
 
+    file = Path(config).expanduser() if config else None
     if run is not None:
-        # Where the run is, it stays.
-        preset, config, flags = None, str(run / "config.yaml"), {**flags, "output.dir": None}
-    elif preset is None and config is None and not (flags["model.id"] and rewards):
+        return settings.resume(
+            run,
+            preset=preset,
+            config=file,
+            assignments=sets,
+            rewards=rewards,
+            # Where the run is, it stays.
+            flags={**flags, "output.dir": None},
+        )
+    if preset is None and config is None and not (flags["model.id"] and rewards):
         raise ConfigError(
             "train: nothing to do: give --preset or --config, or --model and --reward",
             hint="`alignprop train --preset tiny` works at once; --list-presets lists the others",
         )
     return presets.resolve(
         preset=preset,
-        config=Path(config).expanduser() if config else None,
+        config=file,
         assignments=sets,
         rewards=rewards,
         flags=flags,

@@ -18,9 +18,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from alignprop_cli import __version__, adapter, checkpoint, evaluator, lora, machine, report
+from alignprop_cli import __version__, adapter, checkpoint, evaluator, lora, machine, report, trust
 from alignprop_cli import config as configuration
-from alignprop_cli.commands import planning
+from alignprop_cli.commands import planning, settings
 from alignprop_cli.commands.drawing import draw
 from alignprop_cli.commands.interruption import any_process, signals
 from alignprop_cli.commands.resuming import cut_metrics, newest, refuse_changes, restore
@@ -329,7 +329,10 @@ def _train(session: Session) -> None:
         raise InterruptedRun(
             f"stopped by signal {number} after step {trainer.step_number}; it is saved",
             number,
-            hint=f"go on with: alignprop train --resume {session.run}",
+            hint="go on with: "
+            + settings.next_command(
+                f"alignprop train --resume {session.run}", config, trust.TO_TRAIN
+            ),
         )
 
 

@@ -17,19 +17,10 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from alignprop_cli import hub
 from alignprop_cli.config import ModelConfig
 from alignprop_cli.models.base import Conditioning
-from alignprop_cli.models.registry import find
+from alignprop_cli.models.registry import PUBLISHED, find
 from alignprop_cli.models.sd import StableDiffusion
 
 _SHIPPED = Path(__file__).parent / "architectures"
-
-_KNOWN = {
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd-1.5",
-    "runwayml/stable-diffusion-v1-5": "sd-1.5",
-    "CompVis/stable-diffusion-v1-4": "sd-1.5",
-    "stabilityai/stable-diffusion-2-1": "sd-2.1",
-    "stabilityai/stable-diffusion-2-1-base": "sd-2.1-base",
-}
-"""Which of the shipped architectures a hub id has."""
 
 
 def outline(config: ModelConfig, dtype: torch.dtype, device_type: str) -> StableDiffusion:
@@ -93,8 +84,8 @@ def conditioning(model: StableDiffusion, batch_size: int) -> Conditioning:
 def _folder(config: ModelConfig) -> Path:
     """Return the folder of a model's configurations."""
     path = find(config)
-    if path is None and config.id in _KNOWN:
-        return _SHIPPED / _KNOWN[config.id]
+    if path is None and config.id in PUBLISHED:
+        return _SHIPPED / PUBLISHED[config.id]
     if path is not None and path.is_dir():
         return path
     if path is not None:

@@ -14,6 +14,15 @@ from alignprop_cli.models.base import DiffusionModel
 TINY = Path(__file__).parent.parent / "tiny" / "pipeline"
 """The embedded model, in diffusers format."""
 
+PUBLISHED = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd-1.5",
+    "runwayml/stable-diffusion-v1-5": "sd-1.5",
+    "CompVis/stable-diffusion-v1-4": "sd-1.5",
+    "stabilityai/stable-diffusion-2-1": "sd-2.1",
+    "stabilityai/stable-diffusion-2-1-base": "sd-2.1-base",
+}
+"""Which of the shipped architectures (models/architectures) a hub id has."""
+
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """Return the precision of the frozen weights; `auto` depends on the device."""

@@ -41,6 +41,8 @@ class Spec:
         reads_prompt: Whether the prompt matters.
         instead: Option that takes the prompt's place where it is given.
         trainable: Whether it has a gradient.
+        places: Options that name a file, a hub id or a prompt set, with their defaults. What a
+            foreign file says of these is not simply believed: see trust.py.
     """
 
     target: str
@@ -49,6 +51,7 @@ class Spec:
     reads_prompt: bool = True
     instead: str | None = None
     trainable: bool = True
+    places: Mapping[str, str | None] = field(default_factory=dict[str, str | None])
 
 
 def _pixel(name: str, summary: str) -> Spec:
@@ -60,43 +63,57 @@ SHIPPED: Mapping[str, Spec] = {
         "alignprop_cli.rewards.clip:ClipReward",
         "agreement of picture and prompt, cosine of an open_clip model",
         {"model": str, "pretrained": str},
+        places={"model": "tiny", "pretrained": None},
     ),
     "clip_count": Spec(
         "alignprop_cli.rewards.clip_count:ClipCount",
         "log-probability of the prompt's number of things, by an open_clip model, at most 0",
         {"model": str, "pretrained": str, "most": int},
+        places={"model": "tiny", "pretrained": None},
     ),
     "clip_choice": Spec(
         "alignprop_cli.rewards.clip_choice:ClipChoice",
         "log-probability of the prompt among those of a set, by an open_clip model, at most 0",
         {"model": str, "pretrained": str, "prompts": str, "alike": list, "log": bool},
+        places={"model": "tiny", "pretrained": None, "prompts": "shapes"},
     ),
     "aesthetic": Spec(
         "alignprop_cli.rewards.aesthetic:AestheticReward",
         "how people rate a picture without its prompt, about 1 to 10",
         {"head": str, "model": str},
         reads_prompt=False,
+        places={
+            "head": "trl-lib/ddpo-aesthetic-predictor",
+            "model": "openai/clip-vit-large-patch14",
+        },
     ),
     "hps": Spec(
         "alignprop_cli.rewards.hps:HpsReward",
         "human preference score v2.1 or v2.0, a cosine, about 0.2 to 0.35",
         {"version": str, "weights": str},
+        places={"weights": "xswu/HPSv2"},
     ),
     "hps-official": Spec(
         "alignprop_cli.rewards.hps_official:OfficialHps",
         "the same by the hpsv2 package itself; measures, cannot be trained on",
         {"version": str, "weights": str},
         trainable=False,
+        places={"weights": "xswu/HPSv2"},
     ),
     "pickscore": Spec(
         "alignprop_cli.rewards.pickscore:PickScore",
         "which picture people pick for a prompt, about 18 to 24",
         {"model": str, "tokenizer": str},
+        places={
+            "model": "yuvalkirstain/PickScore_v1",
+            "tokenizer": "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        },
     ),
     "imagereward": Spec(
         "alignprop_cli.rewards.imagereward:ImageReward",
         "how people rate picture and prompt, about -2 to 2",
         {"weights": str, "tokenizer": str},
+        places={"weights": "THUDM/ImageReward", "tokenizer": "bert-base-uncased"},
     ),
     "compressibility": Spec(
         "alignprop_cli.rewards.jpeg:Compressibility",
@@ -115,12 +132,14 @@ SHIPPED: Mapping[str, Spec] = {
         "log-probability of exactly N objects, at most 0",
         {"object": str, "number": int, "model": str},
         instead="number",
+        places={"model": "hustvl/yolos-tiny"},
     ),
     "remove": Spec(
         "alignprop_cli.rewards.detect:Remove",
         "log-probability of no such object, at most 0",
         {"object": str, "model": str},
         reads_prompt=False,
+        places={"model": "hustvl/yolos-tiny"},
     ),
     "brightness": _pixel("brightness", "mean luma, 0 to 1"),
     "redness": _pixel("redness", "red above green and blue, -1 to 1"),

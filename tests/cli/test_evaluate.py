@@ -22,11 +22,19 @@ from alignprop_cli.models.registry import load_model
 from alignprop_cli.rewards.clip import ClipReward
 from tests.factories import fill_lora_b, small_pipeline
 
+TYPED: dict[str, str] = {}
+"""Flags for the base model and the prompts of `trained`."""
+
 
 def run(capsys, *args):
     """Return the exit code, standard output and standard error of `alignprop evaluate`."""
+    given = list(map(str, args))
+    if given[0] != "base" and "--config" not in given:
+        # What the run's configuration names, and the program does not ship, has to be typed too.
+        for flag, value in TYPED.items():
+            given += [] if flag in given else [flag, value]
     with pytest.raises(SystemExit) as ended:
-        main(["evaluate", *map(str, args)])
+        main(["evaluate", *given])
     captured = capsys.readouterr()
     return ended.value.code or 0, captured.out, captured.err
 
@@ -62,6 +70,7 @@ def trained(base, tmp_path_factory):
             "alignprop.config": json.dumps(config),
         }
         model.save_lora(folder, lora.weights(model.network), header)
+    TYPED.update({"--model": str(base), "--prompts": str(prompts)})
     # JSON is YAML.
     (run_folder / "config.yaml").write_text(json.dumps(config))
     return run_folder

@@ -99,6 +99,17 @@ def test_the_table_of_options_equals_the_signatures() -> None:
         target = getattr(importlib.import_module(module), attribute)
         options = tuple(inspect.signature(target).parameters) if inspect.isclass(target) else ()
         assert tuple(spec.options) == options
+        parameters = inspect.signature(target).parameters
+        assert all(spec.places[name] == parameters[name].default for name in spec.places)
+
+
+def test_every_option_that_may_name_a_file_or_a_hub_id_is_listed_as_one() -> None:
+    # All other texts: what a detector looks for, and one of a few words.
+    words = {"object", "version", "measure"}
+    for name, spec in registry.SHIPPED.items():
+        texts = {option for option, kind in spec.options.items() if kind is str}
+        assert spec.places.keys() == texts - words, name
+        assert ":" not in name
 
 
 def test_unknown_names_and_options_are_refused_with_the_nearest_one() -> None:
