@@ -40,7 +40,7 @@ def test_threads_follow_the_limit_unless_they_are_given(
     file = tmp_path / "cpu.max"
     file.write_text("100000 100000\n", encoding="utf-8")
     script = (
-        "import sys, pathlib, torch; from alignprop_cli import machine; "
+        "import sys, pathlib, torch; from alignprop_cli import device as machine; "
         "machine._CPU_LIMIT = pathlib.Path(sys.argv[1]); machine.limit_threads(); "
         "print(torch.get_num_threads())"
     )
@@ -105,7 +105,7 @@ def test_memory_freed_by_a_step_is_there_for_the_next(kept: bool) -> None:
     """In a process of its own: what malloc does is the whole process's."""
     script = (
         "import resource, torch\n"
-        "from alignprop_cli import machine\n"
+        "from alignprop_cli import device as machine\n"
         f"{'machine.keep_memory()' if kept else ''}\n"
         "def step():\n"
         "    tensors = [torch.ones(1 << 24) for _ in range(4)]\n"  # of 64 MiB

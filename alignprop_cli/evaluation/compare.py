@@ -90,7 +90,7 @@ class Evaluation:
         sample: The `sample` section of the configuration.
         axis: What the places on the curve are.
         curve: Places of the variants on it; empty where none is plotted.
-        drawn: By model: base, and each variant.
+        sampled: By model: base, and each variant.
         group_of: Group of each prompt that has one.
         seconds: Wall-clock time of everything but the comparison.
     """
@@ -102,14 +102,14 @@ class Evaluation:
     sample: Mapping[str, Any]
     axis: str
     curve: Sequence[float]
-    drawn: Mapping[str, Samples]
+    sampled: Mapping[str, Samples]
     group_of: Mapping[str, str]
     seconds: float
 
     @property
     def samples(self) -> tuple[Sample, ...]:
         """Return what was sampled with every model."""
-        return self.drawn["base"].samples
+        return self.sampled["base"].samples
 
     @property
     def trained_on(self) -> set[str]:
@@ -119,7 +119,7 @@ class Evaluation:
     @cached_property
     def metrics(self) -> Metrics:
         """Return everything that was measured, over all samples."""
-        return compare_all(self.drawn)
+        return compare_all(self.sampled)
 
     @cached_property
     def groups(self) -> Mapping[str, Metrics]:
@@ -130,7 +130,7 @@ class Evaluation:
             for group in sorted({name for name in names if name is not None})
         }
         return {
-            group: compare_all({model: own[members] for model, own in self.drawn.items()})
+            group: compare_all({model: own[members] for model, own in self.sampled.items()})
             for group, members in rows.items()
         }
 
@@ -140,7 +140,7 @@ class Evaluation:
 
         Empty where no checker knows the prompts.
         """
-        found = checks(self.drawn)
+        found = checks(self.sampled)
         return {part: metric(self.samples, right) for part, right in found.items()}
 
 
@@ -185,21 +185,21 @@ def compare(samples: Sequence[Sample], base: Floats, tuned: Floats, *, seed: int
     )
 
 
-def compare_all(drawn: Mapping[str, Samples]) -> dict[str, dict[str, Metric]]:
+def compare_all(sampled: Mapping[str, Samples]) -> dict[str, dict[str, Metric]]:
     """Return every metric of every model, and diversity where prompts repeat.
 
     Args:
-        drawn: By model, the base model as "base", all of the same samples.
+        sampled: By model, the base model as "base", all of the same samples.
     """
     # 1. What was measured on every image.
-    base = drawn["base"]
+    base = sampled["base"]
     metrics = {
-        name: metric(base.samples, {model: own.rewards[name] for model, own in drawn.items()})
+        name: metric(base.samples, {model: own.rewards[name] for model, own in sampled.items()})
         for name in base.rewards
     }
     # 2. What is measured on all images of a prompt together.
     if base.features is not None:
-        spread = {model: diversity(own) for model, own in drawn.items()}
+        spread = {model: diversity(own) for model, own in sampled.items()}
         prompts, _ = spread["base"]
         if prompts:
             values = {model: own for model, (_, own) in spread.items()}
@@ -225,13 +225,13 @@ def metric(samples: Sequence[Sample], values: Mapping[str, Floats]) -> dict[str,
     }
 
 
-def diversity(drawn: Samples) -> tuple[list[Sample], Floats]:
+def diversity(sampled: Samples) -> tuple[list[Sample], Floats]:
     """Return how different the images of one prompt are, for each prompt with several.
 
     1 minus the mean cosine of the features of all pairs of its images: 0 where all are the same.
 
     Args:
-        drawn: With features.
+        sampled: With features.
 
     Returns:
         One sample of each such prompt, and the values, shape (P,).
@@ -239,36 +239,36 @@ def diversity(drawn: Samples) -> tuple[list[Sample], Floats]:
     Raises:
         ValueError: If there are no features.
     """
-    if drawn.features is None:
+    if sampled.features is None:
         raise ValueError("diversity needs features of the images")
     groups: dict[int, list[int]] = {}
-    for i, sample in enumerate(drawn.samples):
+    for i, sample in enumerate(sampled.samples):
         groups.setdefault(sample.prompt_index, []).append(i)
     several = [members for members in groups.values() if len(members) > 1]
     values: list[float] = []
     for members in several:
-        cosines = drawn.features[members] @ drawn.features[members].T
+        cosines = sampled.features[members] @ sampled.features[members].T
         # Above the diagonal every pair stands once.
         values.append(1.0 - float(cosines[np.triu_indices(len(members), k=1)].mean()))
-    return [drawn.samples[members[0]] for members in several], np.array(values)
+    return [sampled.samples[members[0]] for members in several], np.array(values)
 
 
-def checks(drawn: Mapping[str, Samples]) -> dict[str, dict[str, Floats]]:
+def checks(sampled: Mapping[str, Samples]) -> dict[str, dict[str, Floats]]:
     """Ask the checkers of the built-in prompt sets which images are as their prompts say.
 
     Args:
-        drawn: By model, all of the same samples.
+        sampled: By model, all of the same samples.
 
     Returns:
         By part of the prompt and by model 1 for an image that has it right and 0 for one that has
         not, shape (N,). Empty where no checker knows these prompts.
     """
     # Modules of checkers are named by the sets, and imported here, where they are needed.
-    prompts = [sample.prompt for sample in next(iter(drawn.values())).samples]
+    prompts = [sample.prompt for sample in next(iter(sampled.values())).samples]
     for checker in dict.fromkeys(s.checker for s in BUILT_IN.values() if s.checker is not None):
         module, _, function = checker.partition(":")
         check = getattr(import_module(module), function)
-        found = {name: check(one.images, prompts) for name, one in drawn.items()}
+        found = {name: check(one.images, prompts) for name, one in sampled.items()}
         # A checker answers with nothing for prompts that are not of its set.
         if all(found.values()):
             parts = next(iter(found.values()))

@@ -21,12 +21,13 @@ from alignprop_cli import rng
 from alignprop_cli.config.schema import Config
 from alignprop_cli.console import Console
 from alignprop_cli.errors import ConfigError
+from alignprop_cli.guidance import guided
 from alignprop_cli.lora import layers as lora
 from alignprop_cli.models import families
 from alignprop_cli.models.base import Model, Sampler
 from alignprop_cli.models.compiled import uncompiled
 from alignprop_cli.rewards.mixture import Mixture
-from alignprop_cli.sampling import guided, rollout
+from alignprop_cli.sampling import rollout
 
 Floats = NDArray[np.float64]
 Features = Callable[[Tensor], Tensor]
@@ -131,7 +132,7 @@ def draw_shared(
     mine = list(range(rank, len(samples), processes)) or [0]
     # A compiled network would be compiled anew for these batch sizes.
     with console.bar(len(mine), label) as bar, uncompiled(model.network.module):
-        drawn = draw_samples(
+        sampled = draw_samples(
             model,
             [samples[i] for i in mine if samples],
             mixture,
@@ -142,10 +143,10 @@ def draw_shared(
             on_batch=bar.advance,
         )
     if processes == 1:
-        return drawn
+        return sampled
     # Everyone gets everything: the reward's mean over all is needed in each process.
     shares: list[Any] = [None] * processes
-    distributed.all_gather_object(shares, (mine, drawn))
+    distributed.all_gather_object(shares, (mine, sampled))
     numbers = np.concatenate([numbers for numbers, _ in shares])
     # In order, and the first copy of what two processes took.
     return _joined([share for _, share in shares])[np.unique(numbers, return_index=True)[1]]

@@ -28,18 +28,18 @@ _PAGE_CARDS = 200
 def write(result: Evaluation, folder: Path) -> None:
     """Write images, the sheet, results.json, results.csv, the report, and the curve."""
     # 1. Every image of every model, each with what made it inside.
-    for name, drawn in result.drawn.items():
+    for name, sampled in result.sampled.items():
         images = folder / "images" / name
         images.mkdir(parents=True)
-        for index, image in enumerate(drawn.images):
+        for index, image in enumerate(sampled.images):
             save_image(image, images / _file(index), _metadata(result, name, index))
     # 2. What can be looked at without a browser: the sheet.
-    titles = tuple(result.drawn)
+    titles = tuple(result.sampled)
     cells = [
         Cell(
             sample.prompt,
-            tuple(result.drawn[name].images[i] for name in titles),
-            tuple(result.drawn[name].caption(i) for name in titles),
+            tuple(result.sampled[name].images[i] for name in titles),
+            tuple(result.sampled[name].caption(i) for name in titles),
         )
         for i, sample in enumerate(result.samples[:_SHEET_CELLS])
     ]
@@ -65,8 +65,8 @@ def _file(index: int) -> str:
 
 def _metadata(result: Evaluation, name: str, index: int) -> dict[str, str]:
     """Return what an image says of itself; `alignprop score` reads `prompt` back."""
-    drawn = result.drawn[name]
-    sample = drawn.samples[index]
+    sampled = result.sampled[name]
+    sample = sampled.samples[index]
     texts = {
         "prompt": sample.prompt,
         "seed": str(result.seed),
@@ -76,7 +76,7 @@ def _metadata(result: Evaluation, name: str, index: int) -> dict[str, str]:
         "num_inference_steps": str(result.sample["num_inference_steps"]),
         "guidance_scale": str(result.sample["guidance_scale"]),
         "eta": str(result.sample["eta"]),
-        "rewards": json.dumps({k: float(v[index]) for k, v in drawn.rewards.items()}),
+        "rewards": json.dumps({k: float(v[index]) for k, v in sampled.rewards.items()}),
         "Software": f"alignprop {__version__}",
     }
     # The hash, since files are renamed and overwritten.
@@ -107,8 +107,8 @@ def _values(result: Evaluation) -> dict[str, Any]:
                 **asdict(sample),
                 "group": result.group_of.get(sample.prompt),
                 "rewards": {
-                    name: {k: float(v[i]) for k, v in drawn.rewards.items()}
-                    for name, drawn in result.drawn.items()
+                    name: {k: float(v[i]) for k, v in sampled.rewards.items()}
+                    for name, sampled in result.sampled.items()
                 },
             }
             for i, sample in enumerate(result.samples)
@@ -143,8 +143,8 @@ def _by_prompt(result: Evaluation) -> list[dict[str, Any]]:
             "prompt": result.samples[members[0]].prompt,
             "images": len(members),
             "rewards": {
-                name: {k: float(v[members].mean()) for k, v in drawn.rewards.items()}
-                for name, drawn in result.drawn.items()
+                name: {k: float(v[members].mean()) for k, v in sampled.rewards.items()}
+                for name, sampled in result.sampled.items()
             },
         }
         for members in groups.values()
@@ -153,13 +153,13 @@ def _by_prompt(result: Evaluation) -> list[dict[str, Any]]:
 
 def _write_csv(result: Evaluation, path: Path) -> None:
     """Write one row for every image of every model."""
-    rewards = tuple(result.drawn["base"].rewards)
+    rewards = tuple(result.sampled["base"].rewards)
     columns = ("model", "file", "prompt_index", "image_index", "seed", "group", "prompt", *rewards)
     with path.open("w", encoding="utf-8", newline="") as file:
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(columns)
-        for name, drawn in result.drawn.items():
-            for i, sample in enumerate(drawn.samples):
+        for name, sampled in result.sampled.items():
+            for i, sample in enumerate(sampled.samples):
                 rows.writerow(
                     [
                         name,
@@ -169,25 +169,25 @@ def _write_csv(result: Evaluation, path: Path) -> None:
                         result.seed,
                         result.group_of.get(sample.prompt, ""),
                         sample.prompt,
-                        *(f"{drawn.rewards[reward][i]:.6g}" for reward in rewards),
+                        *(f"{sampled.rewards[reward][i]:.6g}" for reward in rewards),
                     ]
                 )
 
 
 def _write_page(result: Evaluation, values: Mapping[str, Any], folder: Path) -> None:
-    base = result.drawn["base"]
+    base = result.sampled["base"]
     # Cards are sorted by what the last model changed.
-    last = list(result.drawn)[-1]
+    last = list(result.sampled)[-1]
     cards = [
         page.Card(
             sample.prompt,
             {
-                name: page.thumbnail(drawn.images[i], f"images/{name}/{_file(i)}")
-                for name, drawn in result.drawn.items()
+                name: page.thumbnail(sampled.images[i], f"images/{name}/{_file(i)}")
+                for name, sampled in result.sampled.items()
             },
-            {name: drawn.caption(i) for name, drawn in result.drawn.items()},
+            {name: sampled.caption(i) for name, sampled in result.sampled.items()},
             {
-                reward: float(result.drawn[last].rewards[reward][i] - own[i])
+                reward: float(result.sampled[last].rewards[reward][i] - own[i])
                 for reward, own in base.rewards.items()
             },
         )

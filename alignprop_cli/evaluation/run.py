@@ -102,7 +102,7 @@ def run_evaluation(
     def draw(name: str) -> Samples:
         return draw_shared(model, samples, mixture, config, console, name, features=features)
 
-    drawn = _draw_all(draw, model, [(v, adapters[v.located.file]) for v in chosen])
+    sampled = _draw_all(draw, model, [(v, adapters[v.located.file]) for v in chosen])
     if not accelerator.is_main_process:
         return
 
@@ -115,7 +115,7 @@ def run_evaluation(
         sample=config.sample.model_dump(mode="json"),
         axis=axis,
         curve=[variant.at for variant in chosen if variant.at is not None],
-        drawn=drawn,
+        sampled=sampled,
         group_of=group_of,
         seconds=time.perf_counter() - started,
     )
@@ -142,7 +142,7 @@ def _draw_all(
         chosen: The LoRAs.
     """
     module, loaded = model.network.module, None
-    drawn = {"base": draw("base")}
+    sampled = {"base": draw("base")}
     for variant, adapter in chosen:
         # One file at several strengths is loaded once.
         if adapter is not loaded:
@@ -151,8 +151,8 @@ def _draw_all(
             lora.load(module, adapter, model.id)
             loaded = adapter
         lora.set_strength(module, variant.strength)
-        drawn[variant.name] = draw(variant.name)
-    return drawn
+        sampled[variant.name] = draw(variant.name)
+    return sampled
 
 
 def _identity(variant: Variant, adapter: Adapter) -> Identity:

@@ -71,6 +71,7 @@ class Adapter:
         left_out: Number of layers of text encoders that the file has too, and that are not read.
         target_modules: How its configuration names the layers: endings of their names, or a
             regular expression for whole names; None where there is no configuration.
+        prefix: What diffusers puts before the names of this network's layers.
     """
 
     file: Path
@@ -79,6 +80,7 @@ class Adapter:
     sha256: str
     left_out: int = 0
     target_modules: tuple[str, ...] | str | None = None
+    prefix: str = formats.NETWORKS[0]
 
 
 def locate(name: str) -> Located:
@@ -181,7 +183,8 @@ def read(file: Path) -> Adapter:
     layers, left_out = formats.read_layers(state, settings, file)
     targets = settings.get("target_modules")
     named = tuple(targets) if isinstance(targets, list) else targets
-    return Adapter(file, layers, header, sha256(file), left_out, named)
+    prefix = formats.network_of(state)
+    return Adapter(file, layers, header, sha256(file), left_out, named, prefix)
 
 
 def save(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,8 +25,8 @@ from torch import Tensor
 from alignprop_cli.errors import AssetError, ConfigError, RunError
 from alignprop_cli.lora.factors import Factors, Layers, not_finite
 
-NETWORK = "unet."
-"""What diffusers puts before the names of the network's layers."""
+NETWORKS = ("unet.", "transformer.")
+"""What diffusers puts before the names of the network's layers: the part of its pipelines."""
 
 PEFT = "base_model.model."
 """What PEFT puts there, whose alphas are in a file of their own."""
@@ -107,7 +107,7 @@ def read_settings(text: str, where: str) -> dict[str, Any]:
         raise AssetError(f"{where} is not JSON") from error
     if not isinstance(found, dict):
         raise AssetError(f"{where}: expected an object, got {text[:40]}")
-    settings: dict[str, Any] = {str(k).removeprefix(NETWORK): v for k, v in found.items()}
+    settings: dict[str, Any] = {without_network(str(k)): v for k, v in found.items()}
     # Whatever makes the update more than two factors and a number is refused by its name.
     kind = settings.get("peft_type", "LORA")
     if kind != "LORA":
@@ -124,6 +124,16 @@ def read_settings(text: str, where: str) -> dict[str, Any]:
         )
     _check_targets(settings.get("target_modules"), where)
     return settings
+
+
+def network_of(names: Iterable[str]) -> str:
+    """Return the prefix of diffusers that names have; that of a U-Net where they have none."""
+    return next((p for n in names for p in NETWORKS if n.startswith(p)), NETWORKS[0])
+
+
+def without_network(name: str) -> str:
+    """Return a name without the prefix of diffusers."""
+    return name.removeprefix(network_of([name]))
 
 
 def _check_targets(targets: object, where: str) -> None:
@@ -217,8 +227,8 @@ def _group(state: Mapping[str, Tensor], names: list[str], file: Path) -> dict[st
 
 def _layer(name: str, file: Path) -> str | None:
     """Return the name of a layer in the network from that in the file; None where unknown."""
-    if name.startswith(NETWORK):
-        return name.removeprefix(NETWORK)
+    if name.startswith(NETWORKS):
+        return without_network(name)
     if name.startswith(PEFT):
         layer = name.removeprefix(PEFT)
         return layer if layer.split(".")[0] in _FIRST_WORDS else None

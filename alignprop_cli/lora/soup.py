@@ -13,7 +13,7 @@ from typing import Any
 
 from alignprop_cli import __version__
 from alignprop_cli.errors import ConfigError
-from alignprop_cli.lora import files, formats, mixing
+from alignprop_cli.lora import files, mixing
 from alignprop_cli.lora.files import LORA_FILE, Adapter
 from alignprop_cli.lora.recipe import RANKED, Recipe
 from alignprop_cli.storage import sha256, write_whole
@@ -220,8 +220,7 @@ def _make(mix: Mix, members: Sequence[Member], recipe: Recipe) -> tuple[dict[str
         **_recorded([adapter for adapter, _ in present]),
     }
     weights, metadata = files.packed(mixed.layers)
-    # The only names that `files.read` gives back layers of.
-    prefix = formats.NETWORK
+    prefix = present[0][0].prefix
     write_whole(
         mix.folder,
         lambda made: files.save(made, weights, header, prefix=prefix, adapter_metadata=metadata),

@@ -265,11 +265,13 @@ def peak_parts(
     m, d = division.micro_batch, division.decode_batch
     decoder = footprint.decoder[division.checkpoint_decoder]
     reward = footprint.reward[division.checkpoint_reward]
+    # Any path can be drawn, so memory is planned for the longest.
     window = _Window(footprint, chain, division)
     longest = chain.longest
 
     stored, before_last = window.stored(longest), window.stored(longest - 1)
     last = window.call(longest - 1)
+    # Each moment with what lives then only.
     phases = {
         "roll-out": {"roll-out": footprint.rollout.forward(division.rollout_batch)},
         "last call": {"stored calls": before_last, "network": last.forward(m)},
@@ -290,6 +292,7 @@ def peak_parts(
             "network": window.call(again).backward(m),
         }
     phase = max(phases.values(), key=lambda parts: sum(parts.values()))
+    # What is there throughout.
     parts = {
         **footprint.weights,
         # float32 weights, gradients and AdamW's two moments.

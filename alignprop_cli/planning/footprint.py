@@ -7,19 +7,16 @@ and neither weights nor a GPU.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from alignprop_cli.guidance import guided
 from alignprop_cli.lora import layers as lora
 from alignprop_cli.models.base import MetaModel, Sampler
 from alignprop_cli.planning import meter
 from alignprop_cli.planning.estimate import Affine, Footprint, Level, Work
-from alignprop_cli.sampling import guided
-
-Score = Callable[[Tensor], Tensor]
-"""From images (B, 3, H, W) in [0, 1] to rewards (B,)."""
 
 
 def measure(
@@ -38,70 +35,77 @@ def measure(
         sampler: Guidance and size of the images.
         device_type: Whose attention kernel is counted.
         weights: Bytes of frozen weights, by part.
-        reward: As `count_reward` gives it, by whether its blocks are recomputed.
+        reward: What the rewards need, by whether their blocks are recomputed.
         uncounted: Rewards that are missing there.
     """
     network, decoder = model.parts.network, model.parts.decoder
     shape = network.latent_shape(sampler.height, sampler.width)
+    latents = 4 * math.prod(shape)  # bytes, in float32
+    denoise = _guided_call(model, sampler, shape)
+    embeds = [e for e in (model.conditioning.text, model.conditioning.negative) if e is not None]
+    there = [*network.module.parameters(), *(t for e in embeds for t in e.tensors.values())]
     trained = sum(parameter.numel() for parameter in lora.trainable(network.module))
+
+    # 1. Calls without gradient run on weights that have the LoRA added to them.
     merged = lora.Merged(network.module)
 
-    # One call at a noise level where both branches of the guidance run, if there is one.
-    steps = network.schedule(sampler.num_inference_steps, shape).steps
-    step = next((step for step in steps if sampler.guidance.applies(step.sigma)), steps[0])
-    denoise = guided(network.predict, model.conditioning, sampler.guidance)
-    branches = (model.conditioning.text, model.conditioning.negative)
-    embeds = [t for branch in branches if branch is not None for t in branch.tensors.values()]
-    there = [*network.module.parameters(), *embeds]
+    def rollout_call(given: Tensor) -> Tensor:
+        with torch.no_grad(), merged:
+            return denoise(given)
 
-    def latents(*, has_grad: bool) -> Tensor:
-        return torch.zeros((1, *shape), device="meta", requires_grad=has_grad)
+    rollout = count(rollout_call, shape, there=there, device_type=device_type, has_grad=False)
 
-    def call(*, has_grad: bool, blocks: bool = False) -> Work:
-        given = latents(has_grad=has_grad)
+    # 2. Calls with gradient, whose input carries it or not, by what is recomputed. The LoRA's
+    # gradients are made in backward and are as large for any batch.
+    def call(*, has_grad: bool, blocks: bool) -> Work:
         network.recompute_blocks(blocks)
-        cost = meter.count(
-            lambda: denoise(given, step), exclude=[*there, given], device_type=device_type
+        found = count(
+            denoise,
+            shape,
+            there=there,
+            device_type=device_type,
+            has_grad=has_grad,
+            fixed_backward=4 * trained,
         )
         network.recompute_blocks(False)
-        # The LoRA's gradients are made in backward and are as large for any batch.
-        return _per_image(cost, fixed_backward=4 * trained)
+        return found
 
-    def rollout_call() -> Work:
-        given = latents(has_grad=False)
+    def by_level(*, has_grad: bool) -> dict[Level, Work]:
+        plain = call(has_grad=has_grad, blocks=False)
+        blocks = call(has_grad=has_grad, blocks=True)
+        return {"none": plain, "block": blocks, "call": _recomputed_call(plain, rollout, latents)}
 
-        def run() -> Tensor:
-            with torch.no_grad(), merged:
-                return denoise(given, step)
-
-        return _per_image(meter.count(run, exclude=[*there, given], device_type=device_type))
-
-    def decode(again: bool) -> Work:
-        given = latents(has_grad=True)
-        cost = meter.count(
-            lambda: decoder.decode(given, recompute=again),
-            exclude=[*decoder.parameters(), given],
+    # 3. From clean latents to images.
+    def decode(recompute: bool) -> Work:
+        return count(
+            lambda given: decoder.decode(given, recompute=recompute),
+            shape,
+            there=decoder.parameters(),
             device_type=device_type,
         )
-        return _per_image(cost)
-
-    rollout, blocks = rollout_call(), call(has_grad=True, blocks=True)
-    size = 4 * math.prod(shape)  # float32
-
-    def by_level(plain: Work) -> dict[Level, Work]:
-        return {"none": plain, "block": blocks, "call": _recomputed_call(plain, rollout, size)}
 
     return Footprint(
         weights={**weights, "merged LoRA": merged.bytes} if merged.bytes else weights,
         trained=trained,
-        latents=size,
+        latents=latents,
         rollout=rollout,
-        first=by_level(call(has_grad=False)),
-        call=by_level(call(has_grad=True)),
-        decoder={again: decode(again) for again in (False, True)},
+        first=by_level(has_grad=False),
+        call=by_level(has_grad=True),
+        decoder={recompute: decode(recompute) for recompute in (False, True)},
         reward=reward,
         uncounted=uncounted,
     )
+
+
+def _guided_call(
+    model: MetaModel, sampler: Sampler, shape: tuple[int, int, int]
+) -> Callable[[Tensor], Tensor]:
+    """Return a network call at a noise level where guidance applies, if there is one."""
+    network = model.parts.network
+    steps = network.schedule(sampler.num_inference_steps, shape).steps
+    step = next((step for step in steps if sampler.guidance.applies(step.sigma)), steps[0])
+    denoise = guided(network.predict, model.conditioning, sampler.guidance)
+    return lambda latents: denoise(latents, step)
 
 
 def _recomputed_call(plain: Work, rollout: Work, latents: int) -> Work:
@@ -120,24 +124,33 @@ def _recomputed_call(plain: Work, rollout: Work, latents: int) -> Work:
     )
 
 
-def count_reward(
-    score: Score,
-    image_size: tuple[int, int],
+def count(
+    run: Callable[[Tensor], Tensor],
+    shape: Sequence[int],
     *,
+    there: Iterable[Tensor],
     device_type: str,
-    there: Sequence[Tensor] = (),
+    has_grad: bool = True,
+    fixed_backward: float = 0.0,
 ) -> Work:
-    """Count what a reward needs from an image to its loss, on the meta device.
+    """Count a part of a step on the meta device, with one image.
 
     Args:
-        score: The reward.
-        image_size: (H, W).
+        run: From a float32 tensor (1, *shape) to another tensor.
+        shape: Of the latents or of the image.
+        there: Tensors that are there anyway: weights, embeddings.
         device_type: Whose attention kernel is counted.
-        there: Its weights.
+        has_grad: Whether the input carries gradient.
+        fixed_backward: Bytes of backward that do not grow with the batch.
     """
-    image = torch.zeros((1, 3, *image_size), device="meta", requires_grad=True)
-    return _per_image(
-        meter.count(lambda: score(image), exclude=[*there, image], device_type=device_type)
+    given = torch.zeros((1, *shape), device="meta", requires_grad=has_grad)
+    cost = meter.count(lambda: run(given), exclude=[*there, given], device_type=device_type)
+    return Work(
+        saved=Affine(0.0, cost.saved),
+        forward=Affine(0.0, cost.forward),
+        backward=Affine(fixed_backward, cost.backward - fixed_backward),
+        forward_flops=cost.forward_flops,
+        backward_flops=cost.backward_flops,
     )
 
 
@@ -154,14 +167,3 @@ def add(*parts: Work) -> Work:
 
 def _sum(sizes: Sequence[Affine]) -> Affine:
     return Affine(sum(s.fixed for s in sizes), sum(s.each for s in sizes))
-
-
-def _per_image(cost: meter.Cost, *, fixed_backward: float = 0.0) -> Work:
-    """Return the cost of one image as one that grows with their number."""
-    return Work(
-        saved=Affine(0.0, cost.saved),
-        forward=Affine(0.0, cost.forward),
-        backward=Affine(fixed_backward, cost.backward - fixed_backward),
-        forward_flops=cost.forward_flops,
-        backward_flops=cost.backward_flops,
-    )

@@ -116,6 +116,7 @@ class Plan(Division):
         Raises:
             ValueError: If all three are 1.
         """
+        # All three, since it is not known which of them needed too much.
         if max(self.rollout_batch, self.micro_batch, self.decode_batch) == 1:
             raise ValueError("batches of one image cannot be halved")
         return replace(
@@ -271,6 +272,7 @@ def _choices(request: PlanRequest) -> Iterator[Plan]:
         return (False, True) if value == "auto" else (value,)
 
     wanted = request.checkpoint_network
+    # Storing all calls is the level `none`, so of those recomputed one at least is not stored.
     longest = request.estimator.longest(request.num_inference_steps)
     networks: list[tuple[Level, int]] = [("none", 0), ("block", 0)]
     networks.extend(("call", kept) for kept in range(longest))
@@ -314,6 +316,7 @@ def _rollout_batches(request: PlanRequest, micro: int, device_type: str) -> list
     """Return the roll-out's batches to choose from, largest first: whole micro-batches."""
     if request.rollout_batch != "auto":
         return [request.rollout_batch]
+    # A part of a micro-batch would leave a small one over after every roll-out.
     limit = min(request.share, _LARGEST_ROLLOUT.get(device_type, 0))
     return list(range(micro, limit + 1, micro))[::-1] or [micro]
 
@@ -322,6 +325,7 @@ def _decode_batches(request: PlanRequest, micro: int) -> list[int]:
     """Return the decoder's batches to choose from, largest first."""
     if request.decode_batch != "auto":
         return [min(request.decode_batch, micro)]
+    # Equal parts: a smaller last one would save no memory and cost a decoding of its own.
     return _divisors(micro)
 
 

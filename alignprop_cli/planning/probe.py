@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Protocol
 
@@ -108,38 +109,24 @@ def settle(
             request = replace(request, checkpoint_reward=True)
         points = _measure(trial, request, footprint, measure_peak)
 
-        # 2. Learn from it: what such estimates are worth, or where memory ends.
+        # 2. Learn from it: what such estimates are worth, or where memory ends. Then choose again.
         if points:
             correction = Correction.through(points)
-            held = _corrected(plan, correction)
+            expected = estimate(footprint, request, plan, images=plan.share, correction=correction)
+            held = replace(plan, estimate=expected)
         else:
             below = _estimated(plan, request, footprint)
-
-        # 3. Choose again by that.
         plan = None
         for limit in [below] if held is not None else [_SMALLER * below, below]:
-            try:
+            # There may be none by the estimate; what was measured to fit does, nevertheless.
+            with suppress(RunError):
                 plan = make_plan(
-                    request,
-                    footprint=footprint,
-                    budget=budget,
-                    correction=correction,
-                    below=limit,
+                    request, footprint=footprint, budget=budget, correction=correction, below=limit
                 )
                 break
-            except RunError:
-                # By the estimate there is none; what was measured to fit does, nevertheless.
-                continue
     if held is None:
         raise torch.OutOfMemoryError("the smallest plan is too large for this device")
     trial.apply_plan(held)
-
-
-def _corrected(plan: Plan, correction: Correction) -> Plan:
-    """Return the plan with what was measured in its estimate."""
-    if plan.estimate is None:
-        return plan
-    return replace(plan, estimate=replace(plan.estimate, correction=correction))
 
 
 def _measure(
@@ -149,6 +136,7 @@ def _measure(
 
     Empty where memory ran out. Leaves the plan in force.
     """
+    # Two sizes tell what is needed once from what grows with the batches.
     points: list[tuple[float, float]] = []
     plan, missing = trial.plan, trial.missing_bytes
     for tried in [plan, plan.halved()] if plan.micro_batch > 1 else [plan]:

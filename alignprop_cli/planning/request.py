@@ -120,6 +120,7 @@ def measure(config: Config, device_type: str) -> Footprint:
 
 def _dtype(name: str, device_type: str) -> torch.dtype:
     """Return the precision of the frozen weights on a device that may not be here."""
+    # All cards of the last years have bfloat16.
     if device_type == "cuda" and not torch.cuda.is_available():
         return torch.bfloat16 if name == "auto" else getattr(torch, name)
     return resolve_dtype(name, torch.device(device_type))
@@ -148,9 +149,8 @@ def _rewards(
                 reward.recompute()
             else:
                 weights += reward.parameters * dtype.itemsize
-            work = footprint.count_reward(
-                reward, image_size, device_type=device_type, there=reward.tensors
-            )
+            shape = (3, *image_size)
+            work = footprint.count(reward, shape, there=reward.tensors, device_type=device_type)
             parts[again].append(work)
     total = {again: footprint.add(*works) for again, works in parts.items()}
     return total, weights, tuple(uncounted)

@@ -89,12 +89,16 @@ def load(path: Path) -> State:
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise RunError(
             f"{path}: damaged checkpoint: {type(error).__name__}: {error}",
-            hint="remove this folder to go on from the checkpoint before it",
+            hint="remove this folder to resume from the checkpoint before it",
         ) from error
 
 
-def load_lora(path: Path) -> dict[str, Tensor]:
+def load_lora(path: Path, prefix: str) -> dict[str, Tensor]:
     """Read the adapter of a checkpoint, named as `lora.weights` names it.
+
+    Args:
+        path: The checkpoint.
+        prefix: What the file has before these names: that of the model's family.
 
     Raises:
         RunError: If the file is damaged or missing.
@@ -103,7 +107,7 @@ def load_lora(path: Path) -> dict[str, Tensor]:
         state = load_file(path / LORA_FILE)
     except (OSError, SafetensorError) as error:
         raise RunError(f"{path / LORA_FILE}: damaged checkpoint: {error}") from error
-    return {name.removeprefix("unet."): value for name, value in state.items()}
+    return {name.removeprefix(prefix): value for name, value in state.items()}
 
 
 def header(path: Path) -> dict[str, str]:

@@ -89,7 +89,8 @@ def restore(trainer: Trainer, found: Path, run: Path, steps: int) -> None:
             f"--resume: {found} is at step {state.step} and train.steps is {steps}: nothing to do",
             hint=f"give a larger number, for instance --steps {state.step + steps}",
         )
-    lora.set_weights(trainer.model.network.module, checkpoint.load_lora(found))
+    prefix = trainer.model.family.lora_prefix
+    lora.set_weights(trainer.model.network.module, checkpoint.load_lora(found, prefix))
     trainer.optimizer.load_state(state.optimizer)
     trainer.step_number, trainer.images_seen = state.step, state.images_seen
 

@@ -17,12 +17,13 @@ from torch import Tensor
 
 from alignprop_cli import rng
 from alignprop_cli.device import peak_gib
+from alignprop_cli.guidance import Denoise, guided
 from alignprop_cli.lora import layers as lora
 from alignprop_cli.models.base import Model
 from alignprop_cli.planning.plan import Plan
 from alignprop_cli.prompts import PromptStream
 from alignprop_cli.rewards.mixture import Mixture
-from alignprop_cli.sampling import Denoise, DrawNoise, backprop, guided, rollout
+from alignprop_cli.sampling import DrawNoise, backprop, rollout
 from alignprop_cli.training.batches import Settings, StepImage, batches, images_of_step
 from alignprop_cli.training.optimizer import Optimizer
 from alignprop_cli.training.record import StepRecord, Totals

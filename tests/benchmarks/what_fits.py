@@ -1,4 +1,8 @@
-"""Print README's table of what fits: the plan of each model, card and window, as estimated.
+"""Print the table of what fits: the plan of each model, card and window, as estimated.
+
+A cell is roll-out batch / micro-batch / decoder batch, what is recomputed (b: the network by block,
+c: its calls, but the last so many; d: decoder; r: reward), and operations over the fewest there
+can be.
 
 Run:  python tests/benchmarks/what_fits.py
 """
@@ -40,7 +44,8 @@ def main() -> None:
             for card in CARDS:
                 budget = Budget(card * GIB, "cuda", "a card")
                 try:
-                    plan = make_plan(config, processes=1, footprint=footprint, budget=budget)
+                    request = planning.plan_request(config, 1)
+                    plan = make_plan(request, footprint=footprint, budget=budget)
                 except RunError:
                     cells.append("-")
                     continue
@@ -49,7 +54,8 @@ def main() -> None:
                 again = SHORT[plan.checkpoint_network]
                 again += str(plan.stored_calls or "") + " d" * plan.checkpoint_decoder
                 again += " r" * plan.checkpoint_reward
-                cells.append(f"{plan.micro_batch}{again}, {over:.2f}")
+                batches = f"{plan.rollout_batch}/{plan.micro_batch}/{plan.decode_batch}"
+                cells.append(f"{batches}{again}, {over:.2f}")
             print(f"| {title} | {window} |", " | ".join(cells), "|", flush=True)
 
 

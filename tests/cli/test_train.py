@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from alignprop_cli import rng
 from alignprop_cli.cli import main
-from alignprop_cli.models.base import LORA_FILE
+from alignprop_cli.lora.files import LORA_FILE
 from alignprop_cli.models.families import TINY
 
 FAST = (

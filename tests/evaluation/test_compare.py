@@ -38,7 +38,7 @@ def test_the_interval_is_that_of_a_mean_and_images_of_one_prompt_are_no_more_cer
     assert repeated.high - repeated.low == pytest.approx(2 * error, rel=0.1)
 
 
-def drawn(chosen: list[Sample], rewards: Floats, features: Floats | None = None) -> Samples:
+def sampled(chosen: list[Sample], rewards: Floats, features: Floats | None = None) -> Samples:
     images = np.zeros((len(chosen), 4, 4, 3), dtype=np.uint8)
     return Samples(tuple(chosen), images, {"clip": rewards}, features)
 
@@ -49,12 +49,12 @@ def test_diversity_is_one_minus_the_mean_cosine_of_a_prompts_images() -> None:
     chosen.append(Sample("c", 2))
     x, y = [1.0, 0.0], [0.0, 1.0]
     features = np.array([x, y, x, y, [0.0, -1.0], x])
-    prompts, values = diversity(drawn(chosen, np.zeros(6), features))
+    prompts, values = diversity(sampled(chosen, np.zeros(6), features))
     assert [sample.prompt for sample in prompts] == ["a", "b"]
     # Cosines of prompt 0: 0, 1, 0; of prompt 1: -1.
     np.testing.assert_allclose(values, [1.0 - 1.0 / 3.0, 2.0])
     with pytest.raises(ValueError, match="needs features"):
-        diversity(drawn(chosen, np.zeros(6)))
+        diversity(sampled(chosen, np.zeros(6)))
 
 
 def test_an_evaluation_compares_each_group_with_the_base_model_on_its_own_samples() -> None:
@@ -67,9 +67,9 @@ def test_an_evaluation_compares_each_group_with_the_base_model_on_its_own_sample
         sample={},
         axis="",
         curve=[],
-        drawn={
-            "base": drawn(chosen, np.array([1.0, 2.0, 3.0, 4.0])),
-            "tuned": drawn(chosen, np.array([2.0, 3.0, 3.0, 2.0])),
+        sampled={
+            "base": sampled(chosen, np.array([1.0, 2.0, 3.0, 4.0])),
+            "tuned": sampled(chosen, np.array([2.0, 3.0, 3.0, 2.0])),
         },
         group_of={"0": "up", "1": "up", "3": "down"},
         seconds=0.0,
@@ -85,4 +85,4 @@ def test_an_evaluation_compares_each_group_with_the_base_model_on_its_own_sample
     assert (paired.difference, paired.wins, paired.ties) == (0.0, 0.5, 0.25)
     assert result.trained_on == {"clip"}
     # No checker knows these prompts.
-    assert checks(result.drawn) == result.checker == {}
+    assert checks(result.sampled) == result.checker == {}

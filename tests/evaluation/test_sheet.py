@@ -1,4 +1,4 @@
-"""Sheets have room for everything on them, and pictures carry what is said about them."""
+"""Sheets have room for everything on them, and images carry what is said about them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def count(path, colour):
 
 
 @pytest.mark.parametrize("number", [1, 3, 8])
-def test_every_picture_is_on_the_sheet_in_full(tmp_path, number):
+def test_every_image_is_on_the_sheet_in_full(tmp_path, number):
     path = tmp_path / "sheet.png"
     contact_sheet([pair()] * number, path, titles=("base", "tuned"))
     assert count(path, RED) == count(path, BLUE) == number * 192 * 192
@@ -61,7 +61,7 @@ def test_any_prompt_can_be_written_and_none_makes_the_sheet_huge(tmp_path, promp
     assert height < 192 + 200
 
 
-def test_text_is_drawn_under_the_pictures(tmp_path):
+def test_text_is_drawn_under_the_images(tmp_path):
     for name, prompt in (("without", ""), ("with", "a prompt of some length")):
         contact_sheet([pair(prompt)], tmp_path / f"{name}.png", titles=("a", "b"))
     ink = [
@@ -71,7 +71,7 @@ def test_text_is_drawn_under_the_pictures(tmp_path):
     assert ink[1] > ink[0] + 100
 
 
-def test_pictures_that_are_not_square_keep_their_shape(tmp_path):
+def test_images_that_are_not_square_keep_their_shape(tmp_path):
     cell = Cell("wide", (flat(RED, (100, 400)),), ("",))
     contact_sheet([cell], tmp_path / "sheet.png", titles=("one",))
     assert count(tmp_path / "sheet.png", RED) == 192 * 48
@@ -84,7 +84,7 @@ def test_cells_must_fit_the_titles(tmp_path):
         contact_sheet([pair()], tmp_path / "sheet.png", titles=("a",))
 
 
-def test_a_saved_picture_carries_its_texts_and_every_pixel(tmp_path):
+def test_a_saved_image_carries_its_texts_and_every_pixel(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
     texts = {"prompt": "猫 <b> \n two lines", "seed": "3", "odd": "a\0b"}
     save_image(image, tmp_path / "0000.png", texts)

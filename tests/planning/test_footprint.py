@@ -31,8 +31,6 @@ from alignprop_cli.training.trainer import Trainer
 from tests.factories import mid_pipeline, small_pipeline
 
 STEPS = 5
-# By block the first call of a window is counted as the others are, which store a little more.
-CLOSE: dict[Level, float] = {"none": 0.01, "block": 0.02, "call": 0.01}
 PROMPT = "one small red circle on a black background"
 LEVELS = [("none", False), ("none", True), ("block", False), ("call", True)]
 
@@ -152,7 +150,7 @@ def test_the_bytes_that_the_calls_of_a_real_step_store_are_the_predicted_ones(
     with meter.SavedBytes(weights_of(made)) as kept:
         ends = path(made, micro_batch, k)
     assert ends.requires_grad
-    assert kept.total == pytest.approx(expected_bytes(predicted, plan, k), rel=CLOSE[level])
+    assert kept.total == pytest.approx(expected_bytes(predicted, plan, k), rel=0.01)
 
 
 @pytest.mark.parametrize("decode_batch", [1, 2, 4])
@@ -182,7 +180,7 @@ def test_the_bytes_of_a_window_of_which_the_last_calls_are_stored(
     made = trainer(plan)
     with meter.SavedBytes(weights_of(made)) as kept:
         assert path(made, 2, k).requires_grad
-    assert kept.total == pytest.approx(expected_bytes(predicted, plan, k), rel=CLOSE["call"])
+    assert kept.total == pytest.approx(expected_bytes(predicted, plan, k), rel=0.01)
 
 
 def test_the_bytes_of_narrow_heads_are_those_of_the_attention_that_the_cpu_takes(
@@ -211,13 +209,13 @@ def test_the_stored_bytes_of_a_larger_model_are_the_predicted_ones(
         with meter.SavedBytes(weights_of(made)) as kept:
             ends = path(made, micro_batch, k)
         assert ends.requires_grad
-        assert kept.total == pytest.approx(expected_bytes(found, plan, k), rel=CLOSE[level])
+        assert kept.total == pytest.approx(expected_bytes(found, plan, k), rel=0.01)
         del ends  # or the next graph would be built while this one is held
         kept.release()
 
 
-@pytest.mark.parametrize("k", [1, 3, STEPS])
-@pytest.mark.parametrize("decode_batch", [1, 2, 4])
+@pytest.mark.parametrize("k", [1, STEPS])
+@pytest.mark.parametrize("decode_batch", [1, 4])
 @pytest.mark.parametrize(("level", "again"), LEVELS)
 def test_the_most_that_lives_in_a_real_micro_batch_is_the_predicted_peak(
     predicted: Footprint, level: Level, again: bool, decode_batch: int, k: int

@@ -71,25 +71,6 @@ def test_every_preset_can_be_planned_for(name: str) -> None:
     assert request.estimator.problems(request.num_inference_steps) == []
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "parameters"),
-    [
-        ("aesthetic", {}, 304e6),  # the vision tower of CLIP ViT-L/14
-        ("hps", {}, 986e6),
-        ("pickscore", {}, 986e6),
-        ("imagereward", {}, 441e6),
-        ("clip", {"model": "ViT-B-32"}, 151e6),
-        ("count", {"object": "cat"}, 6.5e6),  # YOLOS-tiny
-        ("count", {"object": "cat", "model": "google/owlv2-base-patch16-ensemble"}, 155e6),
-        ("brightness", {}, 0.0),
-    ],
-)
-def test_the_networks_of_rewards_have_their_known_sizes(
-    name: str, options: dict[str, Any], parameters: float
-) -> None:
-    assert registry.parameters(name, options) == pytest.approx(parameters, rel=0.02)
-
-
 def test_a_reward_that_is_not_known_before_it_is_loaded_is_said_not_to_be_counted(
     tmp_path: Any,
 ) -> None:

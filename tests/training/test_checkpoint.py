@@ -29,7 +29,7 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
     found = checkpoint.load(path)
     assert (found.step, found.images_seen) == (7, 28)
     assert torch.equal(found.optimizer["0.exp_avg"], torch.full((3,), 7.0))
-    assert checkpoint.load_lora(path).keys() == {"a.lora_A.weight"}
+    assert checkpoint.load_lora(path, "unet.").keys() == {"a.lora_A.weight"}
     assert checkpoint.header(path)["made"] == "by"
 
 
@@ -80,7 +80,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, file: str, damage: str) -> None
 
     def read() -> None:
         checkpoint.load(path)
-        checkpoint.load_lora(path)
+        checkpoint.load_lora(path, "unet.")
 
     with pytest.raises(RunError, match=r"step-000001.*damaged checkpoint"):
         read()
