@@ -34,7 +34,7 @@ LAYER = {
     **{name: name for name in ("errors", "console", "config", "evaluation", "training", "scoring")},
     **dict.fromkeys(STORY, "story"),
     **dict.fromkeys(("device", "storage", "hub", "prompts"), "ground"),
-    **dict.fromkeys(("models", "rewards", "lora", "planning"), "parts"),
+    **dict.fromkeys(("models", "rewards", "lora", "planning", "shipped"), "parts"),
     "tiny": "tiny",
     "commands": "commands",
     "cli": "cli",

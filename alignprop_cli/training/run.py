@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from alignprop_cli import __version__
+from alignprop_cli.config import trust
 from alignprop_cli.config.schema import Config, dump
 from alignprop_cli.console import Console
 from alignprop_cli.device import available, keep_memory, make_accelerator
@@ -34,6 +35,7 @@ from alignprop_cli.planning.plan import Plan, PlanRequest, make_plan
 from alignprop_cli.planning.probe import settle
 from alignprop_cli.prompts import PromptStream, load_prompts
 from alignprop_cli.rewards.mixture import build_mixture
+from alignprop_cli.shipped import next_command
 from alignprop_cli.storage import write_text
 from alignprop_cli.training import checkpoint, setup
 from alignprop_cli.training.callbacks import (
@@ -311,8 +313,12 @@ def _train(run: Run, others: Sequence[Callback]) -> None:
             callback.after_training()
     step = run.trainer.step_number
     if interruption.number is not None and step < run.config.train.steps:
+        # What the run's own configuration may not name by itself has to be typed again.
+        command = next_command(
+            f"alignprop train --resume {run.folder}", run.config, trust.TO_RESUME
+        )
         raise InterruptedRun(
             f"stopped by signal {interruption.number} after step {step}; it is saved",
             interruption.number,
-            hint=f"resume with: alignprop train --resume {run.folder}",
+            hint=f"resume with: {command}",
         )

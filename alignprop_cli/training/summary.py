@@ -13,6 +13,7 @@ from alignprop_cli.evaluation.compare import Paired, checks, compare
 from alignprop_cli.evaluation.draw import Samples
 from alignprop_cli.evaluation.sheet import Cell, contact_sheet
 from alignprop_cli.lora.files import LORA_FILE, latest
+from alignprop_cli.shipped import next_command
 from alignprop_cli.storage import write_text
 from alignprop_cli.training.callbacks import Run
 
@@ -33,7 +34,7 @@ def finish(run: Run, base: Samples, tuned: Samples, seconds: float) -> None:
     sheet = folder / "before_after.png"
     _write_sheet(sheet, base, tuned)
     last = latest(folder)
-    next_command = f"alignprop evaluate {folder}"
+    command = next_command(f"alignprop evaluate {folder}", config)
     values: dict[str, Any] = {
         "run": str(folder.resolve()),
         "adapter": str((last / LORA_FILE).resolve()),
@@ -48,7 +49,7 @@ def finish(run: Run, base: Samples, tuned: Samples, seconds: float) -> None:
             "rewards": {name: asdict(result) for name, result in paired.items()},
             "checker": {part: asdict(result) for part, result in checked.items()},
         },
-        "next": next_command,
+        "next": command,
     }
     write_text(folder / "summary.json", json.dumps(values, indent=2) + "\n")
     console = run.console
@@ -70,7 +71,7 @@ def finish(run: Run, base: Samples, tuned: Samples, seconds: float) -> None:
             f"images   {sheet}",
             f"{trainer.step_number} steps, {images_seen} images, "
             f"{seconds:.0f} s, at most {peak:.2f} GiB",
-            f"next: {next_command}",
+            f"next: {command}",
         ],
     )
 
