@@ -36,11 +36,12 @@ def main() -> None:
         for window, flags in WINDOWS.items():
             config = presets.resolve(preset="aesthetic", flags={"model.id": model, **flags})
             footprint = footprint or planning.measure(config, "cuda")
+            request = planning.plan_request(config, processes=1)
             cells: list[str] = []
             for card in CARDS:
                 budget = Budget(card * GIB, "cuda", "a card")
                 try:
-                    plan = make_plan(config, processes=1, footprint=footprint, budget=budget)
+                    plan = make_plan(request, footprint=footprint, budget=budget)
                 except RunError:
                     cells.append("-")
                     continue
