@@ -1,11 +1,10 @@
 """TRL 0.22.2's AlignPropTrainer as one side of `step.py`; runs in its own environment.
 
-Arguments: the model's folder, the number of sampling steps, the number of threads, the precision.
+Arguments: a `sides.Case` as JSON.
 """
 
 from __future__ import annotations
 
-import sys
 import warnings
 from typing import Any
 
@@ -15,13 +14,11 @@ import torch
 import trl
 from accelerate import PartialState
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from sides import PROMPTS, lora_values, reward, serve, timed
+from sides import GUIDANCE, PROMPTS, RANK, Case, lora_values, reward, serve, turn
 from trl import AlignPropConfig, AlignPropTrainer, DefaultDDPOStableDiffusionPipeline
 
-# alignprop_cli.planning.meter needs nothing but torch and psutil; step.py puts it on the path.
+# alignprop_cli.planning.meter needs nothing but torch; step.py puts it on the path.
 from alignprop_cli.planning.meter import Meter, SavedBytes
-
-RANK = 4
 
 _MIXED = {"float32": "no", "bfloat16": "bf16"}
 
@@ -29,24 +26,26 @@ _MIXED = {"float32": "no", "bfloat16": "bf16"}
 class Peer:
     """The trainer, with a window of our choice."""
 
-    def __init__(self, folder: str, steps: int, dtype: str) -> None:
-        self.steps = steps
+    def __init__(self, case: Case) -> None:
+        self.case = case
         # It logs through accelerate before there is any state, which raises.
-        PartialState(cpu=True)
-        pipeline = DefaultDDPOStableDiffusionPipeline(folder, use_lora=True)
+        place = {} if case.device == "cuda" else {"cpu": True}
+        PartialState(**place)
+        pipeline = DefaultDDPOStableDiffusionPipeline(case.model, use_lora=True)
         config = AlignPropConfig(
-            mixed_precision=_MIXED[dtype],
-            allow_tf32=False,
-            sample_num_steps=steps,
+            mixed_precision=_MIXED[case.dtype],
+            # As ours: float32 products are coarser only beside a network that is.
+            allow_tf32=case.dtype == "bfloat16",
+            sample_num_steps=case.steps,
             sample_eta=0.0,
-            sample_guidance_scale=7.5,
-            train_batch_size=len(PROMPTS),
-            train_gradient_accumulation_steps=1,
+            sample_guidance_scale=GUIDANCE,
+            train_batch_size=case.peer_batch,
+            train_gradient_accumulation_steps=case.batch_size // case.peer_batch,
             truncated_backprop_rand=False,
             log_with=None,
             seed=0,
-            accelerator_kwargs={"cpu": True},
-            project_kwargs={"project_dir": folder},
+            accelerator_kwargs=place,
+            project_kwargs={"project_dir": case.model},
         )
         self.trainer = AlignPropTrainer(
             config,
@@ -72,12 +71,12 @@ class Peer:
 
     def step(self, k: int) -> dict[str, float]:
         """Time one step."""
-        self.trainer.config.truncated_backprop_timestep = self.steps - k
-        return timed(lambda: self.trainer.step(0, 0))
+        self.trainer.config.truncated_backprop_timestep = self.case.steps - k
+        return turn(lambda: self.trainer.step(0, 0), self.case.device)
 
     def count(self, k: int) -> dict[str, float]:
         """Count one step: operations, bytes stored when backward begins, most bytes alive."""
-        self.trainer.config.truncated_backprop_timestep = self.steps - k
+        self.trainer.config.truncated_backprop_timestep = self.case.steps - k
         parts = (self.pipeline.unet, self.pipeline.vae, self.pipeline.text_encoder)
         weights = [t for part in parts for t in (*part.parameters(), *part.buffers())]
         kept: dict[str, float] = {}
@@ -88,9 +87,11 @@ class Peer:
             saved.__enter__()
 
             def counted(loss: torch.Tensor, **options: Any) -> None:
-                saved.__exit__(None, None, None)
-                kept["saved"] = saved.total
-                saved.release()
+                # Of several parts of a batch the first one.
+                if not kept:
+                    saved.__exit__(None, None, None)
+                    kept["saved"] = saved.total
+                    saved.release()
                 backward(loss, **options)
 
             self.trainer.accelerator.backward = counted
@@ -106,6 +107,5 @@ class Peer:
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore")
-    torch.set_num_threads(int(sys.argv[3]))
-    peer = Peer(sys.argv[1], int(sys.argv[2]), sys.argv[4])
+    peer = Peer(Case.from_command_line())
     serve({"step": peer.step, "count": peer.count, "versions": peer.versions})

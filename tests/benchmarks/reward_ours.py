@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 
+import building
 import diffusers
 import open_clip
 import peft
@@ -16,18 +17,13 @@ from safetensors.torch import load_file, save_file
 from sides import serve, timed
 
 import alignprop_cli
-from alignprop_cli import device as machine
 from alignprop_cli import rng
 from alignprop_cli.config.schema import Config
 from alignprop_cli.config.validation import parse
-from alignprop_cli.device import make_accelerator
-from alignprop_cli.evaluation import draw as evaluator
+from alignprop_cli.evaluation.draw import choose_samples, draw_samples
 from alignprop_cli.lora import layers as lora
-from alignprop_cli.models.families import load_model
-from alignprop_cli.planning.plan import make_plan
+from alignprop_cli.models.families import sampler
 from alignprop_cli.prompts import load_prompts
-from alignprop_cli.rewards.mixture import build_mixture
-from alignprop_cli.training.trainer import Trainer
 
 
 class Ours:
@@ -35,24 +31,16 @@ class Ours:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.accelerator = make_accelerator()
-        machine.keep_memory()
-        self.model = load_model(config.model, self.accelerator.device)
-        lora.inject(
-            self.model.network,
-            rank=config.lora.rank,
-            alpha=config.lora.alpha or config.lora.rank,
-            target_modules=config.lora.target_modules,
-            seed=0,
-        )
-        self.mixture = build_mixture(config.reward, config.loss, self.accelerator.device)
-        self.pictures = evaluator.choose(load_prompts(config.eval.prompts), config.eval.images)
+        self.samples = choose_samples(load_prompts(config.eval.prompts), config.eval.images)
+        held_out = [sample.prompt for sample in self.samples]
+        self.parts = building.open_parts(config, load_prompts(config.train.prompts), held_out)
+        self.model, self.module = self.parts.model, self.parts.model.network.module
 
     def fresh(self, seed: int, adapter: str) -> None:
         """Write an untrained LoRA, with which both sides start."""
         generator = torch.Generator().manual_seed(seed)
         values: dict[str, torch.Tensor] = {}
-        for name, value in sorted(lora.weights(self.model.network).items()):
+        for name, value in sorted(lora.weights(self.module).items()):
             drawn = torch.randn(value.shape, generator=generator) / self.config.lora.rank
             values[name] = drawn if ".lora_A." in name else torch.zeros_like(value)
         save_file(values, adapter)
@@ -61,10 +49,8 @@ class Ours:
         """Begin a run with these weights."""
         train = self.config.train.model_copy(update={"seed": seed})
         config = self.config.model_copy(update={"train": train})
-        lora.set_weights(self.model.network, load_file(adapter))
-        plan = make_plan(config, processes=1)
-        prompts = load_prompts(train.prompts)
-        self.trainer = Trainer(config, plan, self.model, self.mixture, prompts, self.accelerator)
+        lora.set_weights(self.module, load_file(adapter))
+        self.trainer = building.build_trainer(config, self.parts)
 
     def train(self, steps: int) -> list[dict[str, float]]:
         """Return the wall-clock and processor seconds of each step."""
@@ -72,28 +58,30 @@ class Ours:
 
     def save(self, adapter: str) -> None:
         """Write the LoRA as it is now."""
-        save_file(lora.weights(self.model.network), adapter)
+        save_file(lora.weights(self.module), adapter)
 
-    def embed(self, prompt: str) -> list[list[float]]:
-        """Return what the network is told of a prompt."""
-        return self.model.encode_prompts([prompt]).prompt_embeds[0].tolist()
+    def embed(self) -> tuple[str, list[list[float]]]:
+        """Return a prompt and what the network is told of it."""
+        prompt = self.parts.prompts[0]
+        (embeds,) = self.model.embeds[prompt].tensors.values()
+        return prompt, embeds.tolist()
 
     def noise(self, file: str) -> list[str]:
-        """Write the noise of the held-out pictures, and return their prompts."""
-        keys = [(picture.prompt_index, picture.image_index) for picture in self.pictures]
-        shape = self.model.latent_shape(None, None)
+        """Write the noise of the held-out images, and return their prompts."""
+        keys = [(sample.prompt_index, sample.image_index) for sample in self.samples]
+        shape = self.model.network.latent_shape(None, None)
         drawn = rng.image_noise(self.config.eval.seed, "eval_noise", keys, shape)
         save_file({"noise": drawn}, file)
-        return [picture.prompt for picture in self.pictures]
+        return [sample.prompt for sample in self.samples]
 
     def evaluate(self, adapter: str) -> list[float]:
-        """Return the reward of each held-out picture with this LoRA, which replaces any other."""
-        lora.set_weights(self.model.network, load_file(adapter))
-        drawn = evaluator.draw(
+        """Return the reward of each held-out image with this LoRA, which replaces any other."""
+        lora.set_weights(self.module, load_file(adapter))
+        drawn = draw_samples(
             self.model,
-            self.pictures,
-            self.mixture,
-            self.config.sample,
+            self.samples,
+            self.parts.mixture,
+            sampler(self.config.sample, self.model.family),
             seed=self.config.eval.seed,
             batch_size=self.config.eval.batch_size,
         )

@@ -123,7 +123,7 @@ class Peer:
 
     @torch.no_grad()
     def draw(self, noise: str, prompts: list[str]) -> list[float]:
-        """Return the reward of pictures drawn from this noise as TRL draws in training."""
+        """Return the reward of images from this noise, sampled as TRL samples in training."""
         sample, size = self.config["sample"], self.config["eval"]["batch_size"]
         latents = load_file(noise)["noise"]
         rewards: list[float] = []

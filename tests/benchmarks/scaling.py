@@ -20,20 +20,15 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+import building
 import numpy as np
 import torch
 from sides import timed
 
 from alignprop_cli.config.validation import parse
-from alignprop_cli.device import make_accelerator
-from alignprop_cli.lora import layers as lora
-from alignprop_cli.models.families import load_model
 from alignprop_cli.planning.meter import Meter
-from alignprop_cli.planning.plan import make_plan
 from alignprop_cli.prompts import load_prompts
-from alignprop_cli.rewards.mixture import build_mixture
 from alignprop_cli.training.trainer import Trainer
 
 BASE = {"k": 4, "micro_batch": 4, "steps": 8, "size": 48}
@@ -67,17 +62,12 @@ def trainer(k: int, micro_batch: int, steps: int, size: int) -> Trainer:
             "train": {"prompts": "shapes", "batch_size": micro_batch, "micro_batch": micro_batch},
         }
     )
-    accelerator = make_accelerator()
-    model = load_model(config.model, accelerator.device)
-    lora.inject(model.network, rank=4, alpha=4, target_modules=config.lora.target_modules, seed=0)
-    mixture = build_mixture(config.reward, config.loss, accelerator.device)
-    plan = make_plan(config, processes=1)
-    return Trainer(config, plan, model, mixture, load_prompts("shapes"), accelerator)
+    return building.build_trainer(config, building.open_parts(config, load_prompts("shapes")))
 
 
 def measure(reps: int, **values: int) -> tuple[float, float]:
     """Return the seconds of a step and the most MB that it needed."""
-    made: Any = trainer(**values)
+    made = trainer(**values)
     made.step()
     taken = statistics.median(timed(made.step)["seconds"] for _ in range(reps))
     with Meter() as meter:

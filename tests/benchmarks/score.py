@@ -1,13 +1,13 @@
 """`alignprop score` over a large folder: rate and memory, taken up again, and against a loop.
 
-Draws pictures of the embedded model's language, enlarged to 256 x 256 with some noise, as JPEG with
+Draws images of the embedded model's language, enlarged to 256 x 256 with some noise, as JPEG with
 a sidecar each, and measures
 - decoding alone: reading every file, without a reward, in one process;
-- `score --reward clip` (the embedded aligner), with 2,000 of them and with all: pictures a second
+- `score --reward clip` (the embedded aligner), with 2,000 of them and with all: images a second
   and the largest proportional memory (PSS) of its processes together;
 - the same killed with SIGKILL half-way and resumed, as jsonl and csv: the files must be equal;
-- a ViT-B/32 of random weights over 100 pictures, batched against a loop that handles
-  one picture at a time as hpsv2's `score` does: open, preprocess, tokenize, both towers.
+- a ViT-B/32 of random weights over 100 images, batched against a loop that handles
+  one image at a time as hpsv2's `score` does: open, preprocess, tokenize, both towers.
 
 Run:  python tests/benchmarks/score.py --count 20000 --output tests/benchmarks/results/score_X.md
 """
@@ -40,7 +40,7 @@ LOOP = 100
 
 
 def make(folder: Path, count: int) -> None:
-    """Write the pictures, each with its prompt beside it; no two are equal."""
+    """Write the images, each with its prompt beside it; no two are equal."""
     rng = np.random.default_rng(0)
     prompts = data.heldout_prompts()
     for number in range(count):
@@ -100,7 +100,7 @@ def killed_and_resumed(folder: Path, target: Path, count: int) -> bool:
 
 
 def decoding(files: list[Path]) -> float:
-    """Return how many pictures a second one process reads."""
+    """Return how many images a second one process reads."""
     started = time.perf_counter()
     for file in files:
         read_image(file)
@@ -159,7 +159,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--count", type=int, default=20000)
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--folder", type=Path, help="keep the pictures here")
+    parser.add_argument("--folder", type=Path, help="keep the images here")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as made:
         place = arguments.folder or Path(made)
@@ -178,14 +178,14 @@ def report(arguments: argparse.Namespace, folder: Path, few: Path, place: Path) 
     files = sorted(folder.rglob("*.jpg"))
     alone = decoding(files)
     lines = [
-        f"# score, {count} pictures of {LARGE_PX} x {LARGE_PX} px (JPEG)",
+        f"# score, {count} images of {LARGE_PX} x {LARGE_PX} px (JPEG)",
         "",
         f"`python tests/benchmarks/score.py --count {count}`",
         "",
         f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
         f"torch {torch.__version__}, open_clip {open_clip.__version__}",
         "",
-        "| | pictures/s | most memory (PSS) |",
+        "| | images/s | most memory (PSS) |",
         "|---|---|---|",
         f"| decoding alone, one process | {alone:.0f} | |",
     ]
@@ -211,7 +211,7 @@ def report(arguments: argparse.Namespace, folder: Path, few: Path, place: Path) 
     ratio, slow, fast = sorted(ratios)[1]
     lines += [
         "",
-        f"ViT-B/32 with random weights, {LOOP} pictures, medians of 3: one at a time {slow:.1f}/s, "
+        f"ViT-B/32 with random weights, {LOOP} images, medians of 3: one at a time {slow:.1f}/s, "
         f"in batches {fast:.1f}/s, {ratio:.2f} times as fast; scores at most {apart:.1e} apart",
     ]
     return lines

@@ -1,4 +1,4 @@
-"""How long a user waits: for --help, for the first step, beside what importing torch alone takes.
+"""How long a user waits: for --help, for the first step, next to what importing torch takes.
 
 Run:  python tests/benchmarks/startup.py
 """
@@ -42,7 +42,7 @@ def main() -> None:
             "`python -c 'import torch'`": lambda n: seconds([sys.executable, "-c", "import torch"]),
             "`alignprop --help`": lambda n: seconds([*CLI, "--help"]),
             "`alignprop train --help`": lambda n: seconds([*CLI, "train", "--help"]),
-            "`alignprop train --preset tiny`, first step done, base pictures drawn": (
+            "`alignprop train --preset tiny`, first step done, base model sampled": (
                 lambda n: first_step(Path(place) / str(n))
             ),
         }

@@ -1,188 +1,250 @@
 """One optimiser step of ours against TRL's AlignPropTrainer, on the same model and the same LoRA.
 
-TRL 0.22.2 is the last release that has that trainer. It runs in an environment of its own, made
-here with versions that work together; the sides take turns, so that both meet the same machine.
-Both: batch 2, 50 steps of DDIM, eta 0, guidance 7.5, LoRA of rank 4 on the attention projections,
-AdamW, reward -mean((image - 0.5)^2), a network of 34 million random weights, pictures 256 x 256.
-TRL's transformers does not read the text encoder that ours saves and makes a random one of its own.
+The sides take turns in processes of their own, so that both meet the same machine; TRL has an
+environment of its own, made here, or a folder of packages (--peer-path). Both: DDIM, eta 0,
+guidance 7.5, LoRA of rank 4 on the attention projections, AdamW, reward -mean((image - 0.5)^2),
+random weights. TRL's transformers does not read the text encoder that ours saves and makes a random
+one of its own. Ours is not compiled.
+
+On the CPU: batch 2, a network of 34 million weights, images of 256 pixels; the operations and bytes
+of a step are counted too. `stored` is what autograd keeps when backward begins; of ours it is what
+the window keeps and then what the tail (decoder and reward) keeps besides, both at once. On a GPU:
+batch 8, Stable Diffusion 1.5, 512 pixels, bfloat16; the peak of torch's allocator instead. Every
+turn there begins with a step that is not timed and leaves the memory to the other side.
 
 Run:  python tests/benchmarks/step.py --threads 2 --output tests/benchmarks/results/step_X.md
+      python tests/benchmarks/step.py --device cuda --model sd-1.5 --peer-path FOLDER --reps 3
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import platform
-import subprocess
 import sys
 import tempfile
-import venv
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sides import Side, median
+import trl_environment
+from sides import HERE, Case, Report, Side, environment, machine, median, words, write_model
 
-ROOT = Path(__file__).resolve().parents[2]
-HERE = Path(__file__).resolve().parent
-PEER = (
-    "trl==0.22.2",
-    "torch==2.13.0",
-    "diffusers==0.39.0",
-    "transformers==4.57.6",
-    "peft==0.21.2",
-    "accelerate==1.15.0",
-    "huggingface_hub==0.36.2",
-    "datasets==5.0.1",
-    "numpy==2.4.6",
-)
-
-
-def peer_python(folder: Path, packages: Sequence[str] = PEER) -> str:
-    """Return the interpreter of TRL's environment, which is made where it is missing."""
-    python = folder / "bin" / "python"
-    if not python.exists():
-        venv.create(folder, with_pip=True)
-        subprocess.run([str(python), "-m", "pip", "install", "--quiet", *packages], check=True)
-    return str(python)
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "cpu": {
+        "model": "mid",
+        "dtype": "float32",
+        "batch_size": 2,
+        "windows": [1, 10, 50],
+        "recompute": ["none", "call"],
+        "division": [2, 2, 2],
+    },
+    "cuda": {
+        "model": "sd-1.5",
+        "dtype": "bfloat16",
+        "batch_size": 8,
+        "windows": [1, 10],
+        "recompute": ["auto"],
+        "division": None,
+    },
+}
+"""By device; the CPU's were chosen before plans were, and are kept for comparison."""
 
 
-def make_model(folder: Path) -> Path:
-    """Write the model that both sides load."""
-    sys.path.insert(0, str(ROOT))
-    from tests.factories import mid_pipeline
+class Pair:
+    """Both sides, started when they are first asked.
 
-    return mid_pipeline(folder)
+    Args:
+        arguments: Of the command line.
+        model: Folder of the model.
+    """
 
+    def __init__(self, arguments: argparse.Namespace, model: Path) -> None:
+        self._arguments = arguments
+        self._case = Case(
+            model=str(model),
+            steps=arguments.steps,
+            batch_size=arguments.batch_size,
+            peer_batch=arguments.peer_batch or arguments.batch_size,
+            device=arguments.device,
+            dtype=arguments.dtype,
+            threads=arguments.threads,
+        )
+        self._peer = trl_environment.python_and_path(arguments)
+        self._started: dict[str, Side] = {}
 
-def compare(arguments: argparse.Namespace, folder: Path) -> list[str]:
-    """Measure, and return the lines of a report."""
-    threads, steps = str(arguments.threads), str(arguments.steps)
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": threads,
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    model = str(make_model(folder / "model"))
-    python = peer_python(arguments.environment)
+    def _start(self, name: str) -> Side:
+        python, path = self._peer if name == "TRL" else (sys.executable, None)
+        script = HERE / ("peer.py" if name == "TRL" else "ours.py")
+        variables = environment(self._case.threads, path, self._case.device)
+        return Side(python, script, [self._case.encoded()], variables)
 
-    def start(name: str) -> Side:
-        given = [model, steps, threads, arguments.dtype]
-        if name == "TRL":
-            return Side(python, HERE / "peer.py", given, environment)
-        return Side(sys.executable, HERE / "ours.py", given, environment)
-
-    started: dict[str, Side] = {}
-
-    def ask(name: str, command: str, k: int = 1, **more: Any) -> Any:
+    def ask(self, name: str, command: str, k: int = 1, **more: Any) -> Any:
         """Ask a side, which for large windows starts anew, since memory is short for two."""
         sent = more if command == "versions" else {"k": k, **more}
-        if k < arguments.apart:
-            if name not in started:
-                started[name] = start(name)
-            return started[name].ask(command, **sent)
-        for other in started.values():
-            other.close()
-        started.clear()
-        alone = start(name)
+        if k < self._arguments.apart:
+            if name not in self._started:
+                self._started[name] = self._start(name)
+            return self._started[name].ask(command, **sent)
+        self.close()
+        alone = self._start(name)
         if command == "step":
             alone.ask("step", **sent)  # warms up
         answer = alone.ask(command, **sent)
         alone.close()
         return answer
 
-    lines = [
-        f"TRL side: {words(ask('TRL', 'versions'))}",
-        f"our side: {words(ask('ours', 'versions'))}",
-        f"machine: {machine()}, {threads} threads, {arguments.dtype}, "
-        f"Python {platform.python_version()}",
+    def close(self) -> None:
+        for side in self._started.values():
+            side.close()
+        self._started.clear()
+
+
+def compare(arguments: argparse.Namespace, pair: Pair, report: Report) -> None:
+    """Measure, and report a row as soon as it is known."""
+    counts = arguments.device == "cpu"
+    where = machine() if counts else f"{device_name()}; {machine()}"
+    report.add(
+        f"TRL side: {words(pair.ask('TRL', 'versions'))}\\",
+        f"our side: {words(pair.ask('ours', 'versions'))}\\",
+        f"machine: {where}, {arguments.threads} threads, Python {platform.python_version()}\\",
+        f"model {arguments.model}, {arguments.dtype}, batch {arguments.batch_size}, "
+        f"T = {arguments.steps}",
         "",
-        "| K | side | recompute | seconds, median (all) | TRL / ours | TFLOP | over the floor "
-        "| stored MB | alive MB | network calls |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    )
+    columns = ["K", "side", "recompute", "seconds, median (all)", "TRL / ours"]
+    if counts:
+        columns += ["TFLOP", "over the floor", "stored MB", "alive MB", "network calls"]
+    else:
+        columns += ["allocated GiB", "reserved GiB"]
+    report.add(f"| {' | '.join(columns)} |", "|---" * len(columns) + "|")
+    plans: list[str] = []
     for k in arguments.windows:
-        floor = ask("ours", "floor", k)["flops"]
-        counted = {"TRL": ask("TRL", "count", k)}
-        times: dict[str, list[float]] = {"TRL": []}
-        for level in arguments.levels:
-            counted[level] = ask("ours", "count", k, level=level)
-        timed = arguments.levels[0]
-        times[timed] = []
-        for _ in range(arguments.reps):
-            times["TRL"].append(ask("TRL", "step", k)["seconds"])
-            times[timed].append(ask("ours", "step", k, level=timed)["seconds"])
-            print(f"K = {k}: {times}", file=sys.stderr, flush=True)
-        for side, row in counted.items():
-            taken = "not timed"
-            if side in times:
-                everything = ", ".join(f"{second:.1f}" for second in times[side])
-                taken = f"{median(times[side]):.2f} ({everything})"
-            ratio = f"{median(times['TRL']) / median(times[timed]):.2f}" if side == timed else ""
-            name, again = ("TRL", "call") if side == "TRL" else ("ours", side)
-            lines.append(
-                f"| {k} | {name} | {again} | {taken} | {ratio} "
-                f"| {row['flops'] / 1e12:.4f} | {row['flops'] / floor:.3f} "
-                f"| {row['saved'] / 1e6:.0f} | {row['peak'] / 1e6:.0f} | {row['calls']:.0f} |"
-            )
-    return lines
+        for level in arguments.recompute:
+            ours = {"recompute": level, "division": arguments.division}
+            plans.append(f"- K = {k}, {level}: {pair.ask('ours', 'plan', k, **ours)}")
+            print(plans[-1], file=sys.stderr, flush=True)
+        counted = count(arguments, pair, k) if counts else {}
+        # Where a step is counted only the first level is timed, as what recomputing costs is known.
+        timed = arguments.recompute[:1] if counts else arguments.recompute
+        turns = take_turns(arguments, pair, k, timed)
+        for side in ("TRL", *arguments.recompute):
+            report.add(row(k, side, turns, counted))
+    report.add("", "Plans of ours:", "", *plans, "")
 
 
-def words(versions: dict[str, Any]) -> str:
-    """Return names and versions on one line."""
-    return ", ".join(f"{name} {version}" for name, version in versions.items())
+def count(arguments: argparse.Namespace, pair: Pair, k: int) -> dict[str, list[str]]:
+    """Return the cells of what is counted, by side."""
+    floor = pair.ask("ours", "floor", k)["flops"]
+    found = {"TRL": pair.ask("TRL", "count", k)}
+    for level in arguments.recompute:
+        found[level] = pair.ask("ours", "count", k, recompute=level, division=arguments.division)
+    cells: dict[str, list[str]] = {}
+    for side, one in found.items():
+        stored = f"{one['saved'] / 1e6:.0f}"
+        stored += f" + {one['tail'] / 1e6:.0f}" if "tail" in one else ""
+        work = [f"{one['flops'] / 1e12:.4f}", f"{one['flops'] / floor:.3f}"]
+        cells[side] = [*work, stored, f"{one['peak'] / 1e6:.0f}", f"{one['calls']:.0f}"]
+    return cells
 
 
-def machine() -> str:
-    """Return the processor's name, as far as the system tells."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0]} ({len(names)} logical cores)" if names else platform.machine()
+def take_turns(
+    arguments: argparse.Namespace, pair: Pair, k: int, levels: list[str]
+) -> dict[str, list[dict[str, float]]]:
+    """Return what the steps of each side took."""
+    turns: dict[str, list[dict[str, float]]] = {side: [] for side in ("TRL", *levels)}
+    for _ in range(arguments.reps):
+        turns["TRL"].append(pair.ask("TRL", "step", k))
+        for level in levels:
+            ours = {"recompute": level, "division": arguments.division}
+            turns[level].append(pair.ask("ours", "step", k, **ours))
+        latest = {side: steps[-1] for side, steps in turns.items()}
+        print(f"K = {k}: {latest}", file=sys.stderr, flush=True)
+    return turns
+
+
+def row(
+    k: int, side: str, turns: dict[str, list[dict[str, float]]], counted: dict[str, list[str]]
+) -> str:
+    """Return a row of the table."""
+
+    def seconds(name: str) -> list[float]:
+        return [step["seconds"] for step in turns[name]]
+
+    name, recompute = ("TRL", "call") if side == "TRL" else ("ours", side)
+    cells = [str(k), name, recompute, "not timed", ""]
+    if side in turns:
+        each = ", ".join(f"{second:.2f}" for second in seconds(side))
+        cells[3] = f"{median(seconds(side)):.2f} ({each})"
+        if side != "TRL":
+            cells[4] = f"{median(seconds('TRL')) / median(seconds(side)):.2f}"
+        for memory in ("allocated", "reserved"):
+            if memory in turns[side][0]:
+                cells.append(f"{max(step[memory] for step in turns[side]):.2f}")
+    return f"| {' | '.join([*cells, *counted.get(side, [])])} |"
+
+
+def device_name() -> str:
+    """Return the name of the GPU, without taking any of its memory."""
+    import torch
+
+    return torch.cuda.get_device_properties(0).name
+
+
+def division(text: str) -> list[int] | None:
+    """Return three batches, or None for the plan's own."""
+    if text == "auto":
+        return None
+    rollout, micro, decode = map(int, text.split(","))
+    return [rollout, micro, decode]
 
 
 def main() -> None:
-    """Compare, print the report, and write it where asked."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    """Compare, and print the report as it comes."""
+    device = argparse.ArgumentParser(add_help=False)
+    device.add_argument("--device", choices=tuple(DEFAULTS), default="cpu", help="where it runs")
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[device],
+    )
+    parser.set_defaults(**DEFAULTS[device.parse_known_args()[0].device])
+    parser.add_argument("--model", choices=("small", "mid", "sd-1.5"))
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of frozen weights")
+    parser.add_argument("--batch-size", type=int, help="images of a step")
+    parser.add_argument("--steps", type=int, default=50, help="network calls of a chain")
+    parser.add_argument("--windows", type=int, nargs="+", help="K, calls with gradient")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--reps", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=50)
     parser.add_argument(
-        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of frozen weights"
+        "--recompute",
+        nargs="+",
+        choices=("auto", "none", "block", "call"),
+        help="what ours recomputes of the network in backward, auto as its plan says; only auto "
+        "may recompute decoder and reward. On the CPU only the first is timed",
     )
-    parser.add_argument("--windows", type=int, nargs="+", default=[1, 10, 50])
+    parser.add_argument(
+        "--division",
+        type=division,
+        metavar="ROLLOUT,MICRO,DECODE",
+        help="images that ours rolls out, takes back and decodes at once; auto is its plan's own",
+    )
+    parser.add_argument(
+        "--peer-batch", type=int, help="images that TRL takes at once; all of them if not given"
+    )
     parser.add_argument(
         "--apart",
         type=int,
         default=50,
         help="windows of so many calls and more are measured in processes of their own",
     )
-    parser.add_argument(
-        "--levels",
-        nargs="+",
-        default=["none", "call"],
-        help="what ours computes again in backward; only the first is timed",
-    )
-    parser.add_argument(
-        "--environment",
-        type=Path,
-        default=Path(tempfile.gettempdir()) / "alignprop-trl-0.22.2",
-        help="where TRL's environment is or will be",
-    )
-    parser.add_argument("--output", type=Path)
+    trl_environment.add_options(parser, "alignprop-trl-0.22.2")
+    parser.add_argument("--output", type=Path, help="file to append the report to")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        lines = compare(arguments, Path(folder))
-    command = " ".join(["python", "tests/benchmarks/step.py", *sys.argv[1:]])
-    text = "\n".join([f"# {(__doc__ or '').splitlines()[0]}", "", f"`{command}`", "", *lines, ""])
-    print(text)
-    if arguments.output is not None:
-        arguments.output.write_text(text, encoding="utf-8")
+        model = write_model(arguments.model, Path(folder) / "model", arguments.device)
+        pair = Pair(arguments, model)
+        report = Report((__doc__ or "").splitlines()[0], arguments.output)
+        compare(arguments, pair, report)
+        pair.close()
 
 
 if __name__ == "__main__":

@@ -4,8 +4,8 @@ The embedded model, its preset and its aligner, without what TRL cannot do: on b
 K calls carry gradient in every step, and the learning rate is constant. Both start with the same
 LoRA (TRL's pipeline is told the preset's rank and targets), get the same prompts in the same order,
 and run the same torch; the noise of training is each side's own. Every few steps, outside the
-clock, one judge (our evaluator) draws the same held-out pictures with the LoRA of each side.
-TRL 0.22.2, the last release with that trainer, runs in an environment of its own, made here. Its
+clock, one judge (our evaluator) samples the same held-out images with the LoRA of each side.
+TRL has an environment of its own, made here, or a folder of packages (--peer-path). Its
 transformers misses the text encoder's weights by their names, so it gets a copy with its names.
 TRL's last step ends at the first noise level, ours at none; see the two rewards of the base model.
 
@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import platform
 import shutil
 import statistics
@@ -26,25 +25,23 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import step
+import trl_environment
 from safetensors.torch import load_file, save_file
-from sides import Side, median
+from sides import HERE, ROOT, Report, Side, environment, machine, median, words
 
-HERE, ROOT = step.HERE, step.ROOT
 sys.path.insert(0, str(ROOT))
-from alignprop_cli.config import presets  # noqa: E402
-from alignprop_cli.config.schema import Config  # noqa: E402
+from alignprop_cli.config import presets
+from alignprop_cli.config.schema import Config
 
 MODEL = ROOT / "alignprop_cli" / "tiny" / "pipeline"
 # The reward needs them in TRL's environment too, and torchvision fits one torch only.
 SHARED = ("torch", "torchvision", "open_clip_torch", "timm", "ftfy")
-PROMPT = "two small red circles on a dark blue background"
 
 
 def requirements() -> list[str]:
     """Return what TRL's environment is made of."""
     ours = [f"{name}=={version(name).partition('+')[0]}" for name in SHARED]
-    return [*(name for name in step.PEER if not name.startswith("torch==")), *ours]
+    return [*(name for name in trl_environment.PACKAGES if not name.startswith("torch==")), *ours]
 
 
 def peer_model(folder: Path) -> Path:
@@ -71,11 +68,12 @@ def settings(arguments: argparse.Namespace) -> Config:
 
 
 def check(peer: Side, judge: Side, folder: Path) -> tuple[float, list[str]]:
-    """Refuse to go on unless both draw alike; return the base model's reward and what was seen."""
+    """Refuse sides that sample differently; return the base model's reward and what was seen."""
     noise, start = str(folder / "noise.safetensors"), str(folder / "start.safetensors")
     judge.ask("fresh", seed=0, adapter=start)
     peer.ask("start", seed=0, adapter=start)
-    embeds = zip(judge.ask("embed", prompt=PROMPT), peer.ask("embed", prompt=PROMPT), strict=True)
+    prompt, told = judge.ask("embed")
+    embeds = zip(told, peer.ask("embed", prompt=prompt), strict=True)
     apart = max(abs(a - b) for ours, theirs in embeds for a, b in zip(ours, theirs, strict=True))
     assert apart < 1e-5, f"the embeddings of a prompt differ by up to {apart}"
     prompts = judge.ask("noise", file=noise)
@@ -86,8 +84,8 @@ def check(peer: Side, judge: Side, folder: Path) -> tuple[float, list[str]]:
     assert abs(base - other) < 0.005, f"the base model: {base} with ours, {other} with TRL"
     return base, [
         f"embeddings of a prompt: at most {apart:.1e} apart",
-        f"held-out reward of the base model from the same noise: {base:.4f} drawn by ours, "
-        f"{other:.4f} by TRL; single pictures at most {largest:.4f} apart",
+        f"held-out reward of the base model from the same noise: {base:.4f} sampled by ours, "
+        f"{other:.4f} by TRL; single images at most {largest:.4f} apart",
     ]
 
 
@@ -140,7 +138,7 @@ def train(
 
 
 def pair(theirs: dict[str, float] | None, ours: dict[str, float] | None, kind: str) -> str:
-    """Return three cells: TRL's figure, ours, and their ratio."""
+    """Return three cells: TRL's value, ours, and their ratio."""
     cells = ["not reached" if side is None else f"{side[kind]:.4g}" for side in (theirs, ours)]
     ratio = f"{theirs[kind] / ours[kind]:.2f}" if theirs and ours and ours[kind] else ""
     return " | ".join([*cells, ratio])
@@ -181,34 +179,33 @@ def tables(results: dict[int, dict[str, Run]], targets: list[float], every: int)
 def compare(arguments: argparse.Namespace, folder: Path) -> list[str]:
     """Measure, and return the lines of a report."""
     config, threads = settings(arguments), str(arguments.threads)
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": threads,
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
     values = json.dumps(config.model_dump(mode="json"))
-    python = step.peer_python(arguments.environment, requirements())
+    python, path = trl_environment.python_and_path(arguments, requirements())
     model = str(peer_model(folder / "model"))
-    peer = Side(python, HERE / "reward_peer.py", [model, values, threads], environment)
+    given = [model, values, threads]
+    peer = Side(python, HERE / "reward_peer.py", given, environment(arguments.threads, path))
     ours, judge = (
-        Side(sys.executable, HERE / "reward_ours.py", [values, threads], environment)
+        Side(
+            sys.executable,
+            HERE / "reward_ours.py",
+            [values, threads],
+            environment(arguments.threads),
+        )
         for _ in range(2)
     )
     base, seen = check(peer, judge, folder)
     targets = arguments.target or [base + rise for rise in arguments.rise]
     sample, own = config.sample, config.train
     about = [
-        f"TRL side: {step.words(peer.ask('versions'))}",
-        f"our side: {step.words(ours.ask('versions'))}",
-        f"machine: {step.machine()}, {threads} threads, Python {platform.python_version()}",
+        f"TRL side: {words(peer.ask('versions'))}",
+        f"our side: {words(ours.ask('versions'))}",
+        f"machine: {machine()}, {threads} threads, Python {platform.python_version()}",
         f"settings: the last {config.gradient.k} of {sample.num_inference_steps} calls, guidance "
         f"{sample.guidance_scale}, batch {own.batch_size} in parts of {own.micro_batch}, "
         f"learning rate {own.learning_rate}, gradients clipped to {own.max_grad_norm}, "
         f"LoRA of rank {config.lora.rank} on {', '.join(config.lora.target_modules)}",
         *seen,
-        f"reward: mean of {config.eval.images} held-out pictures, looked at every "
+        f"reward: mean of {config.eval.images} held-out images, looked at every "
         f"{arguments.every} steps; the seconds are those of training alone, the processor's "
         "without the waiting for other work on the machine",
     ]
@@ -226,26 +223,17 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--every", type=int, default=5, help="steps between two looks")
     parser.add_argument("--max-steps", type=int, default=60, help="in whole rounds of --every")
-    parser.add_argument("--images", type=int, default=128, help="held-out pictures")
+    parser.add_argument("--images", type=int, default=128, help="held-out images")
     parser.add_argument(
         "--rise", type=float, nargs="+", default=[0.02, 0.03, 0.04], help="to be reached"
     )
     parser.add_argument("--target", type=float, nargs="+", help="rewards to be reached, instead")
-    parser.add_argument(
-        "--environment",
-        type=Path,
-        default=Path(tempfile.gettempdir()) / "alignprop-trl-0.22.2-reward",
-        help="where TRL's environment is or will be",
-    )
+    trl_environment.add_options(parser, "alignprop-trl-0.22.2-reward")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         lines = compare(arguments, Path(folder))
-    command = " ".join(["python", "tests/benchmarks/time_to_reward.py", *sys.argv[1:]])
-    text = "\n".join([f"# {(__doc__ or '').splitlines()[0]}", "", f"`{command}`", "", *lines, ""])
-    print(text)
-    if arguments.output is not None:
-        arguments.output.write_text(text, encoding="utf-8")
+    Report((__doc__ or "").splitlines()[0], arguments.output).add(*lines)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,4 @@
-"""Print the table of what fits: the plan of each model, card and window, as estimated.
-
-A cell is roll-out batch / micro-batch / decoder batch, what is recomputed (b: the network by block,
-c: its calls, but the last so many; d: decoder; r: reward), and operations over the fewest there
-can be.
+"""Print README's table of what fits: the plan of each model, card and window, as estimated.
 
 Run:  python tests/benchmarks/what_fits.py
 """
@@ -40,11 +36,11 @@ def main() -> None:
         for window, flags in WINDOWS.items():
             config = presets.resolve(preset="aesthetic", flags={"model.id": model, **flags})
             footprint = footprint or planning.measure(config, "cuda")
+            request = planning.plan_request(config, processes=1)
             cells: list[str] = []
             for card in CARDS:
                 budget = Budget(card * GIB, "cuda", "a card")
                 try:
-                    request = planning.plan_request(config, 1)
                     plan = make_plan(request, footprint=footprint, budget=budget)
                 except RunError:
                     cells.append("-")
@@ -54,8 +50,7 @@ def main() -> None:
                 again = SHORT[plan.checkpoint_network]
                 again += str(plan.stored_calls or "") + " d" * plan.checkpoint_decoder
                 again += " r" * plan.checkpoint_reward
-                batches = f"{plan.rollout_batch}/{plan.micro_batch}/{plan.decode_batch}"
-                cells.append(f"{batches}{again}, {over:.2f}")
+                cells.append(f"{plan.micro_batch}{again}, {over:.2f}")
             print(f"| {title} | {window} |", " | ".join(cells), "|", flush=True)
 
 
