@@ -29,6 +29,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=320)
     samples = choose_samples(load_prompts("shapes-heldout"), parser.parse_args().images)
+    prompts = [sample.prompt for sample in samples]
+    shared, cpu = {"reward": {"clip": {"model": "tiny"}}}, torch.device("cpu")
+    config = parse(shared)
+    model = open_model(config.model, [*prompts, config.sample.negative_prompt], cpu)
+    mixture = build_mixture(config.reward, config.loss, cpu)
+    whole_schedule = model.network.schedule(STEPS, model.network.latent_shape(None, None))
     print("| | network calls | reward | all right | mean difference of a pixel |")
     print("|---|---|---|---|---|")
     whole: Any = None
@@ -41,36 +47,22 @@ def main() -> None:
         (None, (0.55, 1.0)),
         (None, (0.0, 0.993)),
     ):
-        config = parse(
-            {
-                "reward": {"clip": {"model": "tiny"}},
-                "sample": {
-                    "num_inference_steps": STEPS,
-                    "guidance_scale": 3.0,
-                    "guidance_interval": list(interval),
-                },
-            }
-        )
-        cpu = torch.device("cpu")
-        model = open_model(config.model, [s.prompt for s in samples] + [""], cpu)
-        wanted = sampler(config.sample, model.family)
-        schedule = model.network.schedule(STEPS, model.network.latent_shape(None, None))
+        sample = {
+            "num_inference_steps": STEPS,
+            "guidance_scale": 3.0,
+            "guidance_interval": list(interval),
+        }
+        wanted = sampler(parse(shared | {"sample": sample}).sample, model.family)
+        schedule = whole_schedule
         if calls is not None:
             schedule = schedule.shortened(STEPS - WINDOW, calls)
         guided = sum(wanted.guidance.applies(step.sigma) for step in schedule.steps)
         with patch.object(model.network, "schedule", return_value=schedule):
-            drawn = draw_samples(
-                model,
-                samples,
-                build_mixture(config.reward, config.loss, cpu),
-                wanted,
-                seed=1000,
-                batch_size=16,
-            )
+            drawn = draw_samples(model, samples, mixture, wanted, seed=1000, batch_size=16)
         whole = drawn.images.astype(float) if whole is None else whole
-        right = np.mean([c.all_right for c in check(drawn.images, [s.prompt for s in samples])])
+        right = np.mean([c.all_right for c in check(drawn.images, prompts)])
         name = "all calls" if calls is None else f"rollout_steps {calls} instead of 15"
-        name += "" if interval == (0.0, 1.0) else f", guidance_interval {list(interval)}"
+        name = name if interval == (0.0, 1.0) else f"guidance_interval {list(interval)}"
         apart = np.abs(drawn.images - whole).mean()
         print(
             f"| {name} | {len(schedule) + guided} | {drawn.rewards['clip'].mean():.4f} "
