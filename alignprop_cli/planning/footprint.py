@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from alignprop_cli.lora import layers as lora
-from alignprop_cli.models.base import MetaModel, Sampler
+from alignprop_cli.models.base import MetaModel, Network, Sampler
 from alignprop_cli.planning import meter
 from alignprop_cli.planning.estimate import Affine, Footprint, Level, Work
 from alignprop_cli.sampling import guided
@@ -53,44 +54,27 @@ def measure(
         with torch.no_grad(), merged:
             return denoise(given)
 
-    rollout = count(rollout_call, shape, there=there, device_type=device_type, has_grad=False)
+    counted = partial(count, shape=shape, there=there, device_type=device_type)
+    rollout = counted(rollout_call, has_grad=False)
 
-    # 2. Calls with gradient, whose input carries it or not, by what is recomputed. The LoRA's
-    # gradients are made in backward and are as large for any batch.
-    def call(*, has_grad: bool, blocks: bool) -> Work:
-        network.recompute_blocks(blocks)
-        found = count(
-            denoise,
-            shape,
-            there=there,
-            device_type=device_type,
-            has_grad=has_grad,
-            fixed_backward=4 * trained,
-        )
-        network.recompute_blocks(False)
-        return found
-
-    def by_level(*, has_grad: bool) -> dict[Level, Work]:
-        plain = call(has_grad=has_grad, blocks=False)
-        blocks = call(has_grad=has_grad, blocks=True)
-        return {"none": plain, "block": blocks, "call": _recomputed_call(plain, rollout, latents)}
+    # 2. Calls with gradient, whose input carries it or not. The LoRA's gradients are made in
+    # backward and are as large for any batch.
+    def calls(*, has_grad: bool) -> dict[Level, Work]:
+        call = partial(counted, denoise, has_grad=has_grad, fixed_backward=4 * trained)
+        return _by_level(network, call, rollout, latents)
 
     # 3. From clean latents to images.
     def decode(recompute: bool) -> Work:
-        return count(
-            lambda given: decoder.decode(given, recompute=recompute),
-            shape,
-            there=decoder.parameters(),
-            device_type=device_type,
-        )
+        run = partial(decoder.decode, recompute=recompute)
+        return count(run, shape, there=decoder.parameters(), device_type=device_type)
 
     return Footprint(
         weights={**weights, "merged LoRA": merged.bytes} if merged.bytes else weights,
         trained=trained,
         latents=latents,
         rollout=rollout,
-        first=by_level(has_grad=False),
-        call=by_level(has_grad=True),
+        first=calls(has_grad=False),
+        call=calls(has_grad=True),
         decoder={recompute: decode(recompute) for recompute in (False, True)},
         reward=reward,
         uncounted=uncounted,
@@ -108,20 +92,26 @@ def _guided_call(
     return lambda latents: denoise(latents, step)
 
 
-def _recomputed_call(plain: Work, rollout: Work, latents: int) -> Work:
-    """Return a network call that backward recomputes as a whole.
+def _by_level(
+    network: Network, call: Callable[[], Work], rollout: Work, latents: int
+) -> dict[Level, Work]:
+    """Return what a network call with gradient needs, by what backward recomputes of it."""
+    plain = call()
+    network.recompute_blocks(True)
+    blocks = call()
+    network.recompute_blocks(False)
 
-    It is not run but put together: it stores its input alone, and in backward it is a call that
-    stores everything.
-    """
+    # The whole call is put together: it stores its input alone, and in backward it is a call that
+    # stores everything.
     stored = Affine(0.0, latents)
-    return Work(
+    whole = Work(
         saved=stored,
         forward=rollout.forward,
         backward=_sum([stored, plain.backward]),
         forward_flops=plain.forward_flops,
         backward_flops=plain.forward_flops + plain.backward_flops,
     )
+    return {"none": plain, "block": blocks, "call": whole}
 
 
 def count(
