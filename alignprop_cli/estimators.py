@@ -304,14 +304,22 @@ def gaussian_k(mean: float = 0.84, std: float = 0.1) -> Estimator:
 
 
 DRAWS_PER_STEP = 4
-"""How many paths a step draws at most; measured, see docs/estimators.md."""
+"""How many paths a step draws at most.
+
+On the embedded model one draw a step adds 1.3 % to the variance of its gradient, four stratified
+ones 0.05 % (tests/benchmarks/results/window_group_epyc-2-cores_202611.md).
+"""
+
+_LEAST_GROUP = 8
+"""Images of one path go through the network together, and fewer than this keep a GPU waiting."""
 
 
 def window_group(batch_size: int) -> int:
     """Return how many consecutive images share one path by default.
 
     A function of the batch alone, never of memory or processes, so that a step computes the same
-    on any machine: `DRAWS_PER_STEP` paths a step, or the largest smaller number that divides it.
+    on any machine: the batch is divided by `DRAWS_PER_STEP`, or by the largest smaller number that
+    leaves whole groups of 8 and more.
     """
-    draws = max(d for d in range(1, DRAWS_PER_STEP + 1) if batch_size % d == 0)
-    return batch_size // draws
+    draws = (d for d in range(1, DRAWS_PER_STEP + 1) if batch_size % d == 0)
+    return batch_size // max((d for d in draws if batch_size // d >= _LEAST_GROUP), default=1)

@@ -82,6 +82,9 @@ BUILT_IN: Mapping[str, PromptSet] = {
 HPD_STYLES = ("anime", "concept-art", "paintings", "photo")
 """The benchmark of HPDv2, fetched from the hub: `hpd:anime`, ..., and `hpd` for all four."""
 
+SETS = (*BUILT_IN, "hpd", *(f"hpd:{style}" for style in HPD_STYLES))
+"""All that are named and not files."""
+
 _HPD = "zhwang/HPDv2"
 _HPD_PROMPTS = 800
 

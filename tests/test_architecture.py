@@ -29,12 +29,12 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "alignprop_cli"
 
 # Where each module, or each folder of modules, lives. A new one is placed here first.
-STORY = ("schedule", "sampling", "estimators", "losses", "images", "rng")
+STORY = ("schedule", "guidance", "sampling", "estimators", "losses", "images", "rng")
 LAYER = {
     **{name: name for name in ("errors", "console", "config", "evaluation", "training", "scoring")},
     **dict.fromkeys(STORY, "story"),
     **dict.fromkeys(("device", "storage", "hub", "prompts"), "ground"),
-    **dict.fromkeys(("models", "rewards", "lora", "planning"), "parts"),
+    **dict.fromkeys(("models", "rewards", "lora", "planning", "shipped"), "parts"),
     "tiny": "tiny",
     "commands": "commands",
     "cli": "cli",

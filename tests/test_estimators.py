@@ -348,7 +348,8 @@ def test_what_the_planner_is_told_are_the_sizes_that_are_drawn(estimator: Estima
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "group"), [(128, 32), (32, 8), (8, 2), (6, 2), (9, 3), (5, 5), (2, 1), (1, 1)]
+    ("batch_size", "group"),
+    [(128, 32), (32, 8), (30, 10), (24, 8), (16, 8), (27, 9), (25, 25), (9, 9), (8, 8), (1, 1)],
 )
 def test_the_default_group_depends_on_the_batch_alone(batch_size: int, group: int) -> None:
     assert window_group(batch_size) == group

@@ -19,10 +19,11 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from alignprop_cli.config.schema import ModelConfig
 from alignprop_cli.estimators import GradPath, window
+from alignprop_cli.guidance import Denoise, Guidance, guided
 from alignprop_cli.lora import layers as lora
 from alignprop_cli.models.base import Model, Source
 from alignprop_cli.models.families import TINY, find
-from alignprop_cli.sampling import Denoise, Guidance, guided, sample
+from alignprop_cli.sampling import sample
 from tests.factories import PICTURE_PX, fill_lora_b, generator, randn, small_pipeline
 
 # float64 rounds to 1e-16; a chain of a few hundred layers loses three to four digits of that.

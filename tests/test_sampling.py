@@ -16,17 +16,8 @@ from diffusers import (
 from torch import Tensor
 
 from alignprop_cli.estimators import window
-from alignprop_cli.sampling import (
-    Conditioning,
-    Embeds,
-    Guidance,
-    ddim_step,
-    guide,
-    guided,
-    predict_x0_epsilon,
-    rollout,
-    sample,
-)
+from alignprop_cli.guidance import Conditioning, Embeds, Guidance, guide, guided
+from alignprop_cli.sampling import ddim_step, predict_x0_epsilon, rollout, sample
 from alignprop_cli.schedule import NoiseSchedule, PredictionType, Step, diffusion_schedule
 from tests.factories import SD1_BETAS, randn
 

@@ -6,16 +6,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignprop_cli.commands import recorded
 from alignprop_cli.commands.options import reward_names, reward_weights
 from alignprop_cli.config import presets
 from alignprop_cli.config.schema import Config
-from alignprop_cli.errors import ConfigError
+from alignprop_cli.errors import AlignPropError, ConfigError
 
 if TYPE_CHECKING:
     from alignprop_cli.lora.files import Located
-
-_DEFAULT_REWARD = "clip"
-"""Measured where nothing names a reward: how well images agree with their prompts."""
+    from alignprop_cli.lora.soup import Soup
 
 
 def for_training(
@@ -36,18 +35,17 @@ def for_training(
     """
     # There is no default reward to train on: what it raises, and for how long, must be meant.
     rewards = reward_weights(reward)
+    file = Path(config).expanduser() if config else None
+    given: dict[str, Any] = {"preset": preset, "config": file, "assignments": sets or ()}
     if run is not None:
         # A run keeps its folder, wherever that has been moved to.
-        preset, config, flags = None, str(run / "config.yaml"), {**flags, "output.dir": None}
-    elif preset is None and config is None and not (flags["model.id"] and rewards):
+        return recorded.resume(run, **given, rewards=rewards, flags={**flags, "output.dir": None})
+    if preset is None and config is None and not (flags["model.id"] and rewards):
         raise ConfigError(
             "train: nothing to do: give --preset or --config, or --model and --reward",
             hint="`alignprop train --preset tiny` works at once; --list-presets lists the others",
         )
-    file = Path(config).expanduser() if config else None
-    return presets.resolve(
-        preset=preset, config=file, assignments=sets or (), rewards=rewards, flags=flags
-    )
+    return presets.resolve(**given, rewards=rewards, flags=flags)
 
 
 def for_scoring(sets: Sequence[str] | None, reward: Sequence[str] | None) -> Config:
@@ -66,7 +64,7 @@ def for_scoring(sets: Sequence[str] | None, reward: Sequence[str] | None) -> Con
     return presets.resolve(
         assignments=sets or (),
         rewards=dict.fromkeys(reward_names(reward)),
-        default_reward=_DEFAULT_REWARD,
+        default_reward=recorded.DEFAULT_REWARD,
         source="command line",
     )
 
@@ -77,6 +75,7 @@ def for_evaluation(
     preset: str | None = None,
     config: str | None = None,
     *,
+    header: Mapping[str, str] | None = None,
     sets: Sequence[str] | None = None,
     reward: Sequence[str] | None = None,
     flags: Mapping[str, Any],
@@ -88,28 +87,30 @@ def for_evaluation(
         located: Its LoRA; None is the base model.
         preset: Name of a preset, instead of what comes with the LoRA.
         config: File of the user's own, likewise.
+        header: Of the LoRA, where another one than that in its file counts.
         sets: `--set` texts.
         reward: Those of `--reward`.
         flags: Dotted key to value of the other flags; None values were not given.
 
     Raises:
-        AssetError, ConfigError: If something cannot be read, or is no complete configuration.
+        AssetError, ConfigError: As `recorded.build`; if nothing says what the base model is.
     """
     from alignprop_cli.rewards import registry
 
+    run, values = None, {}
     # What the user names replaces what comes with the weights; the two are never mixed.
-    own, recorded = None, {}
     if preset is None and config is None:
-        own, recorded = _own_settings(located, flags.get("model.id"))
-    resolved = presets.resolve(
+        run = None if located is None else located.run
+        values = {} if run else recorded.from_header(located, header, flags.get("model.id"))
+    resolved = recorded.build(
+        header=values,
+        run=run,
         preset=preset,
-        config=Path(config).expanduser() if config else own,
-        recorded=recorded,
+        config=Path(config).expanduser() if config else None,
         assignments=sets or (),
-        rewards=dict.fromkeys(reward_names(reward)),
-        default_reward=_DEFAULT_REWARD,
+        rewards=reward_names(reward),
         flags=flags,
-        source=str(own or target),
+        source=target if run is None else str(run / "config.yaml"),
     )
     # Names and options, before anything is loaded.
     for name, member in resolved.reward.items():
@@ -117,34 +118,27 @@ def for_evaluation(
     return resolved
 
 
-def _own_settings(located: Located | None, model: str | None) -> tuple[Path | None, dict[str, Any]]:
-    """Return the configuration that comes with the weights: a run's file, or a header's values.
+def for_soup(made: Soup, **given: Any) -> Config:
+    """Return the configuration to evaluate mixes by, as their members say; see `for_evaluation`."""
+    first = made.source
+    return for_evaluation(str(first.file), first, header=made.header, **given)
+
+
+def evaluate_command(folder: Path, header: Mapping[str, str]) -> str:
+    """Return the command that evaluates a mix of LoRAs, with the words that it needs.
 
     Args:
-        located: The weights; None is the base model.
-        model: What the command line names as the base model.
-
-    Raises:
-        AssetError: If the configuration in the header is damaged.
-        ConfigError: If there is no configuration and nothing says what the base model is.
+        folder: Of the mix.
+        header: Of its file.
     """
-    header: Mapping[str, str] = {}
-    if located is not None:
-        from alignprop_cli.lora.files import read_header, recorded_config
+    from alignprop_cli.lora.files import Located
+    from alignprop_cli.shipped import next_command
 
-        if located.run is not None:
-            return located.run / "config.yaml", {}
-        header = read_header(located.file)
-        recorded = recorded_config(header, located.file)
-        if recorded is not None:
-            return None, recorded
-    # A LoRA of another trainer, or of an older version: at least its base model may be known.
-    if "alignprop.base_model" in header:
-        return None, {"model": {"id": header["alignprop.base_model"]}}
-    if model is None:
-        what = "base" if located is None else str(located.file)
-        raise ConfigError(
-            f"{what}: nothing says which base model to sample with",
-            hint=f"give --preset, --config or --model: alignprop evaluate {what} --preset tiny",
-        )
-    return None, {}
+    command = f"alignprop evaluate {folder}"
+    try:
+        values = recorded.from_header(Located(folder), header, None)
+        config = presets.resolve(recorded=values, default_reward=recorded.DEFAULT_REWARD)
+    except AlignPropError:
+        # Typed, the command says what is missing.
+        return command
+    return next_command(command, config)

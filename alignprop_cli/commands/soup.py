@@ -9,18 +9,20 @@ import typer
 from alignprop_cli.commands.options import (
     DebugOption,
     JsonOption,
+    ModelOption,
     OutputOption,
     OverwriteOption,
     QuietOption,
     RewardOption,
+    SetOption,
     check_output,
 )
 from alignprop_cli.lora.recipe import Method, Recipe, check_recipe, member_shares, sweep_shares
 
 if TYPE_CHECKING:
+    from alignprop_cli.config.schema import Config
     from alignprop_cli.console import Console
     from alignprop_cli.lora.soup import Soup
-
 
 Members = Annotated[
     list[str],
@@ -73,6 +75,8 @@ def soup(
     evaluate: EvaluateOption = False,
     sweep: SweepOption = None,
     reward: RewardOption = None,
+    model: ModelOption = None,
+    sets: SetOption = None,
     images: ImagesOption = None,
     output: OutputOption = None,
     overwrite: OverwriteOption = False,
@@ -99,6 +103,7 @@ def soup(
 
       alignprop soup runs/clip runs/brightness --sweep 0:1:0.25 --reward clip,brightness
     """
+    from alignprop_cli.commands import settings
     from alignprop_cli.console import Console
 
     # 1. Everything the command line says is checked before a file is read.
@@ -109,42 +114,37 @@ def soup(
 
     from alignprop_cli.lora.soup import prepare
 
-    # 2. The members are read and checked against each other; nothing is written yet.
+    # 2. The members and what they say of themselves are checked; nothing is written yet.
     made = prepare(names, coefficients, shares, output, recipe)
     check_output(made.folder, overwrite=overwrite, ours=made.contents)
-    console, alone = Console(as_json=as_json, quiet=quiet), not evaluate and shares is None
-    _make(console, made, alone=alone)
-    if not alone:
-        _compare(console, made, reward, images)
+    config, console = None, Console(as_json=as_json, quiet=quiet)
+    if evaluate or shares is not None:
+        flags = {"model.id": model, "eval.images": images}
+        config = settings.for_soup(made, sets=sets, reward=reward, flags=flags)
+    _make(console, made, config)
 
 
-def _make(console: Console, soup: Soup, *, alone: bool) -> None:
-    """Make the mixes, and print what was made; as notes where an evaluation follows."""
+def _make(console: Console, soup: Soup, config: Config | None) -> None:
+    """Make the mixes and print what was made, or how they compare where a `config` says how."""
+    from alignprop_cli.commands import settings
+    from alignprop_cli.lora.files import locate
+
     for text in soup.left_out:
         console.warn(text)
     for text in soup.remarks:
         console.note(text)
     values, lines = soup.make()
-    if alone:
-        lines.append(f"next: alignprop evaluate {soup.folder}")
+    if config is None:
+        lines.append(f"next: {settings.evaluate_command(soup.folder, soup.header)}")
         console.result("alignprop.soup/1", values, lines)
         return
     for line in lines:
         console.note(line)
-
-
-def _compare(console: Console, soup: Soup, reward: list[str] | None, images: int | None) -> None:
-    """Evaluate the mixes as `alignprop evaluate` does, and print its result."""
-    from alignprop_cli.commands import settings
     from alignprop_cli.evaluation.run import Variant, run_evaluation
-    from alignprop_cli.lora.files import locate
 
-    located = [locate(str(mix.folder)) for mix in soup.mixes]
-    first, flags = located[0], {"eval.images": images}
-    config = settings.for_evaluation(str(first.file.parent), first, reward=reward, flags=flags)
-    variants = [
-        Variant("tuned" if mix.share is None else mix.folder.name, found, at=mix.share)
-        for mix, found in zip(soup.mixes, located, strict=True)
+    mixes = [
+        Variant("tuned" if m.share is None else m.folder.name, locate(str(m.folder)), at=m.share)
+        for m in soup.mixes
     ]
-    axis = "share of the first member"
-    run_evaluation(config, console, variants, soup.folder / "evaluation", axis=axis)
+    folder, axis = soup.folder / "evaluation", "share of the first member"
+    run_evaluation(config, console, mixes, folder, axis=axis)

@@ -1,13 +1,15 @@
 """Find, list, read, extend and override presets, keeping track of who set what.
 
-Later wins: defaults < what a LoRA file records < preset (after what it extends) < --config file
-< --set < --reward < named flags. A file that has a `reward` section replaces the one it inherits;
-`--set reward.NAME.KEY=VALUE` changes one option.
+Later wins: defaults < what a LoRA file or a run records < preset (after what it extends)
+< --config file < --set < --reward < named flags. A file that has a `reward` section replaces the
+one it inherits; `--set reward.NAME.KEY=VALUE` changes one option.
 """
 
 from __future__ import annotations
 
 import copy
+import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,13 +93,16 @@ def preset_path(name: str) -> Path:
     return directory() / f"{name}.yaml"
 
 
-def read(path: Path, layers: Layers, seen: tuple[Path, ...] = ()) -> None:
+def read(
+    path: Path, layers: Layers, seen: tuple[Path, ...] = (), *, complete: bool = False
+) -> None:
     """Read a YAML file, and first what it extends, into the layers.
 
     Args:
         path: The file. Its `extends:` names a shipped preset or a file beside it.
         layers: Changed in place.
         seen: Files being read, to find a circle.
+        complete: Whether it has to stand alone, as the configuration of a run does.
 
     Raises:
         AssetError: If the file cannot be read.
@@ -113,6 +118,11 @@ def read(path: Path, layers: Layers, seen: tuple[Path, ...] = ()) -> None:
     tree, lines = ({}, {}) if root is None else _convert(root, path)
     # The parent first, so that this file wins.
     parent = tree.pop("extends", None)
+    if parent is not None and complete:
+        raise ConfigError(
+            f"{path}: extends: the configuration of a run is complete and extends nothing",
+            hint="a file of your own goes to --config",
+        )
     if parent is not None:
         if not isinstance(parent, str):
             raise ConfigError(f"{path}: extends: expected the name of a preset, got {parent!r}")
@@ -145,6 +155,22 @@ def override(layers: Layers, assignments: Iterable[str]) -> None:
             problems.append(Problem(key, f"cannot read the value {raw!r}; quote it"))
     if problems:
         raise ConfigError("--set: cannot be read", problems)
+
+
+def assignment(key: str, value: Any) -> str:
+    """Return the text for `--set` that gives a key this value, on one line and printable."""
+    flow = yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, width=math.inf)
+    # The plainest text that is read back as the same value: `no` alone would be false.
+    ways = [value] if isinstance(value, str) else []
+    for text in (*ways, flow.strip()[1:-1]):
+        try:
+            if text.isprintable() and yaml.safe_load(text) == value:
+                return f"{key}={text}"
+        except (yaml.YAMLError, ValueError):
+            continue
+    # JSON is YAML but for its pairs of surrogates.
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return f"{key}=" + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in text)
 
 
 def choose_rewards(layers: Layers, rewards: Mapping[str, float | None]) -> None:
@@ -181,6 +207,7 @@ def resolve(
     preset: str | None = None,
     config: Path | None = None,
     recorded: Mapping[str, Any] | None = None,
+    run: Path | None = None,
     assignments: Iterable[str] = (),
     rewards: Mapping[str, float | None] | None = None,
     default_reward: str | None = None,
@@ -191,8 +218,9 @@ def resolve(
 
     Args:
         preset: Name of a shipped preset.
-        config: File of the user's own, or of a run; read after the preset.
+        config: File of the user's own; read after the preset.
         recorded: Values that a LoRA file carries.
+        run: The folder of a run, whose configuration has to stand alone.
         assignments: `--set` texts.
         rewards: Those of `--reward`, with their weights; see `choose_rewards`.
         default_reward: Taken where nothing names a reward.
@@ -204,6 +232,45 @@ def resolve(
     """
     layers = Layers(values=copy.deepcopy(dict(recorded or {})))
     # In this order: later wins.
+    if run is not None:
+        read(run / "config.yaml", layers, complete=True)
+    stack(
+        layers,
+        preset=preset,
+        config=config,
+        assignments=assignments,
+        rewards=rewards,
+        flags=flags,
+    )
+    if default_reward is not None and not layers.values.get("reward"):
+        layers.values["reward"] = {default_reward: None}
+    if source is None:
+        source = f"preset {preset}" if config is None and preset else str(config or "command line")
+    return parse(layers.values, layers.origins, source=source)
+
+
+def stack(
+    layers: Layers,
+    *,
+    preset: str | None = None,
+    config: Path | None = None,
+    assignments: Iterable[str] = (),
+    rewards: Mapping[str, float | None] | None = None,
+    flags: Mapping[str, Any] | None = None,
+) -> None:
+    """Put everything that the command line was given upon the layers.
+
+    Args:
+        layers: Changed in place.
+        preset: As those of `resolve`, and so are the others.
+        config: File.
+        assignments: Texts.
+        rewards: With weights.
+        flags: None values were not given.
+
+    Raises:
+        ConfigError, AssetError: As `read` and `override`.
+    """
     if preset is not None:
         read(preset_path(preset), layers)
     if config is not None:
@@ -211,14 +278,9 @@ def resolve(
     override(layers, assignments)
     if rewards:
         choose_rewards(layers, rewards)
-    elif default_reward is not None and not layers.values.get("reward"):
-        layers.values["reward"] = {default_reward: None}
     for key, value in (flags or {}).items():
         if value is not None:
             layers.set(key, value, flag_name(key))
-    if source is None:
-        source = f"preset {preset}" if config is None and preset else str(config or "command line")
-    return parse(layers.values, layers.origins, source=source)
 
 
 def flag_name(key: str) -> str:

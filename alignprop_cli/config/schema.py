@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 Text = Annotated[str, Field(min_length=1)]
 PositiveInt = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0.0)]
+Pixels = Annotated[int, Field(ge=1, le=8192)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -122,8 +123,8 @@ class SampleConfig(Section):
         default=0.0, ge=0.0, le=1.0, description="Fresh noise per step, 0 deterministic to 1 DDPM."
     )
     # Null rather than a number: models differ in the size they were trained at.
-    height: PositiveInt | None = Field(default=None, description="Pixels; null is the model's own.")
-    width: PositiveInt | None = Field(default=None, description="Pixels; null is the model's own.")
+    height: Pixels | None = Field(default=None, description="Pixels; null is the model's own.")
+    width: Pixels | None = Field(default=None, description="Pixels; null is the model's own.")
     negative_prompt: str = Field(default="", description="What the unconditional branch is given.")
 
 
@@ -295,7 +296,7 @@ class EvalConfig(Section):
         default=5, description="Steps between the samples taken during training; 0 never."
     )
     sample_images: PositiveInt = Field(default=8, description="Images of these samples.")
-    batch_size: PositiveInt = Field(
+    batch_size: Annotated[int, Field(ge=1, le=4096)] = Field(
         default=8, description="Images of one batch of sampling; changes no image."
     )
     seed: Annotated[int, Field(ge=0)] = Field(default=0, description="Of the evaluation's noise.")

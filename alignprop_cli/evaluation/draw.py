@@ -21,12 +21,13 @@ from alignprop_cli import rng
 from alignprop_cli.config.schema import Config
 from alignprop_cli.console import Console
 from alignprop_cli.errors import ConfigError
+from alignprop_cli.guidance import guided
 from alignprop_cli.lora import layers as lora
 from alignprop_cli.models import families
 from alignprop_cli.models.base import Model, Sampler
 from alignprop_cli.models.compiled import uncompiled
 from alignprop_cli.rewards.mixture import Mixture
-from alignprop_cli.sampling import guided, rollout
+from alignprop_cli.sampling import rollout
 
 Floats = NDArray[np.float64]
 Features = Callable[[Tensor], Tensor]

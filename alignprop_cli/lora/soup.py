@@ -75,11 +75,26 @@ class Soup:
         return [LORA_FILE, "evaluation", *parts]
 
     @property
+    def source(self) -> files.Located:
+        """Return the first member that says how to sample with it, or else the first one."""
+        adapters = self._adapters
+        saying = (a for a in adapters if "alignprop.config" in a.header)
+        return files.Located(next(saying, adapters[0]).file)
+
+    @property
+    def header(self) -> dict[str, str]:
+        """Return what the mixes say of their base model, and of how to sample with it."""
+        return _recorded(self._adapters)
+
+    @property
+    def _adapters(self) -> list[Adapter]:
+        return [member.adapter for member in self.members if member.adapter is not None]
+
+    @property
     def left_out(self) -> list[str]:
         """Return what of the members' files goes into no mix."""
-        adapters = [m.adapter for m in self.members if m.adapter and m.adapter.left_out]
         what = "layers of the text encoder are left out"
-        return [f"{adapter.file}: its {adapter.left_out} {what}" for adapter in adapters]
+        return [f"{a.file}: its {a.left_out} {what}" for a in self._adapters if a.left_out]
 
     @property
     def remarks(self) -> list[str]:
@@ -198,7 +213,12 @@ def _make(mix: Mix, members: Sequence[Member], recipe: Recipe) -> tuple[dict[str
         {"name": m.name, "sha256": m.adapter.sha256 if m.adapter else None, "coefficient": c}
         for m, c in pairs
     ]
-    header = _header([adapter for adapter, _ in present], made_of, recipe)
+    header = {
+        "alignprop.version": __version__,
+        "alignprop.merged_from": json.dumps(made_of),
+        "alignprop.merged_by": json.dumps(asdict(recipe)),
+        **_recorded([adapter for adapter, _ in present]),
+    }
     weights, metadata = files.packed(mixed.layers)
     prefix = present[0][0].prefix
     write_whole(
@@ -208,15 +228,9 @@ def _make(mix: Mix, members: Sequence[Member], recipe: Recipe) -> tuple[dict[str
     return _describe(mix.folder, made_of, mixed, recipe)
 
 
-def _header(
-    adapters: Sequence[Adapter], made_of: list[dict[str, Any]], recipe: Recipe
-) -> dict[str, str]:
-    """Return what the result says of itself: its members, and how to draw with it."""
-    header = {
-        "alignprop.version": __version__,
-        "alignprop.merged_from": json.dumps(made_of),
-        "alignprop.merged_by": json.dumps(asdict(recipe)),
-    }
+def _recorded(adapters: Sequence[Adapter]) -> dict[str, str]:
+    """Return what the members say of their base model, and of how to sample with it."""
+    header: dict[str, str] = {}
     for key in ("alignprop.base_model", "alignprop.base_fingerprint"):
         known = [a.header[key] for a in adapters if a.header.get(key)]
         header |= {key: known[0]} if known else {}

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from alignprop_cli.config.schema import ModelConfig
-from alignprop_cli.sampling import Conditioning, Embeds, Guidance
+from alignprop_cli.guidance import Conditioning, Embeds, Guidance
 from alignprop_cli.schedule import NoiseSchedule
 
 
@@ -163,7 +163,7 @@ class Family:
         load_parts: Loads network and decoder on a device, frozen.
         on_meta: The same without weights, from configuration files alone; told the type of the
             device that it will run on.
-        guidance_origin: As `sampling.Guidance.origin`.
+        guidance_origin: As `guidance.Guidance.origin`.
         stack: Makes a batch of the embeddings of several prompts.
     """
 

@@ -15,9 +15,9 @@ import torch
 from alignprop_cli import device as machine
 from alignprop_cli.config.schema import ModelConfig, SampleConfig
 from alignprop_cli.errors import AssetError, ConfigError
+from alignprop_cli.guidance import Embeds, Guidance
 from alignprop_cli.models import loading
 from alignprop_cli.models.base import Family, Model, Sampler, Source
-from alignprop_cli.sampling import Embeds, Guidance
 
 TINY = Path(__file__).parent.parent / "tiny" / "pipeline"
 """The embedded model, in diffusers format."""

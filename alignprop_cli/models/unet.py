@@ -15,9 +15,9 @@ from transformers import CLIPTextConfig
 
 from alignprop_cli import images
 from alignprop_cli.errors import ConfigError
+from alignprop_cli.guidance import Conditioning, Embeds
 from alignprop_cli.models import loading
 from alignprop_cli.models.base import MetaModel, Parts, Source
-from alignprop_cli.sampling import Conditioning, Embeds
 from alignprop_cli.schedule import NoiseSchedule, diffusion_schedule
 
 _NO_CHECKER: dict[str, Any] = {

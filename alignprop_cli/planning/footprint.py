@@ -6,18 +6,18 @@ and neither weights nor a GPU.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
+from alignprop_cli.guidance import guided
 from alignprop_cli.lora import layers as lora
-from alignprop_cli.models.base import MetaModel, Network, Sampler
+from alignprop_cli.models.base import Decoder, MetaModel, Sampler
 from alignprop_cli.planning import meter
 from alignprop_cli.planning.estimate import Affine, Footprint, Level, Work
-from alignprop_cli.sampling import guided
 
 
 def measure(
@@ -49,35 +49,48 @@ def measure(
 
     # 1. Calls without gradient run on weights that have the LoRA added to them.
     merged = lora.Merged(network.module)
+    plain = torch.no_grad()(merged.around(denoise))
+    rollout = count(plain, shape, there=there, device_type=device_type, has_grad=False)
 
-    def rollout_call(given: Tensor) -> Tensor:
-        with torch.no_grad(), merged:
-            return denoise(given)
+    # 2. Calls with gradient, whose input carries it or not, by what is recomputed. The LoRA's
+    #    gradients are made in backward and are as large for any batch.
+    fixed = 4 * trained
+    counted = functools.partial(count, denoise, shape, there=there, device_type=device_type)
 
-    counted = partial(count, shape=shape, there=there, device_type=device_type)
-    rollout = counted(rollout_call, has_grad=False)
+    def call(*, has_grad: bool, blocks: bool) -> Work:
+        network.recompute_blocks(blocks)
+        found = counted(has_grad=has_grad, fixed_backward=fixed)
+        network.recompute_blocks(False)
+        return found
 
-    # 2. Calls with gradient, whose input carries it or not. The LoRA's gradients are made in
-    # backward and are as large for any batch.
-    def calls(*, has_grad: bool) -> dict[Level, Work]:
-        call = partial(counted, denoise, has_grad=has_grad, fixed_backward=4 * trained)
-        return _by_level(network, call, rollout, latents)
-
-    # 3. From clean latents to images.
-    def decode(recompute: bool) -> Work:
-        run = partial(decoder.decode, recompute=recompute)
-        return count(run, shape, there=decoder.parameters(), device_type=device_type)
+    def by_level(*, has_grad: bool) -> dict[Level, Work]:
+        stored = call(has_grad=has_grad, blocks=False)
+        blocks = call(has_grad=has_grad, blocks=True)
+        return {"none": stored, "block": blocks, "call": _recomputed_call(stored, rollout, latents)}
 
     return Footprint(
         weights={**weights, "merged LoRA": merged.bytes} if merged.bytes else weights,
         trained=trained,
         latents=latents,
         rollout=rollout,
-        first=calls(has_grad=False),
-        call=calls(has_grad=True),
-        decoder={recompute: decode(recompute) for recompute in (False, True)},
+        first=by_level(has_grad=False),
+        call=by_level(has_grad=True),
+        # 3. From clean latents to images.
+        decoder={again: _decode(decoder, shape, device_type, again) for again in (False, True)},
         reward=reward,
         uncounted=uncounted,
+    )
+
+
+def _decode(
+    decoder: Decoder, shape: tuple[int, int, int], device_type: str, recompute: bool
+) -> Work:
+    """Count the decoder, whose blocks are recomputed or not."""
+    return count(
+        lambda latents: decoder.decode(latents, recompute=recompute),
+        shape,
+        there=decoder.parameters(),
+        device_type=device_type,
     )
 
 
@@ -92,26 +105,20 @@ def _guided_call(
     return lambda latents: denoise(latents, step)
 
 
-def _by_level(
-    network: Network, call: Callable[[], Work], rollout: Work, latents: int
-) -> dict[Level, Work]:
-    """Return what a network call with gradient needs, by what backward recomputes of it."""
-    plain = call()
-    network.recompute_blocks(True)
-    blocks = call()
-    network.recompute_blocks(False)
+def _recomputed_call(plain: Work, rollout: Work, latents: int) -> Work:
+    """Return a network call that backward recomputes as a whole.
 
-    # The whole call is put together: it stores its input alone, and in backward it is a call that
-    # stores everything.
+    It is not run but put together: it stores its input alone, and in backward it is a call that
+    stores everything.
+    """
     stored = Affine(0.0, latents)
-    whole = Work(
+    return Work(
         saved=stored,
         forward=rollout.forward,
         backward=_sum([stored, plain.backward]),
         forward_flops=plain.forward_flops,
         backward_flops=plain.forward_flops + plain.backward_flops,
     )
-    return {"none": plain, "block": blocks, "call": whole}
 
 
 def count(

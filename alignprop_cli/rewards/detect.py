@@ -37,13 +37,10 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from alignprop_cli.errors import ConfigError
-from alignprop_cli.rewards.detector import (
-    DEFAULT_MODEL,
-    MOST,
-    Detector,
-    detector_on_meta,
-)
+from alignprop_cli.rewards.detector import MOST, Detector, detector_on_meta
 from alignprop_cli.rewards.frozen import FrozenReward, MetaReward
+
+_MODEL = "hustvl/yolos-tiny"
 
 
 class Count(FrozenReward):
@@ -69,7 +66,7 @@ class Count(FrozenReward):
         whose best class is the object's, which has no gradient where there is none.
     """
 
-    def __init__(self, object: str, number: int | None = None, model: str = DEFAULT_MODEL) -> None:
+    def __init__(self, object: str, number: int | None = None, model: str = _MODEL) -> None:
         if number is not None and not 0 <= number <= MOST:
             raise ConfigError(f"reward.count.number: expected 0 to {MOST}, got {number}")
         self.object, self.number = object, number
@@ -77,9 +74,7 @@ class Count(FrozenReward):
         self.networks = (self.detector.network,)
 
     @classmethod
-    def on_meta(
-        cls, dtype: torch.dtype, model: str = DEFAULT_MODEL, **_options: Any
-    ) -> MetaReward | None:
+    def on_meta(cls, dtype: torch.dtype, model: str = _MODEL, **_options: Any) -> MetaReward | None:
         """Return the detector on the meta device; see `FrozenReward`."""
         return detector_on_meta(dtype, model)
 
@@ -111,14 +106,12 @@ class Remove(FrozenReward):
         ConfigError, AssetError: As `Count`.
     """
 
-    def __init__(self, object: str, model: str = DEFAULT_MODEL) -> None:
+    def __init__(self, object: str, model: str = _MODEL) -> None:
         self.detector = Detector("remove", object, model)
         self.networks = (self.detector.network,)
 
     @classmethod
-    def on_meta(
-        cls, dtype: torch.dtype, model: str = DEFAULT_MODEL, **_options: Any
-    ) -> MetaReward | None:
+    def on_meta(cls, dtype: torch.dtype, model: str = _MODEL, **_options: Any) -> MetaReward | None:
         """Return the detector on the meta device; see `FrozenReward`."""
         return detector_on_meta(dtype, model)
 

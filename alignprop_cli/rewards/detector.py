@@ -36,8 +36,6 @@ MOST = 100
 IMPOSSIBLE = -1e4
 """Log-odds of a place that is not there: exp of it is 0, and it is still far from overflow."""
 
-DEFAULT_MODEL = "hustvl/yolos-tiny"
-
 _OVERLAP = 0.5
 _SHARPNESS = 2.0
 _THRESHOLD = {"yolos": 0.5, "owlv2": 0.1}
@@ -46,7 +44,7 @@ _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 _OWLV2_BASE = Owlv2Config(vision_config={"image_size": 960, "patch_size": 16})
 _PUBLISHED = {
-    DEFAULT_MODEL: YolosConfig(
+    "hustvl/yolos-tiny": YolosConfig(
         hidden_size=192,
         intermediate_size=768,
         num_attention_heads=3,

@@ -42,6 +42,9 @@ _KINDS: Mapping[str, type] = {
     "Sequence[str]": list,
 }
 
+_WORDS = {"object", "version", "measure"}
+"""Options whose text is a word; every other text names a file, a hub id or a prompt set."""
+
 
 @dataclass(frozen=True)
 class Shipped:
@@ -62,7 +65,19 @@ class Shipped:
     @property
     def options(self) -> Mapping[str, type]:
         """Return the name and type of each option."""
-        return _options(self.target)
+        return {name: kind for name, (kind, _) in _arguments(self.target).items()}
+
+    @property
+    def places(self) -> Mapping[str, str | None]:
+        """Return the options that name a file, a hub id or a prompt set, with their defaults.
+
+        What a file that came with weights says of these is not believed: see config/trust.py.
+        """
+        return {
+            name: default
+            for name, (kind, default) in _arguments(self.target).items()
+            if kind is str and name not in _WORDS
+        }
 
 
 SHIPPED: Mapping[str, Shipped] = {
@@ -87,17 +102,30 @@ SHIPPED: Mapping[str, Shipped] = {
 
 
 @cache
-def _options(target: str) -> Mapping[str, type]:
-    """Return the arguments of a shipped reward's constructor, read from its source."""
+def _arguments(target: str) -> Mapping[str, tuple[type, Any]]:
+    """Return the arguments of a shipped reward's constructor, read from its source.
+
+    Returns:
+        The type and the default of each; None where it has no default.
+    """
     module, _, name = target.partition(":")
     source = Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8")
-    classes = {n.name: n for n in ast.parse(source).body if isinstance(n, ast.ClassDef)}
+    body = ast.parse(source).body
+    classes = {n.name: n for n in body if isinstance(n, ast.ClassDef)}
+    # A default is a value, or a constant of the same file.
+    constants = {ast.unparse(n.targets[0]): n.value for n in body if isinstance(n, ast.Assign)}
     while name in classes:
         found = classes[name]
         for node in found.body:
             if isinstance(node, ast.FunctionDef) and node.name == "__init__":
-                arguments = node.args.args[1:]
-                return {a.arg: _kind(a.annotation) for a in arguments}
+                arguments, defaults = node.args.args[1:], node.args.defaults
+                # Defaults belong to the last arguments.
+                required = [ast.Constant(None)] * (len(arguments) - len(defaults))
+                values = [constants.get(ast.unparse(d), d) for d in (*required, *defaults)]
+                return {
+                    a.arg: (_kind(a.annotation), ast.literal_eval(value))
+                    for a, value in zip(arguments, values, strict=True)
+                }
         # Inherited: from a class of the same file.
         name = ast.unparse(found.bases[0])
     return {}  # a function takes none

@@ -67,8 +67,7 @@ def images_of_step(
     stream: PromptStream,
     schedule: NoiseSchedule,
     step: int,
-    process: int,
-    processes: int,
+    process: tuple[int, int],
 ) -> list[StepImage]:
     """Return a process's share of the images of a step, those with the longest roll-out first.
 
@@ -80,15 +79,14 @@ def images_of_step(
         stream: Of the training prompts.
         schedule: Noise levels of the whole chain.
         step: Counted from 0.
-        process: Which one, counted from 0.
-        processes: How many there are.
+        process: Which one, counted from 0, and how many there are.
     """
     groups = settings.batch_size // settings.window_group
     generator = rng.generator(settings.seed, "window", step)
     paths = settings.estimator.draw(len(schedule), generator, groups)
     first = step * settings.batch_size
     found: list[StepImage] = []
-    for number in range(process, settings.batch_size, processes):
+    for number in range(process[0], settings.batch_size, process[1]):
         path, levels = paths[number // settings.window_group], schedule
         before, calls = path.rollout_calls(len(schedule)), settings.rollout_steps
         if calls is not None and calls < before:

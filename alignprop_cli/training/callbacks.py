@@ -162,9 +162,8 @@ class Checkpoints(Callback):
                 adapter_metadata=lora.adapter_metadata(module),
             )
 
-        state = checkpoint.State(
-            trainer.step_number, trainer.images_seen, trainer.optimizer.state()
-        )
+        seen = trainer.step_number * trainer.settings.batch_size
+        state = checkpoint.State(trainer.step_number, seen, trainer.optimizer.state())
         checkpoint.save(run.folder, state, save_lora, keep=run.config.output.keep_last)
 
 

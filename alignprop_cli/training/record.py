@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
 
@@ -68,24 +69,24 @@ class Totals:
         for name, values in scores.items():
             self._scores[name].append(values.detach())
 
-    def record(self, gather: Callable[[Tensor], Tensor], **others: Any) -> StepRecord:
-        """Return the record of the step.
+    def record(self, accelerator: Accelerator, **others: Any) -> StepRecord:
+        """Return the record of the step, over the images of all processes.
 
         Args:
-            gather: From this process's values (B,) to those of all processes.
+            accelerator: Of these processes.
             **others: The fields of the record that are not measured image by image.
         """
-        joined = {name: _exact(gather(torch.cat(v))) for name, v in self._scores.items()}
+
+        def joined(parts: list[Tensor]) -> Tensor:
+            return cast(Tensor, accelerator.gather(torch.cat(parts))).double().cpu()
+
+        scores = {name: joined(parts) for name, parts in self._scores.items()}
         return StepRecord(
-            loss=float(_exact(gather(torch.cat(self._losses))).mean()),
+            loss=float(joined(self._losses).mean()),
             rewards={
                 name: RewardStats(float(v.mean()), float(v.std(correction=0)))
-                for name, v in joined.items()
+                for name, v in scores.items()
             },
-            backprop_steps=float(_exact(gather(torch.cat(self._calls))).mean()),
+            backprop_steps=float(joined(self._calls).mean()),
             **others,
         )
-
-
-def _exact(values: Tensor) -> Tensor:
-    return values.double().cpu()

@@ -92,7 +92,7 @@ def restore(trainer: Trainer, found: Path, run: Path, steps: int) -> None:
     prefix = trainer.model.family.lora_prefix
     lora.set_weights(trainer.model.network.module, checkpoint.load_lora(found, prefix))
     trainer.optimizer.load_state(state.optimizer)
-    trainer.step_number, trainer.images_seen = state.step, state.images_seen
+    trainer.step_number = state.step
 
 
 def _summarised(run: Path) -> int | None:

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from alignprop_cli import __version__
+from alignprop_cli.config import trust
 from alignprop_cli.config.schema import Config, dump
 from alignprop_cli.console import Console
 from alignprop_cli.device import available, keep_memory, make_accelerator
@@ -34,6 +35,7 @@ from alignprop_cli.planning.plan import Plan, PlanRequest, make_plan
 from alignprop_cli.planning.probe import settle
 from alignprop_cli.prompts import PromptStream, load_prompts
 from alignprop_cli.rewards.mixture import build_mixture
+from alignprop_cli.shipped import next_command
 from alignprop_cli.storage import write_text
 from alignprop_cli.training import checkpoint, setup
 from alignprop_cli.training.callbacks import (
@@ -119,14 +121,11 @@ def run_training(
     """
     started = time.perf_counter()
     # 1. Refuse what cannot work before anything heavy is loaded.
-    setup.check(config)
-    wanted, config = config.output.dir, setup.settled(config)
+    wanted = config.output.dir
+    config, found = _checked(config, resume)
     accelerator = make_accelerator()
     if not accelerator.is_main_process:
         console = Console(quiet=True)
-    found = None if resume is None else newest(resume)
-    if found is not None:
-        refuse_changes(found, config)
 
     # 2. Plan: how a step is divided so that it fits.
     request = planning.plan_request(config, accelerator.num_processes, estimator)
@@ -144,24 +143,38 @@ def run_training(
         # 3. Build: model, rewards, LoRA, trainer.
         done = 0 if found is None else checkpoint.load(found).step
         run = _build(config, folder, plan, request, accelerator, console, found, done)
-        trainer = run.trainer
-        trial = Trial(trainer)
-        if footprint is not None and accelerator.device.type == "cuda":
-            settle(trial, request, footprint, budget)
-            console.note(f"measured: {trainer.plan.describe()}")
-        steps = config.train.steps - trainer.step_number
-        compile_network(trial, steps, config.train.compile, console.note)
+        _try_out(run, request, footprint, budget)
         if accelerator.is_main_process:
             _open_folder(run, found)
 
         # 4. Sample the base model, train, sample again.
-        with lora.disabled(trainer.model.network.module):
+        with lora.disabled(run.trainer.model.network.module):
             base = _sample(run, "base model")
         _standardise(run, base)
         _train(run, callbacks)
         tuned = _sample(run, "tuned model")
         if accelerator.is_main_process:
             finish(run, base, tuned, time.perf_counter() - started)
+
+
+def _checked(config: Config, resume: Path | None) -> tuple[Config, Path | None]:
+    """Return the configuration as it is kept, and the checkpoint to resume from, if any."""
+    setup.check(config)
+    config = setup.settled(config)
+    found = None if resume is None else newest(resume)
+    if found is not None:
+        refuse_changes(found, config)
+    return config, found
+
+
+def _try_out(run: Run, request: PlanRequest, footprint: Footprint | None, budget: Budget) -> None:
+    """Let the device itself say whether the plan fits, and whether compiling pays."""
+    trial = Trial(run.trainer)
+    if footprint is not None and run.accelerator.device.type == "cuda":
+        settle(trial, request, footprint, budget)
+        run.console.note(f"measured: {run.trainer.plan.describe()}")
+    steps = run.config.train.steps - run.trainer.step_number
+    compile_network(trial, steps, run.config.train.compile, run.console.note)
 
 
 def _plan(config: Config, request: PlanRequest, budget: Budget) -> tuple[Plan, Footprint | None]:
@@ -300,8 +313,12 @@ def _train(run: Run, others: Sequence[Callback]) -> None:
             callback.after_training()
     step = run.trainer.step_number
     if interruption.number is not None and step < run.config.train.steps:
+        # What the run's own configuration may not name by itself has to be typed again.
+        command = next_command(
+            f"alignprop train --resume {run.folder}", run.config, trust.TO_RESUME
+        )
         raise InterruptedRun(
             f"stopped by signal {interruption.number} after step {step}; it is saved",
             interruption.number,
-            hint=f"resume with: alignprop train --resume {run.folder}",
+            hint=f"resume with: {command}",
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from alignprop_cli.console import table
@@ -12,6 +13,7 @@ from alignprop_cli.evaluation.compare import Paired, checks, compare
 from alignprop_cli.evaluation.draw import Samples
 from alignprop_cli.evaluation.sheet import Cell, contact_sheet
 from alignprop_cli.lora.files import LORA_FILE, latest
+from alignprop_cli.shipped import next_command
 from alignprop_cli.storage import write_text
 from alignprop_cli.training.callbacks import Run
 
@@ -19,6 +21,7 @@ from alignprop_cli.training.callbacks import Run
 def finish(run: Run, base: Samples, tuned: Samples, seconds: float) -> None:
     """Write the before/after sheet and the summary, and print where everything is."""
     folder, config, trainer = run.folder, run.config, run.trainer
+    images_seen = trainer.step_number * config.train.batch_size
     peak = peak_gib(trainer.model.device)
     paired = {
         name: compare(base.samples, base.rewards[name], tuned.rewards[name])
@@ -28,22 +31,16 @@ def finish(run: Run, base: Samples, tuned: Samples, seconds: float) -> None:
         part: compare(base.samples, right["base"], right["tuned"])
         for part, right in checks({"base": base, "tuned": tuned}).items()
     }
-    cells = [
-        Cell(sample.prompt, (before, after), (base.caption(i), tuned.caption(i)))
-        for i, (sample, before, after) in enumerate(
-            zip(base.samples, base.images, tuned.images, strict=True)
-        )
-    ]
     sheet = folder / "before_after.png"
-    contact_sheet(cells, sheet, titles=("base", "tuned"))
+    _write_sheet(sheet, base, tuned)
     last = latest(folder)
-    next_command = f"alignprop evaluate {folder}"
+    command = next_command(f"alignprop evaluate {folder}", config)
     values: dict[str, Any] = {
         "run": str(folder.resolve()),
         "adapter": str((last / LORA_FILE).resolve()),
         "sheet": str(sheet.resolve()),
         "steps": trainer.step_number,
-        "images_seen": trainer.images_seen,
+        "images_seen": images_seen,
         "seconds": seconds,
         "peak_memory_gib": peak,
         "held_out": {
@@ -52,7 +49,7 @@ def finish(run: Run, base: Samples, tuned: Samples, seconds: float) -> None:
             "rewards": {name: asdict(result) for name, result in paired.items()},
             "checker": {part: asdict(result) for part, result in checked.items()},
         },
-        "next": next_command,
+        "next": command,
     }
     write_text(folder / "summary.json", json.dumps(values, indent=2) + "\n")
     console = run.console
@@ -72,11 +69,22 @@ def finish(run: Run, base: Samples, tuned: Samples, seconds: float) -> None:
             "",
             f"adapter  {last / LORA_FILE}",
             f"images   {sheet}",
-            f"{trainer.step_number} steps, {trainer.images_seen} images, "
+            f"{trainer.step_number} steps, {images_seen} images, "
             f"{seconds:.0f} s, at most {peak:.2f} GiB",
-            f"next: {next_command}",
+            f"next: {command}",
         ],
     )
+
+
+def _write_sheet(path: Path, base: Samples, tuned: Samples) -> None:
+    """Write every image of the base model beside that of the tuned one."""
+    cells = [
+        Cell(sample.prompt, (before, after), (base.caption(i), tuned.caption(i)))
+        for i, (sample, before, after) in enumerate(
+            zip(base.samples, base.images, tuned.images, strict=True)
+        )
+    ]
+    contact_sheet(cells, path, titles=("base", "tuned"))
 
 
 def _reward_row(name: str, result: Paired) -> tuple[str, ...]:

@@ -1,8 +1,7 @@
 """One training step on one page: roll out, run the calls with gradient, decode, score, go back.
 
-Everything random in a step is a function of (seed, step, image number within the step), so the
-same step comes out however it is divided into batches and processes, and a resumed run continues
-exactly.
+Everything random in a step is a function of (seed, step, image number within the step), so a
+step is the same however it is divided into batches and processes, and resuming is exact.
 """
 
 from __future__ import annotations
@@ -17,12 +16,13 @@ from torch import Tensor
 
 from alignprop_cli import rng
 from alignprop_cli.device import peak_gib
+from alignprop_cli.guidance import Denoise, guided
 from alignprop_cli.lora import layers as lora
 from alignprop_cli.models.base import Model
 from alignprop_cli.planning.plan import Plan
 from alignprop_cli.prompts import PromptStream
 from alignprop_cli.rewards.mixture import Mixture
-from alignprop_cli.sampling import Denoise, DrawNoise, backprop, guided, rollout
+from alignprop_cli.sampling import DrawNoise, backprop, rollout
 from alignprop_cli.training.batches import Settings, StepImage, batches, images_of_step
 from alignprop_cli.training.optimizer import Optimizer
 from alignprop_cli.training.record import StepRecord, Totals
@@ -34,9 +34,9 @@ class Trainer:
     Args:
         settings: What a step computes.
         plan: How it is divided.
-        model: With a trainable LoRA in its network.
+        model: With a trainable LoRA in its network, and all prompts encoded.
         mixture: The rewards.
-        prompts: Training prompts, all of them known to the model.
+        prompts: Training prompts.
         accelerator: Device and processes.
         note: Told what a person should know.
     """
@@ -53,7 +53,7 @@ class Trainer:
     ) -> None:
         self.settings, self.model, self.mixture = settings, model, mixture
         self.accelerator, self.note = accelerator, note
-        self.step_number = self.images_seen = 0
+        self.step_number = 0
         network, sampler = model.network, settings.sampler
         parameters = lora.named_trainable(network.module)
         half = any(p.dtype == torch.float16 for p in network.module.parameters())
@@ -86,11 +86,10 @@ class Trainer:
         # 3. Update.
         rate = self.optimizer.step(self.step_number)
         self.step_number += 1
-        self.images_seen += self.settings.batch_size
         return totals.record(
-            lambda values: cast(Tensor, self.accelerator.gather(values)),
+            self.accelerator,
             step=self.step_number,
-            images_seen=self.images_seen,
+            images_seen=self.step_number * self.settings.batch_size,
             grad_norm=norm,
             lora_norm=lora.norm(self.model.network.module),
             learning_rate=rate,
@@ -100,8 +99,8 @@ class Trainer:
 
     def images(self) -> list[StepImage]:
         """Return this process's images of the coming step."""
-        where = (self.step_number, self.accelerator.process_index, self.plan.processes)
-        return images_of_step(self.settings, self._stream, self.schedule, *where)
+        process = (self.accelerator.process_index, self.plan.processes)
+        return images_of_step(self.settings, self._stream, self.schedule, self.step_number, process)
 
     def _accumulate(self) -> Totals:
         """Leave the gradient of this process's images; in smaller parts if memory runs out."""
@@ -118,13 +117,12 @@ class Trainer:
             # Here the failed attempt's tensors are no longer held by the error.
             self.apply_plan(self.plan.halved())
             self.note(f"out of memory: repeating this step with {self.plan.describe()}")
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            torch.cuda.empty_cache()  # nothing where there is no GPU
 
     def roll_out(self, images: Sequence[StepImage], merged: lora.Merged) -> dict[int, Tensor]:
         """Phase 1: the latents (C, h, w) where each image's path begins, by its number.
 
-        Without gradient and many images at once: most calls are here, and they take little memory.
+        Most calls are here. Without gradient they take little memory, so many images go at once.
         """
         starts: dict[int, Tensor] = {}
         for batch in batches(images, self.plan.rollout_batch, key=lambda i: i.schedule):
@@ -184,20 +182,19 @@ class Trainer:
                 images, prompts[part], lambda losses: scale(losses.sum() * weight)
             )
             images.backward(gradient)
-            assert ends.grad is not None
-            gradients.append(ends.grad)
+            gradients.append(cast(Tensor, ends.grad))
             totals.add(losses, scores, len(batch[0].path))
         return torch.cat(gradients)
 
     def _chain(self, batch: Sequence[StepImage]) -> tuple[Denoise, DrawNoise]:
         """Return the guided network and the fresh noise of a batch."""
-        sampler = self.settings.sampler
+        sampler, prompts = self.settings.sampler, [image.prompt for image in batch]
         negative = sampler.negative_prompt if sampler.guidance.enabled else None
-        conditioning = self.model.conditioning([image.prompt for image in batch], negative)
-        denoise = guided(self.model.network.predict, conditioning, sampler.guidance)
+        embeds = self.model.conditioning(prompts, negative)
+        denoise = guided(self.model.network.predict, embeds, sampler.guidance)
         return denoise, lambda i: self._noise("eta", batch, i)
 
     def _noise(self, purpose: rng.Purpose, batch: Sequence[StepImage], *counters: int) -> Tensor:
         keys = [(self.step_number, image.number) for image in batch]
-        noise = rng.image_noise(self.settings.seed, purpose, keys, self.shape, *counters)
-        return noise.to(self.model.device)
+        drawn = rng.image_noise(self.settings.seed, purpose, keys, self.shape, *counters)
+        return drawn.to(self.model.device)

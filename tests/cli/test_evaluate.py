@@ -23,11 +23,19 @@ from alignprop_cli.models.families import open_model
 from alignprop_cli.rewards.clip import ClipReward
 from tests.factories import fill_lora_b, small_pipeline
 
+TYPED: dict[str, str] = {}
+"""Flags for the base model and the prompts of `trained`."""
+
 
 def run(capsys, *args):
     """Return the exit code, standard output and standard error of `alignprop evaluate`."""
+    given = list(map(str, args))
+    if given[0] != "base" and "--config" not in given:
+        # What the run's configuration names, and the program does not ship, has to be typed too.
+        for flag, value in TYPED.items():
+            given += [] if flag in given else [flag, value]
     with pytest.raises(SystemExit) as ended:
-        main(["evaluate", *map(str, args)])
+        main(["evaluate", *given])
     captured = capsys.readouterr()
     return ended.value.code or 0, captured.out, captured.err
 
@@ -70,6 +78,7 @@ def trained(base, tmp_path_factory):
             prefix=model.family.lora_prefix,
             adapter_metadata=lora.adapter_metadata(module),
         )
+    TYPED.update({"--model": str(base), "--prompts": str(prompts)})
     # JSON is YAML.
     (run_folder / "config.yaml").write_text(json.dumps(config))
     return run_folder

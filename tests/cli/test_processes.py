@@ -44,9 +44,9 @@ def folder(tmp_path_factory):
     """Return a folder with the same training by one process and by two."""
     place = tmp_path_factory.mktemp("processes")
     settings = (
-        "train.batch_size=2",
-        "train.micro_batch=1",
-        "gradient.window_group=2",
+        # Two groups of the default size, which both processes share.
+        "train.batch_size=16",
+        "train.micro_batch=4",
         "gradient.k_max=2",
         "sample.num_inference_steps=2",
         "eval.images=2",
@@ -70,8 +70,13 @@ def test_two_processes_train_what_one_does(folder) -> None:
     assert float(norm) > 1e-3
     # AdamW divides by the gradient's own size, which enlarges the rounding of float32.
     assert float(difference / norm) < 1e-4
-    lines = (folder / "two" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["images_seen"] for line in lines] == [2, 4]
+    first, second = (
+        [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    )
+    assert [line["images_seen"] for line in second] == [16, 32]
+    for name in ("loss", "grad_norm"):
+        assert second[0][name] == pytest.approx(first[0][name], rel=1e-5)
 
 
 def test_two_processes_evaluate_what_one_does(folder) -> None:

@@ -277,7 +277,7 @@ def test_a_folder_is_replaced_only_when_asked_and_never_with_other_things_in_it(
 
 
 def small_loras(tmp_path):
-    """Return two LoRA folders of a small pipeline, which draws in two steps."""
+    """Return two LoRA folders of a small pipeline, and what to type to evaluate their mix."""
     base = small_pipeline(tmp_path / "base")
     (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
     config = {
@@ -306,13 +306,14 @@ def small_loras(tmp_path):
             prefix=model.family.lora_prefix,
             adapter_metadata=lora.adapter_metadata(network),
         )
-    return folders
+    return *folders, ["--model", base, "--set", f"eval.prompts={tmp_path / 'prompts.txt'}"]
 
 
 def test_a_sweep_goes_from_one_member_to_the_other(capsys, tmp_path):
-    a, b = small_loras(tmp_path)
+    a, b, typed = small_loras(tmp_path)
     folder = tmp_path / "path"
-    code, out, err = run(capsys, a, b, "--sweep", "0:1:0.5", "-o", folder, "--json")
+    ask = ["--sweep", "0:1:0.5", "-o", folder, *typed]
+    code, out, err = run(capsys, a, b, *ask, "--json")
     assert code == 0, err
     values = json.loads(out)
     assert values["schema"] == "alignprop.evaluate/4"
@@ -328,14 +329,14 @@ def test_a_sweep_goes_from_one_member_to_the_other(capsys, tmp_path):
         for name, layer in layers_of(folder / end).items():
             expected = layers_of(member)[name].delta()
             torch.testing.assert_close(layer.delta(), expected, rtol=1e-5, atol=1e-6)
-    assert run(capsys, a, b, "--sweep", "0:1:0.5", "-o", folder)[0] == 2
-    assert run(capsys, a, b, "--sweep", "0:1:0.5", "-o", folder, "--overwrite", "-n", "1")[0] == 0
+    assert run(capsys, a, b, *ask)[0] == 2
+    assert run(capsys, a, b, *ask, "--overwrite", "-n", "1")[0] == 0
 
 
 def test_a_mix_can_be_evaluated_right_away(capsys, tmp_path):
-    a, b = small_loras(tmp_path)
+    a, b, typed = small_loras(tmp_path)
     folder = tmp_path / "mixed"
-    args = ["--evaluate", "--reward", "contrast", "-o", folder]
+    args = ["--evaluate", "--reward", "contrast", "-o", folder, *typed]
     code, out, err = run(capsys, a, b, *args)
     assert code == 0, err
     assert "contrast" in out

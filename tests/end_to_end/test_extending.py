@@ -49,8 +49,8 @@ def test_two_steps_with_parts_from_outside_the_package(
     assert callback.told == ["begins at 0", "step 1", "step 2", "ends"]
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
-    # Of 5 calls 3 or 2 carry gradient; of 4 groups, stratified, half each.
-    assert [record["backprop_steps"] for record in records] == [2.5, 2.5]
+    # Every other one of 5 calls, as a coin falls for the one group of each step.
+    assert {record["backprop_steps"] for record in records} <= {2.0, 3.0}
     assert all(record["grad_norm"] > 1e-6 for record in records)
     # The reward rises, and the adapter is named after the family's network.
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())

@@ -11,13 +11,13 @@ import torch
 from alignprop_cli.config.schema import LossConfig, ModelConfig, RewardConfig
 from alignprop_cli.errors import ConfigError, RunError
 from alignprop_cli.evaluation.draw import Sample, choose_samples, draw_samples
+from alignprop_cli.guidance import Guidance
 from alignprop_cli.lora import layers as lora
 from alignprop_cli.models.base import Model, Sampler
 from alignprop_cli.models.families import open_model
 from alignprop_cli.prompts import load_prompts
 from alignprop_cli.rewards.clip import ClipReward
 from alignprop_cli.rewards.mixture import Member, Mixture, build_mixture
-from alignprop_cli.sampling import Guidance
 from tests.factories import fill_lora_b
 
 CPU = torch.device("cpu")

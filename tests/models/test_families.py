@@ -17,6 +17,7 @@ from torch import Tensor
 
 from alignprop_cli.config.schema import ModelConfig, SampleConfig
 from alignprop_cli.errors import AssetError, ConfigError
+from alignprop_cli.guidance import Conditioning, Embeds, Guidance, guided
 from alignprop_cli.models import loading, unet
 from alignprop_cli.models.base import Family, MetaModel, Model, Parts, Source
 from alignprop_cli.models.families import (
@@ -29,7 +30,7 @@ from alignprop_cli.models.families import (
     sampler,
 )
 from alignprop_cli.models.meta import meta_model
-from alignprop_cli.sampling import Conditioning, Embeds, Guidance, guided, sample
+from alignprop_cli.sampling import sample
 from alignprop_cli.schedule import NoiseSchedule, Step
 from tests.factories import randn, small_pipeline
 

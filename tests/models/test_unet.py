@@ -29,6 +29,7 @@ from torch import Tensor
 from alignprop_cli.config.schema import ModelConfig, SampleConfig
 from alignprop_cli.device import resolve_dtype
 from alignprop_cli.errors import AssetError, ConfigError
+from alignprop_cli.guidance import Guidance, guided
 from alignprop_cli.lora import layers as lora
 from alignprop_cli.models import loading, unet
 from alignprop_cli.models.base import Decoder, Model, Parts, Source
@@ -36,7 +37,7 @@ from alignprop_cli.models.families import open_model, sampler
 from alignprop_cli.models.meta import meta_model
 from alignprop_cli.models.unet import ClipText, VaeDecoder, load_text_encoders
 from alignprop_cli.planning import meter as memory
-from alignprop_cli.sampling import Guidance, guided, sample
+from alignprop_cli.sampling import sample
 from alignprop_cli.schedule import NoiseSchedule
 from tests.factories import TEXT_WIDTH, fill_lora_b, randn, small_pipeline
 

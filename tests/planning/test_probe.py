@@ -98,7 +98,7 @@ def settled(
     # Whatever was tried, the plan is for the same batch and nothing was trained.
     assert made.plan.batch_size == 8
     assert all(parameter.grad is None for parameter in made.optimizer.parameters.values())
-    assert (made.step_number, made.images_seen) == (0, 0)
+    assert made.step_number == 0
     return made.plan
 
 

@@ -110,6 +110,18 @@ def test_options_read_from_the_source_are_those_of_the_constructor() -> None:
             assert [kind] == [list if a == Sequence[str] else a for a in allowed if a is not NONE]
 
 
+def test_every_text_that_may_name_a_file_or_a_hub_id_is_a_place_with_its_default() -> None:
+    # All other texts: what a detector looks for, and one of a few words.
+    words = {"object", "version", "measure"}
+    for name, shipped in registry.SHIPPED.items():
+        target = registry._import(name)
+        parameters = inspect.signature(target).parameters
+        assert all(value == parameters[option].default for option, value in shipped.places.items())
+        texts = {option for option, kind in shipped.options.items() if kind is str}
+        assert shipped.places.keys() == texts - words, name
+        assert ":" not in name
+
+
 def test_names_and_options_are_checked_without_torch() -> None:
     code = (
         "import sys\n"

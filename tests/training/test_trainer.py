@@ -12,6 +12,7 @@ from alignprop_cli import rng
 from alignprop_cli.config.schema import Config
 from alignprop_cli.config.validation import parse
 from alignprop_cli.errors import RunError
+from alignprop_cli.guidance import Embeds
 from alignprop_cli.lora import layers as lora
 from alignprop_cli.models.families import open_model
 from alignprop_cli.planning.plan import Plan, make_plan
@@ -19,7 +20,6 @@ from alignprop_cli.planning.request import plan_request
 from alignprop_cli.prompts import load_prompts
 from alignprop_cli.rewards import pixel
 from alignprop_cli.rewards.mixture import Member, Mixture, build_mixture
-from alignprop_cli.sampling import Embeds
 from alignprop_cli.training import setup
 from alignprop_cli.training.optimizer import OptimizerSettings
 from alignprop_cli.training.trainer import Trainer
@@ -375,9 +375,9 @@ def test_recomputing_the_blocks_of_several_calls_sums_the_gradient_in_another_or
     assert relative_difference(again, plain) < 5e-6  # float32
 
 
-def division(rollout: int, micro: int, decode: int) -> Plan:
+def division(rollout: int, micro: int, decode: int, batch_size: int = 8) -> Plan:
     return Plan(
-        batch_size=8,
+        batch_size=batch_size,
         processes=1,
         rollout_batch=rollout,
         micro_batch=micro,
@@ -387,13 +387,13 @@ def division(rollout: int, micro: int, decode: int) -> Plan:
 
 @pytest.mark.parametrize("method", ["random_k", "last_k"])
 def test_three_batches_divide_the_same_step(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is rolled out, gone back through and decoded together, with the default group.
+    """Whatever is rolled out, gone back through and decoded together.
 
-    2 draws of K a step of 8 images (`window_group` 2 of 4 draws), so that a micro-batch of 8 has to
-    be parted and one of 3 divides nothing.
+    4 draws of K a step of 8 images, so that a micro-batch of 8 has to be parted and one of 3
+    divides nothing.
     """
     config = small_config(
-        gradient={"method": method, "k": 2, "window_group": None},
+        gradient={"method": method, "k": 2, "window_group": 2},
         train={"max_grad_norm": None, "micro_batch": "auto"},
     )
     divisions = [(8, 8, 8), (8, 4, 2), (3, 2, 1), (1, 1, 1), (5, 3, 2)]
@@ -417,14 +417,14 @@ def test_three_batches_divide_the_same_step(method: str, monkeypatch: pytest.Mon
 
 def test_the_default_group_gives_one_gradient_on_any_machine() -> None:
     config = small_config(
-        sample={"eta": 0.0},
+        sample={"eta": 0.0, "num_inference_steps": 3},
         gradient={"window_group": None},
-        train={"max_grad_norm": None, "micro_batch": "auto", "batch_size": 8},
+        train={"max_grad_norm": None, "micro_batch": "auto", "batch_size": 16},
     )
-    whole = gradient_of_a_step(config, division(8, 8, 8))
+    whole = gradient_of_a_step(config, division(8, 8, 8, 16))
     assert float(whole.norm()) > 1e-4
     for micro_batch in (1, 2, 4):
-        divided = gradient_of_a_step(config, division(micro_batch, micro_batch, micro_batch))
+        divided = gradient_of_a_step(config, division(8, micro_batch, micro_batch, 16))
         assert relative_difference(divided, whole) < 1e-5
 
 

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from alignprop_cli.guidance import Conditioning, Embeds
 from alignprop_cli.models.base import Family, MetaModel, Parts, Source
-from alignprop_cli.sampling import Conditioning, Embeds
 from alignprop_cli.schedule import NoiseSchedule, Step
 
 CHANNELS, WIDTH, SIZE = 3, 4, 8

@@ -1,0 +1,198 @@
+"""What a configuration that came with weights may name: what is shipped, and what the user typed.
+
+The header of a LoRA and the config.yaml of a run folder may be somebody else's. They may set
+numbers and choose among what is shipped. Code to import, files to read and ids to fetch they may
+name only where the command line does too, or a preset or file that it names.
+"""
+
+from __future__ import annotations
+
+import functools
+import shlex
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from alignprop_cli.config import presets
+from alignprop_cli.config.schema import Config
+from alignprop_cli.errors import ConfigError, Problem
+
+TO_EVALUATE = ("model.id", "model.revision", "model.variant", "model.config", "eval.prompts")
+"""Keys that name a file, a hub id or a part of one, and that sampling and measuring read."""
+
+TO_RESUME = (*TO_EVALUATE, "train.prompts")
+"""The same for resuming a run; `lora.init` besides, where the run has no checkpoint yet."""
+
+_LONGEST = 200
+"""Characters of a foreign text that are shown."""
+
+_MISSING = object()
+
+
+@dataclass(frozen=True)
+class ShippedNames:
+    """What may be named without being typed, besides the values of the shipped presets.
+
+    Args:
+        models: Hub ids of the published base models.
+        prompts: Names of prompt sets.
+        rewards: For each shipped reward its options that name a file, a hub id or a prompt set,
+            with their defaults.
+    """
+
+    models: Collection[str]
+    prompts: Collection[str]
+    rewards: Mapping[str, Mapping[str, str | None]]
+
+
+@dataclass(frozen=True)
+class _Named:
+    """One thing that a configuration names: where, what, and why it matters."""
+
+    path: tuple[str, ...]
+    value: Any
+    why: str
+
+    @property
+    def is_code(self) -> bool:
+        return self.path[0] == "reward" and len(self.path) == 2
+
+
+def refuse_untyped(
+    config: Config,
+    typed: Mapping[str, Any],
+    shipped: ShippedNames,
+    *,
+    source: str,
+    keys: Sequence[str] = TO_EVALUATE,
+) -> None:
+    """Refuse a configuration that names code, files or hub ids which the user did not type.
+
+    Nothing is imported, opened or fetched here, and nothing may have been before.
+
+    Args:
+        config: The complete configuration, of recorded and typed values.
+        typed: The nested values that came from the command line alone, and from the presets and
+            files that it names.
+        shipped: What may be named without that.
+        source: Where the recorded values are from, for the message.
+        keys: Those that will be read; rewards always are.
+
+    Raises:
+        ConfigError: With everything refused, and the words to type that allow it.
+    """
+    found = _untyped(config, typed, shipped, keys)
+    if not found:
+        return
+    problems = [Problem(_shown(".".join(one.path)), one.why) for one in found]
+    raise ConfigError(
+        f"{source}: this configuration came with the weights, and asks for what you did not name",
+        problems,
+        hint=f"if you know and trust it, name it yourself: {line}"
+        if (line := _line(config, found)) is not None
+        else "it cannot be typed: write what you trust of it into a file of your own for --config",
+    )
+
+
+def words_to_type(
+    config: Config, shipped: ShippedNames, *, keys: Sequence[str] = TO_EVALUATE
+) -> str | None:
+    """Return what has to be typed to use a configuration where it is recorded; None is nothing."""
+    found = _untyped(config, {}, shipped, keys)
+    return _line(config, found) if found else None
+
+
+def _untyped(
+    config: Config, typed: Mapping[str, Any], shipped: ShippedNames, keys: Sequence[str]
+) -> list[_Named]:
+    """Return what is neither shipped nor typed."""
+    return [
+        one
+        for one in (*_places(config, shipped, keys), *_rewards(config, shipped))
+        if _at(typed, one.path) != one.value
+        and not (one.is_code and _at(typed, one.path) is not _MISSING)
+        and not any(_at(tree, one.path) == one.value for tree in _presets())
+    ]
+
+
+def _places(config: Config, shipped: ShippedNames, keys: Sequence[str]) -> Iterator[_Named]:
+    """Yield the paths and hub ids that a configuration names outside its rewards."""
+    defaults, values = Config().model_dump(), config.model_dump()
+    free = {"model.id": shipped.models}
+    for key in keys:
+        path = tuple(key.split("."))
+        value = _at(values, path)
+        allowed = free.get(key, shipped.prompts if path[-1] == "prompts" else ())
+        if value != _at(defaults, path) and value not in allowed:
+            yield _Named(path, value, f"{_shown(value)} is not shipped with alignprop")
+
+
+def _rewards(config: Config, shipped: ShippedNames) -> Iterator[_Named]:
+    """Yield the rewards that are code, and the options that may name a file or a hub id."""
+    for name, member in config.reward.items():
+        if ":" in name:
+            yield _Named(("reward", name), None, "this reward is code, which would be run")
+        places = shipped.rewards.get(name)
+        for option, value in member.options.items():
+            if places is None:
+                # Whatever others' code does with a text; a number is neither a path nor a command.
+                if not isinstance(value, bool | int | float | None):
+                    why = f"{_shown(value)} would be given to code that is not alignprop's"
+                    yield _Named(("reward", name, option), value, why)
+            elif option in places:
+                allowed = shipped.prompts if option == "prompts" else ()
+                if value not in (None, places[option], *allowed):
+                    why = f"{_shown(value)} is not shipped with alignprop"
+                    yield _Named(("reward", name, option), value, why)
+
+
+def _at(tree: object, path: Sequence[str]) -> Any:
+    """Return the value at a path in nested mappings, `_MISSING` where there is none."""
+    for part in path:
+        if not isinstance(tree, Mapping) or part not in tree:
+            return _MISSING
+        tree = cast(Mapping[str, object], tree)[part]
+    return tree
+
+
+@functools.cache
+def _presets() -> tuple[Mapping[str, Any], ...]:
+    """Return the values of all shipped presets."""
+    found: list[Mapping[str, Any]] = []
+    for name in presets.names():
+        layers = presets.Layers()
+        presets.read(presets.preset_path(name), layers)
+        found.append(layers.values)
+    return tuple(found)
+
+
+def _line(config: Config, found: Sequence[_Named]) -> str | None:
+    """Return the words of a shell that name all this; None where it cannot be typed or read."""
+    words: list[str] = []
+    if any(one.is_code for one in found):
+        # All of them: those of --reward replace those recorded.
+        if not all(map(_is_plain, config.reward)):
+            return None
+        words += ["--reward", ",".join(config.reward)]
+    for one in found:
+        key = ".".join(one.path)
+        if key == "model.id":
+            words += ["--model", one.value]
+        elif not one.is_code:
+            words += ["--set", presets.assignment(key, one.value)]
+        if one.path[0] == "reward" and not all(map(_is_plain, one.path)):
+            return None
+        if any("." in option for option in one.path[2:]):
+            return None
+    return shlex.join(words) if all(map(str.isprintable, words)) else None
+
+
+def _is_plain(name: str) -> bool:
+    """Return whether `--reward` and `--set` read a name as it is."""
+    return name.isprintable() and name.strip() == name and not set(name) & set(",=")
+
+
+def _shown(value: object) -> str:
+    """Return a foreign text so that it can neither flood a terminal nor steer it."""
+    text = value if isinstance(value, str) and value.isprintable() else repr(value)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

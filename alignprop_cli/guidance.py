@@ -1,0 +1,152 @@
+"""Classifier-free guidance: what the network is told, and how its two branches are combined.
+
+The only place where branches meet. A family says in a `Guidance` how it counts its scale.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from alignprop_cli.schedule import Step
+
+Denoise = Callable[[Tensor, Step], Tensor]
+"""(latents, step) -> noise_pred, guidance applied, same shape and dtype as latents."""
+
+
+@dataclass(frozen=True)
+class Embeds:
+    """What prompts become for the network.
+
+    Args:
+        tensors: By name, as the family's network reads them, e.g. {"hidden", "pooled"}; batched,
+            (B, ...), or of one prompt without that dimension.
+    """
+
+    tensors: Mapping[str, Tensor]
+
+    def to(self, device: torch.device) -> Embeds:
+        """Return the same on a device."""
+        return Embeds({name: tensor.to(device) for name, tensor in self.tensors.items()})
+
+    def __getitem__(self, rows: slice) -> Embeds:
+        return Embeds({name: tensor[rows] for name, tensor in self.tensors.items()})
+
+    def followed_by(self, other: Embeds) -> Embeds:
+        """Return both batches in one, this one's rows first."""
+        return Embeds(
+            {name: torch.cat([own, other.tensors[name]]) for name, own in self.tensors.items()}
+        )
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the network is told about the prompts of a batch.
+
+    Args:
+        text: Embeddings of the prompts, batched.
+        negative: The same for the unconditional branch; None: no classifier-free guidance.
+    """
+
+    text: Embeds
+    negative: Embeds | None = None
+
+    def __getitem__(self, rows: slice) -> Conditioning:
+        return Conditioning(self.text[rows], None if self.negative is None else self.negative[rows])
+
+
+Predict = Callable[[Tensor, float, Embeds], Tensor]
+"""(latents, timestep, embeds) -> noise_pred, one branch per row, unguided."""
+
+Rescale = Callable[[Tensor, Tensor], Tensor]
+"""(guided, text) predictions -> the guided one rescaled, for families that do so."""
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How the two branches of classifier-free guidance are combined.
+
+    Args:
+        scale: w, in the convention of diffusers for the family.
+        interval: (low, high) in sigma: calls at other noise levels run the text branch alone.
+        origin: Where the difference is added: "uncond" is u + w (c - u), "text" is c + w (c - u).
+        rescale: Applied to the guided prediction; None leaves it.
+
+    Source of the interval: Kynkaanniemi et al. 2024, arXiv:2404.07724.
+    """
+
+    scale: float
+    interval: tuple[float, float] = (0.0, 1.0)
+    origin: Literal["uncond", "text"] = "uncond"
+    rescale: Rescale | None = None
+
+    @property
+    def enabled(self) -> bool:
+        """Return whether any call needs both branches."""
+        return self.scale != (1.0 if self.origin == "uncond" else 0.0)
+
+    def applies(self, sigma: float) -> bool:
+        """Return whether a call at this noise level needs both branches."""
+        return self.enabled and self.interval[0] <= sigma <= self.interval[1]
+
+    def combine(self, noise_pred_uncond: Tensor, noise_pred_text: Tensor) -> Tensor:
+        """Return the guided prediction, shape (B, C, h, w). Differentiable in both."""
+        scale = self.scale + (self.origin == "text")
+        guided = guide(noise_pred_uncond, noise_pred_text, scale)
+        return guided if self.rescale is None else self.rescale(guided, noise_pred_text)
+
+
+def guided(predict: Predict, conditioning: Conditioning, guidance: Guidance) -> Denoise:
+    """Return the guided network call of a batch.
+
+    Both branches go through the network in one batch, the unconditional one first; where guidance
+    does not apply the text branch runs alone.
+
+    Args:
+        predict: The network, unguided.
+        conditioning: Of B prompts.
+        guidance: How the branches are combined.
+
+    Returns:
+        (latents, step) -> noise_pred, in latents' dtype. It may be given fewer than B rows: they
+        are the first ones. Differentiable in latents and in the trainable parameters of `predict`.
+    """
+
+    @functools.cache
+    def first(rows: int) -> tuple[Embeds, Embeds | None]:
+        part = conditioning[slice(rows)]
+        both = None if part.negative is None else part.negative.followed_by(part.text)
+        return part.text, both
+
+    def denoise(latents: Tensor, step: Step) -> Tensor:
+        text, both = first(len(latents))
+        if both is None or not guidance.applies(step.sigma):
+            return predict(latents, step.timestep, text)
+        # One use of latents, so that its gradient is the same sum where the call is recomputed.
+        branches = predict(latents.repeat(2, 1, 1, 1), step.timestep, both)
+        return guidance.combine(*branches.chunk(2))
+
+    return denoise
+
+
+def guide(noise_pred_uncond: Tensor, noise_pred_text: Tensor, guidance_scale: float) -> Tensor:
+    """Combine the unconditional and the conditional prediction by classifier-free guidance.
+
+    noise_pred = uncond + w (text - uncond) with w = guidance_scale; w = 1 returns the text branch.
+
+    Args:
+        noise_pred_uncond: Prediction for the empty (or negative) prompt, shape (B, C, h, w).
+        noise_pred_text: Prediction for the prompt, same shape and dtype.
+        guidance_scale: w, dimensionless, in the convention of diffusers: 1 means no guidance.
+
+    Returns:
+        noise_pred, shape (B, C, h, w). Differentiable in both predictions.
+
+    Source: Ho & Salimans 2022, arXiv:2207.12598, eq. 6, whose w is ours minus 1.
+    """
+    return noise_pred_uncond + guidance_scale * (noise_pred_text - noise_pred_uncond)
