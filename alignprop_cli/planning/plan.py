@@ -39,7 +39,7 @@ _LARGEST = {"cuda": 16, "cpu": 8}
 _LARGEST_ROLLOUT = {"cuda": 16}
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class PlanRequest(Chain):
     """What a plan is wanted for, and what of it is given.
 
@@ -80,7 +80,7 @@ class PlanRequest(Chain):
         return "auto" in (self.micro_batch, *network)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Plan(Division):
     """What one optimiser step does.
 

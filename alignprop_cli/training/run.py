@@ -86,7 +86,7 @@ def describe(
     request = planning.plan_request(config, gpus or accelerator.num_processes)
     plan = make_plan(request, footprint=footprint, budget=budget)
     values = {
-        "plan": asdict(plan),
+        "plan": {**asdict(plan), "accumulation": plan.accumulation},
         "budget": asdict(budget),
         "uncounted": list(footprint.uncounted),
         "config": config.model_dump(mode="json"),
