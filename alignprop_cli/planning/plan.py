@@ -52,6 +52,8 @@ class PlanRequest(Chain):
         checkpoint_network: What backward recomputes.
         checkpoint_decoder: Likewise.
         checkpoint_reward: Likewise.
+        group: Images of the batch whose calls with gradient are the same, and so can go together;
+            None: all of them.
         advice: What the user can change, by the part of the estimate that it makes smaller.
     """
 
@@ -63,6 +65,7 @@ class PlanRequest(Chain):
     checkpoint_network: Level | Auto = "auto"
     checkpoint_decoder: bool | Auto = "auto"
     checkpoint_reward: bool | Auto = "auto"
+    group: int | None = None
     advice: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @property
@@ -306,9 +309,11 @@ def _with_micro_batch(choice: Plan, request: PlanRequest, micro: int, device_typ
 
 def _micro_batches(request: PlanRequest, device_type: str) -> list[int]:
     """Return the micro-batches to choose from, smallest first."""
+    # Only images of one path go back together.
+    together = math.ceil((request.group or request.batch_size) / request.processes)
     if request.micro_batch != "auto":
-        return [request.micro_batch]
-    limit = _LARGEST.get(device_type, 1)
+        return [min(request.micro_batch, together)]
+    limit = min(_LARGEST.get(device_type, 1), together)
     return [m for m in _divisors(request.share)[::-1] if m <= limit]
 
 

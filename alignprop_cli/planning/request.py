@@ -12,7 +12,14 @@ from pydantic import ByteSize, TypeAdapter, ValidationError
 from alignprop_cli.config.schema import Config, GradientConfig, RewardConfig
 from alignprop_cli.device import resolve_dtype
 from alignprop_cli.errors import ConfigError
-from alignprop_cli.estimators import Estimator, full, gaussian_k, last_k, random_k
+from alignprop_cli.estimators import (
+    Estimator,
+    full,
+    gaussian_k,
+    last_k,
+    random_k,
+    window_group,
+)
 from alignprop_cli.lora import layers as lora
 from alignprop_cli.models import families
 from alignprop_cli.models.meta import meta_model
@@ -46,11 +53,13 @@ def plan_request(config: Config, processes: int, estimator: Estimator | None = N
         estimator: Where the gradient flows; None is what the configuration names.
     """
     train, gradient = config.train, config.gradient
+    estimator = estimator or make_estimator(gradient)
+    group = gradient.window_group or window_group(train.batch_size)
     return PlanRequest(
         batch_size=train.batch_size,
         processes=processes,
         num_inference_steps=config.sample.num_inference_steps,
-        estimator=estimator or make_estimator(gradient),
+        estimator=estimator,
         rollout_steps=gradient.rollout_steps,
         rollout_batch=train.rollout_batch,
         micro_batch=train.micro_batch,
@@ -58,6 +67,7 @@ def plan_request(config: Config, processes: int, estimator: Estimator | None = N
         checkpoint_network=gradient.checkpoint_network,
         checkpoint_decoder=gradient.checkpoint_decoder,
         checkpoint_reward=gradient.checkpoint_reward,
+        group=group if estimator.calls.uniforms else None,
         advice=_advice(config),
     )
 

@@ -124,24 +124,26 @@ def test_the_adapter_draws_the_same_pictures_in_plain_diffusers(run) -> None:
     pipeline.set_progress_bar_config(disable=True)
 
     from alignprop_cli.config import presets
-    from alignprop_cli.evaluation import draw as evaluator
+    from alignprop_cli.evaluation.draw import choose_samples, draw_samples
+    from alignprop_cli.lora import files
     from alignprop_cli.lora import layers as lora
-    from alignprop_cli.models.families import load_model
+    from alignprop_cli.models.families import open_model, sampler
+    from alignprop_cli.prompts import load_prompts
     from alignprop_cli.rewards.mixture import build_mixture
 
     config = presets.resolve(config=Path("r/config.yaml"))
-    model = load_model(config.model, torch.device("cpu"))
-    model.load_lora(Path(summary["adapter"]))
-    assert lora.is_present(model.network)
+    samples = choose_samples(load_prompts("shapes-heldout"), 3)
+    prompts = [sample.prompt for sample in samples]
+    model = open_model(config.model, [*prompts, ""], torch.device("cpu"))
+    lora.load(model.network.module, files.read(Path(summary["adapter"])), model.id)
+    assert lora.is_present(model.network.module)
     mixture = build_mixture(config.reward, config.loss, torch.device("cpu"))
-    from alignprop_cli.prompts import load_prompts
-
-    pictures = evaluator.choose(load_prompts("shapes-heldout"), 3)
-    ours = evaluator.draw(model, pictures, mixture, config.sample, seed=0, batch_size=2)
-    keys = [(p.prompt_index, p.image_index) for p in pictures]
-    latents = rng.image_noise(0, "eval_noise", keys, model.latent_shape(None, None))
+    how = sampler(config.sample, model.family)
+    ours = draw_samples(model, samples, mixture, how, seed=0, batch_size=2)
+    keys = [(s.prompt_index, s.image_index) for s in samples]
+    latents = rng.image_noise(0, "eval_noise", keys, model.network.latent_shape(None, None))
     theirs = pipeline(
-        [p.prompt for p in pictures],
+        prompts,
         latents=latents,
         num_inference_steps=config.sample.num_inference_steps,
         guidance_scale=config.sample.guidance_scale,
@@ -151,7 +153,7 @@ def test_the_adapter_draws_the_same_pictures_in_plain_diffusers(run) -> None:
     assert np.abs(theirs - ours.images / 255.0).max() < 0.5 / 255.0 + 1e-3
     pipeline.unload_lora_weights()
     plain = pipeline(
-        [p.prompt for p in pictures],
+        prompts,
         latents=latents,
         num_inference_steps=config.sample.num_inference_steps,
         guidance_scale=config.sample.guidance_scale,
@@ -199,7 +201,7 @@ BAD = [
     (("--set", "lora.rank=true"), 2, ["lora.rank", "no true or false", "got True"]),
     (("--output", "full/mine.txt/run"), 2, ["cannot make the folder"]),
     (("--config", "tagged.yaml"), 2, ["tagged.yaml", "cannot be read"]),
-    (("--set", "lora.target_modules=[nope]"), 2, ["no layer of the model ends with", "nope"]),
+    (("--set", "lora.target_modules=[nope]"), 2, ["no layer of the model is found", "nope"]),
     (("--set", "lora.init=other"), 3, ["other"]),
     (("--resume", "nowhere"), 2, ["exclude each other"]),
     (("--config", "broken.yaml"), 2, ["broken.yaml", "not valid YAML"]),

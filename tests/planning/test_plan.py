@@ -128,6 +128,18 @@ def test_what_a_given_micro_batch_leaves_over_is_a_smaller_one() -> None:
     assert (plan.share, plan.micro_batch, plan.accumulation) == (10, 4, 3)
 
 
+def test_a_micro_batch_is_no_larger_than_the_images_that_share_their_calls() -> None:
+    """Of a random method those of one group, divided among the processes; otherwise all."""
+    one = {"method": "random_k", "window_group": 6}
+    for gradient, processes, most in ((one, 1, 6), (one, 4, 2), ({"method": "last_k"}, 1, 24)):
+        request = asked(gradient, processes=processes, batch_size=24, micro_batch=24 // processes)
+        plan = make_plan(request, footprint=footprint(), budget=gpu(1000))
+        assert plan.micro_batch == most
+    # The default: 24 images are 3 groups of 8.
+    request = asked({"method": "random_k"}, batch_size=24)
+    assert make_plan(request, footprint=footprint(), budget=gpu(1000)).micro_batch == 8
+
+
 def test_with_enough_memory_nothing_is_recomputed() -> None:
     plan = make_plan(asked(batch_size=8), footprint=footprint(), budget=gpu(1000))
     assert (plan.checkpoint_network, plan.checkpoint_decoder) == ("none", False)
