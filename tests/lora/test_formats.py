@@ -360,10 +360,10 @@ REFUSED: dict[str, tuple[dict[str, Tensor], type[AlignPropError], str]] = {
         AssetError,
         "unexpected tensor",
     ),
-    "a transformer": (
-        {n.replace("unet.", "transformer."): v for n, v in PAIR.items()},
+    "another part": (
+        {n.replace("unet.", "vae."): v for n, v in PAIR.items()},
         AssetError,
-        r"unexpected tensor transformer\.x",
+        r"unexpected tensor vae\.x",
     ),
     "no prefix": ({n[5:]: v for n, v in PAIR.items()}, AssetError, r"unexpected tensor x\.to_q"),
     "names of sdxl": (

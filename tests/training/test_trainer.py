@@ -396,7 +396,7 @@ def test_three_batches_divide_the_same_step(method: str, monkeypatch: pytest.Mon
         gradient={"method": method, "k": 2, "window_group": 2},
         train={"max_grad_norm": None, "micro_batch": "auto"},
     )
-    divisions = [(8, 8, 8), (8, 4, 2), (3, 2, 1), (1, 1, 1), (5, 3, 2)]
+    divisions = [(8, 8, 8), (8, 4, 2), (3, 2, 1), (1, 1, 1), (5, 3, 2)]  # roll-out, micro, decode
 
     def gradient(plan: Plan) -> torch.Tensor:
         draw = rng.image_noise
@@ -416,16 +416,27 @@ def test_three_batches_divide_the_same_step(method: str, monkeypatch: pytest.Mon
 
 
 def test_the_default_group_gives_one_gradient_on_any_machine() -> None:
+    """In float32. (With the network of `clip` a few images have gradients 60 times the others', and
+    rounding then reaches 3e-5; that it is rounding the float64 test above shows.)
+    """
     config = small_config(
-        sample={"eta": 0.0, "num_inference_steps": 3},
+        sample={"eta": 0.0},
         gradient={"window_group": None},
         train={"max_grad_norm": None, "micro_batch": "auto", "batch_size": 16},
     )
-    whole = gradient_of_a_step(config, division(8, 8, 8, 16))
-    assert float(whole.norm()) > 1e-4
+    member = Member("colourfulness", pixel.colourfulness, 1.0, config.loss)
+
+    def gradient(micro_batch: int) -> torch.Tensor:
+        plan = division(8, micro_batch, micro_batch, 16)
+        trainer = make_trainer(config, Mixture([member]), plan)
+        hold_still(trainer)
+        trainer.step()
+        return torch.cat([p.grad.flatten() for p in parameters(trainer)])
+
+    whole = gradient(8)
+    assert float(whole.norm()) > 1e-3
     for micro_batch in (1, 2, 4):
-        divided = gradient_of_a_step(config, division(8, micro_batch, micro_batch, 16))
-        assert relative_difference(divided, whole) < 1e-5
+        assert relative_difference(gradient(micro_batch), whole) < 1e-5
 
 
 class ThroughFloat16(torch.autograd.Function):
