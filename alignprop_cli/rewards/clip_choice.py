@@ -59,8 +59,8 @@ class ClipChoice(ClipReward):
         own = scale * (seen * self.text_features(prompts)).sum(dim=-1, keepdim=True)
         with without_autocast(images.device):
             others = scale * seen @ self.text_features(self.choices).T  # (B, N)
-        # 2. The denominator: every prompt. The own one is masked where the set holds it too, so that
-        # it counts once.
+        # 2. The denominator: every prompt. The own one is masked where the set holds it too, so it
+        # counts once.
         is_own = self._mask([[c == prompt for c in self.choices] for prompt in prompts])
         everything = torch.cat([own, others.masked_fill(is_own, -torch.inf)], dim=1)
         # 3. The numerator: the own prompt and those alike, whose probabilities add up.

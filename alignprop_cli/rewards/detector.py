@@ -82,7 +82,7 @@ class Detector:
                     f"{option}: expected a detector of the kinds {', '.join(_THRESHOLD)}, "
                     f"{model} is a '{config.model_type}'"
                 )
-            # YOLOS has fixed classes; OWLv2 compares boxes with words, which are encoded once, here.
+            # YOLOS has fixed classes; OWLv2 compares boxes with text features, computed once.
             if config.model_type == "yolos":
                 self.network: Any = from_pretrained(YolosForObjectDetection, model, option=option)
                 self._words = None

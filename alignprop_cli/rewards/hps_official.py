@@ -41,8 +41,8 @@ class OfficialHps:
                 f"reward.hps-official.version: unknown version '{version}'",
                 hint=f"known: {', '.join(FILES)}",
             )
-        # 1. The package, with its own changed copy of open_clip. It fails to import in several ways,
-        # each with a fix of its own.
+        # 1. The package, with its own changed copy of open_clip. It fails to import in two ways, each
+        # with its own fix.
         try:
             from hpsv2.src import open_clip  # type: ignore[import-not-found]
         except (ImportError, FileNotFoundError) as error:

@@ -82,7 +82,7 @@ class ImageReward(FrozenReward):
             self._head = _head(_below(state, "mlp.layers."), self._text.config.hidden_size)
         with loading("reward.imagereward.tokenizer", tokenizer):
             self._tokenizer: Any = BertTokenizer.from_pretrained(tokenizer)
-        # A larger vocabulary would index past the embedding, an obscure device-side assert on a GPU.
+        # A larger vocabulary would index past the embedding: on a GPU a device-side assert.
         if len(self._tokenizer) > self._text.config.vocab_size:
             raise AssetError(
                 f"reward.imagereward.tokenizer: {tokenizer} has {len(self._tokenizer)} tokens, the "

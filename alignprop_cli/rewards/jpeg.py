@@ -117,7 +117,7 @@ def _measure(reward: str, measure: str, quality: int | None) -> Callable[[Tensor
 
 
 def true_size(images: Tensor) -> Tensor:
-    """Return the true size of the files as DDPO defines it: quality 95, whatever the reward uses."""
+    """Return the true size of the files as in DDPO: at quality 95, whatever the reward uses."""
     return jpeg_kilobytes(to_uint8(images))
 
 
@@ -179,8 +179,8 @@ def estimated_kilobytes(images: Tensor, quality: int = 95) -> Tensor:
 
 # Bytes of markers and tables in a colour JPEG that Pillow writes with the standard Huffman tables.
 _HEADER_BYTES = 623
-# Bits of a flat 16 x 16 block: for each of four luma blocks 2 (mean unchanged) + 4 (end of block), for
-# each of two chroma blocks 2 + 2. The codes of ITU-T T.81, tables K.3 to K.6.
+# Bits of a flat 16 x 16 block: 2 (mean unchanged) + 4 (end of block) for each of four luma blocks,
+# 2 + 2 for each of two chroma blocks. The codes of ITU-T T.81, tables K.3 to K.6.
 _FLAT_BITS = 32
 # e of `estimated_kilobytes`, in steps of the quantisation table.
 _SMOOTHING = 0.1
@@ -195,12 +195,12 @@ def _bits(coefficients: Tensor) -> Tensor:
 def _planes(images: Tensor) -> tuple[Tensor, Tensor]:
     """Return luma (B, 1, H, W) and the two chromas at half size, in [0, 255], padded to blocks."""
     height, width = images.shape[-2:]
-    # Like an encoder, repeat the last row and column up to whole blocks of 16 x 16. Negative numbers
-    # modulo 16 are the pixels that are missing.
+    # Like an encoder, repeat the last row and column up to whole blocks of 16 x 16: -n % 16 pixels
+    # are missing.
     padded = pad(255.0 * images, (0, -width % 16, 0, -height % 16), mode="replicate")
     red, green, blue = padded.unbind(dim=1)
-    # The weights of JFIF, after Rec. 601. JFIF adds 128 to the chromas, which no coefficient but the
-    # mean sees, and of means only differences count.
+    # JFIF, after Rec. 601, without its offset of 128 to the chromas: it changes only the means of
+    # blocks, of which only differences are coded.
     luma = 0.299 * red + 0.587 * green + 0.114 * blue  # (B, H, W)
     chroma = torch.stack([(blue - luma) / 1.772, (red - luma) / 1.402], dim=1)
     return luma[:, None], avg_pool2d(chroma, 2)  # (B, 1, H, W), (B, 2, H / 2, W / 2)

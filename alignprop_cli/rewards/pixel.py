@@ -42,7 +42,7 @@ def redness(images: Tensor, prompts: Sequence[str]) -> Tensor:
 def contrast(images: Tensor, prompts: Sequence[str]) -> Tensor:
     """Return the standard deviation of luma, in [0, 0.5]. Differentiable in images."""
     variance = _luma(images).flatten(1).var(dim=1, correction=0)  # (B,)
-    # The gradient of the root is infinite at a flat image; the small offset makes it zero there.
+    # Without the offset the gradient at a flat image would be NaN, infinity times 0; with it, 0.
     return torch.sqrt(variance + 1e-12)
 
 
