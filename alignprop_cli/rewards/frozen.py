@@ -127,7 +127,7 @@ class MetaReward(FrozenReward):
 def without_network(
     reward: Callable[[Tensor, Sequence[str]], Tensor],
 ) -> Callable[[Tensor, Sequence[str]], Tensor]:
-    """Let a reward that has no weights and reads no prompt be its own `MetaReward` (a decorator)."""
+    """Decorate a reward without weights that reads no prompt: it is its own `MetaReward`."""
 
     # Plain tensor operations run on the meta device as they are.
     def on_meta(dtype: torch.dtype) -> MetaReward:

@@ -41,7 +41,7 @@ class OfficialHps:
                 f"reward.hps-official.version: unknown version '{version}'",
                 hint=f"known: {', '.join(FILES)}",
             )
-        # 1. The package, with its own changed copy of open_clip. It fails to import in two ways, each
+        # 1. The package, with its own changed copy of open_clip. Its import fails in two ways, each
         # with its own fix.
         try:
             from hpsv2.src import open_clip  # type: ignore[import-not-found]
