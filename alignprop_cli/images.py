@@ -21,8 +21,8 @@ class _Saturate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, grad_output: Tensor) -> Tensor:  # type: ignore[override]
         (images,) = cast(tuple[Tensor], ctx.saved_tensors)  # type: ignore[attr-defined]
-        # Descent moves a pixel against its gradient: a positive one brings a pixel above 1 back, and
-        # a negative one a pixel below 0. The opposite signs would push it further out of range.
+        # Descent moves a pixel against its gradient: a positive one brings a pixel above 1 back, a
+        # negative one a pixel below 0. The opposite signs would push it further out of range.
         outward = ((images > 1.0) & (grad_output < 0.0)) | ((images < 0.0) & (grad_output > 0.0))
         return grad_output.masked_fill(outward, 0.0)
 

@@ -85,8 +85,8 @@ HPD_STYLES = ("anime", "concept-art", "paintings", "photo")
 SETS = (*BUILT_IN, "hpd", *(f"hpd:{style}" for style in HPD_STYLES))
 """The names of all sets that are not files."""
 
-# Each style has this many prompts, so they can be counted without a download.
 _HPD = "zhwang/HPDv2"
+# In each style; known here, so that prompts can be counted without a download.
 _HPD_PROMPTS = 800
 
 # What a prompt may be called in objects and tables. The first that is present counts.
@@ -155,7 +155,7 @@ def _rows(path: Path, name: str) -> list[tuple[str, Any]]:
 
 
 def _built_in(name: str) -> list[str]:
-    """Return the prompts of a built-in set; import the function that makes them, if there is one."""
+    """Return the prompts of a built-in set, from the function that makes them if there is one."""
     prompts = BUILT_IN[name].prompts
     if isinstance(prompts, str):
         module, _, function = prompts.partition(":")
