@@ -40,8 +40,8 @@ _SIDECARS = (".txt", ".caption")
 # Images of HPSv2's benchmark are numbered 00000.jpg, 00001.jpg, ...
 _HPD_NAME = re.compile(r"\d{5}")
 
-# Prompts may be longer than the csv module's limit of 131072 characters. It is a C long, which has 32
-# bits on Windows.
+# Prompts may be longer than the csv module's default limit of 131072 characters. The limit is a C
+# long, which has 32 bits on Windows.
 csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
 
 Table = dict[str, str]

@@ -43,8 +43,7 @@ _UNREADABLE = (
 # Tags of EXIF, by their numbers in the standard.
 _EXIF_FOLDER = 0x8769
 _USER_COMMENT = 0x9286
-# A comment begins with eight bytes that name its encoding. The standard says JIS or undefined for
-# zeros; in practice that is UTF-8.
+# A comment begins with eight bytes that name its encoding. Zeros leave it open: UTF-8 is tried.
 _CHARACTER_CODES = {b"ASCII\0\0\0": "ascii", b"UNICODE\0": "utf-16-be", b"\0" * 8: "utf-8"}
 
 Pixels = NDArray[np.uint8]
@@ -94,7 +93,7 @@ def expand_names(names: Iterable[str]) -> list[str]:
 def find_images(names: Iterable[str]) -> list[Found]:
     """Return the image files that names stand for: files, folders with all below them, patterns.
 
-    A file that is named is taken whatever its suffix. The files of a folder or a pattern are sorted,
+    A file that is named is taken whatever its suffix. Those of a folder or a pattern are sorted,
     and no file is returned twice.
 
     Raises:
@@ -173,7 +172,7 @@ def read_image(path: Path) -> Decoded:
             if max(image.size) > _LONGEST_RATIO * min(image.size):
                 raise ValueError(f"{image.width} x {image.height} px: too long for its width")
             image.load()  # all of it, so that a truncated file is refused here
-            # PNG's texts, which Pillow keeps in `info` with numbers and bytes of other formats.
+            # Pillow keeps the texts of a PNG in `info`, together with values of other types.
             texts = {
                 k: v for k, v in image.info.items() if isinstance(k, str) and isinstance(v, str)
             }

@@ -75,7 +75,7 @@ def _show(console: Console, tally: Tally) -> None:
 
 def _write_gallery(file: Path, tally: Tally) -> None:
     """Write a page of the best images."""
-    # Decoded a second time: which ones are the best was not known before, and all do not fit in memory.
+    # Decoded again: while they were measured, it was not known which are the best.
     cards: list[page.Card] = []
     for row in tally.ranked(tally.wanted.top or GALLERY):
         try:

@@ -98,7 +98,7 @@ def choose_format(
 def to_standard_output(
     chosen: Format, names: Sequence[str], *, listed: bool
 ) -> Iterator[Callable[[Row], None]]:
-    """Yield a function that prints a row as csv or jsonl; nothing if `listed`, a table at the end."""
+    """Yield a function that prints a row as csv or jsonl; it does nothing if `listed` in a table."""
     if listed:
         yield lambda row: None
         return
@@ -128,8 +128,8 @@ def to_file(
         settings: What the rows depend on; `resume` compares them.
         kept: Rows of an earlier run to begin with.
     """
-    # 1. A new partial file. It replaces the old one only when the kept rows are on the disk, so that
-    # no crash can lose them. Its name has the process's number: two runs never share it.
+    # 1. A new partial file, under a name with the process's number, so that no other run uses it. It
+    # replaces the old one when the kept rows are on the disk, so that no crash can lose them.
     partial = partial_of(target)
     started = partial.with_name(f".{partial.name}.{os.getpid()}")
     try:
@@ -170,7 +170,7 @@ def resume(
         AssetError: If the file cannot be read.
         ConfigError: If it was made with other rewards or prompts.
     """
-    # 1. An interrupted run: the first line of the partial file has its settings, which must be equal.
+    # 1. An interrupted run: its settings, in the first line of the partial file, must be the same.
     partial = partial_of(target)
     if partial.is_file():
         header, *rows = _lines(partial, torn=True) or [{}]
@@ -184,7 +184,7 @@ def resume(
         rows = _read(target, chosen, names)
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise AssetError(f"--resume: cannot read {target}: {error}") from error
-    # A complete file has no settings in it. At least its columns and the prompt of --prompt must fit.
+    # A complete file has no settings in it, but its columns and the prompt of --prompt must fit.
     prompt = settings["prompt"]
     for row in rows:
         if tuple(row) != columns(names):
@@ -231,8 +231,8 @@ def _csv(cells: Sequence[Any]) -> str:
 def _lines(file: Path, *, torn: bool) -> list[Row]:
     """Return the lines of JSON; the last line of a torn file may be cut off."""
     try:
-        # Not splitlines(): a prompt may contain line separators other than \n. What follows the last
-        # \n is empty or, in a torn file, half a row.
+        # Not splitlines(): a prompt may contain line separators other than \n. After the last \n is
+        # nothing or, in a torn file, half a row.
         lines = file.read_text(**_TEXT).split("\n")
         rows = [json.loads(line) for line in (lines[:-1] if torn else lines) if line]
         if not all(isinstance(row, dict) for row in rows):
