@@ -98,7 +98,7 @@ def choose_format(
 def to_standard_output(
     chosen: Format, names: Sequence[str], *, listed: bool
 ) -> Iterator[Callable[[Row], None]]:
-    """Yield a function that prints a row as csv or jsonl; it does nothing if `listed` in a table."""
+    """Yield a function that prints a row as csv or jsonl; it does nothing if rows are `listed`."""
     if listed:
         yield lambda row: None
         return
@@ -128,7 +128,7 @@ def to_file(
         settings: What the rows depend on; `resume` compares them.
         kept: Rows of an earlier run to begin with.
     """
-    # 1. A new partial file, under a name with the process's number, so that no other run uses it. It
+    # 1. A new partial file, with the process's number in its name, so that no other run uses it. It
     # replaces the old one when the kept rows are on the disk, so that no crash can lose them.
     partial = partial_of(target)
     started = partial.with_name(f".{partial.name}.{os.getpid()}")

@@ -30,8 +30,8 @@ from alignprop_cli.tiny.language import (
 
 # Area of the smallest object, about a third of that in a drawing; smaller pieces are specks.
 _SMALLEST_PX = 22
-# Side of the window on which pieces and templates are compared: the largest drawn shape is 22 pixels
-# wide. Odd, so that it has a pixel in the middle.
+# Side of the window on which pieces and templates are compared. The widest shape of a drawing takes
+# 22 pixels, so pieces may be larger. Odd, so that there is a pixel in the middle.
 _WINDOW_PX = 33
 
 

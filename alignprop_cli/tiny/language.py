@@ -41,8 +41,8 @@ Floats = NDArray[np.float64]
 
 # Colours of a drawing differ from those above by up to this, of 255.
 _SHADE = 6.0
-# In radii: how far the tip of a triangle is from its centre, sqrt(4 pi / (3 sqrt(3))) = 1.555, the most
-# of all shapes; and the least distance of two centres, so that objects never touch.
+# In radii: the distance of a triangle's tip from its centre, sqrt(4 pi / (3 sqrt(3))) = 1.555, the
+# longest of all shapes, and the least distance of two centres, so that objects do not touch.
 _REACH = 1.56
 _APART = 3.0
 # Inner over outer radius of a star.
@@ -81,7 +81,7 @@ def is_heldout(scene: Scene) -> bool:
     16 of the 96 triples (count, colour, shape) are held out, one colour for each count and shape.
     Every two words of a held-out triple are seen together in other triples.
     """
-    # A Latin square: each count and shape has its own colour, and each colour several of them.
+    # For each count and shape this is true for exactly one colour.
     triple = scene.count + list(COLOURS).index(scene.colour) + SHAPES.index(scene.shape)
     return triple % len(COLOURS) == 0
 
@@ -219,8 +219,8 @@ def _polygon_distance(x: Floats, y: Floats, corners: Floats) -> Floats:
 
 def _place(count: int, radius: float, rng: np.random.Generator) -> Floats:
     """Return centres (x, y), shape (count, 2), so that objects are inside and do not touch."""
-    # Rejection: candidates that are too close to an earlier one are dropped. 12 tries of 16 suffice
-    # nearly always.
+    # Drop random candidates that are too close to an earlier one. 12 tries of 16 candidates suffice
+    # for small objects and for few, but seldom for four large ones.
     margin, apart = _REACH * radius + 0.3, _APART * radius + 1.0
     for _ in range(12):
         tries = rng.uniform(margin, SIZE_PX - margin, size=(16, 2))
