@@ -101,8 +101,8 @@ def _start_encoder(vae: AutoencoderKL, project: Tensor, mean: Tensor) -> None:
         shortcut.weight[at : at + LATENTS, :, 0, 0] = sign * project
         shortcut.bias[at : at + LATENTS] = -sign * offset
     shortcut.bias[-2], shortcut.bias[-1] = _ANCHOR, -_ANCHOR
-    # 3. The difference of both signs is the latent. 1.6 about undoes the normalisation before it: the
-    # standard deviation of 64 channels with 24 signals is sqrt((2 x 8^2 + 24) / 64) = 1.54.
+    # 3. The difference of both signs is the latent. 1.6 about undoes the normalisation before it:
+    # 64 channels with 2 anchors and 24 signals have a scale of sqrt((2 x 8^2 + 24) / 64) = 1.54.
     out = encoder.conv_out
     out.weight.zero_()
     out.bias.zero_()
@@ -242,8 +242,8 @@ def measure(vae: AutoencoderKL, count: int) -> dict[str, float]:
 def fold_statistics(vae: AutoencoderKL, images: Tensor) -> None:
     """Give every latent channel mean 0 and standard deviation 1 on some images.
 
-    The UNet then needs no scaling factor. Only the two 1 x 1 convolutions around the latents change,
-    and reconstructions stay the same.
+    The UNet then needs no scaling factor. Only the two 1 x 1 convolutions around the latents
+    change, and reconstructions stay the same.
 
     Args:
         vae: Changed in place.

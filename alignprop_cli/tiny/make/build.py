@@ -37,7 +37,7 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     words = tokenizer.save(work / "tokenizer")
-    # A stage caches what it computed with the weights of an earlier one; new weights make it useless.
+    # A stage caches what it made with the weights of an earlier one; new weights make it useless.
     if stage in ("autoencoder", "all"):
         vae = autoencoder.train(work, device, STEPS["autoencoder"])
         (work / "latents.pt").unlink(missing_ok=True)
