@@ -1,4 +1,4 @@
-"""The only printer: results go to standard output, everything for people to standard error."""
+"""The only module that prints: results to standard output, messages to standard error."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from alignprop_cli.errors import AlignPropError
 
 
 class _Rate(ProgressColumn):
-    """Seconds for each, or how many a second."""
+    """Items per second or, where they are slow, seconds per item."""
 
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
@@ -39,54 +39,56 @@ class _Rate(ProgressColumn):
 
 
 class Bar:
-    """One progress bar; `advance` moves it, and shows a text such as the smoothed reward."""
+    """A progress bar with a text at its end, such as the smoothed reward."""
 
     def __init__(self, progress: Progress | None, total: int, label: str) -> None:
         self._progress = progress
         self._task = None if progress is None else progress.add_task(label, total=total, note="")
 
     def advance(self, count: int = 1, note: str | None = None) -> None:
-        """Move on by `count`; `note` replaces the text at the end of the line."""
+        """Advance by `count`; `note` replaces the text at the end of the line."""
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, advance=count)
             if note is not None:
+                # Escaped, here and below: names and prompts may hold [brackets], rich's markup.
                 self._progress.update(self._task, note=escape(note))
 
 
 class Console:
-    """Prints for people, or one JSON object, or nothing but errors.
+    """Prints results, notes, warnings and errors, for people or for programs.
 
     Args:
-        as_json: The result is one JSON object on standard output, nothing else is printed there.
-        quiet: No progress, no notes; results, warnings and errors remain.
+        as_json: Print the result as one JSON object; nothing else goes to standard output.
+        quiet: Print no progress and no notes; results, warnings and errors remain.
     """
 
     def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json = as_json
         self.quiet = quiet
+        # soft_wrap: the terminal breaks lines, so that copied paths and commands stay whole.
         self._out = RichConsole(highlight=False, emoji=False, soft_wrap=True)
         self._err = RichConsole(stderr=True, highlight=False, emoji=False, soft_wrap=True)
         if not self._out.is_terminal:
-            # In a file or a pipe a table is as wide as it needs to be.
+            # In a file or a pipe rich would take 80 columns and cut tables.
             self._out.width = 200
 
     def note(self, text: str) -> None:
-        """Tell people something on standard error, unless quiet."""
+        """Print a message on standard error, unless quiet."""
         if not self.quiet:
             self._err.print(escape(text))
 
     def warn(self, text: str) -> None:
-        """Warn on standard error."""
+        """Print a warning on standard error."""
         self._err.print(f"[yellow]warning:[/] {escape(text)}")
 
     def error(self, error: AlignPropError) -> None:
-        """Print a known error and what to do about it on standard error."""
+        """Print an error and its hint on standard error."""
         self._err.print(f"[red]error:[/] {escape(error.message)}")
         if error.hint:
             self._err.print(f"[cyan]hint:[/] {escape(error.hint)}")
 
     def text(self, text: str) -> None:
-        """Print a result as it is on standard output."""
+        """Print a text result on standard output."""
         self._out.print(escape(text))
 
     def result(self, schema: str, values: Mapping[str, Any], human: Sequence[Any] = ()) -> None:
@@ -95,12 +97,12 @@ class Console:
         Args:
             schema: Name and version of the object, such as alignprop.train/1.
             values: The object; non-finite numbers become null.
-            human: Texts and tables to print instead when not in JSON mode.
+            human: Texts and tables that are printed instead if the result is not JSON.
         """
         if self.as_json:
-            # Not through rich, which would wrap or colour it.
+            # Not through rich, which would colour it and read its brackets as markup.
             text = json.dumps({"schema": schema, **_plain(values)}, ensure_ascii=False)
-            # A file's name need not be UTF-8.
+            # File names need not be UTF-8, but JSON must be.
             self._out.file.write(text.encode("utf-8", "replace").decode("utf-8") + "\n")
             return
         for part in human:
@@ -109,10 +111,10 @@ class Console:
     @contextmanager
     def bar(self, total: int, label: str) -> Iterator[Bar]:
         """Show a progress bar with rate and time left on standard error while the block runs."""
+        # In a log file every update would be a line of its own.
         if self.quiet or self.as_json or not self._err.is_terminal:
             yield Bar(None, total, label)
             return
-        # `transient`: the bar is gone afterwards, and the result stands alone.
         columns = (
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -124,17 +126,20 @@ class Console:
             _Rate(),
             TextColumn("{task.fields[note]}"),
         )
+        # transient: the bar disappears at the end, so that only the result stays.
         with Progress(*columns, console=self._err, transient=True) as progress:
             yield Bar(progress, total, label)
 
 
 def printable(text: str) -> str:
-    """Return a text, such as a file's name, on one line and without what steers a terminal."""
+    """Return a text, such as a file name, with control characters escaped, on one line."""
+    # A file name from elsewhere could move the cursor or clear the screen.
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def write_bytes(data: bytes) -> None:
-    """Write to standard output as it is: names of files need not be UTF-8."""
+    """Write bytes to standard output unchanged: file names need not be UTF-8."""
+    # Flushed, so that the reader of a pipe gets each row when it is ready.
     sys.stdout.buffer.write(data)
     sys.stdout.flush()
 
@@ -142,7 +147,7 @@ def write_bytes(data: bytes) -> None:
 def table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = True
 ) -> Table:
-    """Return a plain table; columns of numbers, all but the first, are aligned to the right."""
+    """Return a table without borders; `numbers` aligns all columns but the first to the right."""
     made = Table(title=escape(title), title_justify="left", box=None, pad_edge=False)
     for index, column in enumerate(columns):
         made.add_column(escape(column), justify="right" if numbers and index else "left")
@@ -152,11 +157,12 @@ def table(
 
 
 def _plain(value: Any) -> Any:
+    """Return a value that JSON can hold: mappings, lists and finite numbers."""
     if isinstance(value, Mapping):
         return {str(k): _plain(v) for k, v in cast(Mapping[Any, Any], value).items()}
     if isinstance(value, (list, tuple)):
         return [_plain(v) for v in cast(Sequence[Any], value)]
-    # JSON has no NaN; readers other than Python's refuse it.
+    # JSON has no NaN: Python would write it, and other readers would refuse it.
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -1,4 +1,4 @@
-"""Published weights and files: a local path or a file of the hub; one message when it fails."""
+"""Weights and files from a local path or the Hugging Face hub, and one message for all failures."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ from safetensors import SafetensorError
 
 from alignprop_cli.errors import AlignPropError, AssetError, first_line
 
-_Told = TypeVar("_Told")
+_Value = TypeVar("_Value")
 
+# Found by trying: the libraries do not document them. Some are general, because damaged files make
+# readers look up or call what is not there. So put only finding and reading weights in `loading`.
 FAILURES = (
     OSError,
     ValueError,
@@ -37,10 +39,12 @@ FAILURES = (
     OfflineModeIsEnabled,
     pickle.UnpicklingError,
 )
-"""What the libraries raise when weights cannot be found or read."""
+"""Errors that the libraries raise when weights cannot be found or read."""
 
 OFFLINE = "it is not in the cache and the hub cannot be reached"
 
+# Reasons worth more than the library's own text; the first match counts. A gated repository comes
+# first, since its error is a subclass of the one for a missing repository.
 _REASONS: dict[type[BaseException], str] = {
     GatedRepoError: "it is gated: accept its licence on the hub, then `hf auth login`",
     RepositoryNotFoundError: "the hub has no such repository",
@@ -49,29 +53,28 @@ _REASONS: dict[type[BaseException], str] = {
 }
 
 
-def find_cause(error: BaseException, table: Mapping[type[BaseException], _Told]) -> _Told | None:
-    """Return what a table has for an error or for one of its causes.
-
-    The libraries raise errors of their own from those of the hub.
+def find_cause(error: BaseException, table: Mapping[type[BaseException], _Value]) -> _Value | None:
+    """Look an error or one of its causes up in a table.
 
     Args:
-        error: As it was caught.
-        table: By class of error; where several match, the first one counts.
+        error: The error that was caught.
+        table: Values by class of error; where several classes match, the first one counts.
     """
+    # Libraries wrap the errors of the hub in their own. A chain of causes can be a circle.
     causes: list[BaseException] = []
     cause: BaseException | None = error
     while cause is not None and cause not in causes:
         causes.append(cause)
         cause = cause.__cause__ or cause.__context__
-    for kind, told in table.items():
+    for kind, value in table.items():
         if any(isinstance(cause, kind) for cause in causes):
-            return told
+            return value
     return None
 
 
 @contextmanager
 def loading(option: str, place: str, *, alternative: str = "") -> Iterator[None]:
-    """Turn whatever goes wrong inside the block, while weights are found and read, into one error.
+    """Turn every error in finding and reading weights inside the block into one kind of error.
 
     Args:
         option: The option that names the weights, such as reward.hps.weights.
@@ -84,8 +87,10 @@ def loading(option: str, place: str, *, alternative: str = "") -> Iterator[None]
     try:
         yield
     except AlignPropError:
-        raise
+        raise  # already has a message that says more
     except FAILURES as error:
+        # A local copy helps in every case: without a network, behind a proxy, or if a download is
+        # damaged.
         reason = find_cause(error, _REASONS) or first_line(error)
         hint = f"set {option} to a local copy"
         hint += f", or {alternative}" if alternative else ""
@@ -93,16 +98,17 @@ def loading(option: str, place: str, *, alternative: str = "") -> Iterator[None]
 
 
 def locate(place: str, filename: str, *, option: str) -> Path:
-    """Return a file of weights, downloaded (with a progress bar) where it is not there yet.
+    """Return the path of a file of weights; download it if it is not in the cache.
 
     Args:
         place: A local file, a local folder that holds `filename`, or a hub id OWNER/NAME.
-        filename: Of the file in the folder or the repository.
-        option: The option that names the place, for the messages.
+        filename: Name of the file in the folder or the repository.
+        option: The option that names the place, for messages.
 
     Raises:
         AssetError: If there is no such file, or the hub cannot be reached or refuses.
     """
+    # Local paths come first, so that a folder OWNER/NAME is never downloaded.
     path = Path(place).expanduser()
     if path.is_file():
         return path
@@ -110,29 +116,31 @@ def locate(place: str, filename: str, *, option: str) -> Path:
         if not (path / filename).is_file():
             raise AssetError(f"{option}: {path} holds no {filename}")
         return path / filename
+    # What cannot be a hub id is a mistyped path: do not ask the hub for it.
     if place.count("/") != 1 or place.startswith((".", "~", "/")) or path.suffix in _SUFFIXES:
         raise AssetError(f"{option}: no such file or folder: {place}")
     with loading(option, place):
         return Path(hf_hub_download(place, filename))
 
 
+# Endings of weights. A hub id may hold dots, so other endings do not make it a file.
 _SUFFIXES = {".pt", ".pth", ".bin", ".ckpt", ".safetensors"}
 
 
 def from_pretrained(kind: Any, place: str, *, option: str) -> Any:
-    """Return a network of transformers, frozen, in float32.
+    """Load a transformers model, frozen, in float32 and in evaluation mode.
 
     Args:
-        kind: Its class.
+        kind: Class of the model.
         place: A folder or a hub id.
-        option: The option that names the place, for the messages.
+        option: The option that names the place, for messages.
 
     Raises:
-        AssetError: If it cannot be had, or tensors are missing: transformers would fill them with
-            random numbers and go on.
+        AssetError: If it cannot be loaded, or tensors are missing.
     """
     with loading(option, place):
         network, report = kind.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
+        # transformers fills missing tensors with random numbers and only logs a warning.
         missing = sorted(report["missing_keys"])
         if missing:
             raise ValueError(f"it lacks {missing[0]} ({len(missing)} tensors are missing)")

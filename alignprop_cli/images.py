@@ -1,4 +1,4 @@
-"""Images: from the decoder's range to [0, 1], to bytes, and laid out on a sheet."""
+"""Images: conversion to [0, 1] and to bytes, and the preprocessing of image models."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch.autograd.function import FunctionCtx
 
 
 class _Saturate(torch.autograd.Function):
+    """Clamp with a one-sided gradient outside the range; see `saturate`."""
+
     @staticmethod
     def forward(ctx: FunctionCtx, images: Tensor) -> Tensor:
         ctx.save_for_backward(images)  # type: ignore[attr-defined]
@@ -19,38 +21,41 @@ class _Saturate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, grad_output: Tensor) -> Tensor:  # type: ignore[override]
         (images,) = cast(tuple[Tensor], ctx.saved_tensors)  # type: ignore[attr-defined]
-        # Descent moves a pixel against its gradient: above 1 a positive gradient brings it back,
-        # below 0 a negative one does. Everything else would only push it further out of range.
+        # Descent moves a pixel against its gradient: a positive one brings a pixel above 1 back, a
+        # negative one a pixel below 0. The opposite signs would push it further out of range.
         outward = ((images > 1.0) & (grad_output < 0.0)) | ((images < 0.0) & (grad_output > 0.0))
         return grad_output.masked_fill(outward, 0.0)
 
 
 def saturate(images: Tensor) -> Tensor:
-    """Clamp images to [0, 1] without killing the gradient that leads back into the range.
+    """Clamp images to [0, 1], but keep the gradient that leads back into the range.
 
-    A plain clamp has no gradient at saturated pixels, so a picture that was once driven to white
-    or black stays there. Here a saturated pixel keeps the part of the gradient of a *loss* (to be
-    minimised) that moves it back; the part that would drive it further out is dropped, since the
-    reward never sees it.
+    A plain clamp has no gradient at saturated pixels, so an image that has once become white or
+    black stays so. Here a saturated pixel keeps its gradient if minimising the *loss* moves the
+    pixel back into the range. A gradient that would move it further out is dropped, since the
+    clamped image does not change.
 
     Args:
-        images: Shape (B, 3, H, W), nominally in [0, 1], may exceed it.
+        images: Shape (B, 3, H, W), nominally in [0, 1].
 
     Returns:
-        images in [0, 1], same shape and dtype. Differentiable inside the range; one-sided outside.
+        images in [0, 1], same shape and dtype. Differentiable inside the range; outside only
+        towards it.
     """
     return _Saturate.apply(images)  # type: ignore[no-any-return]
 
 
 def from_decoder(decoded: Tensor) -> Tensor:
-    """Map the decoder's range [-1, 1] to [0, 1] in float32, saturating as `saturate` says.
+    """Map the decoder's range [-1, 1] to [0, 1], clamped by `saturate`.
 
     Args:
         decoded: Output of the VAE decoder, shape (B, 3, H, W), nominally in [-1, 1].
 
     Returns:
-        images, shape (B, 3, H, W), float32 (float64 stays float64), in [0, 1].
+        images, shape (B, 3, H, W), float32 (float64 stays float64), in [0, 1]. Differentiable as
+        `saturate` is.
     """
+    # float32 first: near 1, steps of bfloat16 are as coarse as those of bytes.
     decoded = decoded if decoded.dtype == torch.float64 else decoded.float()
     return saturate(decoded / 2.0 + 0.5)
 
@@ -64,17 +69,18 @@ def to_uint8(images: Tensor) -> Tensor:
     Returns:
         Shape (B, H, W, 3), uint8, on the CPU. Not differentiable.
     """
+    # Rounded, as diffusers does; a plain conversion to uint8 would cut the fraction off.
     scaled = images.detach().float().clamp(0.0, 1.0).mul(255.0).round()
-    return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()
+    return scaled.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu()  # (B, H, W, 3)
 
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-"""Mean and deviation of the pictures that CLIP was trained on, by channel."""
+"""Mean and standard deviation by channel of the images that CLIP was trained on."""
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Return (images - mean) / std by channel, as networks are fed.
+    """Return (images - mean) / std by channel, the normalisation of image models.
 
     Args:
         images: Shape (B, C, H, W), float.
@@ -84,22 +90,23 @@ def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
     Returns:
         Same shape and dtype. Differentiable in images.
     """
+    # (1, C, 1, 1) each
     shift, scale = (images.new_tensor(list(values)).view(1, -1, 1, 1) for values in (mean, std))
     return (images - shift) / scale
 
 
 def letterbox(images: Tensor, size: int) -> Tensor:
-    """Resize the long edge to `size` and pad the short one with black on both sides.
+    """Resize the long edge to `size` and pad the short edge with black on both sides.
 
     Args:
         images: Shape (B, 3, H, W), any float dtype.
-        size: Pixels of the square result.
+        size: Side of the square result in pixels.
 
     Returns:
         Shape (B, 3, size, size), float32 (float64 stays float64). Differentiable in images.
 
-    Source: the preprocessing of tgxs002/HPSv2, `ResizeMaxSize`. Where it pads nothing, the long
-        edge being `size` already, its network refuses the picture; here it is padded.
+    Source: the preprocessing of tgxs002/HPSv2, `ResizeMaxSize`. It does not pad an image whose long
+        edge is `size` already, which its network then refuses; here such an image is padded too.
     """
     images = images if images.dtype == torch.float64 else images.float()
     height, width = images.shape[-2:]
@@ -107,24 +114,26 @@ def letterbox(images: Tensor, size: int) -> Tensor:
         scale = size / max(height, width)
         target = (max(1, round(height * scale)), max(1, round(width * scale)))
         images = _bicubic(images, target)
+    # Where the number of rows or columns to add is odd, the last one is at the bottom or right.
     rows, columns = size - images.shape[-2], size - images.shape[-1]
     top, left = rows // 2, columns // 2
     return torch.nn.functional.pad(images, (left, columns - left, top, rows - top))
 
 
 def resize_and_crop(images: Tensor, size: int) -> Tensor:
-    """Resize the short edge to `size` and crop the centre, as image models are fed.
+    """Resize the short edge to `size` and crop the centre, the preprocessing of most image models.
 
-    Bicubic with antialiasing, the nearest in tensors to Pillow's bicubic; overshoot is not clamped.
+    Bicubic with antialiasing, the closest that torch has to Pillow's bicubic; values that overshoot
+    [0, 1] are not clamped.
 
     Args:
-        images: Shape (B, 3, H, W), any float dtype; the work is done in float32 at least, since
-            half precision has no antialiased kernel on the CPU.
-        size: Pixels of the square result.
+        images: Shape (B, 3, H, W), any float dtype.
+        size: Side of the square result in pixels.
 
     Returns:
         Shape (B, 3, size, size), float32 (float64 stays float64). Differentiable in images.
     """
+    # Half precision has no antialiased kernel on the CPU.
     images = images if images.dtype == torch.float64 else images.float()
     height, width = images.shape[-2:]
     if min(height, width) != size:

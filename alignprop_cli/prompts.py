@@ -1,4 +1,4 @@
-"""Prompt sets, and which prompt an image of the run gets."""
+"""Prompt sets, and the prompt of every image of a run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ANIMALS_EVAL = ("snail", "hippopotamus", "cheetah", "crocodile", "lobster", "oct
 _COUNTS = ("one dog", "two dogs", "three dogs", "four dogs", "five dogs")
 _DOG_PLACES = ("in a park", "on a beach", "on a street", "in the snow", "on a sofa", "in a garden")
 _DOG_PLACES_EVAL = ("in a forest", "on a bridge", "in a kitchen")
-# Where people and things stand about, so that there is something to remove.
+# Places where people and things are likely, so that the reward `remove` has something to remove.
 # fmt: off
 PLACES = (
     "a street", "a beach in summer", "a railway station", "a market", "a park bench", "a kitchen",
@@ -49,10 +49,10 @@ class PromptSet:
     """A built-in prompt set.
 
     Args:
-        prompts: The texts, or `module:function` that returns them.
+        prompts: The texts, or `module:function` of a function that returns them.
         grouped: Whether the first word of a prompt is its group, for metrics by group.
-        checker: `module:function` that says of images what of their prompts they have right, where
-            there is one; see `evaluation.compare.checks`.
+        checker: `module:function` of a function that tells which parts of their prompts images have
+            right, if there is one; see `evaluation.compare.checks`.
     """
 
     prompts: tuple[str, ...] | str
@@ -64,7 +64,7 @@ def _dogs(places: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(f"{dogs} {place}" for dogs in _COUNTS for place in places)
 
 
-# Named, not imported: nothing here needs the embedded model, whose language this is.
+# Named, not imported, so that nothing of the embedded model is loaded unless it is used.
 _SHAPES = "alignprop_cli.tiny.language"
 _SHAPES_CHECKER = "alignprop_cli.tiny.checker:check_parts"
 BUILT_IN: Mapping[str, PromptSet] = {
@@ -78,16 +78,18 @@ BUILT_IN: Mapping[str, PromptSet] = {
     "shapes-heldout": PromptSet(f"{_SHAPES}:heldout_prompts", True, _SHAPES_CHECKER),
 }
 
-# The name of a set that is fetched begins with hpd; what is neither that nor built in is a file.
+# Names of sets on the hub begin with hpd. Any other name that is not built in is a file.
 HPD_STYLES = ("anime", "concept-art", "paintings", "photo")
-"""The benchmark of HPDv2, fetched from the hub: `hpd:anime`, ..., and `hpd` for all four."""
+"""Styles of the HPDv2 benchmark on the hub: `hpd:anime` etc., and `hpd` for all four."""
 
 SETS = (*BUILT_IN, "hpd", *(f"hpd:{style}" for style in HPD_STYLES))
-"""All that are named and not files."""
+"""The names of all sets that are not files."""
 
 _HPD = "zhwang/HPDv2"
+# In each style; known here, so that prompts can be counted without a download.
 _HPD_PROMPTS = 800
 
+# What a prompt may be called in objects and tables. The first that is present counts.
 _COLUMNS = ("prompt", "text", "caption")
 
 
@@ -97,11 +99,11 @@ def load_prompts(name: str) -> list[str]:
     Args:
         name: A built-in set (`BUILT_IN`), one of the hub (`hpd`, `hpd:photo`), or a file: .txt with
             one prompt per line, .jsonl with a text or an object per line, .json with a list of
-            such, .csv with a header. Objects and headers name the prompt `prompt`, `text` or
-            `caption`. Empty lines are left out.
+            texts or objects, .csv with a header. In objects and tables the prompt is called
+            `prompt`, `text` or `caption`. Empty lines are left out.
 
     Raises:
-        ConfigError: If there is no such set, or the file holds no prompt or cannot be understood.
+        ConfigError: If the set does not exist, or the file holds no prompt or cannot be parsed.
         AssetError: If the file is missing or cannot be read, or the hub cannot be reached.
     """
     if name in BUILT_IN:
@@ -109,7 +111,7 @@ def load_prompts(name: str) -> list[str]:
     if name.partition(":")[0] == "hpd":
         return _hpd(name)
     path = Path(name).expanduser()
-    # Empty lines and cells are no prompts; an empty prompt would be an unconditional image.
+    # Empty lines and cells are skipped: an empty prompt would ask for an unconditional image.
     found = [_text(value, place).strip() for place, value in _rows(path, name)]
     found = [prompt for prompt in found if prompt]
     if not found:
@@ -120,8 +122,8 @@ def load_prompts(name: str) -> list[str]:
 def load_groups(name: str) -> dict[str, str]:
     """Return the group of each prompt of a set that has groups, for metrics by group.
 
-    Those are the styles of `hpd`, the numbers of `dogs` and `shapes`, and what objects and tables
-    in files call `group`. Prompts without one are left out.
+    Groups are the styles of `hpd`, the numbers of `dogs` and `shapes`, and the values of `group` in
+    the objects and tables of a file. Prompts without a group are left out.
 
     Raises:
         ConfigError, AssetError: As `load_prompts`.
@@ -144,7 +146,7 @@ def _rows(path: Path, name: str) -> list[tuple[str, Any]]:
             f"prompts: unknown prompt set '{name}'.{did_you_mean(name, (*BUILT_IN, 'hpd'))}",
             hint="a file must end in .txt, .jsonl, .json or .csv",
         )
-    # utf-8-sig: spreadsheets begin with a mark, which would be part of the first prompt.
+    # utf-8-sig: spreadsheets write a byte order mark, which would be part of the first prompt.
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -153,7 +155,7 @@ def _rows(path: Path, name: str) -> list[tuple[str, Any]]:
 
 
 def _built_in(name: str) -> list[str]:
-    # A set that is made by a function is imported when it is asked for.
+    """Return the prompts of a built-in set, from the function that makes them if there is one."""
     prompts = BUILT_IN[name].prompts
     if isinstance(prompts, str):
         module, _, function = prompts.partition(":")
@@ -162,12 +164,12 @@ def _built_in(name: str) -> list[str]:
 
 
 def count_prompts(names: Sequence[str]) -> int:
-    """Return how many different prompts some sets have together; fetches nothing.
+    """Return how many different prompts some sets have together, without downloading any.
 
     Raises:
         ConfigError, AssetError: As `load_prompts`.
     """
-    # Those of the hub have a known number of prompts; styles may be named twice.
+    # A set of styles, since one may be named twice, by itself and by `hpd`.
     hub_sets = [name for name in names if name.partition(":")[0] == "hpd"]
     styles = {style for name in hub_sets for style in _styles(name)}
     others = {p for name in names if name not in hub_sets for p in load_prompts(name)}
@@ -175,7 +177,7 @@ def count_prompts(names: Sequence[str]) -> int:
 
 
 def check_prompts(name: str) -> None:
-    """Refuse what `load_prompts` would refuse, but fetch nothing.
+    """Refuse what `load_prompts` would refuse, but download nothing.
 
     Raises:
         ConfigError, AssetError: As `load_prompts`.
@@ -210,7 +212,7 @@ def _hpd(name: str) -> list[str]:
 
 
 def _read_txt(text: str, path: Path) -> list[tuple[str, Any]]:
-    # Not splitlines(), which also breaks at characters that may stand in a prompt, as U+2028.
+    # Not splitlines(), which also breaks at characters that a prompt may contain, such as U+2028.
     return [(f"{path}:{number}", line) for number, line in enumerate(text.split("\n"), start=1)]
 
 
@@ -238,7 +240,7 @@ def _read_json(text: str, path: Path) -> list[tuple[str, Any]]:
 
 def _text(value: Any, place: str) -> str:
     """Return the prompt of an entry, a text or an object."""
-    # The first of the names that the entry has; other keys are nobody's concern.
+    # Other keys of an object are ignored.
     if isinstance(value, dict):
         value = next((value[column] for column in _COLUMNS if column in value), None)
     if not isinstance(value, str):
@@ -247,7 +249,7 @@ def _text(value: Any, place: str) -> str:
 
 
 def _read_csv(text: str, path: Path) -> list[tuple[str, Any]]:
-    # newline="": a quoted field may hold line breaks of any kind.
+    # newline="": quoted fields may contain line breaks of any kind, which must stay as they are.
     rows = csv.DictReader(io.StringIO(text, newline=""))
     column = next((c for c in _COLUMNS if c in (rows.fieldnames or ())), None)
     if column is None:
@@ -266,24 +268,25 @@ def _read_csv(text: str, path: Path) -> list[tuple[str, Any]]:
 class PromptStream:
     """The prompt of every image of a run: each prompt once per epoch, reshuffled every epoch.
 
-    A function of (seed, image number) only, so that any part of it can be computed anywhere.
+    It depends only on the seed and the number of the image, so every process computes its own part
+    and resuming needs no state.
 
     Args:
-        prompts: The set, at least one.
-        seed: Of the order.
+        prompts: The prompts, at least one.
+        seed: Seed of the order.
     """
 
     def __init__(self, prompts: list[str], seed: int) -> None:
         self.prompts = prompts
-        # The images of a step come from one epoch or two.
+        # The images of a step are from one epoch or two, so few orders are needed at a time.
         self._order = functools.lru_cache(maxsize=4)(functools.partial(_order, len(prompts), seed))
 
     def prompt(self, image_number: int) -> str:
-        """Return the prompt of this image, counted from the start of the run."""
-        # Counted over all processes and steps, so that resuming needs no state.
+        """Return the prompt of an image, numbered over all processes from the start of the run."""
         epoch, position = divmod(image_number, len(self.prompts))
         return self.prompts[self._order(epoch)[position]]
 
 
 def _order(size: int, seed: int, epoch: int) -> list[int]:
+    """Return the order of the prompts in an epoch."""
     return torch.randperm(size, generator=rng.generator(seed, "prompts", epoch)).tolist()

@@ -1,4 +1,4 @@
-"""LAION's aesthetic score: how people rate an image, from its CLIP features. Reads no prompt."""
+"""LAION's aesthetic score: how people rate an image, predicted from its CLIP features."""
 
 from __future__ import annotations
 
@@ -33,23 +33,23 @@ _PUBLISHED = {
         projection_dim=768,
     )
 }
-# The linear layers among the dropouts of the published head.
+# Where the linear layers are in the published head; dropouts take the places between them.
 _LAYERS = (0, 2, 4, 6, 7)
 
 
 class AestheticReward(FrozenReward):
-    """rewards = w . e + b, e the features of unit length of CLIP ViT-L/14; people rate 1 to 10.
+    """rewards = w . e + b, with e the features of CLIP ViT-L/14, of unit length. Reads no prompt.
 
-    The published head is five linear layers with nothing but dropout between them, so it is one
-    affine map, and is computed as that. Images of Stable Diffusion 1.5 lie between 5 and 6.5;
-    above 8 look at them.
+    It predicts ratings from 1 to 10. Images of Stable Diffusion 1.5 score 5 to 6.5; look at images
+    that score above 8. The published head is five linear layers with nothing but dropout between
+    them, so together they are one affine map, and are computed as one.
 
     Args:
         head: The head's file, a folder that holds aesthetic-model.pth, or a hub id.
         model: A folder or a hub id of CLIP ViT-L/14 in transformers' format.
 
     Raises:
-        AssetError: If head or model are missing or damaged, do not fit each other, or the hub
+        AssetError: If head or model is missing or damaged, they do not fit each other, or the hub
             cannot be reached.
 
     Source: christophschuhmann/improved-aesthetic-predictor, sac+logos+ava1-l14-linearMSE.
@@ -87,7 +87,7 @@ class AestheticReward(FrozenReward):
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the score of each image, shape (B,). Differentiable in images."""
-        features = _features(self._model, images, self.dtype)
+        features = _features(self._model, images, self.dtype)  # (B, D)
         with without_autocast(images.device):
             return self._head(features).squeeze(-1)
 
@@ -95,13 +95,13 @@ class AestheticReward(FrozenReward):
 def _features(model: Any, images: Tensor, dtype: torch.dtype) -> Tensor:
     """Return features of unit length, shape (B, D). Differentiable in images (B, 3, H, W)."""
     size = model.config.image_size
-    inputs = normalise(resize_and_crop(images, size), CLIP_MEAN, CLIP_STD)
+    inputs = normalise(resize_and_crop(images, size), CLIP_MEAN, CLIP_STD)  # (B, 3, size, size)
     with without_autocast(images.device):
         return unit(model(pixel_values=inputs.to(dtype)).image_embeds)
 
 
 def affine(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the affine map that the layers of a published head are together.
+    """Compose the layers of a published head into one affine map.
 
     Args:
         state: `layers.N.weight` and `layers.N.bias` for N = 0, 2, 4, 6, 7.
@@ -114,7 +114,8 @@ def affine(state: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """
     expected = {f"layers.{place}.{part}" for place in _LAYERS for part in ("weight", "bias")}
     refuse_other_tensors(state, expected)
-    # Composed in float64: W = W5 W4 W3 W2 W1, b = W5 (W4 (...) + b4) + b5.
+    # W = W5 W4 W3 W2 W1 and b = W5 (W4 (...) + b4) + b5, in float64 so that composing adds no error
+    # of its own. The identity, shape (D, D), is the map of no layer.
     weight = torch.eye(state["layers.0.weight"].shape[1], dtype=torch.float64)
     bias = weight.new_zeros(len(weight))
     for place in _LAYERS:

@@ -1,4 +1,4 @@
-"""The contract of a reward, and the check that every reward's answer goes through."""
+"""The contract of a reward, and the checks on its inputs and outputs."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from alignprop_cli.errors import ConfigError, RunError
 class Reward(Protocol):
     """A differentiable measure of images.
 
-    A plain function with this signature is a reward. Sign, scale and target are not its business:
-    they live in `losses.py`.
+    A plain function with this signature is a reward. It does not deal with sign, scale or target:
+    `losses.py` does.
 
     An object or a class may also have
       to(device)      called once, before anything is measured;
       extra_metrics   a mapping from names to functions of images (B, 3, H, W) that return (B,):
-                      recorded next to the reward, never trained on;
+                      recorded with the reward, never trained on;
       on_meta         a class or static method `on_meta(dtype, **options)` that returns a
-                      `frozen.MetaReward`, by which the planner counts the reward's memory. Without
-                      one the reward is left out of the estimate, which says so.
+                      `frozen.MetaReward`, from which the planner estimates the reward's memory.
+                      Without it the estimate leaves the reward out, and says so.
     """
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -41,17 +41,15 @@ class Reward(Protocol):
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Return a block in which autocast leaves the precision alone.
-
-    The meta device, on which rewards are counted, has no autocast.
-    """
+    """Return a context manager that switches autocast off."""
+    # The meta device, on which the planner measures rewards, has no autocast to switch off.
     if device.type == "meta":
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
 
 def check_inputs(name: str, images: Tensor, prompts: Sequence[str]) -> None:
-    """Refuse what no reward can measure.
+    """Refuse inputs that no reward can measure.
 
     Raises:
         ConfigError: If the shape is not (B, 3, H, W) with B > 0 or the prompts are not B.
@@ -63,8 +61,8 @@ def check_inputs(name: str, images: Tensor, prompts: Sequence[str]) -> None:
         )
     if len(prompts) != len(images):
         raise ConfigError(f"reward '{name}': got {len(prompts)} prompts for {len(images)} images")
-    # sync point: one number from the device for each batch, for the prompt that is to blame.
-    bad = ~torch.isfinite(images.detach()).flatten(1).all(dim=1)
+    # sync point: one flag per batch is read from the device, so that the error can name the prompt.
+    bad = ~torch.isfinite(images.detach()).flatten(1).all(dim=1)  # (B,)
     if bool(bad.any()):
         index = int(bad.nonzero()[0])
         raise RunError(
@@ -74,10 +72,10 @@ def check_inputs(name: str, images: Tensor, prompts: Sequence[str]) -> None:
 
 
 def check_rewards(name: str, rewards: object, prompts: Sequence[str]) -> Tensor:
-    """Return rewards of shape (B,) as float32, float64 as it is, or refuse them.
+    """Check what a reward returned, and return it as float32 (float64 stays float64).
 
     Raises:
-        ConfigError: If it is not a tensor of shape (B,).
+        ConfigError: If rewards are not a tensor of shape (B,).
         RunError: If a value is NaN or infinite; names the prompt.
     """
     if not isinstance(rewards, Tensor) or tuple(rewards.shape) != (len(prompts),):
@@ -86,7 +84,7 @@ def check_rewards(name: str, rewards: object, prompts: Sequence[str]) -> Tensor:
             f"reward '{name}': expected a tensor of shape ({len(prompts)},), got {got}",
             hint="a reward takes (images, prompts) and returns one number per image",
         )
-    # sync point, as above: NaN must stop here, before it reaches the LoRA's weights.
+    # sync point, as above: NaN must stop here, before it reaches the LoRA weights.
     finite = torch.isfinite(rewards.detach())
     if not bool(finite.all()):
         index = int((~finite).nonzero()[0])
@@ -94,20 +92,20 @@ def check_rewards(name: str, rewards: object, prompts: Sequence[str]) -> Tensor:
             f"reward '{name}' returned {float(rewards.detach()[index])} for image {index} of the "
             f"batch, prompt {prompts[index]!r}"
         )
-    # float64 is kept for gradcheck.
+    # float64 is kept because gradcheck needs it.
     return rewards if rewards.dtype == torch.float64 else rewards.float()
 
 
 def depends_on(rewards: Tensor, images: Tensor) -> bool:
     """Return whether the gradient of rewards reaches the images.
 
-    That they have a gradient is not enough: it may be that of weights alone.
+    `rewards.requires_grad` does not tell: the gradient may be that of weights alone.
 
     Args:
         rewards: Any shape.
-        images: What they may have been computed of, itself computed of something with a gradient.
+        images: Not a leaf of the graph: they are recognised by their `grad_fn`.
     """
-    # Walk the graph from the rewards to the inputs, each node once: graphs share their nodes, and
+    # Walk the graph from the rewards to the inputs and visit each node once: nodes are shared, and
     # walking every path would take exponential time.
     wanted = images.grad_fn
     seen: set[object] = {None}

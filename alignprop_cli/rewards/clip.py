@@ -1,4 +1,4 @@
-"""Cosine between image and prompt in the space of an open_clip model."""
+"""Cosine similarity between image and prompt in the embedding space of an open_clip model."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ Fit = Callable[[Tensor, int], Tensor]
 
 
 class OpenClipReward(CosineReward):
-    """rewards = <image, text>, the cosine of an open_clip model, in [-1, 1].
+    """rewards = <image, text>, the cosine of their features in an open_clip model, in [-1, 1].
 
     Args:
         model: The network.
         tokenizer: Its tokenizer.
-        fit: How images (B, 3, H, W) become squares of a size, as the network was trained.
+        fit: Turns images into squares of the network's size, as its training did.
     """
 
     def __init__(self, model: Any, tokenizer: Any, fit: Fit = resize_and_crop) -> None:
@@ -41,6 +41,7 @@ class OpenClipReward(CosineReward):
 
     def see(self, images: Tensor) -> Tensor:
         """Return features of unit length, shape (B, D). Differentiable in images (B, 3, H, W)."""
+        # The model says how its images were normalised, which need not be as for OpenAI's CLIP.
         visual = self._model.visual
         mean, std = visual.image_mean, visual.image_std
         return _features(
@@ -111,14 +112,14 @@ def load_open_clip(reward: str, model: str, pretrained: str | None) -> tuple[Any
             force_quick_gelu=pretrained == "openai",
         )
         tokenizer = open_clip.get_tokenizer(name)
-    # Frozen: with a gradient of its own weights autograd would store more for every image.
+    # Frozen: for gradients of the weights autograd would store more activations for every image.
     return built.eval().requires_grad_(False), tokenizer
 
 
 def open_clip_on_meta(
     dtype: torch.dtype, model: str, fit: Fit = resize_and_crop
 ) -> MetaReward | None:
-    """Return an open_clip model on the meta device; None where its sizes are not known.
+    """Return an open_clip model on the meta device; None where its sizes are unknown.
 
     Args:
         dtype: Precision of the network.
@@ -128,17 +129,19 @@ def open_clip_on_meta(
     Raises:
         AssetError: If a folder's configuration is missing or damaged.
     """
+    # 1. Its configuration, from a folder or from open_clip's own list.
     config: Any = None
     path = TINY if model == "tiny" else Path(model).expanduser()
     if path.is_dir():
         with loading("reward.clip.model", model):
             text = (path / "open_clip_config.json").read_text(encoding="utf-8")
             config = json.loads(text)["model_cfg"]
-    elif model in open_clip.list_models():  # asked for any other it would look on the hub
+    elif model in open_clip.list_models():  # for any other name open_clip would ask the hub
         config = open_clip.get_model_config(model)
     if config is None:
         return None
-    # A configuration may hold what is meant for other readers, such as the name of a tokenizer.
+    # 2. The network. A configuration may also hold keys that the constructor does not know, such as
+    # `custom_text`, so only the known ones are passed.
     known = inspect.signature(open_clip.CLIP).parameters
     with torch.device("meta"):
         network = open_clip.CLIP(**{key: value for key, value in config.items() if key in known})
@@ -151,22 +154,24 @@ def open_clip_on_meta(
 
 
 def _features(model: Any, inputs: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return features of unit length of normalised images, shape (B, D)."""
+    """Return features of unit length, shape (B, D), of normalised images (B, 3, size, size)."""
     with without_autocast(inputs.device):
         return unit(model.encode_image(inputs.to(dtype)))
 
 
 def _size(visual: Any) -> int:
-    """Return the height and width that a network sees."""
+    """Return the side of the square images that a network reads."""
     size = visual.image_size
     return size if isinstance(size, int) else int(size[0])
 
 
 def _model_name(model: str, option: str) -> str:
     """Return the name in open_clip's own notation."""
+    # A folder comes first, since its name could also be that of a model.
     path = TINY if model == "tiny" else Path(model).expanduser()
     if path.is_dir():
         return f"local-dir:{path}"
+    # What looks like a path but is none must not reach open_clip, which would call it a model name.
     if model == "tiny" or model.startswith((".", "/", "~")):
         raise AssetError(f"{option}: no such folder: {path}")
     if ":" in model or model in open_clip.list_models():

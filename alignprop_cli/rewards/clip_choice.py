@@ -1,4 +1,4 @@
-"""Whether an image shows its prompt rather than another one of a set, by a CLIP."""
+"""Whether an image shows its own prompt and not another one of a set, as a CLIP model sees it."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from alignprop_cli.rewards.clip import ClipReward
 class ClipChoice(ClipReward):
     """rewards = log P(own prompt | image) among the prompts of a set, at most 0.
 
-    The cosines with all prompts of the set (and with the own one, where it is not among them),
-    times the model's learned scale, go through a softmax. Unlike the cosine it asks for no more
-    than to be told apart, and fades once the image is: what else it is like stays free.
+    The cosines with all prompts of the set (and with the image's own one, where the set lacks it),
+    times the model's learned scale, go through a softmax. Unlike the cosine, this asks only that
+    the image can be told apart from the other prompts: once it can, the gradient fades, and
+    everything else about the image stays free.
 
     Args:
         model: As in `ClipReward`.
         pretrained: As in `ClipReward`.
         prompts: The set: a built-in one or a file, as `train.prompts`.
-        alike: Words that count as the same: prompts that differ in nothing else share their
-            probability, so that this difference stays free.
-        log: False gives the probability itself, in [0, 1]: its gradient is largest where the
-            choice is open, and fades where it is settled either way.
+        alike: Words that count as the same: the probabilities of prompts that differ only in these
+            are added up, so that the choice between them stays free.
+        log: False returns the probability itself, in [0, 1]. Its gradient is largest where the
+            model is undecided, and fades where it is sure, right or wrong.
 
     Raises:
         ConfigError, AssetError: As `ClipReward` and `prompts.load_prompts`.
@@ -51,15 +52,18 @@ class ClipChoice(ClipReward):
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the log-probabilities, shape (B,). Differentiable in images."""
-        seen = self.see(images)
+        # 1. Logits of the own prompt, (B, 1), and of the N prompts of the set, (B, N). The learned
+        # scale makes them log-odds: CLIP was trained with this softmax.
+        seen = self.see(images)  # (B, D)
         scale = self._model.logit_scale.detach().to(seen.dtype).exp()
         own = scale * (seen * self.text_features(prompts)).sum(dim=-1, keepdim=True)
         with without_autocast(images.device):
             others = scale * seen @ self.text_features(self.choices).T  # (B, N)
-        # The own prompt counts once, wherever it is.
+        # 2. The denominator: every prompt. The own one is masked where the set holds it too, so it
+        # counts once.
         is_own = self._mask([[c == prompt for c in self.choices] for prompt in prompts])
         everything = torch.cat([own, others.masked_fill(is_own, -torch.inf)], dim=1)
-        # Prompts alike count for the own one: their probabilities add up in the numerator.
+        # 3. The numerator: the own prompt and those alike, whose probabilities add up.
         fits = self._mask(
             [[c == plain for c in self._plain_choices] for plain in map(self._plain, prompts)]
         )
@@ -68,7 +72,7 @@ class ClipChoice(ClipReward):
         return log_probability if self.log else log_probability.exp()
 
     def _plain(self, prompt: str) -> str:
-        """Return the prompt with each of the words alike written as the first of them."""
+        """Return the prompt with each of the words in `alike` replaced by the first of them."""
         if not self.alike:
             return prompt
         return " ".join(self.alike[0] if w in self.alike else w for w in prompt.split())

@@ -1,4 +1,4 @@
-"""The number of things that a prompt asks for, by a CLIP that compares numbers."""
+"""Whether an image shows the number of things that its prompt names, as a CLIP model sees it."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ from alignprop_cli.rewards.clip import ClipReward
 
 
 class ClipCount(ClipReward):
-    """rewards = log P(the prompt's number | image) among prompts that differ in the number alone.
+    """rewards = log P(the prompt's number | image) among prompts that differ only in the number.
 
-    The prompt is read with `one`, `two`, ... up to `most` instead of its first number word, its
-    noun in singular or plural, and the cosines with these, times the model's learned scale, go
-    through a softmax. At most 0. As it only compares numbers it pays for nothing else, and fades
-    once the number is clear. Published CLIP models count poorly; the embedded one was trained to.
+    The first number word of the prompt is replaced by `one`, `two`, ... up to `most`, with its noun
+    in singular or plural. The cosines with these prompts, times the model's learned scale, go
+    through a softmax. The result is at most 0. Only numbers are compared, so nothing else is
+    rewarded, and the gradient fades once the number is clear. Published CLIP models count poorly;
+    the embedded one was trained to count.
 
     Args:
         model: As in `ClipReward`.
         pretrained: As in `ClipReward`.
-        most: Largest number that is told apart, 2 to 10.
+        most: Largest number in the comparison, 2 to 10.
 
     Raises:
-        ConfigError, AssetError: As `ClipReward`; ConfigError too where a prompt names no number.
+        ConfigError, AssetError: As `ClipReward`; when called, a ConfigError if a prompt names no
+            number.
     """
 
     def __init__(self, model: str = "tiny", pretrained: str | None = None, most: int = 4) -> None:
@@ -38,7 +40,7 @@ class ClipCount(ClipReward):
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the log-probabilities, shape (B,). Differentiable in images."""
-        # Each prompt with every number; the features of the texts come from a cache.
+        # B x N texts, each prompt with every number. This is cheap: text features are cached.
         numbers: list[int] = []
         texts: list[str] = []
         for prompt in prompts:
@@ -46,17 +48,18 @@ class ClipCount(ClipReward):
             numbers.append(number - 1)
             texts += others
         read = self.text_features(texts).unflatten(0, (len(prompts), self.most))  # (B, N, D)
-        seen = self.see(images)
+        seen = self.see(images)  # (B, D)
         with without_autocast(images.device):
             cosines = torch.einsum("bd,bnd->bn", seen, read)
-        # The scale that the model was trained with turns cosines into log-odds.
+        # The learned scale turns cosines into log-odds: CLIP was trained with this softmax.
         scale = self._model.logit_scale.detach().to(cosines.dtype).exp()
         chosen = torch.tensor(numbers, device=cosines.device)[:, None]
         return (scale * cosines).log_softmax(dim=1).gather(1, chosen)[:, 0]
 
 
 _NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-# A number word, what follows it up to a preposition, a comma or the end, and the last word of that.
+# A number word and the words after it, up to a preposition, a punctuation mark or the end. The last
+# of these words is the noun: "two small cats on a bench".
 _COUNTED = re.compile(
     rf"\b(?P<number>{'|'.join(_NUMBERS)})\b(?P<between>(?:\s+[\w-]+)*?\s+)(?P<noun>[\w-]+)"
     r"(?=\s+(?:on|in|at|of|with|and|under|near|over|by|beside|from|to)\b|\s*[,.;:]|\s*$)",
@@ -65,10 +68,10 @@ _COUNTED = re.compile(
 
 
 def other_numbers(prompt: str, most: int) -> tuple[int, list[str]]:
-    """Return the number a prompt asks for, and the prompt with each number from one to `most`.
+    """Return the number a prompt names, and the prompt rewritten for each number up to `most`.
 
     Args:
-        prompt: Such as "two small cats on a bench". Plurals are those that end in s.
+        prompt: Such as "two small cats on a bench". Plurals are formed with s alone.
         most: The largest number.
 
     Raises:
@@ -82,7 +85,7 @@ def other_numbers(prompt: str, most: int) -> tuple[int, list[str]]:
             f"{_NUMBERS[most - 1]}",
             hint="write it as in 'two small cats on a bench'",
         )
-    # Only the number and the noun's ending change, so that nothing else can tell texts apart.
+    # Only the number and the noun's ending change, so that nothing else distinguishes the texts.
     noun = match["noun"]
     single = noun.removesuffix("s") if number > 1 else noun
     return number, [

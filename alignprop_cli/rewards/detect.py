@@ -1,29 +1,32 @@
-"""How many objects of a kind a detector finds: held at a number, or at none.
+"""How many objects of a kind a detector finds, as a reward: exactly N of them, or none.
 
-A detector answers with Q queries, each a box and, for the wanted kind, the log-odds z_q that the
-box holds such an object. Two things stand between these and a number of objects.
+A detector answers with Q queries. Each has a box and, for the wanted kind, the log-odds z_q that
+the box holds such an object. Two steps lead from these to a number of objects.
 
-Several queries may describe one object. A query gives way to a surer one whose box overlaps its
-own by more than half (intersection over union, non-maximum suppression), and at most 100 places
-are left. Only the choice is made by boxes; the log-odds of the places keep their gradient. As the
-surest query speaks for a place, the choice is a maximum: continuous where two change ranks.
+1. Several queries may describe one object. Non-maximum suppression drops a query whose box overlaps
+the box of a surer query by more than half (intersection over union), and at most 100 queries are
+kept, called places. Boxes only decide which queries are kept; the log-odds of those keep their
+gradient. Each object is represented by its surest query, which is a maximum, so the reward is
+continuous where two queries change ranks.
 
-Answers are not calibrated, and a hundred faint ones would add up to an object. The odds are taken
-relative to those of a threshold, and squared:
+2. The answers are not calibrated, and a hundred faint ones would add up to an object. So the odds
+are divided by those of a threshold, and squared:
 
-  p_q / (1 - p_q) = (odds_q / odds_threshold)^2,
+  p_q / (1 - p_q) = (odds_q / odds_threshold)^2.
 
-so that an answer at the threshold counts half. The thresholds are those at which the library
-reports a detection: 0.5 for YOLOS, 0.1 for OWLv2. The square is a choice, not measured.
+An answer at the threshold counts half. The thresholds are those at which the library reports a
+detection: 0.5 for YOLOS, 0.1 for OWLv2. The square is a choice, not measured.
 
-With independent places the number of objects K is Poisson-binomial, and the reward is log P(K = N):
-at most 0, where exactly N places are sure and all others are empty. Its gradient,
+If the places are independent, the number of objects K has a Poisson-binomial distribution. The
+reward is log P(K = N): at most 0, which it reaches where exactly N places are sure and all others
+are empty. Its gradient,
 
   d log P(K = N) / d log-odds_q = P(q is an object | K = N) - p_q,
 
-sums to N - E[K] and does not fade when nothing is found: where all p are tiny it tends to N shared
-out among the places by their odds, so that the best candidates rise. A count by thresholding has
-no gradient at all, and the expected number E[K] has one that vanishes with p (1 - p).
+sums to N - E[K] over the places, and does not fade when nothing is found: where all p are tiny the
+sum tends to N, shared out among the places in proportion to their odds, so that the best candidates
+rise. A count of the detections above a threshold has no gradient at all, and that of the expected
+number E[K] vanishes with p (1 - p).
 """
 
 from __future__ import annotations
@@ -46,18 +49,18 @@ _MODEL = "hustvl/yolos-tiny"
 class Count(FrozenReward):
     """rewards = log P(the image holds N objects of a kind), at most 0.
 
-    exp(reward) is the detector's probability of exactly N. See the module for the derivation.
+    exp(reward) is the detector's probability of exactly N objects, derived at the top of this file.
 
     Args:
-        object: What to count, singular: one of the detector's own words for YOLOS (COCO's 80, such
-            as `cat` or `traffic light`), any words for OWLv2.
+        object: What to count, in the singular. For YOLOS one of its classes (the 80 of COCO, such
+            as `cat` or `traffic light`); for OWLv2 any words.
         number: N, 0 to 100. None reads it from each prompt: the number, in digits or as a word up
             to twenty, that stands before the object ("two cats", "3 black cats").
         model: A folder or a hub id in transformers' format, of a YOLOS or an OWLv2, such as
             google/owlv2-base-patch16-ensemble.
 
     Raises:
-        ConfigError: If the detector does not know the object, or is of another kind, or the number
+        ConfigError: If the detector does not know the object or is of another kind, or the number
             is out of range; when called, if a prompt names no number.
         AssetError: If weights are missing or damaged, or the hub cannot be reached.
 
@@ -95,8 +98,8 @@ class Count(FrozenReward):
 class Remove(FrozenReward):
     """rewards = log P(the image holds no object of a kind), at most 0.
 
-    `Count` with the number 0: minus the sum over places of log(1 + odds), which is minus the
-    summed probability while it is small, and does not flatten out for sure detections.
+    `Count` with the number 0: minus the sum over places of log(1 + odds). While the probabilities
+    are small this is minus their sum; for sure detections it keeps growing with the log-odds.
 
     Args:
         object: As in `Count`.
@@ -123,10 +126,10 @@ class Remove(FrozenReward):
 def log_probability(log_odds: Tensor, numbers: Tensor) -> Tensor:
     """Return log P(K = N) of the number K of successes of independent trials.
 
-    The number is built up trial by trial: P_k <- (1 - p) P_k + p P_{k-1}, in logarithms.
+    Adds one trial after the other: P_k <- (1 - p) P_k + p P_{k-1}, in logarithms.
 
     Args:
-        log_odds: Of each trial, log p / (1 - p), shape (B, trials).
+        log_odds: log(p / (1 - p)) of each trial, shape (B, trials).
         numbers: N of each row, 0 <= N <= trials, shape (B,), integers.
 
     Returns:
@@ -135,10 +138,12 @@ def log_probability(log_odds: Tensor, numbers: Tensor) -> Tensor:
     Source: the recursion of the Poisson-binomial distribution, Chen & Liu 1997, "Statistical
         applications of the Poisson-binomial and conditional Bernoulli distributions".
     """
-    # P(K = 0), ..., P(K = largest N) of no trial at all: 1 at 0. Numbers above the largest N are
-    # never asked for and never lead back below it.
+    # log p and log (1 - p) of each trial: logsigmoid stays exact where 1 - p would round to 0.
     hit, miss = logsigmoid(log_odds), logsigmoid(-log_odds)
+    # The table holds log P(K = 0), ..., log P(K = largest N). Before the first trial K is 0. Higher
+    # numbers need no column: K only grows, so they never contribute to a lower one.
     never = log_odds.new_full((len(log_odds), 1), _IMPOSSIBLE_LOG)
+    # sync point: the width of the table depends on the numbers.
     table = torch.cat([torch.zeros_like(never), never.expand(-1, int(numbers.max()))], dim=1)
     for trial in range(log_odds.shape[1]):
         raised = torch.cat([never, table[:, :-1]], dim=1)
@@ -146,30 +151,30 @@ def log_probability(log_odds: Tensor, numbers: Tensor) -> Tensor:
     return table.gather(1, numbers[:, None])[:, 0]
 
 
-# Not minus infinity, whose difference with itself is no number in the gradient.
+# Not minus infinity: the gradient of logaddexp contains -inf - (-inf), which is NaN.
 _IMPOSSIBLE_LOG = -1e9
 
 
 def number_in(prompt: str, object: str) -> int:
     """Return the number of objects that a prompt asks for.
 
-    It is the last number before the first mention of the object; where the object is not
-    mentioned (a plural such as "mice"), the only number in the prompt.
+    It is the last number before the first mention of the object. Where the object is not found in
+    the prompt (because of a plural such as "mice"), it is the only number in the prompt.
 
     Args:
         prompt: The text, such as "two cats and a dog".
-        object: Singular, such as "cat".
+        object: In the singular, such as "cat".
 
     Raises:
         ConfigError: If there is no such number.
     """
-    # All numbers with their places, digits and words alike.
+    # 1. All numbers and where they start, as digits or as words.
     words = _WORDS.split("|")
     numbers: list[tuple[int, int]] = []
     for match in _NUMBER.finditer(prompt):
         found = match.group().lower()
         numbers.append((match.start(), words.index(found) if found in words else int(found)))
-    # "two dogs and three cats": of `cat` the last number before its first mention.
+    # 2. The one that belongs to the object: in "two dogs and three cats" it is 3 for `cat`.
     mention = re.search(rf"\b{re.escape(object)}(s|es)?\b", prompt, re.IGNORECASE)
     if mention:
         before = [number for start, number in numbers if start < mention.start()]

@@ -1,6 +1,6 @@
-"""Object detectors, asked how sure they are of one kind of object, differentiably.
+"""Object detectors: how sure they are of one kind of object, differentiably.
 
-Nothing here reads the library's post-processing, which thresholds.
+The library's post-processing is not used: its threshold has no gradient.
 """
 
 from __future__ import annotations
@@ -31,17 +31,21 @@ from alignprop_cli.rewards.base import without_autocast
 from alignprop_cli.rewards.frozen import MetaReward, exact, known_config
 
 MOST = 100
-"""Largest number of places that are told apart."""
+"""Most places that are kept, and so the largest number that can be asked for."""
 
 IMPOSSIBLE = -1e4
-"""Log-odds of a place that is not there: exp of it is 0, and it is still far from overflow."""
+"""Log-odds of an empty place: their exp is 0, and sums of them stay far from overflow."""
 
+# Two boxes with a higher intersection over union are one object; the usual value of NMS.
 _OVERLAP = 0.5
+# The square of the odds, and the thresholds by which they are divided: see detect.py.
 _SHARPNESS = 2.0
 _THRESHOLD = {"yolos": 0.5, "owlv2": 0.1}
 
+# Mean and standard deviation by channel of the images that YOLOS was trained on.
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
+# Sizes of the published networks, so that their memory can be estimated before a download.
 _OWLV2_BASE = Owlv2Config(vision_config={"image_size": 960, "patch_size": 16})
 _PUBLISHED = {
     "hustvl/yolos-tiny": YolosConfig(
@@ -57,7 +61,7 @@ _PUBLISHED = {
 
 
 class Detector:
-    """A YOLOS or an OWLv2, asked for one kind of object. Frozen; its answers are float32.
+    """A YOLOS or an OWLv2 that looks for one kind of object. Frozen; its answers are float32.
 
     Args:
         reward: Name of the reward, for messages.
@@ -78,6 +82,7 @@ class Detector:
                     f"{option}: expected a detector of the kinds {', '.join(_THRESHOLD)}, "
                     f"{model} is a '{config.model_type}'"
                 )
+            # YOLOS has fixed classes; OWLv2 compares boxes with text features, computed once.
             if config.model_type == "yolos":
                 self.network: Any = from_pretrained(YolosForObjectDetection, model, option=option)
                 self._words = None
@@ -92,52 +97,54 @@ class Detector:
         self._threshold = math.log(threshold / (1.0 - threshold))
 
     def log_odds(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Ask every query of the detector.
+        """Return the answers of all Q queries of the detector.
 
         Args:
             images: Shape (B, 3, H, W), in [0, 1].
 
         Returns:
-            The log-odds of the object, shape (B, Q), and boxes (centre x, centre y, width,
-            height) as fractions of the image, shape (B, Q, 4). Differentiable in images. Their
-            sigmoid is the library's score.
+            The log-odds of the object, shape (B, Q), whose sigmoid is the library's score, and
+            boxes (centre x, centre y, width, height) as fractions of the image, shape (B, Q, 4).
+            Differentiable in images.
         """
         if self._words is None:
             return _ask_yolos(self.network, images, self._label)
         return _ask_owlv2(self.network, images, self._words)
 
     def places(self, images: Tensor, numbers: Sequence[int] | None = None) -> Tensor:
-        """Return the log-odds of an object at each distinct place, against the threshold, squared.
+        """Return the log-odds of an object at each distinct place; see detect.py for their scale.
 
         Args:
             images: Shape (B, 3, H, W), in [0, 1].
-            numbers: Places of each image to keep even if they overlap, B of them. None: no such.
+            numbers: For each image the least number of places to keep, even if they overlap. None
+                is 0 for all.
 
         Returns:
-            Shape (B, places), the surest first; impossible where an image has fewer than others.
-            Differentiable in images.
+            Shape (B, places), the surest first, padded with `IMPOSSIBLE` where an image has fewer
+            places than another. Differentiable in images.
 
         Raises:
             ConfigError: If the detector has fewer queries than a number.
         """
-        log_odds, boxes = self.log_odds(images)
+        log_odds, boxes = self.log_odds(images)  # (B, Q), (B, Q, 4)
         # With fewer queries than N the likelihood of N would be 0 and its logarithm infinite.
         wanted = [0] * len(log_odds) if numbers is None else list(numbers)
         most = min(log_odds.shape[1], MOST)
         if max(wanted) > most:
             raise ConfigError(
-                f"reward.{self._reward}.number: this detector tells at most {most} objects apart, "
-                f"got {max(wanted)}"
+                f"reward.{self._reward}.number: this detector can tell at most {most} objects "
+                f"apart, got {max(wanted)}"
             )
-        # Log-odds against the threshold, times 2: the squared odds of the module detect.py.
+        # In logarithms, the odds divided by those of the threshold and squared.
         relative = _SHARPNESS * (log_odds - self._threshold)
         corners = box_convert(boxes.detach().float(), "cxcywh", "xyxy")
+        # Image by image, since each keeps another number of places.
         chosen: list[Tensor] = []
         for odds, box, number in zip(relative, corners, wanted, strict=True):
-            # The boxes only choose; the log-odds that are chosen keep their gradient.
+            # The choice is not differentiable; the log-odds that are kept keep their gradient.
             kept = nms(box, odds.detach().float(), _OVERLAP)[:MOST]
             if len(kept) < number:
-                # Too few are left to hold N objects: the surest of the others come back.
+                # Fewer than N places make P(K = N) zero: bring back the surest of the dropped ones.
                 rest = odds.detach().clone()
                 rest[kept] = -torch.inf
                 kept = torch.cat([kept, rest.topk(number - len(kept)).indices])
@@ -146,9 +153,9 @@ class Detector:
 
 
 def detector_on_meta(dtype: torch.dtype, model: str) -> MetaReward | None:
-    """Return a detector on the meta device; None where its sizes are not known.
+    """Return a detector on the meta device; None where its sizes are unknown.
 
-    The choice of places, which depends on values and needs next to nothing, is left out.
+    The choice of places is left out: it depends on values, and its memory is negligible.
 
     Args:
         dtype: Precision of the network.
@@ -176,20 +183,20 @@ def _ask_yolos(network: Any, images: Tensor, label: int) -> tuple[Tensor, Tensor
     with without_autocast(images.device):
         inputs = yolos_inputs(images, network.config).to(network.dtype)
         found = network(pixel_values=inputs)
-    # One class against all others, "no object" among them: log p / (1 - p) of the softmax.
-    logits = found.logits.to(images.dtype)
+    # log p / (1 - p) of the softmax: one class against all others, "no object" among them.
+    logits = found.logits.to(images.dtype)  # (B, Q, classes + 1)
     others = torch.cat([logits[..., :label], logits[..., label + 1 :]], dim=-1)
     return logits[..., label] - others.logsumexp(dim=-1), found.pred_boxes
 
 
 def _ask_owlv2(network: Any, images: Tensor, words: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what an OWLv2 answers for words, shape (1, 1, D); see `Detector.log_odds`."""
+    """Return what an OWLv2 answers for text features (1, 1, D); see `Detector.log_odds`."""
     images = images.to(exact(images.dtype))
     with without_autocast(images.device):
         inputs = owlv2_inputs(images, network.config).to(network.dtype)
-        # The steps of its forward, less the words, which are always the same, and a mask of words
-        # that casts to float32.
-        patches, _ = network.image_embedder(inputs)
+        # The steps of its own forward, without the text encoder, whose result is always the same,
+        # and without the mask of the texts, which would cast everything to float32.
+        patches, _ = network.image_embedder(inputs)  # (B, rows, columns, D)
         flat = patches.flatten(1, 2)  # (B, Q, D)
         logits, _ = network.class_predictor(flat, words.to(flat).expand(len(images), 1, -1))
         boxes = network.box_predictor(flat, patches)
@@ -197,11 +204,11 @@ def _ask_owlv2(network: Any, images: Tensor, words: Tensor) -> tuple[Tensor, Ten
 
 
 def yolos_inputs(images: Tensor, config: Any) -> Tensor:
-    """Return images as YOLOS is fed: resized to a short edge, within a long edge, whole patches.
+    """Prepare images for YOLOS: resize them within its short and long edge, to whole patches.
 
     Args:
         images: Shape (B, 3, H, W), float, in [0, 1].
-        config: Of the network.
+        config: Configuration of the network.
 
     Returns:
         Shape (B, 3, height, width), normalised. Differentiable in images.
@@ -217,11 +224,11 @@ def yolos_inputs(images: Tensor, config: Any) -> Tensor:
 
 
 def owlv2_inputs(images: Tensor, config: Any) -> Tensor:
-    """Return images as OWLv2 is fed: padded with black to a square, blurred and resized.
+    """Prepare images for OWLv2: pad them with black to a square, blur and resize them.
 
     Args:
         images: Shape (B, 3, H, W), float, in [0, 1].
-        config: Of the network.
+        config: Configuration of the network.
 
     Returns:
         Shape (B, 3, side, side), normalised. Differentiable in images.
@@ -230,9 +237,10 @@ def owlv2_inputs(images: Tensor, config: Any) -> Tensor:
     height, width = images.shape[-2:]
     longest = max(height, width)
     images = pad(images, (0, longest - width, 0, longest - height))
+    # Like its image processor: blur against aliasing where the image shrinks, then plain bilinear.
     if (sigma := (longest / side - 1.0) / 2.0) > 0.0:
         taps = 2 * math.ceil(3.0 * sigma) + 1
-        # One axis after the other: the library's kernel is the product of both.
+        # One axis after the other: the 2-D kernel is a product, and this costs less memory.
         for kernel in ([taps, 1], [1, taps]):
             images = gaussian_blur(images, kernel, [sigma, sigma])
     sized = interpolate(images, (side, side), mode="bilinear", align_corners=False)
@@ -240,7 +248,7 @@ def owlv2_inputs(images: Tensor, config: Any) -> Tensor:
 
 
 def _words(model: Any, tokenizer: Any, object: str, length: int) -> Tensor:
-    """Return what an OWLv2 makes of the name of an object, shape (1, 1, D)."""
+    """Return the text features of an object's name in an OWLv2, shape (1, 1, D)."""
     tokens = tokenizer(
         f"a photo of a {object}",  # the caption of the library's examples
         padding="max_length",
@@ -255,6 +263,7 @@ def _words(model: Any, tokenizer: Any, object: str, length: int) -> Tensor:
 
 def _label(config: Any, object: str, reward: str, model: str) -> int:
     """Return the index of a word among the classes of a detector."""
+    # COCO numbers 91 classes but uses 80; the others are called N/A.
     known = {name.lower(): int(index) for index, name in config.id2label.items() if name != "N/A"}
     if object.lower() not in known:
         raise ConfigError(

@@ -1,7 +1,7 @@
-"""What the rewards that hold pretrained networks share: device, precision, recomputation, texts.
+"""What rewards with pretrained networks share: device, precision, recomputation, cached texts.
 
-`FrozenReward` is the reward itself; `MetaReward` is the same computation without weights, by which
-the planner counts what the reward will need before anything is loaded.
+`FrozenReward` is the reward itself. `MetaReward` is the same computation without weights, from
+which the planner estimates the reward's memory before anything is loaded.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from torch.utils.checkpoint import checkpoint
 
 from alignprop_cli.hub import loading
 
+# Prompts whose features are kept: 16 MiB with 1024 features in float32.
 _TEXTS_KEPT = 4096
 
 
 class FrozenReward:
     """Base of a reward that measures with pretrained networks, which are never trained.
 
-    `networks` may run in half precision. What comes out of them is normalised, multiplied and
-    judged in float32 outside autocast, since half precision is coarser than the differences that
-    matter (bfloat16 has steps of 0.002 at a cosine of 0.28). `heads` are always float32.
+    `networks` may run in half precision. Their outputs are normalised, multiplied and passed to the
+    `heads` in float32 outside autocast, because half precision is coarser than the differences that
+    matter: bfloat16 has steps of 0.002 at a cosine of 0.28.
 
     A subclass may have `on_meta(dtype, **options)`, a class method that takes the options of its
-    constructor and returns its `MetaReward`, or None where its network is not known before it is
-    loaded.
+    constructor and returns its `MetaReward`, or None where the sizes of its network are unknown
+    until it is loaded.
     """
 
     networks: tuple[torch.nn.Module, ...] = ()
@@ -38,7 +39,7 @@ class FrozenReward:
     dtype = torch.float32
 
     def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Self:
-        """Move everything to a device, the networks in a precision, and return self."""
+        """Move everything to a device, convert the networks to a precision, and return self."""
         self.device, self.dtype = device, dtype
         for network in self.networks:
             network.to(device, dtype)
@@ -47,20 +48,21 @@ class FrozenReward:
         return self
 
     def recompute(self) -> None:
-        """From now on recompute the repeated blocks of the networks in backward.
+        """From now on recompute the repeated blocks of the networks in the backward pass.
 
-        Memory is then that of one block and the inputs of the others; gradients are the same.
+        Only the input of every block and the activations of one are then in memory. Gradients stay
+        the same.
         """
         for network in self.networks:
             for block in _blocks(network):
-                # Not reentrant: that kind knows neither torch.autograd.grad nor keyword arguments.
+                # The reentrant kind supports neither torch.autograd.grad nor keyword arguments.
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 class CosineReward(FrozenReward):
-    """Base of the rewards that compare an image with its prompt by features of unit length.
+    """Base of the rewards that compare the features of an image with those of its prompt.
 
-    A subclass has `see(images)` and `read(texts)`. The features of a prompt are computed once.
+    A subclass implements `see(images)` and `read(texts)`. Each prompt is encoded once and cached.
     """
 
     def __init__(self) -> None:
@@ -75,7 +77,8 @@ class CosineReward(FrozenReward):
         raise NotImplementedError
 
     def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Self:
-        """Move the networks to a device, in a precision, and return self."""
+        """Move the networks to a device, convert them to a precision, and return self."""
+        # The cached features are on the old device and have the old precision.
         self.text_features.clear()
         return super().to(device, dtype)
 
@@ -85,12 +88,12 @@ class CosineReward(FrozenReward):
 
 
 class MetaReward(FrozenReward):
-    """A reward on the meta device: its shapes and its work without its weights.
+    """A reward on the meta device: its operations and their shapes, without weights or values.
 
     Args:
         measure: From images (B, 3, H, W) on the meta device to any tensor (B, ...) that is
             differentiable in them.
-        networks: What it runs, on the meta device.
+        networks: The networks that it runs, on the meta device.
         dtype: Precision of the networks.
     """
 
@@ -101,7 +104,7 @@ class MetaReward(FrozenReward):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self._measure, self.networks, self.dtype = measure, networks, dtype
-        # As the real one is: dropout off, and no gradient of weights, which would be counted.
+        # Like the real reward: no dropout, and no gradients of weights, which would add memory.
         for network in networks:
             network.eval().requires_grad_(False)
             network.to(dtype)
@@ -112,20 +115,21 @@ class MetaReward(FrozenReward):
 
     @property
     def tensors(self) -> list[Tensor]:
-        """Return the weights and buffers, which are in memory whatever is measured."""
+        """Return the weights and buffers, which take memory for the whole run."""
         return [t for network in self.networks for t in (*network.parameters(), *network.buffers())]
 
     @property
     def parameters(self) -> int:
-        """Return the number of weights, those that read the prompt among them."""
+        """Return the number of weights, including those of the text encoder."""
         return sum(p.numel() for network in self.networks for p in network.parameters())
 
 
 def without_network(
     reward: Callable[[Tensor, Sequence[str]], Tensor],
 ) -> Callable[[Tensor, Sequence[str]], Tensor]:
-    """Let a reward that has no weights and reads no prompt be its own `MetaReward`; a decorator."""
+    """Decorate a reward without weights that reads no prompt: it is its own `MetaReward`."""
 
+    # Plain tensor operations run on the meta device as they are.
     def on_meta(dtype: torch.dtype) -> MetaReward:
         return MetaReward(lambda images: reward(images, [""] * len(images)))
 
@@ -134,13 +138,13 @@ def without_network(
 
 
 def known_config(kind: Any, place: str, published: Mapping[str, Any], *, option: str) -> Any:
-    """Return the configuration of a network of transformers, without loading its weights.
+    """Return the configuration of a transformers model, without loading its weights.
 
     Args:
-        kind: What reads the configuration of a folder: a class of transformers.
+        kind: Class of transformers that reads the configuration of a folder.
         place: A folder or a hub id.
         published: Configurations by hub id.
-        option: The option that names the place, for the messages.
+        option: The option that names the place, for messages.
 
     Returns:
         The configuration; None for a hub id that is not among the published ones.
@@ -155,20 +159,20 @@ def known_config(kind: Any, place: str, published: Mapping[str, Any], *, option:
 
 
 def refuse_other_tensors(state: Iterable[str], expected: Iterable[str]) -> None:
-    """Refuse weights whose names are not those that a network has.
+    """Refuse a state dict whose tensor names differ from those of a network.
 
     Raises:
         ValueError: With the first name that is missing or unknown.
     """
     known = set(expected)
-    wrong = sorted(known ^ set(state))
+    wrong = sorted(known ^ set(state))  # missing ones and unknown ones
     if wrong:
         kind = "lacks" if wrong[0] in known else "has an unknown"
         raise ValueError(f"it {kind} {wrong[0]} ({len(wrong)} names differ)")
 
 
 def exact(dtype: torch.dtype) -> torch.dtype:
-    """Return the precision that features and heads have: float64 where asked for, else float32."""
+    """Return the precision of features and heads: float64 for float64, float32 for all others."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -178,13 +182,10 @@ def unit(features: Tensor) -> Tensor:
 
 
 class TextCache:
-    """The features of texts, each computed once.
-
-    Each is computed by itself: the last digits depend on the batch and on the place in it, and must
-    not depend on what was asked before.
+    """A cache of text features.
 
     Args:
-        encode: Returns features, shape (N, D), of N texts.
+        encode: Returns the features, shape (N, D), of N texts.
     """
 
     def __init__(self, encode: Callable[[list[str]], Tensor]) -> None:
@@ -194,22 +195,25 @@ class TextCache:
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Return the features of each text, shape (N, D). Not differentiable."""
+        # Texts are encoded one by one: in a batch, the last digits of the features would depend on
+        # which other texts are in it, and so on which of them were cached before.
         for text in dict.fromkeys(texts):
             if text not in self._known:
                 self._known[text] = self._encode([text])[0]
-        found = torch.stack([self._known[text] for text in texts])
-        # The oldest go first; a dictionary keeps the order in which its keys came.
+        found = torch.stack([self._known[text] for text in texts])  # (N, D)
+        # Drop the oldest, which a dictionary lists first.
         while len(self._known) > _TEXTS_KEPT:
             self._known.pop(next(iter(self._known)))
         return found
 
     def clear(self) -> None:
-        """Forget everything, as when the network moves."""
+        """Forget all features."""
         self._known.clear()
 
 
 def _blocks(network: torch.nn.Module) -> list[torch.nn.Module]:
-    """Return the layers that a network repeats: the members of its outermost lists."""
+    """Return the layers that a network repeats: the members of its outermost module lists."""
+    # Not those of lists inside: a checkpoint within a checkpoint would be recomputed twice.
     found: list[torch.nn.Module] = []
     for child in network.children():
         if isinstance(child, (torch.nn.ModuleList, torch.nn.Sequential)) and len(child) > 1:

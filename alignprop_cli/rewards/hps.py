@@ -1,4 +1,4 @@
-"""Human preference score v2: the cosine of a CLIP that was trained on people's choices."""
+"""Human preference score v2: the cosine of a CLIP model trained on people's choices."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ FILES = {"v2.1": "HPS_v2.1_compressed.pt", "v2.0": "HPS_v2_compressed.pt"}
 class HpsReward(OpenClipReward):
     """rewards = <image, text>, both of unit length; about 0.2 to 0.35.
 
-    The plain cosine, without the model's scale, as the published code returns it; its tables show
-    100 times that. v2.1 spreads about four times as far as v2.0; the two are not comparable. The
-    network sees the whole image, letterboxed, not its centre alone.
+    This is the plain cosine, without the model's scale, as the published code returns it; published
+    tables show 100 times this value. Scores of v2.1 spread about four times as far as those of
+    v2.0, and the two are not comparable. The image is letterboxed, so that the network sees all of
+    it and not only the centre.
 
     Args:
         version: `v2.1` or `v2.0`.
@@ -45,7 +46,7 @@ class HpsReward(OpenClipReward):
                 hint=f"known: {', '.join(FILES)}",
             )
         file = locate(weights, FILES[version], option="reward.hps.weights")
-        # Without weights of its own: those of LAION, 4 GB more, would all be replaced.
+        # pretrained=None: LAION's weights, a download of 4 GB, would all be overwritten.
         model: Any = open_clip.create_model(ARCHITECTURE, pretrained=None, precision="fp32")
         with loading("reward.hps.weights", str(file)):
             state = torch.load(file, map_location="cpu", weights_only=True)

@@ -1,7 +1,7 @@
-"""The human preference score by its authors' own package: to compare ours with, not to train on.
+"""The human preference score by its authors' own package, to compare ours with; not for training.
 
-The wheel hpsv2 1.2.0 lacks the vocabulary of its tokenizer and pins old versions of other packages,
-which is why it is an extra and never what training uses.
+The wheel of hpsv2 1.2.0 lacks the vocabulary of its tokenizer, and pins old versions of other
+packages. So the package is an extra, and training never uses it.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from alignprop_cli.rewards.hps import ARCHITECTURE, FILES
 
 
 class OfficialHps:
-    """rewards = the score of `hpsv2.score`, without reading its checkpoint anew for each image.
+    """rewards = the score of `hpsv2.score`, which would read its checkpoint again for each image.
 
-    It sees bytes and has no gradient. On a GPU the package runs in float16.
+    Images are rounded to bytes, so there is no gradient. On a GPU the package runs in float16.
 
     Args:
         version: `v2.1` or `v2.0`.
-        weights: As those of `hps`.
+        weights: As for the reward `hps`.
 
     Raises:
         ConfigError: If the version is unknown.
@@ -41,6 +41,8 @@ class OfficialHps:
                 f"reward.hps-official.version: unknown version '{version}'",
                 hint=f"known: {', '.join(FILES)}",
             )
+        # 1. The package, with its own changed copy of open_clip. Its import fails in two ways, each
+        # with its own fix.
         try:
             from hpsv2.src import open_clip  # type: ignore[import-not-found]
         except (ImportError, FileNotFoundError) as error:
@@ -53,6 +55,7 @@ class OfficialHps:
             raise AssetError(
                 f"reward.hps-official: the package hpsv2 does not load: {error}", hint=hint
             ) from error
+        # 2. The network, which `hpsv2.score` would build again in every call.
         file = locate(weights, FILES[version], option="reward.hps-official.weights")
         self._model: Any
         self._model, _, self._prepare = open_clip.create_model_and_transforms(
@@ -74,6 +77,7 @@ class OfficialHps:
     @torch.no_grad()
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the score of each image for its prompt, shape (B,). Not differentiable."""
+        # Image by image, as the package does.
         scores: list[Tensor] = []
         for pixels, prompt in zip(to_uint8(images).numpy(), prompts, strict=True):
             image = self._prepare(Image.fromarray(pixels))[None].to(self._device)

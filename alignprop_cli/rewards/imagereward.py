@@ -1,8 +1,8 @@
 """ImageReward: how people would rate an image for its prompt, by a BLIP with cross-attention.
 
-Published as one state dict of classes that no longer import; here the same network is built of
-transformers' BLIP classes and loaded strictly, with names mapped. Every size is read from the
-shapes of the tensors and from med_config.json.
+The published weights are one state dict, and the classes they belong to no longer import. Here the
+same network is built from transformers' BLIP classes and loaded strictly, with names mapped. Every
+size is read from the shapes of the tensors and from med_config.json.
 """
 
 from __future__ import annotations
@@ -36,8 +36,9 @@ from alignprop_cli.rewards.frozen import (
 )
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
-"""With which the published code brings its ratings to about mean 0 and deviation 1."""
+"""The published code standardises its ratings with these, to about mean 0 and deviation 1."""
 
+# Tokens of a prompt; the published code pads and cuts all prompts to this length.
 _TEXT_LENGTH = 35
 _OPTION = "reward.imagereward.weights"
 
@@ -45,9 +46,9 @@ _OPTION = "reward.imagereward.weights"
 class ImageReward(FrozenReward):
     """rewards = (MLP(text token of BLIP(image, prompt)) - MEAN) / STD.
 
-    Most images lie between -2 and 2. A vision transformer reads the image, a BERT reads the prompt
-    (35 tokens, the rest is cut) and looks at the image in every layer; its first token goes through
-    five linear layers without activations.
+    Most images score between -2 and 2. A vision transformer reads the image. A BERT reads the
+    prompt (35 tokens, the rest is cut) and attends to the image in every layer. Its first token
+    goes through five linear layers without activations.
 
     Args:
         weights: A folder with ImageReward.pt and med_config.json, the .pt file itself (with
@@ -63,6 +64,7 @@ class ImageReward(FrozenReward):
     def __init__(
         self, weights: str = "THUDM/ImageReward", tokenizer: str = "bert-base-uncased"
     ) -> None:
+        # 1. The files. med_config.json is looked for where the weights are.
         file = locate(weights, "ImageReward.pt", option=_OPTION)
         place = str(file.parent) if Path(weights).expanduser().is_file() else weights
         config_file = locate(place, "med_config.json", option=_OPTION)
@@ -71,7 +73,8 @@ class ImageReward(FrozenReward):
         with loading(_OPTION, str(config_file)):
             config = json.loads(config_file.read_text(encoding="utf-8"))
             sizes = {name: config[name] for name in _TEXT_SIZES}
-        # Sizes come from the shapes of the tensors, so that smaller models of tests load as well.
+        # 2. The networks. Sizes come from the shapes of the tensors, so that smaller models load as
+        # well, such as those of the tests.
         with loading(_OPTION, str(file)):
             self._vision = _vision(_below(state, "blip.visual_encoder."))
             width = self._vision.config.hidden_size
@@ -79,6 +82,7 @@ class ImageReward(FrozenReward):
             self._head = _head(_below(state, "mlp.layers."), self._text.config.hidden_size)
         with loading("reward.imagereward.tokenizer", tokenizer):
             self._tokenizer: Any = BertTokenizer.from_pretrained(tokenizer)
+        # A larger vocabulary would index past the embedding: on a GPU a device-side assert.
         if len(self._tokenizer) > self._text.config.vocab_size:
             raise AssetError(
                 f"reward.imagereward.tokenizer: {tokenizer} has {len(self._tokenizer)} tokens, the "
@@ -93,8 +97,8 @@ class ImageReward(FrozenReward):
             vision = BlipVisionModel(_PUBLISHED_VISION)
             text = _text_model(_PUBLISHED_TEXT, _PUBLISHED_VISION.hidden_size)
 
-        # Every prompt has the same number of tokens, whatever they say. Without a mask: with one,
-        # transformers asks whether it is all ones, which the meta device cannot tell.
+        # Every prompt has the same number of tokens. The mask is left out: transformers would test
+        # whether it is all ones, and tensors on the meta device have no values.
         def measure(images: Tensor) -> Tensor:
             ids = torch.zeros((len(images), _TEXT_LENGTH), dtype=torch.long, device=images.device)
             return _first_tokens(vision, text, images, ids, None, dtype)
@@ -112,7 +116,7 @@ class ImageReward(FrozenReward):
         ).to(images.device)
         first = _first_tokens(
             self._vision, self._text, images, tokens.input_ids, tokens.attention_mask, self.dtype
-        )
+        )  # (B, D)
         with without_autocast(images.device):
             return (self._head(first).squeeze(-1) - MEAN) / STD
 
@@ -134,7 +138,7 @@ def _first_tokens(
         text: The text model, with cross-attention.
         images: Shape (B, 3, H, W), in [0, 1].
         ids: Tokens of the prompts, shape (B, 35).
-        mask: Where they are, shape (B, 35); None: everywhere.
+        mask: 1 for tokens, 0 for padding, shape (B, 35); None for no padding.
         dtype: Precision of both networks.
     """
     with without_autocast(images.device):
@@ -149,7 +153,8 @@ def _first_tokens(
 
 
 def _vision(state: Mapping[str, Tensor]) -> BlipVisionModel:
-    """Build the vision transformer of a state dict in timm's names."""
+    """Build the vision transformer of a state dict with timm's names."""
+    # One position more than patches: the class token's.
     width, _, patch, _ = state["patch_embed.proj.weight"].shape
     side = round((state["pos_embed"].shape[1] - 1) ** 0.5)
     config = BlipVisionConfig(
@@ -159,7 +164,7 @@ def _vision(state: Mapping[str, Tensor]) -> BlipVisionModel:
         num_attention_heads=max(1, width // 64),  # heads of vision transformers are 64 wide
         image_size=side * patch,
         patch_size=patch,
-        layer_norm_eps=1e-6,  # timm's; 1e-5, the default here, moves the tokens by 5e-5
+        layer_norm_eps=1e-6,  # timm's; the default here, 1e-5, changes the tokens by 5e-5
     )
     model = BlipVisionModel(config)
     _load(model, {_renamed(name): tensor for name, tensor in state.items()})
@@ -169,15 +174,15 @@ def _vision(state: Mapping[str, Tensor]) -> BlipVisionModel:
 def _text(state: Mapping[str, Tensor], sizes: Mapping[str, Any], width: int) -> BlipTextModel:
     """Build the text model of a state dict and med_config.json, for vision tokens of a width."""
     model = _text_model(sizes, width)
-    # A constant that older versions of transformers saved.
+    # Older versions of transformers saved position_ids, a constant, as if it were a weight.
     _load(model, {n: t for n, t in state.items() if n != "embeddings.position_ids"})
     return model
 
 
 def _text_model(sizes: Mapping[str, Any], width: int) -> BlipTextModel:
-    """Return a text model with cross-attention to vision tokens of a width."""
-    # med_config.json says encoder_width 768, which its own code replaces by the vision model's.
-    # is_decoder gives the layers their cross-attention.
+    """Return a text model with cross-attention to vision tokens of this width."""
+    # med_config.json says encoder_width 768, but the published code replaces that by the width of
+    # the vision model. is_decoder is what gives the layers their cross-attention.
     config = BlipTextConfig(**sizes, encoder_hidden_size=width, is_decoder=True)
     return BlipTextModel(config, add_pooling_layer=False)
 
@@ -199,6 +204,7 @@ _PUBLISHED_TEXT = {
     "num_attention_heads": 12,
     "max_position_embeddings": 512,
 }
+# What is read from med_config.json, and must be in it.
 _TEXT_SIZES = (
     "vocab_size",
     "hidden_size",
@@ -213,7 +219,8 @@ _TEXT_SIZES = (
 
 
 def _head(state: Mapping[str, Tensor], width: int) -> torch.nn.Sequential:
-    """Build the linear layers, named by their place between dropouts that do nothing here."""
+    """Build the linear layers of the head, named by their place, with dropouts left out."""
+    # Each layer must take what the one before gives, from the text model's width to one number.
     places = sorted({int(name.split(".")[0]) for name in state})
     shapes = [tuple(state[f"{place}.weight"].shape) for place in places]
     if [shape[1] for shape in shapes] + [1] != [width] + [shape[0] for shape in shapes]:
@@ -224,6 +231,7 @@ def _head(state: Mapping[str, Tensor], width: int) -> torch.nn.Sequential:
     return head
 
 
+# From timm's names to those of transformers' BLIP, applied in this order.
 _RENAMED = (
     (r"^cls_token$", "embeddings.class_embedding"),
     (r"^pos_embed$", "embeddings.position_embedding"),
@@ -261,7 +269,7 @@ def _depth(state: Mapping[str, Tensor], prefix: str) -> int:
 
 
 def _load(module: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Load strictly, in float32, freeze, and set to evaluation."""
+    """Load a state dict strictly, freeze the module and set it to evaluation."""
     refuse_other_tensors(state, module.state_dict())
     module.load_state_dict(state, strict=True)
     module.eval().requires_grad_(False)

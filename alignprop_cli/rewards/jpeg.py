@@ -1,9 +1,9 @@
 """How many bytes an image takes as a JPEG file: a differentiable estimate, and the true size.
 
-The file is written by an entropy coder, which has no gradient. Two measures stand in for it:
+The entropy coder that writes the file has no gradient. Two differentiable measures replace it:
 
   size        the number of bits that the coefficients of the cosine transform need (the default)
-  round_trip  the error of a differentiable JPEG codec, as DRaFT has it
+  round_trip  the error of a differentiable JPEG codec, as in DRaFT
 
 Spearman's rank correlation with the true size (Pillow, quality 95), over 200 synthetic images of
 64 x 64 and 200 of 256 x 192: flat shapes with noise, colour ramps, stripes and checks, 1/f noise,
@@ -36,16 +36,16 @@ _QUALITY = {"size": 95, "round_trip": 80}
 
 
 class Compressibility:
-    """Minus the size of an image as a JPEG file: higher is smaller.
+    """Minus the size of an image as a JPEG file, so that smaller files score higher.
 
-    For `size`, minus `estimated_kilobytes`: DDPO's reward with an estimate instead of the file, in
-    kB of 1000 bytes, at most about -0.63. For `round_trip`, minus the mean squared error of
-    kornia's differentiable codec, at most 0. Both are best for a flat image, and that is what a
-    model that only maximises them ends at.
+    `size` is minus `estimated_kilobytes`: DDPO's reward with an estimate instead of the file, in kB
+    of 1000 bytes, at most about -0.63. `round_trip` is minus the mean squared error of kornia's
+    differentiable codec, at most 0. Both are highest for a flat image, which is where a model that
+    only maximises them ends.
 
     Args:
         measure: `size` or `round_trip`.
-        quality: Of the JPEG, 1 to 100. None is 95 for `size` and 80 for `round_trip`.
+        quality: JPEG quality, 1 to 100. None is 95 for `size` and 80 for `round_trip`.
 
     Raises:
         ConfigError: If the measure is unknown or the quality out of range.
@@ -67,7 +67,7 @@ class Compressibility:
     ) -> MetaReward | None:
         """Return the measure itself, which has no weights; see `FrozenReward`."""
         if measure == "round_trip":
-            return None  # kornia looks at values, which the meta device does not have
+            return None  # kornia reads values, which tensors on the meta device do not have
         return MetaReward(_measure(cls._name, measure, quality))
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -76,10 +76,10 @@ class Compressibility:
 
 
 class Incompressibility(Compressibility):
-    """The size of an image as a JPEG file: higher is larger.
+    """The size of an image as a JPEG file, so that larger files score higher.
 
-    Minus `Compressibility`, with its arguments and errors. Best is noise at full contrast. An
-    exactly flat image has no gradient: it is the minimum.
+    Minus `Compressibility`, with its arguments and errors. Noise at full contrast scores highest.
+    An exactly flat image is the minimum and so has no gradient.
     """
 
     _name = "incompressibility"
@@ -109,7 +109,7 @@ def _measure(reward: str, measure: str, quality: int | None) -> Callable[[Tensor
 
     def error_of(images: Tensor) -> Tensor:
         images = images if images.dtype == torch.float64 else images.float()
-        # One quality for all: kornia takes no scalar.
+        # A tensor of one value for the whole batch: kornia takes no plain number.
         at = torch.tensor([float(quality)], dtype=images.dtype, device=images.device)
         return (images - jpeg_codec_differentiable(images, at)).square().mean(dim=(1, 2, 3))
 
@@ -117,7 +117,7 @@ def _measure(reward: str, measure: str, quality: int | None) -> Callable[[Tensor
 
 
 def true_size(images: Tensor) -> Tensor:
-    """Return the size of the files, by DDPO's definition, whatever the measure is."""
+    """Return the true size of the files as in DDPO: at quality 95, whatever the reward uses."""
     return jpeg_kilobytes(to_uint8(images))
 
 
@@ -126,7 +126,7 @@ def jpeg_kilobytes(images_uint8: Tensor, quality: int = 95) -> Tensor:
 
     Args:
         images_uint8: Shape (B, H, W, 3), uint8, as `images.to_uint8` makes them.
-        quality: Of the JPEG, 1 to 100; 95 is DDPO's.
+        quality: JPEG quality, 1 to 100; 95 is DDPO's.
 
     Returns:
         Shape (B,), float32, in kB of 1000 bytes, on the CPU. Not differentiable.
@@ -143,20 +143,20 @@ def estimated_kilobytes(images: Tensor, quality: int = 95) -> Tensor:
 
     bytes = header + (32 M + 2 sum_c log2(1 + 2 |c|)) / 8
 
-    M is the number of 16 x 16 blocks, 32 the bits that a flat one takes. c runs over the quantised
-    coefficients that are coded: the 63 of each 8 x 8 block that are not its mean, and the
-    differences of the means of neighbouring blocks. A coefficient is c = (transform) / (step of
-    the table), not rounded. Of its 2 log2(1 + 2 |c|) bits one half is the magnitude, which JPEG
-    writes as it is (log2 |c|), the other the code that announces it. |c| is smoothed to
-    sqrt(c^2 + e^2) - e with e = 0.1 of a step, so that the gradient is continuous at 0, where
-    most coefficients of a smooth image lie.
+    M is the number of 16 x 16 blocks, and a flat one takes 32 bits. c runs over the coefficients
+    that JPEG codes: for each 8 x 8 block the 63 that are not its mean, and the differences between
+    the means of neighbouring blocks. A coefficient is c = (cosine transform) / (step of the
+    quantisation table), not rounded. Half of its 2 log2(1 + 2 |c|) bits are for the magnitude, of
+    which JPEG writes log2 |c| bits; the other half are for the Huffman code before it. |c| is
+    smoothed to sqrt(c^2 + e^2) - e with e = 0.1, so that the gradient is continuous at 0, near
+    which most coefficients of a smooth image lie.
 
-    On the images above the estimate is off by 2.4 % (64 x 64) and 3.8 % (256 x 192) in the
-    median, at worst by 36 %. Only the 2 and e were chosen by looking at them.
+    On the images at the top of this file the median error of the estimate is 2.4 % (64 x 64) and
+    3.8 % (256 x 192), the largest 36 %. Only the factors 2 and e were chosen with these images.
 
     Args:
         images: Shape (B, 3, H, W), float32 or float64, in [0, 1], any H and W.
-        quality: Of the JPEG, 1 to 100.
+        quality: JPEG quality, 1 to 100.
 
     Returns:
         Shape (B,), float32 or float64, in kB of 1000 bytes. Differentiable in images.
@@ -168,18 +168,21 @@ def estimated_kilobytes(images: Tensor, quality: int = 95) -> Tensor:
         for plane, table in zip(planes, _tables(quality), strict=True):
             step = torch.tensor(table, dtype=images.dtype, device=images.device)
             coefficients = _transform(plane) / step.view(8, 8)  # (B, C, rows, columns, 8, 8)
+            # JPEG codes the mean of a block as its difference from that of the block to the left.
             means = coefficients[..., 0, 0].diff(dim=-1)
             bits = bits + _bits(coefficients.flatten(-2)[..., 1:]).flatten(1).sum(dim=1)
             bits = bits + _bits(means).flatten(1).sum(dim=1)
+    # M: luma is at full resolution, so 256 of its values are one 16 x 16 block.
     blocks = planes[0].shape[-2] * planes[0].shape[-1] // 256
     return (_HEADER_BYTES + (_FLAT_BITS * blocks + bits) / 8.0) / 1000.0
 
 
-# Markers and tables of a colour JPEG that Pillow writes with the standard Huffman tables.
+# Bytes of markers and tables in a colour JPEG that Pillow writes with the standard Huffman tables.
 _HEADER_BYTES = 623
-# Four luma blocks of 2 (mean unchanged) + 4 (end of block) bits, two of chroma of 2 + 2: the codes
-# of ITU-T T.81, tables K.3 to K.6.
+# Bits of a flat 16 x 16 block: 2 (mean unchanged) + 4 (end of block) for each of four luma blocks,
+# 2 + 2 for each of two chroma blocks. The codes of ITU-T T.81, tables K.3 to K.6.
 _FLAT_BITS = 32
+# e of `estimated_kilobytes`, in steps of the quantisation table.
 _SMOOTHING = 0.1
 
 
@@ -192,18 +195,22 @@ def _bits(coefficients: Tensor) -> Tensor:
 def _planes(images: Tensor) -> tuple[Tensor, Tensor]:
     """Return luma (B, 1, H, W) and the two chromas at half size, in [0, 255], padded to blocks."""
     height, width = images.shape[-2:]
-    # As encoders do: the last row and column are repeated up to whole blocks of 16 x 16.
+    # Like an encoder, repeat the last row and column up to whole blocks of 16 x 16: -n % 16 pixels
+    # are missing.
     padded = pad(255.0 * images, (0, -width % 16, 0, -height % 16), mode="replicate")
     red, green, blue = padded.unbind(dim=1)
-    luma = 0.299 * red + 0.587 * green + 0.114 * blue  # JFIF, after Rec. 601
+    # JFIF, after Rec. 601, without its offset of 128 to the chromas: it changes only the means of
+    # blocks, of which only differences are coded.
+    luma = 0.299 * red + 0.587 * green + 0.114 * blue  # (B, H, W)
     chroma = torch.stack([(blue - luma) / 1.772, (red - luma) / 1.402], dim=1)
-    return luma[:, None], avg_pool2d(chroma, 2)
+    return luma[:, None], avg_pool2d(chroma, 2)  # (B, 1, H, W), (B, 2, H / 2, W / 2)
 
 
 def _transform(plane: Tensor) -> Tensor:
-    """Return the 8 x 8 cosine transform of blocks, (B, C, H / 8, W / 8, 8, 8), orthonormal."""
+    """Return the orthonormal 8 x 8 cosine transform (DCT-II), (B, C, H / 8, W / 8, 8, 8)."""
     batch, channels, height, width = plane.shape
     blocks = plane.view(batch, channels, height // 8, 8, width // 8, 8).transpose(3, 4)
+    # Row k of the basis is cos((2 x + 1) k pi / 16) / 2 over the pixels x, with k = 0 over sqrt(2).
     frequency = torch.arange(8, dtype=plane.dtype, device=plane.device)[:, None]
     basis = torch.cos((2.0 * frequency.T + 1.0) * frequency * (math.pi / 16.0)) / 2.0
     basis = torch.where(frequency == 0, basis / math.sqrt(2.0), basis)
@@ -211,7 +218,8 @@ def _transform(plane: Tensor) -> Tensor:
 
 
 def _tables(quality: int) -> tuple[list[int], list[int]]:
-    """Return the 64 steps of luma and of chroma, by rows, that Pillow uses at a quality."""
+    """Return the 64 quantisation steps of luma and of chroma, by rows, at a quality."""
+    # Read back from a file of Pillow's, so that they are the steps of the true size.
     file = io.BytesIO(_jpeg(Image.new("RGB", (8, 8)), quality))
     with Image.open(file) as image:
         tables: dict[int, list[int]] = image.quantization  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Several rewards at once, each measured and logged by itself."""
+"""Several rewards, measured and logged separately, and the weighted sum of their losses."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Member:
 
     Args:
         name: Of the reward.
-        reward: Measures images.
+        reward: The reward itself.
         weight: Factor on its loss.
-        loss: How it becomes a loss.
-        base: Mean and deviation over images of the base model; with them the loss is that of
-            (reward - mean) / deviation, the target moved likewise.
+        loss: How the reward becomes a loss.
+        base: Mean and standard deviation of the reward over images of the base model. With them the
+            loss is that of (reward - mean) / std, and the target is standardised the same way.
     """
 
     name: str
@@ -55,12 +55,12 @@ class Mixture:
         members: At least one, with distinct names.
 
     Attributes:
-        names: Of the members.
-        extra_metrics: What members report besides their rewards, never trained on: functions of
-            images (B, 3, H, W) that return (B,), by name.
+        names: Names of the members.
+        extra_metrics: What members report in addition to their rewards, never trained on: functions
+            of images (B, 3, H, W) that return (B,), by name.
 
     Raises:
-        ConfigError: If a member's extra metrics are no such mapping, or one has the name of
+        ConfigError: If a member's extra metrics are not such a mapping, or one has the same name as
             another metric.
     """
 
@@ -72,7 +72,7 @@ class Mixture:
             for name, measure in _extra_metrics(member).items():
                 if name in self.metrics:
                     raise ConfigError(
-                        f"reward '{member.name}': its extra metric '{name}' has the name of "
+                        f"reward '{member.name}': its extra metric '{name}' has the same name as "
                         "another metric",
                         hint="give one of them another name",
                     )
@@ -85,7 +85,7 @@ class Mixture:
 
     @property
     def features(self) -> Callable[[Tensor], Tensor] | None:
-        """Return the first function of a member from images to features (B, D), if any."""
+        """Return the first member's function from images to features (B, D), if any has one."""
         rewards = [m.reward for m in self.members if isinstance(m.reward, FrozenReward)]
         found = (getattr(reward, "image_features", None) for reward in rewards)
         return next(filter(None, found), None)
@@ -98,22 +98,22 @@ class Mixture:
             prompts: B texts.
 
         Returns:
-            For each of `metrics` a tensor of shape (B,), float32 (or float64 where the member
-            answers so), on the images' device. Rewards are differentiable in images as far as the
-            member is; extra metrics are not.
+            For each of `metrics` a tensor of shape (B,) on the images' device, float32 (float64
+            where the member returns that). Rewards are differentiable in images if the member is;
+            extra metrics are not.
 
         Raises:
-            ConfigError: If a member answers with a wrong shape or changes the images.
-            RunError: If images or answers are not finite, or a member fails.
+            ConfigError: If a member returns a wrong shape or changes the images.
+            RunError: If images or rewards are not finite, or a member fails.
         """
         scores: dict[str, Tensor] = {}
-        # Images are refused here once, so that no reward needs a check of its own and a broken
-        # decoder is not told as a broken reward.
+        # Checked here once, so that no reward needs a check of its own, and NaN from the decoder is
+        # not reported as a fault of the reward.
         check_inputs(", ".join(self.names), images, prompts)
         for member in self.members:
             answer = check_rewards(member.name, _ask(member, images, prompts), prompts)
             scores[member.name] = answer.to(images.device)
-        # Detached: what is only recorded must not keep the graph of the images in memory.
+        # Detached: a value that is only recorded must not keep the graph of the images in memory.
         for name, measure in self.extra_metrics.items():
             with user.faults(RunError, f"extra metric '{name}' failed"):
                 answer = measure(images.detach())
@@ -129,7 +129,7 @@ class Mixture:
         for name in self.names:
             if not depends_on(scores[name], images):
                 raise ConfigError(
-                    f"reward '{name}' has no gradient: its answer does not depend on the images "
+                    f"reward '{name}' has no gradient: its result does not depend on the images "
                     "in a differentiable way, so there is nothing to train on",
                     hint="it must not detach, round, or leave torch",
                 )
@@ -141,22 +141,26 @@ class Mixture:
     def differentiate(
         self, images: Tensor, prompts: Sequence[str], to_loss: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Score images and go back to them, and no further.
+        """Score images, and compute the gradient of their loss with respect to the images.
+
+        The backward pass ends at the images, whose own graph is not touched: the caller continues
+        from there, through the decoder and the sampling chain.
 
         Args:
-            images: Shape (B, 3, H, W), in [0, 1]; their own graph is not touched.
+            images: Shape (B, 3, H, W), in [0, 1].
             prompts: B texts.
-            to_loss: From the losses of the images, shape (B,), to the number whose gradient is
+            to_loss: From the losses of the images, shape (B,), to the scalar whose gradient is
                 wanted.
 
         Returns:
-            The gradient in images (B, 3, H, W), the losses (B,) and what `score` returns, detached.
+            The gradient (B, 3, H, W), the losses (B,) and the result of `score`, all detached.
 
         Raises:
             ConfigError, RunError: As `score` and `check_gradients`.
         """
         leaf = images.detach().requires_grad_()
-        # A copy: a reward that changes its images in place is found out, and harms nothing.
+        # The rewards get a clone: `depends_on` needs images with a grad_fn, and autograd refuses
+        # in-place changes of a leaf with a message that does not name the reward.
         scored = leaf.clone()
         scores = self.score(scored, prompts)
         self.check_gradients(scores, scored)
@@ -167,13 +171,13 @@ class Mixture:
         return leaf.grad, losses.detach(), {name: v.detach() for name, v in scores.items()}
 
     def blamed(self) -> AbstractContextManager[None]:
-        """Return a block in which a fault is told as that of the user's own rewards.
+        """Return a context manager that reports errors as those of the user's own rewards.
 
-        For the backward pass from the losses to what the images were decoded from, and for nothing
-        more: a fault in the backward pass of the network is not the reward's.
+        Only for the backward pass from the losses to the images: an error further back, in the
+        networks that made them, is not the reward's.
         """
-        # Autograd does not say whose operation failed. A fault in a shipped reward is a bug of this
-        # program, and stays one where there are no others.
+        # Autograd does not say whose operation failed. If all rewards are shipped ones, an error is
+        # a bug of this program and passes unchanged.
         names = [f"'{name}'" for name in self.names if name not in registry.SHIPPED]
         if not names:
             return nullcontext()
@@ -185,7 +189,7 @@ class Mixture:
         Raises:
             RunError: If std is 0: all images of the base model have the same reward.
         """
-        # Not std <= 0.0, which NaN would pass.
+        # Not `if std <= 0.0`, which is false for NaN.
         if not std > 0.0:
             raise RunError(
                 f"reward.{name}.standardise: the base model's images all have the reward {mean}",
@@ -197,7 +201,7 @@ class Mixture:
         )
 
     def recompute(self) -> None:
-        """From now on recompute the blocks of the members' networks in backward, to save memory."""
+        """From now on recompute the members' network blocks in the backward pass to save memory."""
         for member in self.members:
             if isinstance(member.reward, FrozenReward):
                 member.reward.recompute()
@@ -217,11 +221,11 @@ def _extra_metrics(member: Member) -> Mapping[str, Callable[[Tensor], Tensor]]:
 
 
 def _ask(member: Member, images: Tensor, prompts: Sequence[str]) -> object:
-    """Return the answer of a reward; a fault in a user's own is told as the user's."""
+    """Return what a reward returns; errors of a user's own reward are reported as the user's."""
     if member.name in registry.SHIPPED:
         return member.reward(images, prompts)
-    # Autograd counts the changes in place; without it another reward would measure changed images
-    # and nobody would notice.
+    # Autograd counts in-place changes of a tensor. Unnoticed, the rewards that follow would measure
+    # the changed images.
     version = images._version
     with user.faults(RunError, f"reward '{member.name}' failed"):
         answer = member.reward(images, prompts)
@@ -239,16 +243,17 @@ def build_mixture(
     """Build every reward of the configuration on the device.
 
     Raises:
-        ConfigError, AssetError: As `registry.build`; AssetError too where a move fails.
+        ConfigError, AssetError: As `registry.build`; also an AssetError if moving a reward fails.
     """
-    # All names and options first: loading the weights of one may take minutes.
+    # 1. Check all names and options first: loading the weights of one reward may take minutes.
     for name, config in rewards.items():
         registry.check(name, config.options)
+    # 2. Load them, in the order of the configuration.
     members: list[Member] = []
     for name, config in rewards.items():
         reward = registry.build(name, config.options)
         dtype: torch.dtype = getattr(torch, config.dtype)
-        # Shipped networks take a precision; a user's reward is moved and decides that for itself.
+        # Our networks take a precision; a user's reward is moved and decides on its own precision.
         if isinstance(reward, FrozenReward):
             reward.to(device, dtype)
         elif dtype != torch.float32:
@@ -256,7 +261,7 @@ def build_mixture(
         elif callable(move := getattr(reward, "to", None)):
             with user.faults(AssetError, f"reward '{name}': cannot be moved to {device}"):
                 move(device)
-        # Without these, standardise waits for the base model to be measured: see `standardise`.
+        # Without these two numbers the base model is measured first: see `Mixture.standardise`.
         base = (
             None
             if config.base_mean is None or config.base_std is None or not config.standardise

@@ -1,4 +1,4 @@
-"""PickScore: which image people pick for a prompt, a CLIP trained on their choices."""
+"""PickScore: which image people pick for a prompt, by a CLIP model trained on their choices."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from alignprop_cli.rewards.base import without_autocast
 from alignprop_cli.rewards.frozen import CosineReward, MetaReward, known_config, unit
 
 _MODEL = "yuvalkirstain/PickScore_v1"
+# Sizes of the published network, so that its memory can be estimated before a download.
 _PUBLISHED = {
     _MODEL: CLIPConfig(
         vision_config=CLIPVisionConfig(
@@ -38,10 +39,10 @@ _PUBLISHED = {
 
 
 class PickScore(CosineReward):
-    """rewards = s <image, text>, both of unit length, s the model's scale (about 100): 18 to 24.
+    """rewards = s <image, text>, both of unit length, with the model's scale s of about 100.
 
-    A difference of d between two images of one prompt stands for odds of e^d that people pick the
-    better one.
+    Most images score 18 to 24. If the scores of two images of one prompt differ by d, the odds that
+    people pick the higher one are e^d.
 
     Args:
         model: A folder or a hub id of a CLIP in transformers' format.
@@ -87,7 +88,7 @@ class PickScore(CosineReward):
             max_length=self._model.config.text_config.max_position_embeddings,
             return_tensors="pt",
         ).to(self.device)
-        # The parts of get_text_features, whose own result has changed between versions.
+        # The parts of get_text_features, which returns other things in other versions.
         with without_autocast(self.device):
             read = self._model.text_model(
                 input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
@@ -96,6 +97,7 @@ class PickScore(CosineReward):
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the score of each image for its prompt, shape (B,). Differentiable in images."""
+        # The scale that `ClipReward` leaves out is part of the published score.
         cosines = super().__call__(images, prompts)
         return self._model.logit_scale.to(cosines.dtype).exp() * cosines
 
@@ -103,7 +105,8 @@ class PickScore(CosineReward):
 def _features(model: Any, images: Tensor, dtype: torch.dtype) -> Tensor:
     """Return features of unit length, shape (B, D). Differentiable in images (B, 3, H, W)."""
     size = model.config.vision_config.image_size
-    inputs = normalise(resize_and_crop(images, size), CLIP_MEAN, CLIP_STD)
+    inputs = normalise(resize_and_crop(images, size), CLIP_MEAN, CLIP_STD)  # (B, 3, size, size)
+    # As for texts, the parts of get_image_features.
     with without_autocast(images.device):
         seen = model.vision_model(pixel_values=inputs.to(dtype))
         return unit(model.visual_projection(seen.pooler_output))

@@ -1,7 +1,6 @@
 """Rewards that need no weights: for first experiments and for tests.
 
-All are smooth, cheap, and easily fooled (that is the lesson): a model that maximises brightness
-ends at white images.
+All are cheap and easily exploited: a model that maximises brightness ends at white images.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ _LUMA = (0.299, 0.587, 0.114)
 
 def _luma(images: Tensor) -> Tensor:
     """Return brightness per pixel, (B, H, W), of images (B, 3, H, W)."""
+    # Autocast would compute the product in half precision, coarser than the differences that count.
     weights = torch.tensor(_LUMA, dtype=images.dtype, device=images.device)
     with without_autocast(images.device):
         return torch.einsum("bchw,c->bhw", images, weights)
@@ -41,8 +41,8 @@ def redness(images: Tensor, prompts: Sequence[str]) -> Tensor:
 @without_network
 def contrast(images: Tensor, prompts: Sequence[str]) -> Tensor:
     """Return the standard deviation of luma, in [0, 0.5]. Differentiable in images."""
-    variance = _luma(images).flatten(1).var(dim=1, correction=0)
-    # The root has no gradient at a flat image; the offset keeps it finite there.
+    variance = _luma(images).flatten(1).var(dim=1, correction=0)  # (B,)
+    # Without the offset the gradient at a flat image would be NaN, infinity times 0; with it, 0.
     return torch.sqrt(variance + 1e-12)
 
 
@@ -56,7 +56,9 @@ def colourfulness(images: Tensor, prompts: Sequence[str]) -> Tensor:
         instead of [0, 255]. Differentiable in images.
     """
     red, green, blue = images.unbind(dim=1)
+    # The paper's two opponent axes, red-green and yellow-blue: (B, 2, H W).
     axes = torch.stack([red - green, (red + green) / 2.0 - blue], dim=1).flatten(2)
+    # Both roots need the offset of `contrast`: grey images have neither spread nor shift.
     spread = torch.sqrt(axes.var(dim=2, correction=0).sum(dim=1) + 1e-12)
     shift = torch.sqrt(axes.mean(dim=2).square().sum(dim=1) + 1e-12)
     return spread + 0.3 * shift

@@ -1,14 +1,14 @@
-"""Rewards by name: the shipped ones, installed ones, and a user's own.
+"""Rewards by name: the shipped ones, those of installed packages, and a user's own.
 
 A name is one of
   clip, brightness, ...            shipped, listed below
-  package.module:attribute         a function, or a class that is built with the given options
+  package.module:attribute         a function, or a class, constructed with the given options
   path/to/file.py:attribute        the same from a file
   any name in the entry point group `alignprop.rewards` of an installed package.
 
-A reward is added by one file in this folder and one line of `SHIPPED`. Its options are the
-arguments of its constructor, which are read from the source: names and options are checked before
-torch or a model library is loaded.
+To ship another reward, add one file to this folder and one line to `SHIPPED`. Its options are the
+arguments of its constructor. They are read from the source, so that names and options are checked
+before torch or a model library is loaded.
 """
 
 from __future__ import annotations
@@ -36,24 +36,25 @@ if TYPE_CHECKING:
 
 GROUP = "alignprop.rewards"
 
-# What an option may be, by how its constructor is annotated.
+# The type of an option's value, by the annotation of the constructor's argument.
 _KINDS: Mapping[str, type] = {
     **{kind.__name__: kind for kind in (str, int, float, bool)},
     "Sequence[str]": list,
 }
 
+# Text options that hold a word; every other one names a file, a hub id or a prompt set. A new one
+# belongs here only if no value of it can make the program load something.
 _WORDS = {"object", "version", "measure"}
-"""Options whose text is a word; every other text names a file, a hub id or a prompt set."""
 
 
 @dataclass(frozen=True)
 class Shipped:
-    """Where a shipped reward is, and what must be known of it before it is loaded.
+    """Where a shipped reward is, and what must be known about it before it is loaded.
 
     Args:
         target: module:attribute, in this folder.
-        reads_prompt: Whether the prompt matters.
-        instead: Option that replaces the prompt where it is given.
+        reads_prompt: Whether its result depends on the prompt.
+        instead: Option that replaces the prompt where it is set.
         trainable: Whether it has a gradient.
     """
 
@@ -71,7 +72,8 @@ class Shipped:
     def places(self) -> Mapping[str, str | None]:
         """Return the options that name a file, a hub id or a prompt set, with their defaults.
 
-        What a file that came with weights says of these is not believed: see config/trust.py.
+        A configuration that came with weights may set these only to what the user typed or to a
+        shipped default: see config/trust.py.
         """
         return {
             name: default
@@ -106,29 +108,30 @@ def _arguments(target: str) -> Mapping[str, tuple[type, Any]]:
     """Return the arguments of a shipped reward's constructor, read from its source.
 
     Returns:
-        The type and the default of each; None where it has no default.
+        The type and the default of each; the default is None where there is none.
     """
+    # Parsed, not imported: an import would load torch and a model library, which takes seconds.
     module, _, name = target.partition(":")
     source = Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8")
     body = ast.parse(source).body
     classes = {n.name: n for n in body if isinstance(n, ast.ClassDef)}
-    # A default is a value, or a constant of the same file.
+    # A default is a literal, or a constant of the same file.
     constants = {ast.unparse(n.targets[0]): n.value for n in body if isinstance(n, ast.Assign)}
     while name in classes:
         found = classes[name]
         for node in found.body:
             if isinstance(node, ast.FunctionDef) and node.name == "__init__":
                 arguments, defaults = node.args.args[1:], node.args.defaults
-                # Defaults belong to the last arguments.
+                # As in a call, defaults belong to the last arguments.
                 required = [ast.Constant(None)] * (len(arguments) - len(defaults))
                 values = [constants.get(ast.unparse(d), d) for d in (*required, *defaults)]
                 return {
                     a.arg: (_kind(a.annotation), ast.literal_eval(value))
                     for a, value in zip(arguments, values, strict=True)
                 }
-        # Inherited: from a class of the same file.
+        # No constructor of its own: look at its base class, which is in the same file.
         name = ast.unparse(found.bases[0])
-    return {}  # a function takes none
+    return {}  # a function, which takes no options
 
 
 def _kind(annotation: ast.expr | None) -> type:
@@ -145,6 +148,8 @@ def names() -> list[str]:
 def check(name: str, options: Mapping[str, Any]) -> None:
     """Refuse an unknown name or option, without loading anything.
 
+    The options of a user's own reward are not known here; `build` checks them.
+
     Raises:
         ConfigError: With the nearest known name or option.
     """
@@ -156,7 +161,7 @@ def check(name: str, options: Mapping[str, Any]) -> None:
                 raise ConfigError(
                     f"reward.{name}: unknown option '{option}'.{did_you_mean(option, names_known)}"
                 )
-            # Not isinstance: True would be an int.
+            # Not isinstance, which takes True for an int.
             if value is not None and type(value) is not known[option]:
                 kind = known[option].__name__
                 raise ConfigError(f"reward.{name}.{option}: expected a {kind}, got {value!r}")
@@ -168,10 +173,10 @@ def check(name: str, options: Mapping[str, Any]) -> None:
 
 
 def build(name: str, options: Mapping[str, Any]) -> Reward:
-    """Load a reward and build it with its options.
+    """Load a reward and construct it with its options.
 
     Raises:
-        ConfigError: If the name or an option is unknown, or the attribute is no reward.
+        ConfigError: If the name or an option is unknown, or the attribute is not a reward.
         AssetError: If its module, file or weights are missing.
     """
     from alignprop_cli.rewards import user  # loads torch
@@ -186,7 +191,7 @@ def build(name: str, options: Mapping[str, Any]) -> Reward:
                 f"reward '{name}' is a function and takes no options, got {dict(options)}"
             )
         return cast("Reward", target)
-    # A wrong option is told as such, not as a fault inside the constructor.
+    # Bound before the call: a TypeError from inside the constructor is not a wrong option.
     try:
         inspect.signature(target).bind(**options)
     except TypeError as error:
@@ -199,7 +204,7 @@ def build(name: str, options: Mapping[str, Any]) -> Reward:
 
 
 def on_meta(name: str, options: Mapping[str, Any], dtype: torch.dtype) -> MetaReward | None:
-    """Return a reward on the meta device, where its memory can be counted without its weights.
+    """Return a reward on the meta device, where its memory can be measured without its weights.
 
     Args:
         name: Of the reward.
@@ -207,8 +212,8 @@ def on_meta(name: str, options: Mapping[str, Any], dtype: torch.dtype) -> MetaRe
         dtype: Precision of its networks.
 
     Returns:
-        A new one in every call, whose networks may be changed. None where nothing is known before
-        the reward is loaded: a user's own without `on_meta`, or sizes that are not known.
+        A new object in every call, so that the caller may change its networks. None where the sizes
+        are unknown until the reward is loaded, as for a user's own reward without `on_meta`.
 
     Raises:
         ConfigError: If the name or an option is unknown, or `on_meta` returns something else.
@@ -218,7 +223,7 @@ def on_meta(name: str, options: Mapping[str, Any], dtype: torch.dtype) -> MetaRe
     from alignprop_cli.rewards.frozen import MetaReward
 
     check(name, options)
-    # Of the class, before there is an object: building one would load its weights.
+    # Looked up on the class: constructing an object would load its weights.
     make: Callable[..., object] | None = getattr(_import(name), "on_meta", None)
     if make is None:
         return None
@@ -235,7 +240,7 @@ def on_meta(name: str, options: Mapping[str, Any], dtype: torch.dtype) -> MetaRe
 
 
 def parameters(name: str, options: Mapping[str, Any]) -> int:
-    """Return the number of weights of a reward; 0 where it has none or they are not known.
+    """Return the number of weights of a reward; 0 where it has none or the number is unknown.
 
     Raises:
         ConfigError, AssetError: As `on_meta`.
@@ -250,11 +255,14 @@ def _import(name: str) -> Any:
     """Return the object that a name stands for."""
     from alignprop_cli.rewards import user
 
+    # 1. Every kind of name becomes PLACE:ATTRIBUTE.
     if name in SHIPPED:
         name = f"alignprop_cli.rewards.{SHIPPED[name].target}"
     elif ":" not in name:
         name = next(point for point in entry_points(group=GROUP) if point.name == name).value
     place, _, attribute = name.rpartition(":")
+    # 2. Importing runs the user's code, so all of its errors are the user's. A syntax error also
+    # gets its file and line, which the general message would hide.
     with user.faults(AssetError, f"reward '{name}': cannot import {place}"):
         try:
             module = (
@@ -273,7 +281,7 @@ def _import(name: str) -> Any:
 
 
 def _from_file(path: Path) -> Any:
-    """Return a Python file as a module of its own."""
+    """Import a Python file as a module that no package contains."""
     if not path.is_file():
         raise AssetError(f"reward: no such file: {path}")
     return _run(path.resolve(), path.stat().st_mtime_ns)
@@ -281,7 +289,10 @@ def _from_file(path: Path) -> Any:
 
 @cache
 def _run(path: Path, _changed: int) -> Any:
-    """Run a Python file, once for as long as it does not change: it is asked for several times."""
+    """Run a Python file, and again only after it has changed (its time is part of the cache key).
+
+    A run looks the reward up several times: to check it, to estimate its memory and to build it.
+    """
     name = f"alignprop_user_reward_{abs(hash(path))}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:

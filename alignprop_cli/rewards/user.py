@@ -1,4 +1,4 @@
-"""Faults of a user's own reward, told as the user's."""
+"""Errors raised by a user's own reward, reported as the user's and not as bugs of this program."""
 
 from __future__ import annotations
 
@@ -14,17 +14,19 @@ from alignprop_cli.errors import AlignPropError
 def faults(kind: type[AlignPropError], what: str) -> Iterator[None]:
     """Turn whatever the user's code inside the block raises into one of our errors.
 
-    Such code may raise anything, or end the process, and none of it is a bug of this program. Our
-    own errors and memory that has run out pass unchanged.
+    Such code may raise anything, or end the process. Our own errors pass unchanged, and so do those
+    of running out of memory.
 
     Args:
-        kind: Of the error that is raised instead.
-        what: Beginning of its message; the type and text of the fault follow.
+        kind: Class of the error that is raised instead.
+        what: Beginning of its message; the type and text of the original error follow.
     """
     try:
         yield
+    # The planner and the trainer answer running out of memory with a smaller plan.
     except (AlignPropError, MemoryError, torch.OutOfMemoryError):
         raise
+    # SystemExit too: a module that is imported may call sys.exit().
     except (Exception, SystemExit) as error:
         raise kind(
             f"{what}: {type(error).__name__}: {error}", hint="--debug shows where"

@@ -1,5 +1,5 @@
-"""Rewards over image files.
+"""Rewards of image files.
 
 Read files.py (find and decode), captions.py and embedded.py (the prompt of a file), scorer.py
-(measure), rows.py (write), run.py (all of these), report.py (what is shown at the end).
+(measure), rows.py (write), run.py (all of these together), report.py (what is shown at the end).
 """

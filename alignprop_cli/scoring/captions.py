@@ -1,4 +1,4 @@
-"""The prompt of an image file: given, in a table, next to it, inside it, or by its place."""
+"""The prompt of an image file: from an option, a table, a file next to it, itself or its folder."""
 
 from __future__ import annotations
 
@@ -31,32 +31,36 @@ SOURCES = (
     "hpd",
     "none",
 )
-"""Where a prompt can be from, in the order in which they are looked at."""
+"""Where a prompt can come from, in the order of the search."""
 
+# The names of Hugging Face's ImageFolder, and those of the usual training scripts.
 _METADATA = ("metadata.jsonl", "metadata.csv")
 _SIDECARS = (".txt", ".caption")
 
+# Images of HPSv2's benchmark are numbered 00000.jpg, 00001.jpg, ...
 _HPD_NAME = re.compile(r"\d{5}")
 
-# Prompts may be longer than the module's own limit.
+# Prompts may be longer than the csv module's default limit of 131072 characters. The limit is a C
+# long, which has 32 bits on Windows.
 csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
 
 Table = dict[str, str]
-"""Prompt by file name as written, with forward slashes."""
+"""Prompts by file name as the table has it, with forward slashes."""
 
 
 def read_table(path: Path, *, lenient: bool = False) -> Table:
-    """Read which prompt belongs to which file, from .jsonl or .csv.
+    """Read the prompts of image files from a table, .jsonl or .csv.
 
     Each line or row has `file_name`, and the prompt as `prompt`, `text` or `caption`.
 
     Args:
-        path: The file.
-        lenient: Pass over lines that lack these: it may be about something else.
+        path: The table.
+        lenient: Skip lines that lack one of these: a table that was found and not given may be
+            about something else.
 
     Raises:
-        AssetError: If it cannot be read.
-        ConfigError: If it is of another kind, or a line lacks something; names the line.
+        AssetError: If the table cannot be read.
+        ConfigError: If it is another kind of file, or a line lacks something; names the line.
     """
     table: Table = {}
     for line, row in _rows(path):
@@ -68,14 +72,17 @@ def read_table(path: Path, *, lenient: bool = False) -> Table:
                 f"prompts: {path}:{line}: expected file_name and one of "
                 f"{', '.join(PROMPT_COLUMNS)} as texts, got {', '.join(map(str, row)) or 'nothing'}"
             )
+        # Tables from Windows have backslashes.
         table[name.replace("\\", "/").removeprefix("./")] = prompt
     return table
 
 
 def _rows(path: Path) -> list[tuple[int, Mapping[str, Any]]]:
+    """Return the entries of a table, each with its line number for messages."""
     readers = {".jsonl": _jsonl_rows, ".csv": _csv_rows}
     if path.suffix.lower() not in readers:
         raise ConfigError(f"prompts: {path}: expected a .jsonl or .csv file")
+    # utf-8-sig: spreadsheets write a byte order mark, which would be part of the first column name.
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -89,7 +96,7 @@ def _prompt(row: Mapping[str, Any]) -> str | None:
 
 
 def _jsonl_rows(text: str, path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    # Not splitlines: a JSON text may hold other line separators than \n.
+    # Not splitlines(): strings in JSON may contain line separators other than \n.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -113,11 +120,11 @@ def _csv_rows(text: str, path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
 
 @dataclass
 class PromptFinder:
-    """Finds the prompt of an image, from the first of `SOURCES` that has one.
+    """Finds the prompt of an image, in the first of `SOURCES` that has one.
 
     Args:
-        prompt: One for all images.
-        table: A file that says which prompt belongs to which image.
+        prompt: One prompt for all images.
+        table: A table with the prompt of each image; see `read_table`.
 
     Raises:
         AssetError, ConfigError: As `read_table`.
@@ -125,6 +132,7 @@ class PromptFinder:
 
     prompt: str | None = None
     table: Path | None = None
+    # What has been read, since the images of a folder share their tables and benchmarks.
     _tables: dict[Path, Table] = field(default_factory=dict[Path, Table], repr=False)
     _geneval: dict[Path, str | None] = field(default_factory=dict[Path, "str | None"], repr=False)
     _styles: dict[str, list[str]] = field(default_factory=dict[str, list[str]], repr=False)
@@ -136,28 +144,28 @@ class PromptFinder:
 
         Args:
             found: The image file.
-            texts: Those that the file itself holds; see `files.Decoded`.
-            fetch: Whether prompts of HPDv2 may be fetched from the hub.
+            texts: The texts inside the image file; see `files.Decoded`.
+            fetch: Whether prompts of HPDv2 may be downloaded from the hub.
 
         Raises:
-            AssetError, ConfigError: As `read_table`, for a metadata file near the image; as
-                `load_prompts`, for images of HPDv2's benchmark.
+            AssetError, ConfigError: As `read_table` for a table near the image; as `load_prompts`
+                for images of HPDv2's benchmark.
         """
         prompt, source = self._find(found, texts, fetch=fetch)
-        # Half of a pair of surrogates, which JSON can hold, is no text that could be written.
+        # JSON can contain half of a surrogate pair, which no encoding could write.
         return prompt and prompt.encode("utf-8", "replace").decode("utf-8"), source
 
     def _find(
         self, found: Found, texts: Mapping[str, str], *, fetch: bool
     ) -> tuple[str | None, str]:
-        # What the user gave for this run.
+        # 1. What the user gave for this run.
         if self.prompt is not None:
             return self.prompt, "flag"
         if self.table is not None:
             prompt = self._look_up(self.table, found.path, (self.table.parent, found.root))
             if prompt is not None:
                 return prompt, "file"
-        # What stands near the image: the nearest table that knows it, then a file of its own.
+        # 2. What is near the image: the nearest table that has it, then a text file of its own.
         for folder in _upwards(found.path.parent, found.root):
             for name in _METADATA:
                 if (folder / name).is_file() and self._of_geneval(folder / name) is None:
@@ -170,15 +178,15 @@ class PromptFinder:
                 text = sidecar.read_text(encoding="utf-8-sig", errors="replace").strip()
                 if text:
                     return text, "sidecar"
-        # What stands in it, and last what its place implies.
+        # 3. What is inside the image, and last what its folder implies.
         prompt, source = embedded_prompt(texts)
         return (prompt, source) if prompt is not None else self._by_place(found.path, fetch=fetch)
 
     def _look_up(self, file: Path, image: Path, roots: Iterable[Path]) -> str | None:
+        """Return the prompt of an image in a table whose file names may be relative to `roots`."""
         if file not in self._tables:
             self._tables[file] = read_table(file, lenient=file != self.table)
         table, place = self._tables[file], Path(named(image))
-        # A table may name a file whole, or from the table's folder or the folder that was given.
         names = [place.as_posix()]
         for root in map(named, roots):
             if place.is_relative_to(root):
@@ -186,13 +194,14 @@ class PromptFinder:
         return next((table[name] for name in names if name in table), None)
 
     def _by_place(self, path: Path, *, fetch: bool) -> tuple[str | None, str]:
-        """Return the prompt that a benchmark's layout of folders implies."""
-        # GenEval: NNNNN/metadata.jsonl next to NNNNN/samples/; the grid there is no sample.
+        """Return the prompt that the folders of a benchmark imply."""
+        # GenEval: NNNNN/metadata.jsonl has the prompt of the images in NNNNN/samples/. The image of
+        # a grid, next to it, has no prompt of its own.
         if path.parent.name == "samples":
             prompt = self._of_geneval(path.parent.parent / "metadata.jsonl")
             if prompt is not None:
                 return prompt, "geneval"
-        # HPSv2: style/NNNNN.jpg, numbered as the prompts of the style are.
+        # HPSv2: style/NNNNN.jpg, with the number of the prompt in the style.
         style = path.parent.name
         if fetch and style in HPD_STYLES and _HPD_NAME.fullmatch(path.stem):
             if style not in self._styles:
@@ -223,7 +232,7 @@ def _geneval(file: Path) -> str | None:
     try:
         rows = _rows(file)
     except (AssetError, ConfigError):
-        return None  # told where its prompts are looked up
+        return None  # `read_table` reports the error
     if len(rows) != 1 or "tag" not in rows[0][1] or "file_name" in rows[0][1]:
         return None
     return _prompt(rows[0][1])

@@ -1,4 +1,4 @@
-"""Image files: find them, decode them as people see them."""
+"""Find image files, and decode them as people see them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from alignprop_cli.errors import AssetError, RunError, first_line
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
-# Of Pillow's formats: others run programs (EPS) or are no images.
+# Of Pillow's other formats some run programs (EPS), and some are not images.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+# Scaled to the height that a model reads, an image longer than this would fill the memory.
 _LONGEST_RATIO = 50
-# What Pillow's readers raise on files that are broken, no images, or too large.
+# What Pillow's readers raise on files that are damaged, not images, or too large.
 _UNREADABLE = (
     OSError,
     SyntaxError,
@@ -39,9 +40,10 @@ _UNREADABLE = (
     zlib.error,
     Image.DecompressionBombError,
 )
+# Tags of EXIF, by their numbers in the standard.
 _EXIF_FOLDER = 0x8769
 _USER_COMMENT = 0x9286
-# The standard's character codes, eight bytes each before the text.
+# A comment begins with eight bytes that name its encoding. Zeros leave it open: UTF-8 is tried.
 _CHARACTER_CODES = {b"ASCII\0\0\0": "ascii", b"UNICODE\0": "utf-16-be", b"\0" * 8: "utf-8"}
 
 Pixels = NDArray[np.uint8]
@@ -61,25 +63,26 @@ class Decoded:
 
     Args:
         pixels: RGB, shape (H, W, 3), uint8, upright, transparent parts white.
-        texts: Those that the file holds: of a PNG by their key, of EXIF `UserComment`.
+        texts: The texts in the file: those of a PNG by their key, and EXIF's `UserComment`.
     """
 
     pixels: Pixels
     texts: dict[str, str]
 
     def digest(self) -> str:
-        """Return 32 hexadecimal digits that images of the same size and pixels share."""
+        """Return 32 hexadecimal digits that are the same for images of equal size and pixels."""
+        # With the shape: images of 2 x 3 and 3 x 2 pixels may have the same bytes.
         hashed = hashlib.blake2b(str(self.pixels.shape).encode(), digest_size=16)
         hashed.update(np.ascontiguousarray(self.pixels).data)
         return hashed.hexdigest()
 
 
 def expand_names(names: Iterable[str]) -> list[str]:
-    """Return the names, with those that standard input has, a line each, instead of a dash."""
+    """Return the names, with each dash replaced by the lines of standard input."""
     found: list[str] = []
     for name in names:
         if name == "-":
-            # As bytes: a file's name need not be UTF-8.
+            # Read as bytes: file names need not be UTF-8.
             lines = sys.stdin.buffer.read().split(b"\n")
             found += [os.fsdecode(line) for line in lines if line]
         else:
@@ -88,27 +91,27 @@ def expand_names(names: Iterable[str]) -> list[str]:
 
 
 def find_images(names: Iterable[str]) -> list[Found]:
-    """Return the image files that names stand for: files, folders with all below, patterns.
+    """Return the image files that names stand for: files, folders with all below them, patterns.
 
-    Files that are named are taken whatever their ending; folders and patterns are sorted, and
-    nothing comes twice.
+    A file that is named is taken whatever its suffix. Those of a folder or a pattern are sorted,
+    and no file is returned twice.
 
     Raises:
-        AssetError: If a name is neither a file nor a folder, or a pattern that fits nothing, or
-            cannot be read.
-        RunError: If there is no image among all of them.
+        AssetError: If a name cannot be read, or is neither a file or folder nor a pattern that
+            matches one.
+        RunError: If there are no images at all.
     """
     found: dict[str, Found] = {}
     for name in names:
-        # Not ~name, which may be a file's.
+        # A file may be called ~name, so only ~/ is expanded.
         path = Path(name).expanduser() if name.startswith("~/") else Path(name)
         try:
-            # A file may well be called cat[1].png: a name comes before a pattern.
+            # A file may be called cat[1].png, so names come before patterns.
             places = _below(path) if path.exists() else _matches(path)
         except (OSError, ValueError) as error:
             raise AssetError(f"{name}: cannot be read: {error}") from error
         if places is None:
-            raise AssetError(f"{name}: no such file or folder, and no pattern that fits one")
+            raise AssetError(f"{name}: no such file or folder, and no pattern that matches one")
         for place in places:
             found.setdefault(named(place.path), place)
     if not found:
@@ -120,7 +123,7 @@ def find_images(names: Iterable[str]) -> list[Found]:
 
 
 def named(path: Path) -> str:
-    """Return the whole name of a file, without following links: what a link is called counts."""
+    """Return the absolute name of a file; a link keeps its own name."""
     return os.path.normpath(path.absolute())
 
 
@@ -128,26 +131,26 @@ def _below(path: Path) -> list[Found]:
     """Return a file, or the image files in and below a folder."""
     if not path.is_dir():
         return [Found(path, path.parent)]
-    # Path.rglob() would pass over it in silence.
+    # scandir raises if the folder cannot be read, which Path.rglob() would ignore.
     with os.scandir(path):
         return [Found(each, path) for each in sorted(filter(is_image, path.rglob("*")))]
 
 
 def is_image(path: Path) -> bool:
-    """Return whether a path is a file with the ending of an image."""
+    """Return whether a path is a file with the suffix of an image."""
     return path.suffix.lower() in SUFFIXES and path.is_file()
 
 
 def _matches(pattern: Path) -> list[Found] | None:
-    """Return what a pattern fits, sorted; * within a name, ** for any folders.
+    """Return the image files that a pattern matches, sorted; None where it matches nothing.
 
-    None where it fits nothing. The folder before the first such name is the one searched.
+    * matches within a name, ** any folders. Folders that match are searched too.
     """
-    plain = [part for part in pattern.parts if glob.has_magic(part)]
-    if not plain:
+    wild = [part for part in pattern.parts if glob.has_magic(part)]
+    if not wild:
         return None
-    # The folder before the first wildcard is the root from which tables of prompts name files.
-    first = pattern.parts.index(plain[0])
+    # File names in tables may be relative to the root, the folder before the first wildcard.
+    first = pattern.parts.index(wild[0])
     root = Path(*pattern.parts[:first])
     matching = sorted(root.glob(str(Path(*pattern.parts[first:]))))
     inside = (p for p in matching if p.is_dir() or is_image(p))
@@ -159,7 +162,7 @@ def read_image(path: Path) -> Decoded:
     """Decode an image.
 
     Raises:
-        ValueError: If it cannot be read, is animated, or a mere line; says why.
+        ValueError: If the image cannot be read, is animated or is too long; says why.
     """
     try:
         with Image.open(path, formats=_FORMATS) as image:
@@ -167,9 +170,9 @@ def read_image(path: Path) -> Decoded:
             if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
                 raise ValueError(f"animated, {getattr(image, 'n_frames', 0)} frames")
             if max(image.size) > _LONGEST_RATIO * min(image.size):
-                # Scaled to a model's height it would fill the memory.
                 raise ValueError(f"{image.width} x {image.height} px: too long for its width")
-            image.load()  # all of it: a file that is cut short is refused here, not later
+            image.load()  # all of it, so that a truncated file is refused here
+            # Pillow keeps the texts of a PNG in `info`, together with values of other types.
             texts = {
                 k: v for k, v in image.info.items() if isinstance(k, str) and isinstance(v, str)
             }
@@ -181,7 +184,7 @@ def read_image(path: Path) -> Decoded:
 
 
 def _user_comment(image: Image.Image) -> str | None:
-    """Return the comment that EXIF holds; None where there is none in a known code."""
+    """Return the comment of EXIF; None if there is none, or its encoding is unknown."""
     value = image.getexif().get_ifd(_EXIF_FOLDER).get(_USER_COMMENT)
     if not isinstance(value, bytes):
         return value if isinstance(value, str) else None
@@ -189,20 +192,22 @@ def _user_comment(image: Image.Image) -> str | None:
     if encoding is None:
         return None
     text = value[8:].decode(encoding, errors="replace")
+    # The standard does not give the byte order, and programs differ.
     if encoding == "utf-16-be" and _swapped(value[8:]):
         text = value[8:].decode("utf-16-le", errors="replace")
     return text.strip("\0 ")
 
 
 def _swapped(data: bytes) -> bool:
-    """Return whether UTF-16 is the other way round: most texts have many Latin letters."""
+    """Return whether UTF-16 is little-endian."""
+    # The high byte of a Latin letter, of which most texts have many, is 0.
     return data[1::2].count(0) > data[::2].count(0)
 
 
 def _flatten(image: Image.Image) -> Image.Image:
     """Return an image of any mode as RGB, transparent parts white."""
     if image.mode.startswith("I"):
-        # 16 bits; Pillow's own conversion would clip instead of scale.
+        # 16 bits, 65535 = 257 x 255. Pillow's own conversion would clip instead of scale.
         values = np.asarray(image).astype(np.float64) / 257.0
         return Image.fromarray(values.round().clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:

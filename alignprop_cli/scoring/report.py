@@ -17,16 +17,17 @@ from alignprop_cli.scoring.files import read_image
 from alignprop_cli.scoring.rows import Row
 from alignprop_cli.scoring.run import GALLERY, LISTED, Tally
 
+# Quantiles and bins are in the JSON result; the table shows some of the quantiles.
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _BINS = 20
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
 def finish(console: Console, tally: Tally) -> None:
-    """Write the gallery, where one is wanted, and print the rows for people and the summary.
+    """Write the gallery if one is wanted, and print the table of rows and the summary.
 
     Raises:
-        RunError: If an image of the gallery can no longer be read.
+        RunError: If an image of the gallery cannot be read any more.
     """
     if tally.wanted.gallery is not None:
         _write_gallery(tally.wanted.gallery, tally)
@@ -34,7 +35,8 @@ def finish(console: Console, tally: Tally) -> None:
 
 
 def _show(console: Console, tally: Tally) -> None:
-    """Print the rows that are for people, and the summary."""
+    """Print the table of rows, and the summary."""
+    # 1. One sentence that says what was done.
     target, top, gallery = tally.wanted.target, tally.wanted.top, tally.wanted.gallery
     summary = {name: _summary(np.asarray(values)) for name, values in tally.values.items()}
     said = f"{tally.count} images measured, {len(tally.skipped)} skipped"
@@ -42,15 +44,14 @@ def _show(console: Console, tally: Tally) -> None:
     said += f", rows in {target}" if target else ""
     lines = [said, *([f"gallery: {gallery}"] if gallery else [])]
     if target is None and tally.wanted.chosen != "table":
-        # Standard output belongs to the rows.
+        # Rows went to standard output, so the summary goes to standard error.
         for name, s in summary.items():
             console.note(f"{name}: mean {s['mean']:.4f}, std {s['std']:.4f}")
         for line in lines:
             console.note(line)
         return
 
-    # People get a list if it is short enough, or the best; programs get all rows where there is no
-    # file that has them.
+    # 2. For people: the best rows if asked for, or all if they are few and in no file.
     listed = tally.ranked(top) if top else tally.first
     parts: list[Any] = []
     if top or (target is None and tally.count <= LISTED):
@@ -58,6 +59,7 @@ def _show(console: Console, tally: Tally) -> None:
     elif target is None:
         lines.append(f"more than {LISTED} images are not listed: give --top N or --output FILE")
     parts += [_summary_table(summary), *lines]
+    # 3. For programs: the same values, with the rows unless a file has them.
     result: dict[str, Any] = {
         "scored": tally.count,
         "skipped": [{"file": str(s.path), "reason": s.reason} for s in tally.skipped],
@@ -72,13 +74,15 @@ def _show(console: Console, tally: Tally) -> None:
 
 
 def _write_gallery(file: Path, tally: Tally) -> None:
-    """Write a page of the best images, decoding them once more."""
+    """Write a page of the best images."""
+    # Decoded again: while they were measured, it was not known which are the best.
     cards: list[page.Card] = []
     for row in tally.ranked(tally.wanted.top or GALLERY):
         try:
             decoded = read_image(Path(row["file"]))
         except ValueError as error:
             raise RunError(f"--gallery: {row['file']} cannot be read any more: {error}") from error
+        # Relative to the page, so that both can be moved together.
         link = quote(os.path.relpath(row["file"], file.parent))
         name, values = Path(row["file"]).name, {n: row[n] for n in tally.names}
         cards.append(
@@ -99,6 +103,7 @@ def _write_gallery(file: Path, tally: Tally) -> None:
 
 
 def _summary(values: np.ndarray[Any, np.dtype[np.float64]]) -> dict[str, Any]:
+    """Return statistics of one metric over all images, shape (N,)."""
     counts, edges = np.histogram(values, bins=_BINS)
     quantiles = np.quantile(values, _QUANTILES)
     return {
@@ -127,13 +132,14 @@ def _summary_table(summary: dict[str, dict[str, Any]]) -> Any:
 
 
 def _bars(counts: Sequence[int]) -> str:
-    """Return a small histogram; a bin that is not empty is visible, however low."""
+    """Return a histogram of one character per bin."""
     top = len(_BLOCKS) - 1
+    # -(-a // b) rounds up, so that a bin with a single image is visible.
     return "".join(_BLOCKS[-(-count * top // max(counts))] for count in counts)
 
 
 def _listing(listed: Sequence[Row], names: Sequence[str]) -> Any:
-    """Return the rows as a table, with files named from the folder that holds them all."""
+    """Return the rows as a table, with file names relative to the folder that contains them all."""
     folder = Path(os.path.commonpath([Path(row["file"]).absolute().parent for row in listed]))
     cells = [
         (

@@ -1,7 +1,7 @@
-"""The rows of `score`: streamed to standard output, or to a file that can be resumed.
+"""The rows of `score`: streamed to standard output, or written to a file that can be resumed.
 
-While a file is being made its rows are lines of JSON in `NAME.partial`; when all are there, they
-become the file that was asked for, and the partial one goes.
+Until the run is complete, the rows of NAME are lines of JSON in `NAME.partial`. Then they are
+converted to the wanted format, and the partial file is removed.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ Format = Literal["table", "csv", "jsonl", "parquet"]
 Row = dict[str, Any]
 
 SCHEMA = "alignprop.score.partial/1"
-# The names of files need not be UTF-8: their bytes come back as they were.
+# File names need not be UTF-8: surrogateescape writes their bytes back unchanged.
 _TEXT: dict[str, Any] = {"encoding": "utf-8", "errors": "surrogateescape"}
 _FIXED = ("prompt", "prompt_source", "content")
 
 
 def columns(names: Sequence[str]) -> tuple[str, ...]:
-    """Return the columns of a row with rewards of these names."""
+    """Return the columns of a row with these metrics."""
     return ("file", *names, *_FIXED)
 
 
 def partial_of(target: Path) -> Path:
-    """Return where the rows of a file are while it is being made."""
+    """Return the file that has the rows of `target` until the run is complete."""
     return target.with_name(f"{target.name}.partial")
 
 
 def refuse_partial(target: Path) -> None:
-    """Refuse to lose the rows of a run that was interrupted.
+    """Refuse to overwrite the rows of an interrupted run.
 
     Raises:
-        ConfigError: If there are such rows.
+        ConfigError: If there is a partial file.
     """
     if partial_of(target).exists():
         raise ConfigError(
@@ -56,17 +56,18 @@ def refuse_partial(target: Path) -> None:
 def choose_format(
     wanted: Format | None, target: Path | None, *, as_json: bool, resume: bool
 ) -> Format:
-    """Return the format of the rows: the wanted one, else that of the file's ending.
+    """Return the format of the rows: the wanted one, or else that of the file's suffix.
 
     Args:
-        wanted: That of --format, if given.
+        wanted: The value of --format, if given.
         target: The file; None is standard output, where the default is a table.
-        as_json: Whether standard output belongs to one JSON object.
-        resume: Whether the rows of an earlier run are to be kept.
+        as_json: Whether standard output is for one JSON object.
+        resume: Whether the rows of an earlier run are kept.
 
     Raises:
-        ConfigError: If it cannot be written there, or pyarrow is missing.
+        ConfigError: If the format cannot be written there, or pyarrow is missing.
     """
+    # 1. Standard output: one format at a time, which can be streamed.
     if target is None:
         if as_json and wanted not in (None, "table"):
             raise ConfigError(
@@ -77,6 +78,7 @@ def choose_format(
             which = "--resume" if resume else "--format parquet"
             raise ConfigError(f"{which} needs a file: give --output FILE")
         return wanted or "table"
+    # 2. A file.
     by_suffix: dict[str, Format] = {".csv": "csv", ".jsonl": "jsonl", ".parquet": "parquet"}
     chosen = wanted or by_suffix.get(target.suffix.lower())
     if chosen is None or chosen == "table":
@@ -96,7 +98,7 @@ def choose_format(
 def to_standard_output(
     chosen: Format, names: Sequence[str], *, listed: bool
 ) -> Iterator[Callable[[Row], None]]:
-    """Give a function that prints a row of csv or jsonl, or nothing where a table will follow."""
+    """Yield a function that prints a row as csv or jsonl; it does nothing if rows are `listed`."""
     if listed:
         yield lambda row: None
         return
@@ -104,7 +106,6 @@ def to_standard_output(
     def echo(text: str) -> None:
         write_bytes(text.encode(**_TEXT))
 
-    # Each row at once, so that a reader of the pipe need not wait for the end.
     if chosen == "csv":
         echo(_csv(columns(names)))
         yield lambda row: echo(_csv(list(row.values())))
@@ -116,28 +117,29 @@ def to_standard_output(
 def to_file(
     target: Path, chosen: Format, names: Sequence[str], settings: Mapping[str, Any], kept: list[Row]
 ) -> Iterator[Callable[[Row], None]]:
-    """Give a function that adds a row; after the block the file is whole.
+    """Yield a function that adds a row; after the block the file is complete.
 
-    Where the block fails, the rows that there are stay in the partial file.
+    If the block fails, the rows so far stay in the partial file.
 
     Args:
         target: The file.
         chosen: csv, jsonl or parquet.
-        names: Of the rewards.
-        settings: What the rows depend on, compared by `resume`.
-        kept: Rows to begin with.
+        names: Names of the metrics.
+        settings: What the rows depend on; `resume` compares them.
+        kept: Rows of an earlier run to begin with.
     """
+    # 1. A new partial file, with the process's number in its name, so that no other run uses it. It
+    # replaces the old one when the kept rows are on the disk, so that no crash can lose them.
     partial = partial_of(target)
     started = partial.with_name(f".{partial.name}.{os.getpid()}")
     try:
         with started.open("w", **_TEXT) as file:
             for line in ({"schema": SCHEMA, **settings}, *kept):
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-            # Only now, when they are on the disk, does the new file replace the old one: a row
-            # that was kept must not be lost.
             file.flush()
             os.fsync(file.fileno())
             started.replace(partial)
+            # 2. The rows of this run, each flushed: what is measured survives an interruption.
             empty = not kept
 
             def add(row: Row) -> None:
@@ -150,7 +152,8 @@ def to_file(
                 yield add
             finally:
                 if empty:
-                    partial.unlink()
+                    partial.unlink()  # nothing in it could be resumed
+        # 3. The wanted format, again by a new file that replaces the old one when it is complete.
         _convert(partial, started, chosen, columns(names))
         started.replace(target)
         partial.unlink()
@@ -161,26 +164,27 @@ def to_file(
 def resume(
     target: Path, chosen: Format, names: Sequence[str], settings: Mapping[str, Any]
 ) -> Resumed:
-    """Return the rows that a file, or what was written of it, already has.
+    """Return the rows that a file or its partial file already has.
 
     Raises:
-        AssetError: If it cannot be read.
+        AssetError: If the file cannot be read.
         ConfigError: If it was made with other rewards or prompts.
     """
-    # An interrupted run says in its first line what it measured: that must be the same.
+    # 1. An interrupted run: its settings, in the first line of the partial file, must be the same.
     partial = partial_of(target)
     if partial.is_file():
         header, *rows = _lines(partial, torn=True) or [{}]
         if header != {"schema": SCHEMA, **settings}:
             raise _other(partial)
         return Resumed(rows, whole=False)
+    # 2. A complete run, or none.
     if not target.is_file():
         return Resumed([], whole=True)
     try:
         rows = _read(target, chosen, names)
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise AssetError(f"--resume: cannot read {target}: {error}") from error
-    # A file that is whole does not say it; its columns and the prompts of the flag must fit.
+    # A complete file has no settings in it, but its columns and the prompt of --prompt must fit.
     prompt = settings["prompt"]
     for row in rows:
         if tuple(row) != columns(names):
@@ -194,8 +198,8 @@ class Resumed:
     """Rows of an earlier run.
 
     Args:
-        rows: In their order.
-        whole: Whether that run came to its end.
+        rows: The rows in their order.
+        whole: Whether that run was complete.
     """
 
     def __init__(self, rows: list[Row], *, whole: bool) -> None:
@@ -203,29 +207,32 @@ class Resumed:
         self.whole = whole
 
     def keep(self, unfinished: set[str]) -> list[Row]:
-        """Return the rows, without those of files that are to be measured together once more."""
+        """Return the rows, without those of files that will be measured again."""
         return [row for row in self.rows if row["file"] not in unfinished]
 
 
 def _other(file: Path) -> ConfigError:
+    """Return the error for a file whose rows are not those of this run."""
     return ConfigError(
         f"--resume: {file} was made with other rewards, options or prompts",
-        hint="choose another place with --output, or start again with --overwrite",
+        hint="choose another file with --output, or start again with --overwrite",
     )
 
 
 def _csv(cells: Sequence[Any]) -> str:
+    """Return one line of csv."""
     text = io.StringIO()
-    # The module does not see that a carriage return alone ends a row for readers too.
+    # The csv module does not quote a lone carriage return, but readers end a row there.
     quoting = csv.QUOTE_ALL if any("\r" in str(cell) for cell in cells) else csv.QUOTE_MINIMAL
     csv.writer(text, lineterminator="\n", quoting=quoting).writerow(cells)
     return text.getvalue()
 
 
 def _lines(file: Path, *, torn: bool) -> list[Row]:
-    """Return the lines of JSON; of a torn file the last one may be cut short."""
+    """Return the lines of JSON; the last line of a torn file may be cut off."""
     try:
-        # Not splitlines: a prompt may hold other line separators than \n.
+        # Not splitlines(): a prompt may contain line separators other than \n. After the last \n is
+        # nothing or, in a torn file, half a row.
         lines = file.read_text(**_TEXT).split("\n")
         rows = [json.loads(line) for line in (lines[:-1] if torn else lines) if line]
         if not all(isinstance(row, dict) for row in rows):
@@ -238,9 +245,10 @@ def _lines(file: Path, *, torn: bool) -> list[Row]:
 
 
 def _convert(partial: Path, file: Path, chosen: Format, header: Sequence[str]) -> None:
-    """Write the rows of a partial file in the format that was asked for."""
+    """Write the rows of a partial file in the chosen format."""
+    # Line by line, since the rows may not fit in memory.
     with partial.open(**_TEXT) as lines:
-        next(lines)
+        next(lines)  # the settings
         if chosen == "parquet":
             _write_parquet((json.loads(line) for line in lines), file, header)
             return
@@ -252,7 +260,7 @@ def _convert(partial: Path, file: Path, chosen: Format, header: Sequence[str]) -
 
 
 def _write_parquet(rows: Iterator[Row], file: Path, header: Sequence[str]) -> None:
-    # An extra, and without types.
+    # Imported by name: pyarrow is an extra, and has no type hints.
     pyarrow: Any = import_module("pyarrow")
     parquet: Any = import_module("pyarrow.parquet")
     texts = ("file", *_FIXED)
@@ -260,6 +268,7 @@ def _write_parquet(rows: Iterator[Row], file: Path, header: Sequence[str]) -> No
         [(name, pyarrow.string() if name in texts else pyarrow.float64()) for name in header]
     )
     with parquet.ParquetWriter(file, schema) as writer:
+        # In groups of rows, of which parquet files consist. Their texts must be UTF-8.
         while group := list(islice(rows, 4096)):
             for row in group:
                 row["file"] = row["file"].encode(**_TEXT).decode("utf-8", "replace")
@@ -267,12 +276,13 @@ def _write_parquet(rows: Iterator[Row], file: Path, header: Sequence[str]) -> No
 
 
 def _read(target: Path, chosen: Format, names: Sequence[str]) -> list[Row]:
+    """Return the rows of a complete file."""
     if chosen == "jsonl":
         return _lines(target, torn=False)
     if chosen == "parquet":
         parquet: Any = import_module("pyarrow.parquet")
         return parquet.read_table(target).to_pylist()
-    # CSV has texts only: rewards become numbers again, and an empty prompt none at all.
+    # CSV has only texts: metrics become numbers again, and an empty prompt becomes None.
     with target.open(newline="", **_TEXT) as file:
         return [
             {

@@ -1,4 +1,4 @@
-"""Measure image files: the rows as they come, and a tally of what they say."""
+"""Measure image files: write their rows one by one, and keep a tally for the summary."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from alignprop_cli.scoring.rows import Format, Row
 from alignprop_cli.scoring.scorer import Scored, Skipped
 
 LISTED = 100
-"""Most rows that are printed; more are for a file."""
+"""Most rows that are printed as a table; more belong in a file."""
 
 GALLERY = 500
 """Most thumbnails on a page; more would make it many megabytes."""
 
-# For fewer images the start of a process takes longer than the decoding.
+# For fewer images, starting a worker process takes longer than decoding them.
 _WORTH_WORKERS = 4 * scorer.CHUNK
 
 
@@ -38,10 +38,10 @@ class Measures:
 
     Args:
         mixture: The rewards.
-        device: Where they are.
+        device: The device that they are on.
         needing: Names of the rewards that need a prompt; see `scorer.needs_prompt`.
         described: The rewards and their options as plain values. Rows of an earlier run are kept
-            only if theirs were the same.
+            only if its rewards and options were the same.
     """
 
     mixture: Mixture
@@ -68,16 +68,16 @@ def build_measures(
 
 @dataclass(frozen=True)
 class Wanted:
-    """What becomes of the measurements.
+    """What to do with the measurements.
 
     Args:
         chosen: Format of the rows.
-        target: Their file; None is standard output.
+        target: File of the rows; None is standard output.
         resume: Whether to keep the rows that the file has.
-        top: List only so many, the best by the first reward; None lists all.
-        gallery: Page of thumbnails of the best, if one is asked for.
+        top: List only this many rows, the best by the first reward; None lists all.
+        gallery: File of a page with thumbnails of the best images; None writes no page.
         all_rows: Whether to keep every row in memory, for one JSON object.
-        workers: Processes that decode; None chooses.
+        workers: Number of processes that decode; None chooses it.
     """
 
     chosen: Format
@@ -91,11 +91,11 @@ class Wanted:
 
 @dataclass
 class Tally:
-    """What is kept of the rows: every value, few rows.
+    """What is kept in memory: every value, but only few rows.
 
     Args:
-        names: Of the metrics.
-        wanted: What becomes of the measurements.
+        names: Names of the metrics.
+        wanted: What to do with the measurements.
     """
 
     names: tuple[str, ...]
@@ -107,6 +107,7 @@ class Tally:
     again: int = 0
 
     def __post_init__(self) -> None:
+        # Arrays of doubles: millions of images take 8 bytes per value.
         self.values = {name: array("d") for name in self.names}
 
     @property
@@ -115,15 +116,16 @@ class Tally:
         return len(self.values[self.names[0]])
 
     def add(self, row: Row) -> None:
-        """Count a row."""
+        """Add a row."""
         for name, values in self.values.items():
             values.append(row[name])
-        # One more than are listed, which tells that there are too many.
+        # One row more than are listed shows that there are too many for a table.
         if self.wanted.all_rows or self.count <= LISTED + 1:
             self.first.append(row)
         most = max(self.wanted.top or 0, GALLERY if self.wanted.gallery else 0)
         if most:
-            # Of equals the earlier one is better.
+            # A heap of the best so far, the worst of them first. Of equal rewards the earlier image
+            # is better, and the different counts keep the heap from comparing rows.
             heapq.heappush(self.best, (row[self.names[0]], -self.count, row))
             if len(self.best) > most:
                 heapq.heappop(self.best)
@@ -145,26 +147,27 @@ def run(
     Args:
         found: The files, at least one.
         measures: What is measured.
-        finder: Of the prompts.
-        wanted: What becomes of the measurements.
+        finder: Finds the prompts.
+        wanted: What to do with the measurements.
         console: For progress and warnings.
 
     Raises:
-        ConfigError, AssetError: If a table of prompts or the rows of an earlier run are wrong.
+        ConfigError, AssetError: If a table of prompts or the rows of an earlier run are invalid.
         RunError: If nothing was measured.
     """
     names = measures.mixture.metrics
     settings = _settings(measures, finder)
     tally = Tally(names, wanted)
-    # Rows of an earlier run count as measured.
+    # 1. Rows of an earlier run count as measured.
     kept = _kept(wanted, names, found, settings)
     for row in kept:
         tally.add(row)
     divided = scorer.chunks(found, {files.named(Path(row["file"])) for row in kept})
     left = sum(map(len, divided))
     if wanted.resume:
-        console.note(f"{len(found) - left} of {len(found)} images are measured already")
+        console.note(f"{len(found) - left} of {len(found)} images have been measured already")
 
+    # 2. Measure the others. Each row is written as soon as it is there.
     with _open(wanted, names, settings, kept) as write:
         with console.bar(left, "scoring") as bar:
             for result in scorer.score(
@@ -174,7 +177,7 @@ def run(
                 needing=measures.needing,
                 device=measures.device,
                 workers=_workers(wanted.workers, left),
-                # An image measured by an earlier run is not measured again under another name.
+                # An image of an earlier run is not measured again under another name.
                 known={_key(row): {n: row[n] for n in names} for row in kept},
             ):
                 bar.advance()
@@ -186,14 +189,14 @@ def run(
                 row = _row(result)
                 tally.add(row)
                 write(row)
-        # Inside the block: without a row no file is to appear.
+        # Raised inside the block, so that no empty file is written.
         if not tally.count:
             raise RunError(f"nothing was measured: all {len(found)} images were skipped")
     return tally
 
 
 def _settings(measures: Measures, finder: PromptFinder) -> dict[str, Any]:
-    """Return what rows depend on, which tells whether those of an earlier run still hold."""
+    """Return what the rows depend on. Rows of an earlier run are valid if it is the same."""
     return {
         "rewards": measures.described,
         "prompt": finder.prompt,
@@ -207,14 +210,14 @@ def _kept(
     found: Sequence[files.Found],
     settings: Mapping[str, Any],
 ) -> list[Row]:
-    """Return the rows of an earlier run that stay."""
+    """Return the rows of an earlier run that are kept."""
     if not wanted.resume or wanted.target is None:
         return []
     resumed = rows.resume(wanted.target, wanted.chosen, names, settings)
     if resumed.whole or not resumed.rows:
         return resumed.rows
-    # The last chunk may be incomplete. In a batch with other images the last digits could differ,
-    # so all of it is measured again.
+    # The run may have stopped within a chunk. All of the chunk is measured again: in a batch with
+    # fewer images the last digits could differ.
     last = resumed.rows[-1]["file"]
     chunk = next((c for c in scorer.chunks(found) if last in {str(f.path) for f in c}), [])
     return resumed.keep({str(each.path) for each in chunk})
@@ -223,20 +226,23 @@ def _kept(
 def _open(
     wanted: Wanted, names: Sequence[str], settings: Mapping[str, Any], kept: list[Row]
 ) -> AbstractContextManager[Callable[[Row], None]]:
+    """Return a context manager that yields the function that writes a row."""
     if wanted.target is not None:
         return rows.to_file(wanted.target, wanted.chosen, names, settings, kept)
     return rows.to_standard_output(wanted.chosen, names, listed=wanted.chosen == "table")
 
 
 def _workers(wanted: int | None, count: int) -> int:
-    """Return how many processes decode: half of the cores, at most four."""
+    """Return how many processes decode: half of the cores, at most four; none for few images."""
     if wanted is not None:
         return wanted
+    # The affinity is what a container or a batch system grants; cpu_count() is the whole machine.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return min(4, (cores or 1) // 2) if count >= _WORTH_WORKERS else 0
 
 
 def _row(result: Scored) -> Row:
+    """Return the row of a measured image, with its columns in the order of `rows.columns`."""
     return {
         "file": str(result.path),
         **result.rewards,
@@ -247,4 +253,5 @@ def _row(result: Scored) -> Row:
 
 
 def _key(row: Row) -> tuple[str, str | None]:
+    """Return what the rewards of an image depend on, its pixels and its prompt."""
     return row["content"], row["prompt"]

@@ -1,8 +1,8 @@
-"""Measure image files: decode them in worker processes, score them chunk by chunk.
+"""Measure image files: decode them in worker processes, and score them chunk by chunk.
 
-The files are taken in chunks of a fixed number, so that the same images share a batch however often
-the work is resumed. Images are not kept; of each its rewards and digest are, a few hundred bytes.
-What cannot be measured is reported, never silently left out.
+Chunks have a fixed number of files, so that the same images share a batch however often a run is
+resumed. Images are not kept in memory, only their rewards and digests, a few hundred bytes each.
+An image that cannot be measured is reported, never silently left out.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from alignprop_cli.scoring.captions import PromptFinder
 from alignprop_cli.scoring.files import Decoded, Found, named, read_image
 
 CHUNK = 16
-"""Consecutive files that are decoded, and as far as their sizes allow measured, as one batch."""
+"""Consecutive files that are decoded together, and measured as one batch for each image size."""
 
-# Large images are measured sooner, so that no more than this and one image is in memory.
+# A chunk of larger images is measured in parts, so that no more pixels than these and one image are
+# in memory: 16 images of 1024 x 1024, 48 MiB as bytes.
 _MOST_PIXELS = CHUNK * 1024**2
 
+# Images that each worker decodes ahead.
 _AHEAD = 4
-"""Images that each worker decodes ahead."""
 
 Known = MutableMapping[tuple[str, str | None], dict[str, float]]
 """Rewards by content and prompt."""
@@ -42,11 +43,11 @@ class Scored:
 
     Args:
         path: The file.
-        prompt: What it was measured with; None where no reward needed one.
-        prompt_source: Where the prompt is from, one of `captions.SOURCES`.
+        prompt: Its prompt; None where there is none and no reward needed one.
+        prompt_source: Where the prompt comes from, one of `captions.SOURCES`.
         content: Digest of the pixels; see `Decoded.digest`.
-        rewards: By name.
-        again: Whether the same content with the same prompt was measured before.
+        rewards: All metrics by name.
+        again: Whether the same pixels with the same prompt were measured before.
     """
 
     path: Path
@@ -67,6 +68,8 @@ class Skipped:
 
 @dataclass(frozen=True)
 class _Ready:
+    """A decoded image with its prompt, ready to be measured."""
+
     found: Found
     decoded: Decoded
     digest: str
@@ -96,6 +99,7 @@ class _Files(Dataset[tuple[Decoded, str] | str]):
 
 
 def _decode(path: Path) -> tuple[Decoded, str] | str:
+    # Errors are returned, not raised: one in a worker would end the whole loader.
     try:
         decoded = read_image(path)
     except ValueError as error:
@@ -103,19 +107,21 @@ def _decode(path: Path) -> tuple[Decoded, str] | str:
     return decoded, decoded.digest()
 
 
-def _as_it_is(read: Any) -> Any:
+def _unchanged(read: Any) -> Any:
     return read
 
 
 def chunks(found: Sequence[Found], done: Collection[str] = ()) -> list[list[Found]]:
     """Divide files into chunks of `CHUNK`, then leave out those that are done.
 
+    In this order, so that a file is in the same chunk whatever is done.
+
     Args:
         found: All files.
-        done: Whole names, see `files.named`.
+        done: Absolute names, see `files.named`.
 
     Returns:
-        The chunks with something left: what is new shares a chunk with the same files as ever.
+        The chunks that are not empty.
     """
     divided = (found[i : i + CHUNK] for i in range(0, len(found), CHUNK))
     left = ([each for each in chunk if named(each.path) not in done] for chunk in divided)
@@ -123,7 +129,7 @@ def chunks(found: Sequence[Found], done: Collection[str] = ()) -> list[list[Foun
 
 
 def needs_prompt(name: str, options: Mapping[str, Any]) -> bool:
-    """Return whether a reward looks at the prompt; one that is not shipped is assumed to."""
+    """Return whether a reward reads the prompt; one that is not shipped is assumed to."""
     spec = registry.SHIPPED.get(name)
     if spec is None:
         return True
@@ -145,36 +151,39 @@ def score(
     Args:
         divided: As `chunks` returns them.
         mixture: The rewards, on the device.
-        finder: Of the prompts.
+        finder: Finds the prompts.
         needing: Names of the rewards that need a prompt; see `needs_prompt`.
-        device: Where the rewards are.
-        workers: Processes that decode ahead; 0 decodes in this one.
-        known: What is measured already; added to. The same content is never measured twice.
+        device: The device that the rewards are on.
+        workers: Number of processes that decode ahead; 0 decodes in this one.
+        known: Rewards that are known already; new ones are added. The same pixels with the same
+            prompt are never measured twice.
 
     Yields:
-        For every image its rewards or the reason why there are none.
+        For every image its rewards, or the reason why it has none.
 
     Raises:
-        ConfigError, AssetError: If a metadata file is wrong or a reward answers in a wrong shape.
-        RunError: If a reward is not finite, or a worker dies.
+        ConfigError, AssetError: If a table of prompts is invalid or a reward returns a wrong shape.
+        RunError: If a reward is not finite, or a worker process dies.
     """
+    # 1. Workers decode all files in order, one at a time: `DataLoader` without batches.
     known = {} if known is None else known
     loader = DataLoader(
         _Files([found.path for chunk in divided for found in chunk]),
         batch_size=None,
         num_workers=workers,
-        # Arrays stay arrays: tensors would go through /dev/shm, which containers keep small.
-        collate_fn=_as_it_is,
+        # Arrays stay arrays: tensors would go through /dev/shm, which is small in containers.
+        collate_fn=_unchanged,
         prefetch_factor=_AHEAD if workers else None,
     )
     decoded = _watched(loader)
+    # 2. Chunk by chunk: find the prompts, then measure.
     for chunk in divided:
         prepared: list[_Ready | Skipped] = []
         pixels = 0
         for found in chunk:
             prepared.append(each := _prepare(found, next(decoded), finder, needing))
             pixels += each.pixels if isinstance(each, _Ready) else 0
-            # Decoded images are large: measure what there is before the memory is full.
+            # Before decoded images fill the memory, measure those that there are.
             if pixels >= _MOST_PIXELS:
                 yield from _results(prepared, known, mixture, device)
                 prepared, pixels = [], 0
@@ -184,8 +193,8 @@ def score(
 def _results(
     prepared: Sequence[_Ready | Skipped], known: Known, mixture: Mixture, device: torch.device
 ) -> Iterator[Scored | Skipped]:
-    """Measure what is new among some images, and yield the results of all in their order."""
-    # The same pixels with the same prompt are measured once, and told as seen before.
+    """Measure the images that are new, and yield the results of all images in their order."""
+    # The first image with some pixels and prompt is measured; the others are marked `again`.
     ready = [each for each in prepared if isinstance(each, _Ready)]
     new: dict[tuple[str, str | None], _Ready] = {}
     for each in ready:
@@ -202,10 +211,11 @@ def _results(
 
 
 def _watched(loader: DataLoader[Any]) -> Iterator[tuple[Decoded, str] | str]:
+    """Yield from a loader, with an error of our own if one of its workers dies."""
     try:
         yield from loader
     except RuntimeError as error:
-        # torch has no type of its own for a worker that was killed.
+        # torch has no class for this error, only its text.
         if "DataLoader worker" not in str(error):
             raise
         raise RunError(
@@ -231,7 +241,7 @@ def _prepare(
 
 
 def _batches(ready: Sequence[_Ready]) -> Iterator[list[_Ready]]:
-    """Yield images of one size together."""
+    """Yield the images of each size as one batch."""
     sizes: dict[tuple[int, ...], list[_Ready]] = defaultdict(list)
     for each in ready:
         sizes[each.decoded.pixels.shape].append(each)
@@ -242,11 +252,14 @@ def _batches(ready: Sequence[_Ready]) -> Iterator[list[_Ready]]:
 def _measure(
     batch: Sequence[_Ready], mixture: Mixture, device: torch.device
 ) -> dict[tuple[str, str | None], dict[str, float]]:
-    # As bytes to the device, a quarter of float32's traffic, and divided there.
-    stacked = torch.from_numpy(np.stack([ready.decoded.pixels for ready in batch]))
+    """Return the rewards of a batch of images of one size, by their keys."""
+    # Copied to the device as bytes, a quarter of float32, and converted there.
+    stacked = torch.from_numpy(np.stack([ready.decoded.pixels for ready in batch]))  # (B, H, W, 3)
+    # Pinned memory is copied without waiting; other devices have no use for it.
     if device.type == "cuda":
         stacked = stacked.pin_memory()
     images = stacked.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255.0
+    # An image without a prompt is only here if no reward reads prompts: see `_prepare`.
     scores = mixture.score(images, [ready.prompt or "" for ready in batch])
     columns = {name: values.tolist() for name, values in scores.items()}
     return {

@@ -1,1 +1,1 @@
-"""The embedded model: a small Stable Diffusion of coloured shapes, made by make/build.py."""
+"""The embedded model: a small Stable Diffusion of coloured shapes, trained by make/build.py."""

@@ -1,8 +1,8 @@
-"""Read an image of the embedded model's language back, without any network.
+"""Read from an image of the embedded model what it shows, without a neural network.
 
-Background: the median colour of what is not an object. Objects: what differs from the border's
-colour, in connected pieces. Colour: the nearest of the language's. Shape: the template that
-overlaps a piece best, by majority over the pieces.
+The background is the median colour of the border. Objects are the connected pieces that differ from
+it. The colour is the nearest one of the language. The shape is that of the template that overlaps a
+piece best, by majority over the pieces.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from alignprop_cli.tiny.language import (
     parse,
 )
 
-# Smaller pieces are specks, not objects: about a third of the smallest object's area.
+# Area of the smallest object, about a third of that in a drawing; smaller pieces are specks.
 _SMALLEST_PX = 22
-# Pieces are compared with templates on a window of this many pixels.
+# Side of the window on which pieces and templates are compared. The widest shape of a drawing takes
+# 22 pixels, so pieces may be larger. Odd, so that there is a pixel in the middle.
 _WINDOW_PX = 33
 
 
@@ -45,7 +46,7 @@ class Check:
 
     @property
     def all_right(self) -> bool:
-        """Return whether nothing is wrong."""
+        """Return whether all parts are right."""
         return self.background and self.colour and self.shape and self.count
 
 
@@ -84,9 +85,9 @@ def check(images: Pixels, prompts: Sequence[str]) -> list[Check]:
 
 
 def check_parts(images: Pixels, prompts: Sequence[str]) -> dict[str, NDArray[np.bool_]]:
-    """Return which images have each part of their prompt right, shape (N,) each.
+    """Return for each part of the prompts which of the N images have it right, shape (N,).
 
-    Empty where a prompt is not of the language or the images are not of its size.
+    Empty if a prompt is not of the language or the images have another size than its drawings.
     """
     if images.shape[1:3] != (SIZE_PX, SIZE_PX) or not all(map(is_language, prompts)):
         return {}
@@ -100,22 +101,28 @@ def check_parts(images: Pixels, prompts: Sequence[str]) -> dict[str, NDArray[np.
 
 def look(image: Pixels) -> Seen:
     """Read one image, shape (48, 48, 3), uint8."""
+    # 1. Smooth the noise a little, less than the width of an edge.
     pixels = ndimage.gaussian_filter(image.astype(np.float64), (0.5, 0.5, 0.0))
+    # 2. The background: objects rarely reach the two outer pixels, and the median ignores a few.
     border = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3)])
     border = np.concatenate([border, pixels[:, :2].reshape(-1, 3), pixels[:, -2:].reshape(-1, 3)])
     ground = np.median(border, axis=0)
+    # 3. The colour of the objects, from the pixels that differ most. 98.5 % as a maximum without
+    # outliers; at least 50, so that noise on an empty image is not taken for an object.
     away = np.sqrt(((pixels - ground) ** 2).sum(axis=-1))
     core = away > 0.75 * max(float(np.quantile(away, 0.985)), 50.0)
     background = _nearest(ground, BACKGROUNDS)
     if not core.any():
         return Seen(background, "", "", 0)
     paint = np.median(pixels[core], axis=0)
-    # How far along the way from the ground's colour to the objects': coverage, anti-aliased.
+    # 4. The pieces. Coverage is how far a pixel's colour is on the line from the background to the
+    # objects; half covered is the edge.
     way = paint - ground
     cover = ((pixels - ground) @ way / (way @ way)).clip(0.0, 1.0)
-    labels, found = ndimage.label(cover > 0.5)
+    labels, found = ndimage.label(cover > 0.5)  # (48, 48), numbered from 1
     areas = ndimage.sum_labels(np.ones_like(cover), labels, np.arange(1, found + 1))
     pieces = [number for number, area in enumerate(areas, start=1) if area >= _SMALLEST_PX]
+    # 5. One shape for all, since a prompt has only one.
     shapes = Counter(_shape(cover, labels, number) for number in pieces)
     shape = shapes.most_common(1)[0][0] if shapes else ""
     return Seen(background, _nearest(paint, COLOURS), shape, len(pieces))
@@ -128,10 +135,12 @@ def _nearest(colour: Floats, named: Mapping[str, tuple[int, int, int]]) -> str:
 
 def _shape(cover: Floats, labels: NDArray[np.int32], number: int) -> str:
     """Return the shape whose template overlaps a piece best."""
-    # One pixel more than the piece, for its anti-aliased rim.
+    # Only this piece, with one more pixel around it for its anti-aliased edge.
     mine = ndimage.binary_dilation(labels == number)
     piece = np.where(mine, cover, 0.0)
     area = float(piece.sum())
+    # A template of the same area and centre. Both are rounded to quarter pixels, so that the cache
+    # of templates is used.
     radius = round(float(np.sqrt(area / np.pi)) * 4.0) / 4.0
     y, x = ndimage.center_of_mass(piece)
     half = _WINDOW_PX // 2
@@ -139,6 +148,7 @@ def _shape(cover: Floats, labels: NDArray[np.int32], number: int) -> str:
     top, left = round(y), round(x)
     window = padded[top : top + _WINDOW_PX, left : left + _WINDOW_PX]
     shift = (round((x - left) * 4.0) / 4.0, round((y - top) * 4.0) / 4.0)
+    # Intersection over union, with coverages for areas.
     overlap = {
         shape: float(np.minimum(window, template).sum() / np.maximum(window, template).sum())
         for shape in SHAPES
@@ -149,7 +159,7 @@ def _shape(cover: Floats, labels: NDArray[np.int32], number: int) -> str:
 
 @functools.lru_cache(maxsize=4096)
 def _template(shape: str, radius: float, shift: tuple[float, float]) -> Floats:
-    """Return a shape whose centre of mass is `shift` pixels from the window's middle."""
+    """Return the coverage of a shape whose centre is `shift` pixels from the window's middle."""
     middle = _WINDOW_PX // 2 + 0.5
     centre = np.array([middle + shift[0], middle + shift[1]])
     return coverage(shape, centre, radius, (_WINDOW_PX, _WINDOW_PX))

@@ -267,7 +267,7 @@ class Extra:
     [
         (
             {"brightness": torch.sum},
-            "'mine': its extra metric 'brightness' has the name of another",
+            "'mine': its extra metric 'brightness' has the same name",
         ),
         (
             ["sharp"],

@@ -98,7 +98,7 @@ def test_both_tokenizers_agree_and_every_word_is_one_token() -> None:
 def test_the_card_says_what_was_required() -> None:
     card = json.loads((TINY.parent / "card.json").read_text())
     right = card["samples"]["right"]
-    assert card["samples"]["pictures"] == 500
+    assert card["samples"]["images"] == 500
     assert right["background"] >= 0.9
     assert right["colour"] >= 0.8
     assert right["shape"] >= 0.7

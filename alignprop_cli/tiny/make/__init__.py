@@ -1,1 +1,1 @@
-"""The scripts that made the embedded model; not in the wheel."""
+"""The scripts that trained the embedded model; not in the wheel."""

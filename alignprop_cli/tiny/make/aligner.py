@@ -1,11 +1,13 @@
 """Stage three of the embedded model: the image-text model, used as the alignment reward.
 
-It learns to tell the prompt of an image from prompts that differ in one word: on drawings, on
-blurred, noisy and autoencoded drawings, and on images of the network. Of the last the checker says
-what they show, and what was asked for is among the wrong prompts. Without them it tells a triangle
-from a star in a drawing but hardly in an image that is neither quite.
-The temperature is fixed and high: cosines of right and wrong prompts end far apart, which leaves
-the reward room to rise.
+It learns to tell the prompt of an image from prompts that differ in one word. It sees drawings,
+drawings after the autoencoder, and images that the UNet generated, all blurred and with noise. What
+a generated image shows is read by the checker, and the prompt that it was generated from is among
+the wrong ones. Without generated images the model tells a triangle from a star in a drawing, but
+hardly in an image that is something in between.
+
+The temperature is fixed and high, so that the cosines of right and wrong prompts end far apart.
+This leaves the reward room to rise.
 """
 
 from __future__ import annotations
@@ -26,16 +28,22 @@ from torchvision.transforms.v2.functional import gaussian_blur
 from alignprop_cli.tiny import language as data
 from alignprop_cli.tiny.checker import look
 from alignprop_cli.tiny.language import BACKGROUNDS, COLOURS, SHAPES, SIZES, Scene
-from alignprop_cli.tiny.make import tokenizer
+from alignprop_cli.tiny.make import checkpoint, tokenizer
 
 BATCH = 64
 LEARNING_RATE = 1.5e-3
 TEMPERATURE = 14.0
 """Fixed factor on the cosines in the loss."""
-PICTURES = 24_000
+DRAWINGS = 24_000
 AUTOENCODED = 6_000
+"""How many of the drawings are used a second time, after the autoencoder."""
 GENERATED = 6_000
-_DRAWING_STEPS = 8
+"""Images that are generated; those that show no scene of the language are left out."""
+# Few steps are cheap, and the mistakes that come with them are welcome here.
+_SAMPLING_STEPS = 8
+# Drawings or samples at a time, which bounds the memory.
+_ENCODED_AT_A_TIME = 200
+_SAMPLED_AT_A_TIME = 50
 
 CONFIG = {
     "model_cfg": {
@@ -49,11 +57,12 @@ CONFIG = {
         },
         "text_cfg": {
             "context_length": tokenizer.MAX_LENGTH,
-            "vocab_size": 275,
+            "vocab_size": 275,  # all tokens of tokenizer.py
             "width": 96,
             "heads": 4,
             "layers": 2,
-            "hf_tokenizer_name": "beside this file",
+            # Any name makes open_clip use a tokenizer of transformers: the one in the folder.
+            "hf_tokenizer_name": "in this folder",
         },
     },
     "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.25, 0.25, 0.25]},
@@ -93,14 +102,16 @@ def new_model() -> open_clip.CLIP:
 
 @torch.no_grad()
 def autoencoded(
-    pipeline: StableDiffusionPipeline, pictures: data.Pixels, device: torch.device
+    pipeline: StableDiffusionPipeline, drawings: data.Pixels, device: torch.device
 ) -> Tensor:
-    """Return drawings after the autoencoder with noise on the latents, (N, 3, 48, 48), uint8."""
+    """Return drawings after the autoencoder, with noise on the latents, (N, 3, 48, 48), uint8."""
+    # The amount of noise differs between drawings, up to half the standard deviation of latents.
     vae = pipeline.vae
     generator = torch.Generator().manual_seed(6)
     parts: list[Tensor] = []
-    for start in range(0, len(pictures), 200):
-        batch = torch.from_numpy(pictures[start : start + 200]).permute(0, 3, 1, 2)
+    for start in range(0, len(drawings), _ENCODED_AT_A_TIME):
+        batch = torch.from_numpy(drawings[start : start + _ENCODED_AT_A_TIME])
+        batch = batch.permute(0, 3, 1, 2)  # (B, 3, 48, 48)
         latents = vae.encode(batch.to(device).float() / 127.5 - 1.0).latent_dist.mode()
         spread = torch.rand(len(latents), 1, 1, 1, generator=generator) * 0.5
         latents += (spread * torch.randn(latents.shape, generator=generator)).to(device)
@@ -110,59 +121,65 @@ def autoencoded(
 
 
 def generated(pipeline: StableDiffusionPipeline, work: Path) -> tuple[Tensor, Tensor, Tensor]:
-    """Sample training prompts from the network and read the images with the checker.
+    """Sample images of training prompts, and read with the checker what they show.
 
-    The checker does not read sizes: the size that was asked for is taken as seen. Images of
-    nothing, of more than four objects, or of a scene that is held out are left out.
+    The checker does not read sizes, so the size of the prompt is taken as that of the image. Images
+    without objects, with more than four, or of a scene that is held out are left out.
 
     Returns:
-        Images, shape (N, 3, 48, 48), uint8; the numbers of the prompts seen and of the prompts
-        asked for, each (N,). Kept in a file.
+        Images, shape (N, 3, 48, 48), uint8; the numbers of the prompts that they show and of the
+        prompts that they were sampled from, each (N,). Cached in a file.
     """
     file = work / "generated.pt"
     if file.is_file():
         kept = torch.load(file, weights_only=True)
-        return kept["pictures"], kept["seen"], kept["asked"]
+        return kept["images"], kept["seen"], kept["asked"]
     prompts = data.train_prompts()
     number = {prompt: i for i, prompt in enumerate(prompts)}
     rng = np.random.default_rng(7)
     parts: list[np.ndarray] = []
     seen, asked = [], []
-    for start in range(0, GENERATED, 50):
-        chosen = [int(i) for i in rng.integers(len(prompts), size=50)]
-        images = pipeline(
+    for start in range(0, GENERATED, _SAMPLED_AT_A_TIME):
+        chosen = [int(i) for i in rng.integers(len(prompts), size=_SAMPLED_AT_A_TIME)]
+        sampled = pipeline(
             [prompts[i] for i in chosen],
-            num_inference_steps=_DRAWING_STEPS,
-            # Weak guidance draws more of what is wrong, strong guidance more of what is right.
+            num_inference_steps=_SAMPLING_STEPS,
+            # Weak guidance gives more wrong images, strong guidance more right ones.
             guidance_scale=float(rng.uniform(1.5, 4.0)),
             generator=torch.Generator().manual_seed(start),
             output_type="np",
         ).images
-        pictures = np.rint(images * 255.0).astype(np.uint8)
-        for i, picture in zip(chosen, pictures, strict=True):
-            read = look(picture)
+        images = np.rint(sampled * 255.0).astype(np.uint8)  # (B, 48, 48, 3)
+        for i, image in zip(chosen, images, strict=True):
+            read = look(image)
             if not 1 <= read.count <= 4:
                 continue
             size = data.parse(prompts[i]).size
             scene = Scene(read.count, size, read.colour, read.shape, read.background)
             if scene.prompt in number:
-                parts.append(picture)
+                parts.append(image)
                 seen.append(number[scene.prompt])
                 asked.append(i)
     kept = {
-        "pictures": torch.from_numpy(np.stack(parts)).permute(0, 3, 1, 2).contiguous(),
+        "images": torch.from_numpy(np.stack(parts)).permute(0, 3, 1, 2).contiguous(),
         "seen": torch.tensor(seen),
         "asked": torch.tensor(asked),
     }
     torch.save(kept, file)
-    return kept["pictures"], kept["seen"], kept["asked"]
+    return kept["images"], kept["seen"], kept["asked"]
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Blur, shift and add noise to images (B, 3, H, W) in [0, 1], differently for each."""
+    """Blur images (B, 3, H, W) in [0, 1], change their colours a little and add noise.
+
+    Each by a different amount, so that the model also reads images that are less clean than
+    drawings.
+    """
+    # One blur for the batch, mixed in by another share for each image, which is much faster.
     blurred = gaussian_blur(images, [5, 5], [0.3 + float(torch.rand((), generator=generator))])
     share = torch.rand(len(images), 1, 1, 1, generator=generator)
     images = images + share * (blurred - images)
+    # Squared, so that most images get little noise.
     spread = 0.08 * torch.rand(len(images), 1, 1, 1, generator=generator) ** 2
     shade = 0.05 * torch.randn(len(images), 3, 1, 1, generator=generator)
     return images + shade + spread * torch.randn(images.shape, generator=generator)
@@ -171,35 +188,29 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
 def train(
     pipeline: StableDiffusionPipeline, work: Path, device: torch.device, steps: int
 ) -> open_clip.CLIP:
-    """Train to `steps`, going on from the last kept state."""
+    """Train to `steps`, resuming from the last saved state."""
+    # 1. The model and its optimizer.
     torch.manual_seed(5)
     model = new_model().to(device)
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.02
     )
-    step, kept = 0, work / "aligner.pt"
-    if kept.is_file():
-        state = torch.load(kept, weights_only=True, map_location=device)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        step = state["step"]
+    state = {"model": model, "optimizer": optimizer}
+    step = checkpoint.restore(work / "aligner.pt", device, **state)
+    # 2. All images and texts.
     prompts = data.train_prompts()
-    drawn, chosen = data.draw_many(prompts, PICTURES, seed=5)
-    coded = autoencoded(pipeline, drawn[:AUTOENCODED], device)
-    own, seen, asked = generated(pipeline, work)
-    pictures = torch.cat([torch.from_numpy(drawn).permute(0, 3, 1, 2), coded, own])
-    numbers = np.concatenate([chosen, chosen[:AUTOENCODED], seen.numpy()])
-    wrong = np.concatenate([chosen, chosen[:AUTOENCODED], asked.numpy()])
-    # Half of a batch is the network's, a quarter drawings, a quarter autoencoded drawings.
-    sources = [(0, PICTURES, 4), (PICTURES, len(pictures) - len(own), 4)]
-    sources.append((len(pictures) - len(own), len(pictures), 2))
+    everything, numbers, wrong = _all_images(pipeline, work, device)
+    # First image, end, and one part in how many of a batch: a quarter are drawings, a quarter
+    # autoencoded drawings, and half generated images.
+    coded = DRAWINGS + AUTOENCODED
+    sources = [(0, DRAWINGS, 4), (DRAWINGS, coded, 4), (coded, len(everything), 2)]
     tokens = open_tokens(work, prompts)
     close = _close(prompts)
     started, losses = time.perf_counter(), []
     while step < steps:
         for group in optimizer.param_groups:
-            warm = min(1.0, (step + 1) / 100)
-            group["lr"] = LEARNING_RATE * warm * (0.5 + 0.5 * math.cos(math.pi * step / steps))
+            group["lr"] = _learning_rate(step, steps)
+        # 3. A batch, as a function of the step, so that a resumed run sees the same batches.
         generator = torch.Generator().manual_seed(step)
         pick = torch.cat(
             [
@@ -207,9 +218,10 @@ def train(
                 for first, last, share in sources
             ]
         )
-        images = augment(pictures[pick].float() / 255.0, generator).to(device)
+        images = augment(everything[pick].float() / 255.0, generator).to(device)
         chosen_now, wrong_now = numbers[pick.numpy()], wrong[pick.numpy()]
         texts, target = _candidates(chosen_now, wrong_now, close, step)
+        # 4. The loss of CLIP from images to texts, with texts that differ in one word.
         visual = model.encode_image((images - 0.5) / 0.25, normalize=True)
         textual = model.encode_text(tokens[texts].to(device), normalize=True)
         loss = torch.nn.functional.cross_entropy(
@@ -227,10 +239,33 @@ def train(
                 f"aligner step {step} loss {np.mean(losses[-100:]):.4f} {seconds:.0f} s", flush=True
             )
         if step % 500 == 0 or step == steps:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-            torch.save(state, kept)
-            print(f"aligner step {step} ranks {figures(model, work, 300)}", flush=True)
+            checkpoint.save(work / "aligner.pt", step, **state)
+            print(f"aligner step {step} ranks {measure(model, work, 300)}", flush=True)
     return model.eval()
+
+
+def _all_images(
+    pipeline: StableDiffusionPipeline, work: Path, device: torch.device
+) -> tuple[Tensor, np.ndarray, np.ndarray]:
+    """Return drawings, then autoencoded drawings, then generated images, (N, 3, 48, 48), uint8.
+
+    Also for each the number of the prompt that it shows, and of the prompt that it was made from;
+    these differ for generated images alone.
+    """
+    drawings, chosen = data.draw_many(data.train_prompts(), DRAWINGS, seed=5)
+    coded = autoencoded(pipeline, drawings[:AUTOENCODED], device)
+    samples, seen, asked = generated(pipeline, work)
+    return (
+        torch.cat([torch.from_numpy(drawings).permute(0, 3, 1, 2), coded, samples]),
+        np.concatenate([chosen, chosen[:AUTOENCODED], seen.numpy()]),
+        np.concatenate([chosen, chosen[:AUTOENCODED], asked.numpy()]),
+    )
+
+
+def _learning_rate(step: int, steps: int) -> float:
+    """Return the rate of a step: it rises over 100 steps, then falls to zero as a half cosine."""
+    warm = min(1.0, (step + 1) / 100)
+    return LEARNING_RATE * warm * (0.5 + 0.5 * math.cos(math.pi * step / steps))
 
 
 def open_tokens(work: Path, prompts: list[str]) -> Tensor:
@@ -254,10 +289,13 @@ def _close(prompts: list[str]) -> list[list[list[int]]]:
 def _candidates(
     numbers: np.ndarray, wrong: np.ndarray, close: list[list[list[int]]], step: int
 ) -> tuple[Tensor, Tensor]:
-    """Return the numbers of the texts to choose from, and which of them is each image's.
+    """Return the numbers of the texts of a batch, and for each image which of them is its own.
 
-    Each image brings its own text, what was asked for instead, and one neighbour by attribute.
+    For each image the texts contain its own, the prompt that it was generated from, and for each
+    attribute one that differs in that attribute alone.
     """
+    # All images of a batch share the texts, and each text is there once: twice, it would be right
+    # and wrong for the same image.
     rng = np.random.default_rng(step)
     texts = {int(n) for n in numbers} | {int(n) for n in wrong}
     for number in numbers:
@@ -268,22 +306,23 @@ def _candidates(
 
 
 @torch.no_grad()
-def figures(model: open_clip.CLIP, work: Path, count: int) -> dict[str, float]:
+def measure(model: open_clip.CLIP, work: Path, count: int) -> dict[str, float]:
     """Return how often the true prompt ranks first, on drawings of held-out prompts.
 
-    `all`: among 15 others that differ in one attribute, at least 3 for every attribute that has so
-    many values (there is one other size); the rest: among those of one attribute alone.
-    `right` and `wrong` are mean cosines of true prompts and of those others.
+    For an attribute: among the prompts that differ in it alone. For `all`: among all of these, 15
+    others (3 counts, 1 size, 4 of 5 colours, 3 shapes, 4 backgrounds). `right` and `wrong` are the
+    mean cosines of true prompts and of these others.
     """
     device = next(model.parameters()).device
     heldout = data.heldout_prompts()
-    drawn, chosen = data.draw_many(heldout, count, seed=8)
-    images = torch.from_numpy(drawn).permute(0, 3, 1, 2).to(device).float() / 255.0
-    visual = model.encode_image((images - 0.5) / 0.25, normalize=True)
+    drawings, chosen = data.draw_many(heldout, count, seed=8)
+    images = torch.from_numpy(drawings).permute(0, 3, 1, 2).to(device).float() / 255.0
+    visual = model.encode_image((images - 0.5) / 0.25, normalize=True)  # (count, 64)
     right: dict[str, list[bool]] = {}
     true_cosines, wrong_cosines = [], []
     rng = np.random.default_rng(0)
     for feature, number in zip(visual, chosen, strict=True):
+        # The true prompt is the first text, the others follow with the attribute they differ in.
         groups = neighbours(data.parse(heldout[number]))
         picked = {name: list(scenes) for name, scenes in groups.items()}
         picked["colour"] = [picked["colour"][i] for i in rng.permutation(5)[:4]]

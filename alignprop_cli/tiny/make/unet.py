@@ -1,4 +1,4 @@
-"""Stage two of the embedded model: the network and the text encoder, trained together."""
+"""Stage two of the embedded model: the UNet and the text encoder, trained together."""
 
 from __future__ import annotations
 
@@ -15,19 +15,28 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from alignprop_cli.tiny import language as data
 from alignprop_cli.tiny.checker import check
+from alignprop_cli.tiny.make import checkpoint
 from alignprop_cli.tiny.make.tokenizer import MAX_LENGTH
 
-PICTURES = 32_000
+DRAWINGS = 32_000
 """Drawings that are encoded once, each also mirrored."""
 BATCH = 64
 LEARNING_RATE = 1.5e-3
 CAPTION_DROP = 0.1
+"""Share of the prompts that are replaced by an empty one, for classifier-free guidance."""
+# Share of the steps, at the end, over which the learning rate falls to zero.
 _FALL = 0.27
-"""Share of the steps, the last ones, over which the learning rate falls to zero."""
+# Drawings or samples at a time, which bounds the memory.
+_ENCODED_AT_A_TIME = 200
+_SAMPLED_AT_A_TIME = 50
 
 
 def scheduler() -> DDIMScheduler:
-    """Return the noise schedule: v prediction down to zero signal."""
+    """Return the noise schedule: that of Stable Diffusion, rescaled to zero terminal SNR.
+
+    At zero SNR the noisy latents do not depend on the image, so noise prediction would learn
+    nothing there; hence v prediction.
+    """
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -42,7 +51,7 @@ def scheduler() -> DDIMScheduler:
 
 
 def new_unet() -> UNet2DConditionModel:
-    """Return an untrained network of 4.0 M parameters."""
+    """Return an untrained UNet of 4.0 M parameters."""
     return UNet2DConditionModel(
         sample_size=12,
         in_channels=12,
@@ -52,7 +61,7 @@ def new_unet() -> UNet2DConditionModel:
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=4,
-        cross_attention_dim=96,
+        cross_attention_dim=96,  # hidden_size of the text encoder
         norm_num_groups=16,
     )
 
@@ -78,16 +87,18 @@ def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 @torch.no_grad()
 def encode_drawings(vae: AutoencoderKL, work: Path, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return latents (2 N, 12, 12, 12) in float16 and prompt numbers (2 N,), kept in a file."""
+    """Return latents (2 N, 12, 12, 12) in float16 and prompt numbers (2 N,); cached in a file."""
     file = work / "latents.pt"
     if file.is_file():
         kept = torch.load(file, weights_only=True)
         return kept["latents"], kept["chosen"]
-    pictures, chosen = data.draw_many(data.train_prompts(), PICTURES, seed=3)
+    drawings, chosen = data.draw_many(data.train_prompts(), DRAWINGS, seed=3)
+    # No prompt of the language names a side, so a mirrored drawing has the same prompt.
     parts: list[Tensor] = []
     for flip in (False, True):
-        for start in range(0, PICTURES, 200):
-            batch = torch.from_numpy(pictures[start : start + 200]).permute(0, 3, 1, 2)
+        for start in range(0, DRAWINGS, _ENCODED_AT_A_TIME):
+            batch = torch.from_numpy(drawings[start : start + _ENCODED_AT_A_TIME])
+            batch = batch.permute(0, 3, 1, 2)  # (B, 3, 48, 48)
             images = (batch.flip(-1) if flip else batch).to(device).float() / 127.5 - 1.0
             parts.append(vae.encode(images).latent_dist.mode().half().cpu())
     numbers = torch.from_numpy(np.concatenate([chosen, chosen]))
@@ -98,7 +109,8 @@ def encode_drawings(vae: AutoencoderKL, work: Path, device: torch.device) -> tup
 def train(
     vae: AutoencoderKL, tokenizer: CLIPTokenizer, work: Path, device: torch.device, steps: int
 ) -> StableDiffusionPipeline:
-    """Train to `steps`, going on from the last kept state, and return the averaged model."""
+    """Train to `steps`, resuming from the last saved state, and return the averaged model."""
+    # 1. The model, its optimizer, and the moving average of its weights, which is what is kept.
     torch.manual_seed(4)
     unet, text = new_unet().to(device), new_text_encoder(tokenizer).to(device)
     both = torch.nn.ModuleDict({"unet": unet, "text": text})
@@ -106,34 +118,28 @@ def train(
         both.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-3
     )
     average = EMAModel(both.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
-    step = 0
-    kept = work / "unet.pt"
-    if kept.is_file():
-        state = torch.load(kept, weights_only=True, map_location=device)
-        both.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        average.load_state_dict(state["average"])
-        step = state["step"]
+    state = {"model": both, "optimizer": optimizer, "average": average}
+    step = checkpoint.restore(work / "unet.pt", device, **state)
+    # 2. All data, encoded in advance. The last tokens are those of the empty prompt.
     latents, chosen = encode_drawings(vae, work, device)
     tokens = _tokens(tokenizer, [*data.train_prompts(), ""])
     noise_levels = scheduler().alphas_cumprod.to(device)
     started, losses = time.perf_counter(), []
     while step < steps:
         for group in optimizer.param_groups:
-            # Shapes are learned late and only at the full rate; the fall at the end cleans up.
-            rise, fall = (step + 1) / 200, (steps - step) / (_FALL * steps)
-            group["lr"] = LEARNING_RATE * min(rise, fall, 1.0)
-        # A function of the step, so that a resumed training sees the same batches.
+            group["lr"] = _learning_rate(step, steps)
+        # 3. A batch, as a function of the step, so that a resumed run sees the same batches.
         generator = torch.Generator().manual_seed(step)
         pick = torch.randint(len(latents), (BATCH,), generator=generator)
         prompts = chosen[pick].clone()
         prompts[torch.rand(BATCH, generator=generator) < CAPTION_DROP] = len(tokens) - 1
+        # 4. The loss of v prediction: v = alpha noise - sigma x0 from x_t = alpha x0 + sigma noise.
         x0 = latents[pick].float().to(device)
         noise = torch.randn(x0.shape, generator=generator).to(device)
         timesteps = torch.randint(1000, (BATCH,), generator=generator).to(device)
         signal = noise_levels[timesteps].view(-1, 1, 1, 1)
         alpha, sigma = signal.sqrt(), (1.0 - signal).sqrt()
-        embeds = text(tokens[prompts].to(device))[0]
+        embeds = text(tokens[prompts].to(device))[0]  # (B, 16, 96)
         velocity = unet(alpha * x0 + sigma * noise, timesteps, embeds, return_dict=False)[0]
         loss = torch.nn.functional.mse_loss(velocity, alpha * noise - sigma * x0)
         optimizer.zero_grad()
@@ -147,25 +153,25 @@ def train(
             seconds = time.perf_counter() - started
             print(f"unet step {step} loss {np.mean(losses[-100:]):.4f} {seconds:.0f} s", flush=True)
         if step % 500 == 0 or step == steps:
-            torch.save(
-                {
-                    "model": both.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "average": average.state_dict(),
-                    "step": step,
-                },
-                kept,
-            )
+            checkpoint.save(work / "unet.pt", step, **state)
+        # Sampling takes much longer than a step.
         if step % 1500 == 0 or step == steps:
             pipeline = assemble(vae, both, average, tokenizer)
-            print(f"unet step {step} checker {figures(pipeline, 64)}", flush=True)
+            print(f"unet step {step} checker {measure(pipeline, 64)}", flush=True)
     return assemble(vae, both, average, tokenizer)
+
+
+def _learning_rate(step: int, steps: int) -> float:
+    """Return the rate of a step: it rises over 200 steps, stays, and falls to zero at the end."""
+    # Shapes are learned late and only at the full rate; the fall at the end refines them.
+    rise, fall = (step + 1) / 200, (steps - step) / (_FALL * steps)
+    return LEARNING_RATE * min(rise, fall, 1.0)
 
 
 def assemble(
     vae: AutoencoderKL, both: torch.nn.ModuleDict, average: EMAModel, tokenizer: CLIPTokenizer
 ) -> StableDiffusionPipeline:
-    """Return a pipeline with the averaged weights, apart from those in training."""
+    """Return a pipeline with the averaged weights; those in training stay as they are."""
     copied = copy.deepcopy(both)
     average.copy_to(copied.parameters())
     pipeline = StableDiffusionPipeline(
@@ -191,13 +197,15 @@ def samples(
     seed: int = 0,
 ) -> tuple[data.Pixels, list[str]]:
     """Return images (count, 48, 48, 3) of held-out prompts, spread evenly, and the prompts."""
+    # Every k-th prompt if there are more prompts than samples, else all prompts in turn.
     heldout = data.heldout_prompts()
     prompts = [heldout[i * len(heldout) // count % len(heldout)] for i in range(count)]
     if count > len(heldout):
         prompts = [heldout[i % len(heldout)] for i in range(count)]
     parts: list[data.Pixels] = []
-    for start in range(0, count, 50):
-        batch = prompts[start : start + 50]
+    for start in range(0, count, _SAMPLED_AT_A_TIME):
+        batch = prompts[start : start + _SAMPLED_AT_A_TIME]
+        # One generator for each image, so that an image does not depend on the size of its batch.
         generators = [torch.Generator().manual_seed(seed + start + i) for i in range(len(batch))]
         images = pipeline(
             batch,
@@ -210,10 +218,10 @@ def samples(
     return np.concatenate(parts), prompts
 
 
-def figures(
+def measure(
     pipeline: StableDiffusionPipeline, count: int, *, guidance_scale: float = 3.0
 ) -> dict[str, float]:
-    """Return the shares of samples of held-out prompts that the checker reads as right."""
+    """Return which shares of samples of held-out prompts the checker finds right, by part."""
     checks = check(*samples(pipeline, count, guidance_scale=guidance_scale))
     names = ("background", "colour", "shape", "count", "all_right")
     return {name: round(float(np.mean([getattr(c, name) for c in checks])), 3) for name in names}
