@@ -21,7 +21,7 @@ import building
 import diffusers
 import peft
 import torch
-from sides import GUIDANCE, HERE, PROMPTS, RANK, Case, lora_values, serve, turn
+from sides import GUIDANCE, HERE, PROMPTS, RANK, Case, lora_values, serve, turn, versions
 
 import alignprop_cli
 from alignprop_cli.config.schema import Config
@@ -163,8 +163,7 @@ class Ours:
 
     def versions(self) -> dict[str, str]:
         """Return what this side runs on."""
-        packages = (torch, diffusers, peft, alignprop_cli)
-        return {package.__name__: package.__version__ for package in packages}
+        return versions(torch, diffusers, peft, alignprop_cli)
 
 
 @contextmanager

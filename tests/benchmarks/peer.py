@@ -14,7 +14,7 @@ import torch
 import trl
 from accelerate import PartialState
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from sides import GUIDANCE, PROMPTS, RANK, Case, lora_values, reward, serve, turn
+from sides import GUIDANCE, PROMPTS, RANK, Case, lora_values, reward, serve, turn, versions
 from trl import AlignPropConfig, AlignPropTrainer, DefaultDDPOStableDiffusionPipeline
 
 # alignprop_cli.planning.meter needs nothing but torch; step.py puts it on the path.
@@ -101,8 +101,7 @@ class Peer:
 
     def versions(self) -> dict[str, str]:
         """Return what this side runs on."""
-        packages = (torch, diffusers, peft, trl)
-        return {package.__name__: package.__version__ for package in packages}
+        return versions(torch, diffusers, peft, trl)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import open_clip
 import peft
 import torch
 from safetensors.torch import load_file, save_file
-from sides import serve, timed
+from sides import serve, timed, versions
 
 import alignprop_cli
 from alignprop_cli import rng
@@ -89,8 +89,7 @@ class Ours:
 
     def versions(self) -> dict[str, str]:
         """Return what this side runs on."""
-        packages = (torch, diffusers, peft, open_clip, alignprop_cli)
-        return {package.__name__: package.__version__ for package in packages}
+        return versions(torch, diffusers, peft, open_clip, alignprop_cli)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from accelerate import PartialState
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from sides import serve, timed
+from sides import serve, timed, versions
 from trl import AlignPropConfig, AlignPropTrainer, DefaultDDPOStableDiffusionPipeline
 
 # These need nothing more than this environment has; time_to_reward.py puts them on the path.
@@ -143,8 +143,7 @@ class Peer:
 
     def versions(self) -> dict[str, str]:
         """Return what this side runs on."""
-        packages = (torch, diffusers, transformers, peft, open_clip, trl)
-        return {package.__name__: package.__version__ for package in packages}
+        return versions(torch, diffusers, transformers, peft, open_clip, trl)
 
 
 if __name__ == "__main__":

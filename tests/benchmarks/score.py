@@ -90,7 +90,8 @@ def killed_and_resumed(folder: Path, target: Path, count: int) -> bool:
         command(*ask, target), stdout=subprocess.DEVNULL, start_new_session=True
     ) as process:
         while not partial.exists() or partial.read_bytes().count(b"\n") < count // 2:
-            time.sleep(0.5)
+            assert process.poll() is None, "it ended before it was half done: raise --count"
+            time.sleep(0.05)
         os.killpg(process.pid, signal.SIGKILL)
     assert not target.exists()
     subprocess.run(command(*ask, target, "--resume"), check=True, stdout=subprocess.DEVNULL)

@@ -82,6 +82,14 @@ def serve(commands: Mapping[str, Callable[..., Any]]) -> None:
         print("answer " + json.dumps(answer), flush=True)
 
 
+def versions(*packages: Any) -> dict[str, str]:
+    """Return what a side runs on: packages, and the GPU if it sees one."""
+    found = {package.__name__: package.__version__ for package in packages}
+    if torch.cuda.is_available():
+        found["on"] = torch.cuda.get_device_name()
+    return found
+
+
 def timed(step: Callable[[], object]) -> dict[str, float]:
     """Return the wall-clock and processor seconds of one step."""
     gc.collect()

@@ -101,11 +101,10 @@ class Pair:
 def compare(arguments: argparse.Namespace, pair: Pair, report: Report) -> None:
     """Measure, and report a row as soon as it is known."""
     counts = arguments.device == "cpu"
-    where = machine() if counts else f"{device_name()}; {machine()}"
     report.add(
         f"TRL side: {words(pair.ask('TRL', 'versions'))}\\",
         f"our side: {words(pair.ask('ours', 'versions'))}\\",
-        f"machine: {where}, {arguments.threads} threads, Python {platform.python_version()}\\",
+        f"machine: {machine()}, {arguments.threads} threads, Python {platform.python_version()}\\",
         f"model {arguments.model}, {arguments.dtype}, batch {arguments.batch_size}, "
         f"T = {arguments.steps}",
         "",
@@ -118,14 +117,14 @@ def compare(arguments: argparse.Namespace, pair: Pair, report: Report) -> None:
     report.add(f"| {' | '.join(columns)} |", "|---" * len(columns) + "|")
     plans: list[str] = []
     for k in arguments.windows:
-        for level in arguments.recompute:
-            ours = {"recompute": level, "division": arguments.division}
-            plans.append(f"- K = {k}, {level}: {pair.ask('ours', 'plan', k, **ours)}")
-            print(plans[-1], file=sys.stderr, flush=True)
         counted = count(arguments, pair, k) if counts else {}
         # Where a step is counted only the first level is timed, as what recomputing costs is known.
         timed = arguments.recompute[:1] if counts else arguments.recompute
         turns = take_turns(arguments, pair, k, timed)
+        # Asked now: where memory ran out, the batches have been halved.
+        for level in arguments.recompute:
+            ours = {"recompute": level, "division": arguments.division}
+            plans.append(f"- K = {k}, {level}: {pair.ask('ours', 'plan', k, **ours)}")
         for side in ("TRL", *arguments.recompute):
             report.add(row(k, side, turns, counted))
     report.add("", "Plans of ours:", "", *plans, "")
@@ -180,13 +179,6 @@ def row(
             if memory in turns[side][0]:
                 cells.append(f"{max(step[memory] for step in turns[side]):.2f}")
     return f"| {' | '.join([*cells, *counted.get(side, [])])} |"
-
-
-def device_name() -> str:
-    """Return the name of the GPU, without taking any of its memory."""
-    import torch
-
-    return torch.cuda.get_device_properties(0).name
 
 
 def division(text: str) -> list[int] | None:
