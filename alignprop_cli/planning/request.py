@@ -90,7 +90,7 @@ def measure(config: Config, device_type: str) -> Footprint:
     # gone before the network is loaded.
     family, _ = families.find(config.model)
     sampler = families.sampler(config.sample, family)
-    model = meta_model(config.model, _dtype(config.model.dtype, device_type), device_type)
+    model = meta_model(config.model, _dtype(config.model.dtype, device_type))
     network, decoder = model.parts.network.module, model.parts.decoder.module
     network_bytes = _bytes(network)
     lora.inject(
