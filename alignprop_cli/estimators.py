@@ -14,7 +14,7 @@ draws of one step are stratified over its groups: the marginal distribution of e
 and their mean varies less.
 
 Most estimators are biased: the gradient through fewer calls is not a noisy version of the full
-gradient but another, cheaper direction. K = 1 changes mostly fine detail, a large K also the layout.
+gradient but another, cheaper direction. K = 1 changes mostly fine detail, large K also the layout.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def predict_x0_epsilon(
         Lipman et al. 2023, arXiv:2210.02747 (flow, with time running from data to noise here).
     """
     # Each line solves latents = alpha x0 + sigma epsilon together with what the output means. None
-    # divides by zero: NoiseSchedule refuses epsilon at alpha = 0, and no chain steps from sigma = 0.
+    # divides by zero: NoiseSchedule refuses epsilon at alpha = 0, and every step starts at sigma > 0.
     alpha, sigma = step.alpha, step.sigma
     if prediction_type == "epsilon":
         return (latents - sigma * noise_pred) / alpha, noise_pred
@@ -143,7 +143,7 @@ def rollout(
         raise ValueError(f"expected {len(latents)} descending stops, got {list(stops)}")
     with torch.no_grad():
         for i, step in enumerate(schedule.steps[: max(stops, default=0)]):
-            # Stops descend, so the images that still run are a prefix of the batch: a view, no copy.
+            # Stops descend, so the images that still run are the first rows: a view, no copy.
             active = sum(stop > i for stop in stops)
             noise_pred = denoise(latents[:active], step)
             moved = _step(noise_pred, latents[:active], step, i, schedule, eta, draw_noise)
@@ -192,8 +192,8 @@ def backprop(
     """
     if path.copies:
         return _copies(denoise, latents, schedule, path, draw_noise, recomputed)
-    # With `leaps` the gradient travels apart from the values: `latents` are those of the true chain,
-    # `jump` is one large step from the last call with gradient to where the next one begins.
+    # With `leaps` the gradient travels apart from the values: `latents` are those of the true
+    # chain, `jump` is one large step from the last call with gradient to where the next one begins.
     jump: Tensor | None = None
     for i in range(path.rollout_calls(len(schedule)), len(schedule)):
         step = schedule.steps[i]

@@ -90,8 +90,8 @@ class NoiseSchedule:
             raise ValueError(
                 f"expected 1 <= calls <= before <= {len(self)}, got calls={calls}, before={before}"
             )
-        # New step j replaces the old steps edges[j] .. edges[j + 1] - 1: it starts at the level (and
-        # timestep) of the first of them and ends at the level after the last.
+        # New step j replaces the old steps edges[j] .. edges[j + 1] - 1: it starts at the level
+        # (and timestep) of the first of them and ends at the level after the last.
         edges = [round(i * before / calls) for i in range(calls + 1)]
         first = tuple(
             replace(
@@ -128,7 +128,7 @@ def diffusion_schedule(
     Source: Song et al. 2021, arXiv:2010.02502, eq. 12, where their alpha_t is `alphas_cumprod[t]`.
     """
     cumprod = cast(list[float], alphas_cumprod.double().tolist())  # pyright: ignore[reportUnknownMemberType]
-    # N // T, not the distance in the list: with leading or trailing spacing they differ at the ends.
+    # N // T, which need not be the distance of two timesteps in the list.
     stride = len(cumprod) // max(len(timesteps), 1)
 
     def levels(timestep: int) -> tuple[float, float]:

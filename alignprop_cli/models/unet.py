@@ -99,7 +99,7 @@ class UNet:
         return config.in_channels, sizes[0], sizes[1]
 
     def schedule(self, steps: int, latent_shape: tuple[int, int, int]) -> NoiseSchedule:
-        """Return DDIM's noise levels with the model's own betas and spacing; the shape is ignored."""
+        """Return DDIM's noise levels with the model's own betas and spacing, for any shape."""
         # 1. DDIM reads the configuration of the model's scheduler, often PNDM: the betas are the
         #    same. Latents are never clipped, which makes sense for pixels alone.
         scheduler = DDIMScheduler.from_config(self._scheduler_config, clip_sample=False)
@@ -164,7 +164,7 @@ class VaeDecoder:
         self.module.use_tiling = tile_size is not None
         if tile_size is None:
             return
-        # Tiles overlap by a quarter (diffusers' tile_overlap_factor), which has to be whole latents.
+        # Tiles overlap by a quarter (tile_overlap_factor of diffusers), which has to be whole latents.
         unit = 4 * factor
         if tile_size % unit:
             raise ConfigError(

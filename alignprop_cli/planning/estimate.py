@@ -344,9 +344,10 @@ def operations(footprint: Footprint, chain: Chain, division: Division) -> float:
     level, kept = division.checkpoint_network, division.stored_calls
     mean = chain.mean
 
-    # 1. Forward through the chain, and through the copies where there are any. `rollout_steps` saves
-    #    the calls before the path that exceed it: E max(T - k - rollout_steps, 0), with k calls on
-    #    the path. As beyond = T - rollout_steps, this is beyond - E k + E max(k - beyond, 0).
+    # 1. Forward through the chain, and through the copies where there are any. `rollout_steps`
+    #    saves the calls before the path that exceed it: E max(T - k - rollout_steps, 0), with k
+    #    calls on the path. With beyond = T - rollout_steps and max(x, 0) = x + max(-x, 0), this is
+    #    beyond - E k + E max(k - beyond, 0).
     calls = steps + estimator.copies * mean
     if chain.rollout_steps is not None:
         beyond = max(steps - chain.rollout_steps, 0)
