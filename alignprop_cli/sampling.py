@@ -46,7 +46,7 @@ def predict_x0_epsilon(
         Lipman et al. 2023, arXiv:2210.02747 (flow, with time running from data to noise here).
     """
     # Each line solves latents = alpha x0 + sigma epsilon together with what the output means. None
-    # divides by zero: NoiseSchedule refuses epsilon at alpha = 0, and every step starts at sigma > 0.
+    # divides by zero: NoiseSchedule refuses epsilon at alpha = 0, and steps start at sigma > 0.
     alpha, sigma = step.alpha, step.sigma
     if prediction_type == "epsilon":
         return (latents - sigma * noise_pred) / alpha, noise_pred

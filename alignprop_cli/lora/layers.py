@@ -269,7 +269,7 @@ def set_strength(network: torch.nn.Module, strength: float) -> None:
 class Merged:
     """The network with the LoRA merged into its weights, for calls without gradient.
 
-    Inside the block each LoRA layer is replaced by a plain layer whose weight is W + (alpha / r) B A
+    Inside the block each LoRA layer is replaced by a plain one whose weight is W + (alpha / r) B A
     as it was when this object was created. The output is the same up to rounding, without the
     LoRA's own operations. After the block the original layers are back, bit for bit. The block can
     be entered many times.

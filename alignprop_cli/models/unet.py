@@ -164,7 +164,7 @@ class VaeDecoder:
         self.module.use_tiling = tile_size is not None
         if tile_size is None:
             return
-        # Tiles overlap by a quarter (tile_overlap_factor of diffusers), which has to be whole latents.
+        # Tiles overlap by a quarter (diffusers' tile_overlap_factor), and in whole latents only.
         unit = 4 * factor
         if tile_size % unit:
             raise ConfigError(
