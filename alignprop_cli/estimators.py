@@ -316,8 +316,8 @@ On the embedded model, one draw per step adds 1.3 % to the variance of the step'
 stratified draws 0.05 % (tests/benchmarks/results/window_group_epyc-2-cores_202611.md).
 """
 
+# Images of one group go through the network together; fewer than 8 leave a GPU waiting.
 _LEAST_GROUP = 8
-"""Images of one group go through the network together; fewer than 8 leave a GPU waiting."""
 
 
 def window_group(batch_size: int) -> int:

@@ -116,6 +116,7 @@ class Evaluation:
         """Return the rewards that any of the LoRAs was trained on."""
         return {reward for variant in self.variants.values() for reward in variant.trained_on}
 
+    # Cached, since several outputs read them and each interval is a bootstrap.
     @cached_property
     def metrics(self) -> Metrics:
         """Return all metrics over all samples."""

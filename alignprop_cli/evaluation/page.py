@@ -1,4 +1,4 @@
-"""Self-contained HTML pages: one file without links to others but the images, all texts escaped.
+"""Self-contained HTML pages: one file with everything inside, and every text escaped.
 
 Prompts are untrusted. The templates escape all values, and data for scripts is in attributes, never
 inside a script.
@@ -21,7 +21,7 @@ from PIL import Image
 from alignprop_cli import __version__
 from alignprop_cli.storage import write_text
 
-# A page of 200 cards with two models then has a few MB, which browsers and mail still take.
+# A page holds hundreds of thumbnails: at this size and quality each takes some 15 kB.
 _LARGEST_PX = 256
 _QUALITY = 85
 

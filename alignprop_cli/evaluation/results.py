@@ -134,6 +134,7 @@ def _metric_values(result: Evaluation, metrics: Metrics) -> dict[str, Any]:
 
 def _by_prompt(result: Evaluation) -> list[dict[str, Any]]:
     """Return the mean rewards of every prompt, by model."""
+    # By index, not by text: a file of prompts may contain one twice.
     groups: dict[int, list[int]] = {}
     for i, sample in enumerate(result.samples):
         groups.setdefault(sample.prompt_index, []).append(i)

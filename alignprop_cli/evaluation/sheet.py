@@ -16,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 Pixels = NDArray[np.uint8]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
-# Sizes in pixels. The width is that of a large window on a laptop.
+# Sizes in pixels; a sheet of this width fits the screen of a laptop.
 _TILE = 192
 _MARGIN = 24
 _PAIR_GAP = 8

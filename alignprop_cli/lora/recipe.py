@@ -29,8 +29,8 @@ class Recipe:
     allow_missing: bool = False
 
 
+# From 0 to 1 by 0.01. Each mix is sampled with, so more of them are a mistyped step.
 _MOST_MIXES = 101
-"""From 0 to 1 by 0.01. Each mix is sampled with, so more are a mistyped step."""
 
 
 def check_recipe(recipe: Recipe) -> None:

@@ -71,6 +71,7 @@ class Soup:
     @property
     def contents(self) -> list[str]:
         """Return the names of what is written into the folder, and so may be replaced there."""
+        # Of a sweep only the folders of its own shares: another sweep's results are not replaced.
         parts = [mix.folder.name for mix in self.mixes if mix.share is not None]
         return [LORA_FILE, "evaluation", *parts]
 

@@ -117,6 +117,7 @@ def _offline(config: ModelConfig) -> AssetError:
     return AssetError(f"model.id: {config.id}: {hub.OFFLINE} ({_INDEX})", hint=_ELSEWHERE)
 
 
+# The error to show for each error of the hub. `find_cause` takes the first entry that matches.
 _REFUSALS: dict[type[BaseException], Callable[[ModelConfig], AssetError]] = {
     # The order counts: GatedRepoError is a RepositoryNotFoundError.
     GatedRepoError: _gated,
@@ -126,4 +127,3 @@ _REFUSALS: dict[type[BaseException], Callable[[ModelConfig], AssetError]] = {
     OfflineModeIsEnabled: _offline,
     LocalEntryNotFoundError: _offline,
 }
-"""The error to show for each error of the hub. `find_cause` takes the first entry that matches."""

@@ -6,14 +6,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Literal
 
 from alignprop_cli.estimators import Estimator
 
 Level = Literal["none", "block", "call"]
 """What is recomputed of the network in backward: nothing, its blocks, or whole calls."""
-
-LEVELS: tuple[Level, ...] = get_args(Level)
 
 GIB = 2**30
 

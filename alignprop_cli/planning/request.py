@@ -21,13 +21,13 @@ from alignprop_cli.planning.estimate import GIB, Budget, Footprint, Work
 from alignprop_cli.planning.plan import Plan, PlanRequest
 from alignprop_cli.rewards import registry
 
+# The estimator that each value of `gradient.method` means.
 _ESTIMATORS: Mapping[str, Callable[[GradientConfig], Estimator]] = {
     "full": lambda gradient: full(),
     "last_k": lambda gradient: last_k(gradient.k),
     "random_k": lambda gradient: random_k(gradient.k_min, gradient.k_max),
     "gaussian_k": lambda gradient: gaussian_k(gradient.mean, gradient.std),
 }
-"""The estimator that each value of `gradient.method` means."""
 
 # The option that shortens the longest path, for the hint when no plan fits.
 _FEWER_CALLS = {"last_k": "a smaller gradient.k", "random_k": "a smaller gradient.k_max"}

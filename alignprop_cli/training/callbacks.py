@@ -25,8 +25,8 @@ from alignprop_cli.training import checkpoint
 from alignprop_cli.training.record import StepRecord
 from alignprop_cli.training.trainer import Trainer
 
+# Weight of the past in the smoothed rewards of the progress bar; the new value has the rest.
 _SMOOTHING = 0.8
-"""Weight of the past in the smoothed rewards of the progress bar; the new value has the rest."""
 
 
 @dataclass
@@ -146,6 +146,7 @@ class Checkpoints(Callback):
         if self._saved == trainer.step_number:
             return
         self._saved = trainer.step_number
+        # LoRA and optimiser are the same in all processes, so one can write for all.
         if not run.accelerator.is_main_process:
             return
         # The LoRA file alone tells what it was trained on, how, and on which rewards.

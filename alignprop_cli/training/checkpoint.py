@@ -64,6 +64,7 @@ def save(run: Path, state: State, save_lora: Callable[[Path], object], *, keep: 
     """
     path = run / "checkpoints" / f"step-{state.step:06d}"
 
+    # The LoRA file is for everyone; the other two are only needed to resume.
     def write(folder: Path) -> None:
         save_lora(folder)
         save_file(state.optimizer, folder / "optimizer.safetensors")
@@ -136,6 +137,7 @@ def new_run(wanted: str | None, name: str) -> Path:
     Raises:
         ConfigError: If the wanted folder exists and is not empty.
     """
+    # An empty folder is fine: it may have been made for this run.
     if wanted is not None:
         run = Path(wanted).expanduser()
         if run.exists() and (not run.is_dir() or any(run.iterdir())):

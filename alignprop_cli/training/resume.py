@@ -14,6 +14,8 @@ from alignprop_cli.storage import write_text
 from alignprop_cli.training import checkpoint
 from alignprop_cli.training.trainer import Trainer
 
+# Settings, or beginnings of them, that may change when a run is resumed: the number of steps, on
+# which no step depends; the plan, which changes no step; what is sampled and kept besides.
 _MAY_CHANGE = (
     "train.steps",
     "train.rollout_batch",
@@ -26,9 +28,6 @@ _MAY_CHANGE = (
     "eval.",
     "output.",
 )
-"""Settings, or beginnings of them, that may change when a run is resumed: the number of steps, on
-which no step depends; the plan, which changes no step; what is sampled and kept besides.
-"""
 
 
 def newest(run: Path) -> Path | None:
