@@ -26,7 +26,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-# The commands import what they need when they run, so that --help is quick.
+# Each command imports what it needs when it runs, so that --help is quick.
 app.command("train")(train.train)
 app.command("evaluate")(evaluate.evaluate)
 app.command("soup")(soup.soup)
@@ -55,7 +55,7 @@ def main(args: Sequence[str] | None = None) -> None:
     Args:
         args: The arguments; None takes those of the process.
     """
-    # Looked for here, since a mistake may come before any option is parsed.
+    # Searched for by hand, since parsing itself may fail before it gets to --debug.
     arguments = list(sys.argv[1:] if args is None else args)
     debug = "--debug" in arguments
     if not debug:
@@ -68,10 +68,11 @@ def main(args: Sequence[str] | None = None) -> None:
             traceback.print_exc()
         console.error(error)
         raise SystemExit(error.exit_code) from error
-    # Training saves first and has an error of its own; elsewhere there is nothing to save.
+    # Training catches signals itself, to save first; elsewhere there is nothing to save.
     except KeyboardInterrupt as error:
         console.error(AlignPropError("interrupted"))
         raise SystemExit(130) from error
+    # The last resort: a bug, or a shortage that may come anywhere.
     except Exception as error:
         if debug:
             traceback.print_exc()
@@ -81,7 +82,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _known(error: Exception) -> AlignPropError:
-    """Return the error to show for one that nothing else has caught."""
+    """Return the error to show for an exception that nothing else has caught."""
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         where = f" while writing {error.filename}" if error.filename else ""
         return RunError(
@@ -101,8 +102,9 @@ def _known(error: Exception) -> AlignPropError:
 
 
 def _quieten_libraries() -> None:
-    """Keep the libraries' own warnings and bars out of our output, before they are imported."""
+    """Silence the warnings and progress bars of libraries; has to happen before their import."""
     warnings.simplefilter("ignore")
     for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY", "HF_HUB_VERBOSITY"):
         os.environ.setdefault(name, "error")
+    # Else tokenizers warns whenever a process forks after it has used threads.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

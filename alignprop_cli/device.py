@@ -1,4 +1,4 @@
-"""What this machine has and how it computes: processes, memory, threads, precision."""
+"""The machine: its processes, memory and threads, and the precision it computes in."""
 
 from __future__ import annotations
 
@@ -17,32 +17,30 @@ from accelerate import Accelerator
 
 
 def make_accelerator() -> Accelerator:
-    """Return the device and the processes of this run.
-
-    Without a GPU the CPU has to be asked for: only then do several processes join up on it.
-    """
+    """Return the device and the processes of this run."""
+    # Without a GPU `cpu=True` is needed: otherwise several processes do not form a group.
     accelerator = Accelerator(cpu=not torch.accelerator.is_available())
     limit_threads()
     if accelerator.num_processes > 1:
-        # Left to the interpreter's end, the backend's threads can take the process down with them.
+        # Ended explicitly: at interpreter exit the backend's threads may crash the process.
         atexit.register(accelerator.end_training)
     return accelerator
 
 
 def peak_gib(device: torch.device) -> float:
-    """Return the largest memory so far in GiB: allocated on CUDA, resident set otherwise."""
+    """Return the peak memory so far in GiB: allocated on CUDA, else the resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    # Kilobytes on Linux, bytes on macOS.
+    # getrusage counts in kilobytes on Linux, in bytes on macOS.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 def available(device: torch.device) -> tuple[int, str]:
-    """Return the bytes that can still be had on a device, and where the figure comes from.
+    """Return the bytes that are free on a device, and where the number comes from.
 
-    On CUDA what the driver says is free; elsewhere the RAM that is available, or what the limit of
-    the control group leaves, if that is less.
+    On CUDA it is the driver's number; elsewhere the available RAM, or what the limit of the control
+    group leaves, if that is less.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0], f"free on {torch.cuda.get_device_name(device)}"
@@ -50,7 +48,7 @@ def available(device: torch.device) -> tuple[int, str]:
     for folder, limit, used, cache in _CGROUPS:
         try:
             stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            # Files that were read count as used, and are let go when memory is wanted.
+            # The cache of files counts as used, but is given up when memory is needed.
             taken = int((folder / used).read_text()) - int(stat.get(cache, 0))
             left = max(int((folder / limit).read_text()) - taken, 0)
         except (OSError, ValueError):  # no such group, or no limit ("max")
@@ -60,6 +58,8 @@ def available(device: torch.device) -> tuple[int, str]:
     return free, source
 
 
+# Where a container's limit is, for versions 2 and 1 of control groups: folder, then the files of
+# the limit and the usage, then the key of the file cache in memory.stat.
 _CGROUPS = (
     (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file"),
     (
@@ -72,11 +72,9 @@ _CGROUPS = (
 
 
 def limit_threads() -> None:
-    """Use no more threads than the control group gives processors to.
-
-    In a container torch counts the processors of the machine, and threads that share one wait for
-    each other. What OMP_NUM_THREADS says is left alone.
-    """
+    """Use no more threads than the control group has processors; OMP_NUM_THREADS is respected."""
+    # In a container torch counts the processors of the whole machine, and threads that share a
+    # processor wait for each other.
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, min(torch.get_num_threads(), _processors(_CPU_LIMIT))))
 
@@ -85,7 +83,8 @@ _CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 
 
 def _processors(limit: Path) -> int:
-    """Return how many processors a limit file allows: microseconds of work in a period of them."""
+    """Return how many processors a limit file allows."""
+    # Two numbers: microseconds of work allowed in a period, and the length of the period.
     try:
         work, period = limit.read_text().split()
         return math.ceil(int(work) / int(period))
@@ -94,20 +93,21 @@ def _processors(limit: Path) -> int:
 
 
 def keep_memory() -> None:
-    """Let what one step frees be there for the next, where glibc hands out the RAM.
+    """Make glibc keep freed memory for the next step instead of returning it to the kernel.
 
-    Else large tensors go back to the kernel, which gives and clears their pages anew in every step
-    (what that takes: tests/benchmarks/results/step_epyc-2-cores_202611.md). The process then holds
-    on to the most memory that it needed.
+    The kernel would have to provide and clear the pages of large tensors again in every step (its
+    cost: tests/benchmarks/results/step_epyc-2-cores_202611.md). The price is that the process keeps
+    its peak memory until it ends.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
-        # No tensor is mapped by itself, to be unmapped when freed; the heap keeps its end.
+        # No tensor gets a mapping of its own, which would be unmapped when freed, and the end of
+        # the heap is never given back.
         libc.mallopt(_MMAP_MAX, 0)
         libc.mallopt(_TRIM_THRESHOLD, -1)
 
 
-# Of malloc.h.
+# The numbers of M_TRIM_THRESHOLD and M_MMAP_MAX in malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 
 
@@ -116,18 +116,19 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name != "auto":
         return getattr(torch, name)
     if device.type == "cuda":
+        # float16 only on older cards: it overflows and needs loss scaling.
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
     return torch.float32
 
 
 def allow_tf32(dtype: torch.dtype) -> None:
-    """Let a GPU multiply float32 numbers as TF32 where the network itself is coarser.
+    """Let a GPU multiply float32 matrices in TF32 if the network has a lower precision anyway.
 
-    That are the LoRA's and the rewards' products. TF32 keeps 10 bits of a number's digits, float16
-    too, bfloat16 7. Beside a network in float32, which was asked for, everything stays float32.
+    This concerns the products of the LoRA and the rewards. TF32 has 10 bits of mantissa, as
+    float16; bfloat16 has 7. With a network in float32 everything stays in float32.
 
     Args:
-        dtype: Of the network.
+        dtype: Precision of the network.
     """
     coarser = dtype in (torch.bfloat16, torch.float16) and torch.cuda.is_available()
     torch.set_float32_matmul_precision("high" if coarser else "highest")

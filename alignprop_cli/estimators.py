@@ -1,20 +1,20 @@
 """Where the gradient flows: the estimators of the reward's gradient, as values.
 
 A chain has T network calls, i = 0 .. T-1, the last one nearest the image. An estimator is four
-facts, apart from the sampler that obeys them:
+facts; the sampler (sampling.py) carries them out and knows no method by name:
 
-1. which calls carry gradient (`calls`, a distribution that is drawn from);
+1. which calls carry gradient (`calls`, a distribution over sets of calls);
 2. what their input is (`input_grad`: attached, detached, or mixed with a factor alpha);
-3. where the chain ends (`end`: the last latents, or the clean sample that the last of the calls
-   predicts; `leaps`: whether a call's output reaches the next of the calls in one jump);
-4. how often and how strongly it counts (`copies`, `weight`).
+3. where the chain ends (`end`: the last latents, or the clean sample predicted by the last call of
+   the path; `leaps`: whether a call's output reaches the path's next call in one jump);
+4. how often and how strongly the result counts (`copies`, `weight`).
 
-One path is drawn per group of images (never inside a chain), as a function of seed and step. The
+Each group of images draws one path (never inside a chain), as a function of seed and step. The
 draws of one step are stratified over its groups: the marginal distribution of each is unchanged,
 and their mean varies less.
 
-Most estimators are biased: the gradient through fewer calls is not a noisy version of the full one
-but a cheaper direction, with K = 1 reaching mostly fine detail and large K also the layout.
+Most estimators are biased: the gradient through fewer calls is not a noisy version of the full
+gradient but another, cheaper direction. K = 1 changes mostly fine detail, large K also the layout.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ import torch
 
 @dataclass(frozen=True)
 class GradPath:
-    """Where the gradient flows in one chain; what one draw of an estimator says.
+    """Where the gradient flows in one chain: one draw of an estimator.
 
     Args:
         calls: Which network calls carry gradient, ascending. The gradient stops at all others; the
             arithmetic of the steps between them passes it on.
         input_grad: alpha, the share of the gradient that each call passes on through its input, in
             [0, 1]: 1 leaves the input attached, 0 detaches it.
-        end: None ends the chain at its last latents; "predicted" at the clean sample that the last
-            of the calls predicts.
-        leaps: Whether a call's output reaches the next of the calls, or the end, in one jump. The
+        end: None ends the chain at its last latents; "predicted" at the clean sample predicted by
+            the last of `calls`.
+        leaps: Whether a call's output reaches the path's next call, or the end, in one jump. The
             values stay those of the true chain; only the gradient goes through the jump.
-        copies: 0 is the chain itself. n > 0 takes the last call n times instead, from the true end
-            with fresh noise added back to the level before that call.
+        copies: 0 is the chain itself. n > 0 makes the last call n times instead, each on the clean
+            latents noised back to the level before that call with fresh noise.
         weight: Factor on the gradient that enters the chain's end.
     """
 
@@ -60,42 +60,43 @@ class GradPath:
 
     def rollout_calls(self, num_inference_steps: int) -> int:
         """Return how many calls come before the first one with gradient, so need no graph."""
+        # Copies start from the clean latents, so the whole chain comes before them.
         if self.copies:
             return num_inference_steps
         return self.calls[0] if self.calls else num_inference_steps
 
     def earlier(self, calls: int) -> GradPath:
-        """Return the same path in a chain that has so many calls fewer before it."""
+        """Return the same path in a chain that has `calls` fewer calls before it."""
         return replace(self, calls=tuple(i - calls for i in self.calls))
 
 
 def window(start: int, stop: int) -> GradPath:
-    """Return the path through the calls start <= i < stop, attached, to the last latents."""
+    """Return the plain path: calls start <= i < stop, inputs attached, to the last latents."""
     return GradPath(tuple(range(start, stop)))
 
 
 class Calls(Protocol):
-    """A distribution over sets of calls, drawn by inverse transform from uniform numbers.
+    """A distribution over sets of calls.
 
-    Args:
-        uniforms: How many numbers in [0, 1) one draw takes; 0 for what is not random.
+    A draw maps uniform numbers to a set (inverse transform sampling) and never touches a generator,
+    so that the draws of several groups can be stratified.
     """
 
     @property
     def uniforms(self) -> int:
-        """Return how many numbers in [0, 1) one draw takes."""
+        """Return how many numbers in [0, 1) one draw needs; 0 where nothing is random."""
         ...
 
     def draw(self, num_inference_steps: int, uniforms: Sequence[float]) -> tuple[int, ...]:
-        """Return the calls, ascending, for such numbers."""
+        """Return the set, ascending, that belongs to these numbers."""
         ...
 
     def sizes(self, num_inference_steps: int) -> Mapping[int, float]:
-        """Return the probability of every number of calls that can be drawn."""
+        """Return the possible numbers of calls, each with its probability."""
         ...
 
     def problems(self, num_inference_steps: int) -> list[str]:
-        """Return what is wrong with it for so many steps, in words; empty where nothing is."""
+        """Return why it is impossible in a chain of T steps, in words; empty if it is possible."""
         ...
 
 
@@ -124,16 +125,17 @@ class LastCalls:
     def draw(self, num_inference_steps: int, uniforms: Sequence[float]) -> tuple[int, ...]:
         """Return the last k calls."""
         sizes = self._range(num_inference_steps)
+        # A number in [0, 1) falls into one of len(sizes) equal parts.
         k = sizes[int(uniforms[0] * len(sizes))] if self.uniforms else sizes[0]
         return tuple(range(num_inference_steps - k, num_inference_steps))
 
     def sizes(self, num_inference_steps: int) -> Mapping[int, float]:
-        """Return the same probability for each k."""
+        """Return the possible k, all of the same probability."""
         sizes = self._range(num_inference_steps)
         return {k: 1.0 / len(sizes) for k in sizes}
 
     def problems(self, num_inference_steps: int) -> list[str]:
-        """Say whether 1 <= k_min <= k_max <= T does not hold."""
+        """Return what is wrong unless 1 <= k_min <= k_max <= T."""
         sizes = self._range(num_inference_steps)
         if 1 <= sizes.start < sizes.stop <= num_inference_steps + 1:
             return []
@@ -148,7 +150,7 @@ class GaussianStart:
 
     Args:
         mean: Mean of s as a fraction of T, in (0, 1).
-        std: Standard deviation of s as a fraction of T, >= 0; 0 is the nearest s to the mean.
+        std: Standard deviation of s as a fraction of T, >= 0; with 0, s is the rounded mean.
     """
 
     mean: float
@@ -161,7 +163,8 @@ class GaussianStart:
 
     def draw(self, num_inference_steps: int, uniforms: Sequence[float]) -> tuple[int, ...]:
         """Return the calls from s on."""
-        # Inverse transform over s, ascending; the last one takes what rounding leaves.
+        # Inverse transform over ascending s, which is descending k. The last one also gets what
+        # rounding leaves of the probability 1.
         sizes = sorted(self.sizes(num_inference_steps).items(), reverse=True)
         remaining, k = (uniforms[0] if self.uniforms else 0.0), sizes[-1][0]
         for size, probability in sizes:
@@ -177,16 +180,17 @@ class GaussianStart:
         nearest = min(max(round(self.mean * steps), 1), steps - 1)
         mass: dict[int, float] = {}
         if self.std > 0.0:
+            # The mass that rounds to s; what lies outside the chain is cut off, the rest scaled up.
             normal = NormalDist(self.mean * steps, self.std * steps)
             mass = {s: normal.cdf(s + 0.5) - normal.cdf(s - 0.5) for s in range(1, steps)}
         total = sum(mass.values())
         if total <= 0.0:
-            # No deviation, or all of the normal's mass lies outside the chain.
+            # No deviation, or so narrow a normal outside the chain that its mass underflows.
             return {steps - nearest: 1.0}
         return {steps - s: p / total for s, p in mass.items() if p > 0.0}
 
     def problems(self, num_inference_steps: int) -> list[str]:
-        """Say whether T >= 2, 0 < mean < 1 and std >= 0 do not hold."""
+        """Return what is wrong unless T >= 2, 0 < mean < 1 and std >= 0."""
         if num_inference_steps >= 2 and 0.0 < self.mean < 1.0 and self.std >= 0.0:
             return []
         return [
@@ -199,7 +203,7 @@ class GaussianStart:
 class Estimator:
     """How the gradient of the reward is estimated: the four facts of the module's docstring.
 
-    Planner, probe, validation and trainer ask this value, and never the name of a method.
+    Planner, probe and trainer ask this value; none of them looks at the name of a method.
 
     Args:
         calls: Which calls carry gradient.
@@ -220,21 +224,23 @@ class Estimator:
     def draw(
         self, num_inference_steps: int, generator: torch.Generator, groups: int = 1
     ) -> list[GradPath]:
-        """Draw the paths of the groups of one step, stratified over them.
+        """Draw one path for each group of a step, stratified over the groups.
 
-        Each path alone has the estimator's distribution. Of G groups each takes another G-th part
-        of [0, 1) for each of its uniform numbers, so that e.g. small and large k take turns.
+        Each path by itself has the estimator's distribution. With G groups, [0, 1) is cut into G
+        equal parts and each group draws from a part of its own, so a step has small and large k.
 
         Args:
             num_inference_steps: T, the number of network calls of the chain.
             generator: Source of all randomness; estimators that draw nothing leave it untouched.
-            groups: How many paths to draw.
+            groups: G, how many paths to draw.
 
         Raises:
-            ValueError: If the estimator has `problems` with so many steps.
+            ValueError: If the estimator has `problems` with T steps.
         """
         for problem in self.problems(num_inference_steps):
             raise ValueError(problem)
+        # One column per uniform number, one row per group: a random part of [0, 1) for each group
+        # (a permutation, so that group 0 is not always the smallest), and a random place in it.
         columns: list[list[float]] = []
         for _ in range(self.calls.uniforms):
             strata = torch.randperm(groups, generator=generator).double()
@@ -246,7 +252,7 @@ class Estimator:
         ]
 
     def path(self, calls: tuple[int, ...]) -> GradPath:
-        """Return the path through some calls, whatever would be drawn."""
+        """Return the estimator's path through these calls, without a draw."""
         return GradPath(calls, self.input_grad, self.end, self.leaps, self.copies, self.weight)
 
     def longest(self, num_inference_steps: int) -> int:
@@ -258,12 +264,12 @@ class Estimator:
         return self.mean_beyond(num_inference_steps, 0)
 
     def mean_beyond(self, num_inference_steps: int, calls: int) -> float:
-        """Return the mean number of calls with gradient beyond so many: E max(k - calls, 0)."""
+        """Return E max(k - calls, 0), k the number of calls with gradient."""
         sizes = self.calls.sizes(num_inference_steps)
         return sum(p * max(k - calls, 0) for k, p in sizes.items())
 
     def problems(self, num_inference_steps: int) -> list[str]:
-        """Return what makes it impossible for a chain of so many steps, in words."""
+        """Return why it is impossible in a chain of T steps, in words; empty if it is possible."""
         return self.calls.problems(num_inference_steps)
 
 
@@ -296,9 +302,9 @@ def random_k(k_min: int = 1, k_max: int | None = None) -> Estimator:
 def gaussian_k(mean: float = 0.84, std: float = 0.1) -> Estimator:
     """All calls from a normally distributed first one on; both arguments are fractions of T.
 
-    Source: the rule of the current main of the AlignProp reference repository, with its mean 42 and
-        deviation 5 divided by its 50 steps so that they hold for any T. It draws until
-        1 <= s < T; this is that truncated distribution.
+    Source: the current main branch of the AlignProp reference repository. Its mean 42 and deviation
+        5 are divided by its 50 steps, so that they hold for any T. It repeats the draw until
+        1 <= s < T; this is the same truncated distribution.
     """
     return Estimator(GaussianStart(mean, std))
 
@@ -306,20 +312,21 @@ def gaussian_k(mean: float = 0.84, std: float = 0.1) -> Estimator:
 DRAWS_PER_STEP = 4
 """How many paths a step draws at most.
 
-On the embedded model one draw a step adds 1.3 % to the variance of its gradient, four stratified
-ones 0.05 % (tests/benchmarks/results/window_group_epyc-2-cores_202611.md).
+On the embedded model, one draw per step adds 1.3 % to the variance of the step's gradient, four
+stratified draws 0.05 % (tests/benchmarks/results/window_group_epyc-2-cores_202611.md).
 """
 
+# Images of one group go through the network together; fewer than 8 leave a GPU waiting.
 _LEAST_GROUP = 8
-"""Images of one path go through the network together, and fewer than this keep a GPU waiting."""
 
 
 def window_group(batch_size: int) -> int:
     """Return how many consecutive images share one path by default.
 
-    A function of the batch alone, never of memory or processes, so that a step computes the same
-    on any machine: the batch is divided by `DRAWS_PER_STEP`, or by the largest smaller number that
-    leaves whole groups of 8 and more.
+    The batch divided by `DRAWS_PER_STEP`, or by the largest smaller number that leaves whole groups
+    of at least 8 images.
     """
+    # A function of the batch alone, never of memory or processes: a step has to compute the same
+    # gradient on any machine.
     draws = (d for d in range(1, DRAWS_PER_STEP + 1) if batch_size % d == 0)
     return batch_size // max((d for d in draws if batch_size // d >= _LEAST_GROUP), default=1)

@@ -1,6 +1,6 @@
 """Classifier-free guidance: what the network is told, and how its two branches are combined.
 
-The only place where branches meet. A family says in a `Guidance` how it counts its scale.
+This is the only place where the branches meet. A family's `Guidance` says what its scale means.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ Denoise = Callable[[Tensor, Step], Tensor]
 
 @dataclass(frozen=True)
 class Embeds:
-    """What prompts become for the network.
+    """The embeddings of prompts, as the network reads them.
 
     Args:
-        tensors: By name, as the family's network reads them, e.g. {"hidden", "pooled"}; batched,
-            (B, ...), or of one prompt without that dimension.
+        tensors: By the names that the family's network expects, e.g. "hidden" and "pooled"; shape
+            (B, ...) for a batch, without the first dimension for one prompt.
     """
 
     tensors: Mapping[str, Tensor]
 
     def to(self, device: torch.device) -> Embeds:
-        """Return the same on a device."""
+        """Return a copy on a device."""
         return Embeds({name: tensor.to(device) for name, tensor in self.tensors.items()})
 
     def __getitem__(self, rows: slice) -> Embeds:
@@ -40,7 +40,7 @@ class Embeds:
     def followed_by(self, other: Embeds) -> Embeds:
         """Return both batches in one, this one's rows first."""
         return Embeds(
-            {name: torch.cat([own, other.tensors[name]]) for name, own in self.tensors.items()}
+            {name: torch.cat([mine, other.tensors[name]]) for name, mine in self.tensors.items()}
         )
 
 
@@ -50,7 +50,7 @@ class Conditioning:
 
     Args:
         text: Embeddings of the prompts, batched.
-        negative: The same for the unconditional branch; None: no classifier-free guidance.
+        negative: Embeddings for the unconditional branch, batched; None switches guidance off.
     """
 
     text: Embeds
@@ -72,10 +72,11 @@ class Guidance:
     """How the two branches of classifier-free guidance are combined.
 
     Args:
-        scale: w, in the convention of diffusers for the family.
+        scale: w, dimensionless, as diffusers counts it for the family.
         interval: (low, high) in sigma: calls at other noise levels run the text branch alone.
-        origin: Where the difference is added: "uncond" is u + w (c - u), "text" is c + w (c - u).
-        rescale: Applied to the guided prediction; None leaves it.
+        origin: What w (c - u) is added to: "uncond" is u + w (c - u), "text" is c + w (c - u), for
+            the predictions u of the unconditional and c of the text branch.
+        rescale: Applied to the guided prediction; None leaves it as it is.
 
     Source of the interval: Kynkaanniemi et al. 2024, arXiv:2404.07724.
     """
@@ -88,6 +89,7 @@ class Guidance:
     @property
     def enabled(self) -> bool:
         """Return whether any call needs both branches."""
+        # At this scale the formula of the origin returns c, so one branch is enough.
         return self.scale != (1.0 if self.origin == "uncond" else 0.0)
 
     def applies(self, sigma: float) -> bool:
@@ -96,6 +98,7 @@ class Guidance:
 
     def combine(self, noise_pred_uncond: Tensor, noise_pred_text: Tensor) -> Tensor:
         """Return the guided prediction, shape (B, C, h, w). Differentiable in both."""
+        # c + w (c - u) = u + (w + 1) (c - u)
         scale = self.scale + (self.origin == "text")
         guided = guide(noise_pred_uncond, noise_pred_text, scale)
         return guided if self.rescale is None else self.rescale(guided, noise_pred_text)
@@ -105,7 +108,7 @@ def guided(predict: Predict, conditioning: Conditioning, guidance: Guidance) -> 
     """Return the guided network call of a batch.
 
     Both branches go through the network in one batch, the unconditional one first; where guidance
-    does not apply the text branch runs alone.
+    does not apply, the text branch runs alone.
 
     Args:
         predict: The network, unguided.
@@ -113,10 +116,11 @@ def guided(predict: Predict, conditioning: Conditioning, guidance: Guidance) -> 
         guidance: How the branches are combined.
 
     Returns:
-        (latents, step) -> noise_pred, in latents' dtype. It may be given fewer than B rows: they
-        are the first ones. Differentiable in latents and in the trainable parameters of `predict`.
+        (latents, step) -> noise_pred, in latents' dtype. Given fewer than B rows, it takes them for
+        the first ones. Differentiable in latents and in the trainable parameters of `predict`.
     """
 
+    # Cached: a chain calls it once per step, mostly with the same number of rows.
     @functools.cache
     def first(rows: int) -> tuple[Embeds, Embeds | None]:
         part = conditioning[slice(rows)]
@@ -127,8 +131,9 @@ def guided(predict: Predict, conditioning: Conditioning, guidance: Guidance) -> 
         text, both = first(len(latents))
         if both is None or not guidance.applies(step.sigma):
             return predict(latents, step.timestep, text)
-        # One use of latents, so that its gradient is the same sum where the call is recomputed.
-        branches = predict(latents.repeat(2, 1, 1, 1), step.timestep, both)
+        # `repeat` rather than two uses of latents: its backward adds the two gradients itself, in
+        # the same order whether or not the call is recomputed.
+        branches = predict(latents.repeat(2, 1, 1, 1), step.timestep, both)  # (2 B, C, h, w)
         return guidance.combine(*branches.chunk(2))
 
     return denoise

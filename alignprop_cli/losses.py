@@ -17,13 +17,13 @@ def reward_loss(
 
     maximise: -scale r.  target: scale |r - target|.  hinge: scale max(0, target - r).
 
-    The caller takes the mean over the global batch, so that splitting a batch changes nothing.
+    No mean is taken here: the caller divides by the global batch, so splitting it changes nothing.
 
     Args:
         rewards: r, shape (B,), higher is better.
         kind: Which of the three.
-        target: The value aimed at (target) or the level above which nothing is asked (hinge), in
-            the units of the reward.
+        target: In the units of the reward: the value aimed at (target), or the value from which on
+            the loss is 0 (hinge).
         scale: Dimensionless factor, > 0.
 
     Returns:

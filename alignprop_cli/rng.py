@@ -1,7 +1,7 @@
 """All randomness, keyed: a draw is a function of (seed, purpose, counters) and of nothing else.
 
-So an image does not depend on how a batch is split, on the number of processes, on what was drawn
-before it, or on whether the run was interrupted in between.
+So an image does not depend on how a batch is split, on the number of processes, on earlier draws,
+or on whether the run was interrupted in between.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ Purpose = Literal[
 
 def key(seed: int, purpose: Purpose, *counters: int) -> int:
     """Return a 63-bit number that is a hash of its arguments (BLAKE2b)."""
+    # The separator keeps counters (1, 23) and (12, 3) apart. Shifted to 63 bits, so that the key is
+    # not negative where a library stores it as a signed 64-bit number.
     text = "/".join([str(seed), purpose, *map(str, counters)])
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
@@ -47,8 +49,9 @@ def image_noise(
         *counters: Further counters common to all images, for instance the index of the step.
 
     Returns:
-        Shape (B, *shape), float32, on the CPU, so that every device sees the same numbers.
+        Shape (B, *shape), float32, on the CPU.
     """
+    # On the CPU, whose generator gives the same numbers whatever the device that uses them.
     draws = [
         torch.randn(tuple(shape), generator=generator(seed, purpose, *image, *counters))
         for image in images

@@ -5,7 +5,7 @@ Shapes: B images, C latent channels, h x w latent pixels.
     latents (B, C, h, w)  --denoise-->  noise_pred (B, C, h, w)  --ddim_step-->  latents
 
 Everything here knows tensors only. `rollout` runs calls without gradient; `backprop` runs the rest
-of the chain along a path that an estimator drew (estimators.py).
+of the chain along a `GradPath`, which says where the gradient flows (estimators.py).
 """
 
 from __future__ import annotations
@@ -45,10 +45,13 @@ def predict_x0_epsilon(
     Source: Salimans & Ho 2022, arXiv:2202.00512, section 4 and appendix D (v_prediction);
         Lipman et al. 2023, arXiv:2210.02747 (flow, with time running from data to noise here).
     """
+    # Each line solves latents = alpha x0 + sigma epsilon together with what the output means. None
+    # divides by zero: NoiseSchedule refuses epsilon at alpha = 0, and steps start at sigma > 0.
     alpha, sigma = step.alpha, step.sigma
     if prediction_type == "epsilon":
         return (latents - sigma * noise_pred) / alpha, noise_pred
     if prediction_type == "v_prediction":
+        # v = alpha epsilon - sigma x0, a rotation of (x0, epsilon): alpha^2 + sigma^2 = 1.
         return alpha * latents - sigma * noise_pred, alpha * noise_pred + sigma * latents
     if prediction_type == "sample":
         return noise_pred, (latents - alpha * noise_pred) / sigma
@@ -96,7 +99,8 @@ def ddim_step(
         kept = step.alpha * step.sigma_next / step.alpha_next
         spread = eta * step.sigma_next / step.sigma * math.sqrt(max(step.sigma**2 - kept**2, 0.0))
 
-    # 3. Move to the next noise level.
+    # 3. Move to the next noise level. The variances of the predicted and the fresh noise add up to
+    #    sigma'^2, so the marginal distribution is the same for every eta.
     direction = math.sqrt(max(step.sigma_next**2 - spread**2, 0.0))
     latents = step.alpha_next * x0 + direction * epsilon
     if eta > 0.0:
@@ -115,11 +119,11 @@ def rollout(
     eta: float = 0.0,
     draw_noise: DrawNoise | None = None,
 ) -> Tensor:
-    """Run the chain without any gradient, of each image so many calls.
+    """Run the chain without any gradient, each image up to a call of its own.
 
     Args:
-        denoise: (latents, step) -> noise_pred with guidance applied; is given fewer rows, the first
-            ones, when images have stopped.
+        denoise: (latents, step) -> noise_pred with guidance applied. Once images have stopped it
+            gets only the rows of the others, which are the first ones.
         latents: Standard normal noise at the first step, shape (B, C, h, w).
         schedule: Noise levels of all steps.
         stops: The call before which each image stops, descending, B numbers in [0, T]; None runs
@@ -139,6 +143,7 @@ def rollout(
         raise ValueError(f"expected {len(latents)} descending stops, got {list(stops)}")
     with torch.no_grad():
         for i, step in enumerate(schedule.steps[: max(stops, default=0)]):
+            # Stops descend, so the images that still run are the first rows: a view, no copy.
             active = sum(stop > i for stop in stops)
             noise_pred = denoise(latents[:active], step)
             moved = _step(noise_pred, latents[:active], step, i, schedule, eta, draw_noise)
@@ -171,11 +176,11 @@ def backprop(
         eta: Share of fresh noise per step in [0, 1].
         draw_noise: Gives the fresh noise of step i; needed where eta > 0. With `path.copies` also
             that of the copies, numbered from T on.
-        plain: Takes the place of `denoise` at calls without gradient, where a cheaper call gives
-            the same values.
-        recomputed: The calls that backward computes again instead of storing their activations.
-            Values and gradients are the same bit for bit on the CPU; gradients come by `backward`
-            alone, not by `torch.autograd.grad`.
+        plain: Used instead of `denoise` at calls without gradient, where a cheaper call gives the
+            same values.
+        recomputed: The calls that are recomputed in backward instead of storing their activations.
+            Values and gradients are the same bit for bit on the CPU. Gradients then come from
+            `backward` alone, not from `torch.autograd.grad`.
 
     Returns:
         Clean latents, shape (B, C, h, w); with n copies (n B, C, h, w), one copy of the batch after
@@ -187,6 +192,8 @@ def backprop(
     """
     if path.copies:
         return _copies(denoise, latents, schedule, path, draw_noise, recomputed)
+    # With `leaps` the gradient travels apart from the values: `latents` are those of the true
+    # chain, `jump` is one large step from the last call with gradient to where the next one begins.
     jump: Tensor | None = None
     for i in range(path.rollout_calls(len(schedule)), len(schedule)):
         step = schedule.steps[i]
@@ -195,18 +202,20 @@ def backprop(
             #    the arithmetic of the step keeps all of it.
             latents = _attach(latents, jump)
             inputs = _mix(latents, path.input_grad)
-            noise_pred = _call(denoise, inputs, step, again=i in recomputed)
+            noise_pred = _call(denoise, inputs, step, recompute=i in recomputed)
             if path.end == "predicted" and i == path.calls[-1]:
                 latents, _ = predict_x0_epsilon(noise_pred, latents, step, schedule.prediction_type)
                 break
             if path.leaps:
-                # 2. The gradient goes on in one jump to the next of the calls, or to the end.
+                # 2. The gradient skips the steps in between: one jump to the next of the path's
+                #    calls, or to the end. Detached, the step below adds no second way for it.
                 jump = _jump(noise_pred, latents, schedule, i, path)
                 latents, noise_pred = latents.detach(), noise_pred.detach()
         else:
             with torch.no_grad():
                 noise_pred = (plain or denoise)(latents, step)
-        # 3. The step itself, outside of any switch.
+        # 3. The step itself, outside the gradient switch: linear in `latents`, so the gradient of
+        #    later steps passes through it at the cost of a few multiplications.
         latents = _step(noise_pred, latents, step, i, schedule, eta, draw_noise)
     return _weigh(_attach(latents, jump), path.weight)
 
@@ -240,6 +249,7 @@ def sample(
     Raises:
         ValueError: If eta > 0 and draw_noise is None.
     """
+    # Under no_grad a path has no meaning, and its calls would ask for a graph nobody goes back.
     if not torch.is_grad_enabled():
         path = None
     stops = None if path is None else [path.rollout_calls(len(schedule))] * len(latents)
@@ -260,16 +270,18 @@ def sample(
     )
 
 
-def _call(denoise: Denoise, latents: Tensor, step: Step, *, again: bool) -> Tensor:
-    """Call the network with gradient; `again` recomputes it in backward."""
+def _call(denoise: Denoise, latents: Tensor, step: Step, *, recompute: bool) -> Tensor:
+    """Call the network with gradient; with `recompute`, backward runs it a second time."""
     with torch.enable_grad():
-        if not again:
+        if not recompute:
             return denoise(latents, step)
         # The step is an argument, not a closure over the loop: the call is repeated during
-        # backward, when a closure would see the last step. Reentrant where it can be, with a
-        # gradient into the call: that keeps no graph, whose small nodes would lie between the
-        # places of freed activations, so that glibc could not use those again
+        # backward, when a closure would see the last step.
+        # Reentrant checkpointing needs an input that requires grad. Where there is one it is used,
+        # since it keeps no graph: the graph's small nodes would lie between freed activations and
+        # keep glibc from reusing their memory
         # (tests/benchmarks/results/heap_epyc-2-cores_202611.md).
+        # No random state is saved: the network is in eval mode, without dropout.
         return checkpoint(
             denoise,
             latents,
@@ -316,6 +328,7 @@ def _jump(
     noise_pred: Tensor, latents: Tensor, schedule: NoiseSchedule, i: int, path: GradPath
 ) -> Tensor:
     """Go from call i to the level before the path's next call, or to the end, in one step."""
+    # The level before a call is the level after the step that precedes it.
     later = [call for call in path.calls if call > i]
     last = schedule.steps[later[0] - 1 if later else -1]
     across = replace(schedule.steps[i], alpha_next=last.alpha_next, sigma_next=last.sigma_next)
@@ -330,14 +343,15 @@ def _copies(
     draw_noise: DrawNoise | None,
     recomputed: Collection[int],
 ) -> Tensor:
-    """Take the path's only call once for each copy, from the clean latents noised anew."""
+    """Make the path's only call once per copy, each from the clean latents with fresh noise."""
     if draw_noise is None:
         raise ValueError("a path with copies needs draw_noise")
     (i,) = path.calls
     step = schedule.steps[i]
     ends: list[Tensor] = []
     for copy in range(path.copies):
+        # Numbers from T on, so that no copy shares its noise with a step of the chain.
         noised = step.alpha * latents + step.sigma * draw_noise(len(schedule) + copy)
-        noise_pred = _call(denoise, noised, step, again=i in recomputed)
+        noise_pred = _call(denoise, noised, step, recompute=i in recomputed)
         ends.append(ddim_step(noise_pred, noised, step, schedule.prediction_type))
-    return _weigh(torch.cat(ends), path.weight)
+    return _weigh(torch.cat(ends), path.weight)  # (n B, C, h, w)

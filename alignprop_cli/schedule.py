@@ -41,7 +41,7 @@ class Step:
 class NoiseSchedule:
     """All steps of a chain, first (noisiest) to last, and what the network predicts.
 
-    The coefficients are Python floats: using them never waits for an accelerator.
+    The coefficients are Python floats: reading them never waits for an accelerator.
 
     Args:
         steps: The steps in the order in which they are taken.
@@ -64,6 +64,7 @@ class NoiseSchedule:
             )
         if not self.steps:
             raise ValueError("a schedule needs at least one step, got none")
+        # x0 = (latents - sigma epsilon) / alpha divides by zero there.
         if self.prediction_type == "epsilon" and self.steps[0].alpha == 0.0:
             raise ValueError(
                 "epsilon prediction is undefined at alpha = 0 (a zero terminal SNR schedule); "
@@ -74,22 +75,23 @@ class NoiseSchedule:
         return len(self.steps)
 
     def shortened(self, before: int, calls: int) -> NoiseSchedule:
-        """Return the schedule with fewer steps at its beginning.
+        """Return the schedule with fewer, larger steps at its beginning.
 
-        Each of the new ones goes from the level of one step to the level after another, so that the
-        rest of the chain begins where it did.
+        Together they cover the same noise levels, so the rest of the chain begins where it did.
 
         Args:
-            before: How many steps are replaced, the first ones.
-            calls: By how many, spread evenly.
+            before: How many steps are replaced, counted from the first.
+            calls: How many steps replace them, spread evenly.
 
         Raises:
-            ValueError: If calls is less than 1, or more than what it replaces.
+            ValueError: Unless 1 <= calls <= before <= T.
         """
         if not 1 <= calls <= before <= len(self):
             raise ValueError(
                 f"expected 1 <= calls <= before <= {len(self)}, got calls={calls}, before={before}"
             )
+        # New step j replaces the old steps edges[j] .. edges[j + 1] - 1: it starts at the level
+        # (and timestep) of the first of them and ends at the level after the last.
         edges = [round(i * before / calls) for i in range(calls + 1)]
         first = tuple(
             replace(
@@ -126,6 +128,7 @@ def diffusion_schedule(
     Source: Song et al. 2021, arXiv:2010.02502, eq. 12, where their alpha_t is `alphas_cumprod[t]`.
     """
     cumprod = cast(list[float], alphas_cumprod.double().tolist())  # pyright: ignore[reportUnknownMemberType]
+    # N // T, which need not be the distance of two timesteps in the list.
     stride = len(cumprod) // max(len(timesteps), 1)
 
     def levels(timestep: int) -> tuple[float, float]:

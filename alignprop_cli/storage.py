@@ -11,19 +11,22 @@ from pathlib import Path
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary folder beside `path`, then give it its name in one move.
+    """Let `write` fill a temporary folder, then give it the name `path` by renaming it.
 
-    After an interruption or on a full disk there is the old folder or the new one. What may lie
-    beside it then starts with a dot; `sweep` removes it.
+    After an interruption or on a full disk there is the old folder or the new one, and perhaps a
+    temporary folder next to it, whose name starts with a dot.
     """
+    # In the same parent: renaming works within one file system only.
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
     try:
         write(temporary)
-        # Temporary folders and safetensors files are private to their owner otherwise.
+        # mkdtemp and safetensors make what only the owner can read.
         temporary.chmod(0o755)
         for file in temporary.iterdir():
             file.chmod(0o644)
+        # A folder that is not empty cannot be replaced in one call, so the old one moves aside
+        # first.
         old = temporary.with_name(f"{temporary.name}.old")
         if path.exists():
             path.rename(old)
@@ -36,6 +39,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
+    # The process id, since several processes may write the same file.
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -1,4 +1,4 @@
-"""`alignprop evaluate`: what LoRAs changed, on the same prompts and noise as the base model."""
+"""`alignprop evaluate`: compare LoRAs with the base model on the same prompts and noise."""
 
 from __future__ import annotations
 
@@ -27,11 +27,10 @@ from alignprop_cli.errors import ConfigError
 if TYPE_CHECKING:
     from alignprop_cli.lora.files import Located
 
+# The base model's name as a target; a folder of that name has to be written ./base.
 BASE = "base"
-"""What the base model alone is called; a folder of that name is ./base."""
-
+# What an evaluation writes into its folder, and so may replace there.
 OURS = ("results.json", "results.csv", "report.html", "sheet.png", "curve.png", "images")
-"""What is in an evaluation's folder."""
 
 Targets = Annotated[
     list[str],
@@ -76,9 +75,9 @@ def evaluate(
 ) -> None:
     """Sample the same images with the base model and with LoRAs, and compare their rewards.
 
-    A run or a checkpoint brings its configuration; of several targets the first one's counts. Of
-    a run the newest checkpoint is taken. A LoRA that was trained elsewhere needs --preset,
-    --config or --model. `base` samples with the base model alone.
+    A run or a checkpoint brings its configuration; with several targets the first one's is used.
+    A run means its newest checkpoint. A LoRA that was trained elsewhere needs --preset, --config
+    or --model. `base` samples with the base model alone.
 
     Examples:
 
@@ -91,11 +90,12 @@ def evaluate(
     from alignprop_cli.commands import settings
     from alignprop_cli.console import Console
 
+    # 1. What the command line says, before a configuration is read or torch is imported.
     located = _locate(targets)
     strengths = _strengths(scale, located)
     folder = Path(output).expanduser() if output else _default_folder(located)
     check_output(folder, overwrite=overwrite, ours=OURS)
-    # Flags are keys of the configuration, and win over every other place.
+    # 2. The configuration. A flag sets one of its keys and wins over every other source.
     flags = {
         "model.id": model,
         "eval.prompts": prompts,
@@ -107,7 +107,7 @@ def evaluate(
     resolved = settings.for_evaluation(
         targets[0], next(iter(located), None), preset, config, sets=sets, reward=reward, flags=flags
     )
-
+    # 3. From here on torch and diffusers are needed.
     from alignprop_cli.evaluation.run import run_evaluation, variants
 
     console = Console(as_json=as_json, quiet=quiet)
@@ -115,18 +115,18 @@ def evaluate(
 
 
 def _locate(targets: list[str]) -> list[Located]:
-    """Return the LoRAs that are named; none for the base model alone."""
+    """Return the LoRAs that the targets name; none for the base model alone."""
     from alignprop_cli.lora import files
 
-    # The base model is what everything is compared with, so it is never one of several.
+    # Everything is compared with the base model, so it cannot be one of several targets.
     if BASE in targets and len(targets) > 1:
         raise ConfigError("evaluate: the base model is always sampled: name the LoRAs alone")
     return [] if targets == [BASE] else [files.locate(target) for target in targets]
 
 
 def _strengths(text: str | None, located: list[Located]) -> list[float] | None:
-    """Return the strengths that were asked for, each once, rising."""
-    # Rising, since they are the places on a curve.
+    """Return the strengths of `--scale`, each once, rising."""
+    # Rising, since they are the x values of a curve.
     if text is None:
         return None
     if len(located) != 1:
@@ -141,7 +141,7 @@ def _strengths(text: str | None, located: list[Located]) -> list[float] | None:
 
 
 def _default_folder(located: list[Located]) -> Path:
-    """Return <run>/evaluation, or evaluation-<names> here for what is not in one run."""
+    """Return <run>/evaluation, or evaluation-<names> in the working folder for anything else."""
     if not located:
         return Path("evaluation-base")
     if len(located) == 1 and (run := located[0].run) is not None:

@@ -1,4 +1,4 @@
-"""What the commands share: options, what their texts mean, and where a result may be written."""
+"""What commands share: options, how their texts are read, and where results may be written."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import typer
 
 from alignprop_cli.errors import ConfigError
 
-# Typer's options as types, so that an option is called and explained alike in every command. Help
-# texts are phrases, beginning in lower case.
+# Typer's options as types, so that an option has the same name and help in every command. Help
+# texts are phrases that begin in lower case.
 JsonOption = Annotated[
     bool, typer.Option("--json", help="print one JSON object on standard output")
 ]
@@ -44,14 +44,14 @@ _HINT = "choose another place with --output, or give --overwrite"
 
 
 def reward_names(values: Sequence[str] | None) -> list[str]:
-    """Return the names given by a repeatable option, each with commas; each name once."""
-    # Also "clip, hps" in one value: lists in shells are written either way.
+    """Return the names of a repeatable option, split at commas, each once."""
+    # "clip, hps" in quotes is as common as clip,hps, so blanks are dropped.
     parts = [part.strip() for value in values or () for part in value.split(",")]
     return list(dict.fromkeys(part for part in parts if part))
 
 
 def reward_weights(values: Sequence[str] | None) -> dict[str, float | None]:
-    """Return the weight of each reward named as NAME or NAME:WEIGHT; None where none is given.
+    """Return the weight of each reward given as NAME or NAME:WEIGHT; None for NAME alone.
 
     Raises:
         ConfigError: If a name comes twice.
@@ -60,7 +60,7 @@ def reward_weights(values: Sequence[str] | None) -> dict[str, float | None]:
     for text in reward_names(values):
         name, _, last = text.rpartition(":")
         try:
-            # The attribute of file.py:attribute is no weight, even where it is called nan.
+            # In file.py:attribute the last part is no weight, even if it is called nan or inf.
             weight = float(last) if name and not last.isidentifier() else None
         except ValueError:
             weight = None
@@ -75,12 +75,13 @@ def check_output(folder: Path, *, overwrite: bool, ours: Iterable[str]) -> None:
     """Refuse to replace a folder, unless asked to and nothing in it is foreign.
 
     Args:
-        folder: Where the result goes.
+        folder: Where the result is to be written.
         overwrite: Whether the user agreed to replace what is there.
         ours: Names of what the command itself writes into such a folder.
 
     Raises:
-        ConfigError: If it is a file, not empty without `overwrite`, or holds something else.
+        ConfigError: If it is a file, is not empty and `overwrite` is not given, or holds anything
+            but `ours`.
     """
     if not folder.exists():
         return
@@ -91,7 +92,7 @@ def check_output(folder: Path, *, overwrite: bool, ours: Iterable[str]) -> None:
         raise ConfigError(f"--output: {folder} exists and is not empty", hint=_HINT)
     foreign = [name for name in inside if name not in set(ours)]
     if foreign:
-        # Replacing means removing: never a folder that this command cannot have written.
+        # Replacing removes the folder, so it must not hold anything that is not ours.
         raise ConfigError(
             f"--output: {folder} holds {foreign[0]}, which --overwrite would remove",
             hint="choose another folder with --output, or remove it yourself",
@@ -120,6 +121,6 @@ def make_parent(file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--output: {file.parent} cannot be made: {error}", hint=_HINT) from error
-    # Now, rather than after hours of measuring.
+    # Better now than after hours of measuring.
     if not os.access(file.parent, os.W_OK):
         raise ConfigError(f"--output: {file.parent} cannot be written to", hint=_HINT)

@@ -1,7 +1,7 @@
-"""Configurations that came with weights: in the header of a LoRA, or in the folder of a run.
+"""Configurations that come with weights: in the header of a LoRA, or in the folder of a run.
 
-They may be somebody else's, and are held to `trust.refuse_untyped` here, before anything that they
-name is imported, read or fetched.
+They may be somebody else's. `trust.refuse_untyped` checks them here, before anything that they name
+is imported, read or downloaded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from alignprop_cli.lora.files import Located
 
 DEFAULT_REWARD = "clip"
-"""Measured where nothing names a reward: how well images agree with their prompts."""
+"""The reward if nothing names one: how well images match their prompts."""
 
 
 def from_header(
@@ -28,12 +28,12 @@ def from_header(
 
     Args:
         located: The weights; None is the base model.
-        header: Instead of that of their file.
-        model: What the command line names as the base model.
+        header: Used instead of the header of their file; None reads the file.
+        model: The base model that the command line names.
 
     Raises:
         AssetError: If the configuration in the header is damaged.
-        ConfigError: If there is none and nothing says what the base model is.
+        ConfigError: If there is no configuration and nothing says which base model to use.
     """
     if located is not None:
         from alignprop_cli.lora.files import read_header, recorded_config
@@ -42,7 +42,7 @@ def from_header(
         found = recorded_config(header, located.file)
         if found is not None:
             return found
-    # A LoRA of another trainer, or of an older version: at least its base model may be known.
+    # A soup of LoRAs without a configuration still records their base model, if it is known.
     if header and "alignprop.base_model" in header:
         return {"model": {"id": header["alignprop.base_model"]}}
     if model is None:
@@ -70,14 +70,15 @@ def build(
     Later wins: defaults < header or run < preset < config < assignments < rewards < flags.
 
     Args:
-        header: Values that a LoRA file carries.
-        run: The folder of a run, whose config.yaml counts.
+        header: Values from the header of a LoRA file.
+        run: The folder of a run, whose config.yaml is read.
         preset: Name of a shipped preset.
         config: A YAML file that the user named.
-        assignments: `--set` texts.
-        rewards: Names; replace those of the files, whose options stay where the name is the same.
+        assignments: Texts of `--set`.
+        rewards: Names that replace the rewards of the files; a reward of the same name keeps its
+            options.
         flags: Dotted key to value of the named flags; None values were not given.
-        source: What to call all this in a message.
+        source: Name of the configuration in messages.
 
     Raises:
         ConfigError, AssetError: As `presets.resolve` and `trust.refuse_untyped`.
@@ -87,6 +88,7 @@ def build(
     found = presets.resolve(
         recorded=header, run=run, default_reward=DEFAULT_REWARD, source=source, **given
     )
+    # Without recorded values everything was typed.
     if header or run is not None:
         _refuse_untyped(found, given, source, trust.TO_EVALUATE)
     return found
@@ -105,11 +107,11 @@ def resume(
 
     Args:
         run: Its folder.
-        preset: What a new run would be made of, where that was given too: nothing of it counts, but
-            what it names is named by the user.
-        config: Likewise.
-        assignments: `--set` texts.
-        rewards: Those of `--reward`. Rewards of the run are confirmed by that; none is dropped.
+        preset: Preset of a new run (with `--resume auto`). Its values are not used, but what it
+            names counts as named by the user.
+        config: Configuration file of a new run; used in the same way.
+        assignments: Texts of `--set`.
+        rewards: Those of `--reward`, which confirm rewards of the run; none is dropped.
         flags: Dotted key to value of the named flags; None values were not given.
 
     Raises:
@@ -120,16 +122,16 @@ def resume(
     source = run / "config.yaml"
     recorded = presets.Layers()
     presets.read(source, recorded, complete=True)
-    own, chosen = recorded.values.get("reward"), dict(rewards or {})
-    # A reward that the run does not have replaces the others, and is refused later: another run.
-    if chosen and isinstance(own, dict) and chosen.keys() <= own.keys():
-        chosen = {**dict.fromkeys(own), **chosen}
+    known, chosen = recorded.values.get("reward"), dict(rewards or {})
+    # A reward that the run does not have replaces the others, which is refused later as a change.
+    if chosen and isinstance(known, dict) and chosen.keys() <= known.keys():
+        chosen = {**dict.fromkeys(known), **chosen}
     found = presets.resolve(
         run=run, assignments=assignments, rewards=chosen, flags=flags, source=str(source)
     )
     given: dict[str, Any] = {"preset": preset, "config": config, "assignments": assignments}
     given |= {"rewards": rewards, "flags": flags}
-    # With a checkpoint nothing is read from where the run began.
+    # `lora.init` is only read until there is a checkpoint.
     keys = trust.TO_RESUME if checkpoints(run) else (*trust.TO_RESUME, "lora.init")
     _refuse_untyped(found, given, str(source), keys)
     return found
@@ -138,11 +140,11 @@ def resume(
 def _refuse_untyped(
     found: Config, given: Mapping[str, Any], source: str, keys: Sequence[str]
 ) -> None:
-    """Refuse a configuration that names what neither is shipped nor was given."""
-    # After the configuration is complete: this loads torch, and mistakes are told without.
+    """Refuse a configuration that names anything that is neither shipped nor typed."""
+    # Imports torch, so only now: mistakes in the configuration have been told without it.
     from alignprop_cli.shipped import shipped_names
 
-    # What the command line says alone, so that nothing recorded can pass for it.
+    # The command line by itself, so that no recorded value can pass for a typed one.
     typed = presets.Layers()
     presets.stack(typed, **given)
     trust.refuse_untyped(found, typed.values, shipped_names(), source=source, keys=keys)

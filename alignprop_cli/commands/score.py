@@ -67,12 +67,12 @@ def score(
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Measure images with rewards; without --reward it is their agreement with their prompt.
+    """Measure images with rewards; without --reward, how well they match their prompts.
 
-    The prompt of an image is, in this order, that of --prompt, --prompts, metadata.jsonl or
-    metadata.csv in its folder or above, a .txt or .caption file next to it, what this program,
-    A1111 or ComfyUI wrote into it, or what its place among the folders of GenEval or HPSv2 says.
-    What cannot be read is listed and counted; the exit code is 4 when nothing could be measured.
+    The prompt of an image is taken from the first of these that has one: --prompt, --prompts,
+    metadata.jsonl or metadata.csv in its folder or above, a .txt or .caption file next to it, what
+    this program, A1111 or ComfyUI wrote into it, its place in the folders of GenEval or HPSv2.
+    What cannot be read is listed and counted; the exit code is 4 if nothing could be measured.
 
     Examples:
 
@@ -92,6 +92,7 @@ def score(
     from alignprop_cli.scoring.captions import PromptFinder
 
     console = Console(as_json=as_json, quiet=quiet)
+    # 1. Options that contradict each other, and the images: quick, and most mistakes are here.
     target = Path(output).expanduser() if output else None
     page = _page(target, overwrite=overwrite or resume) if gallery else None
     chosen = _format(
@@ -100,7 +101,7 @@ def score(
     config = settings.for_scoring(sets, reward)
     finder = PromptFinder(prompt, Path(prompts).expanduser() if prompts else None)
     found = files.find_images(files.expand_names(paths))
-
+    # 2. The rewards, which take seconds to load; then the images, in parallel.
     measures = run.build_measures(config.reward, config.loss, make_accelerator().device)
     wanted = run.Wanted(chosen, target, resume, top, page, as_json and target is None, workers)
     tally = run.run(found, measures, finder, wanted, console)
@@ -110,7 +111,7 @@ def score(
 
 
 def _page(target: Path | None, *, overwrite: bool) -> Path:
-    """Return where the gallery goes."""
+    """Return the file of the gallery: that of the rows with the ending .html."""
     from pathlib import Path
 
     from alignprop_cli.errors import ConfigError
@@ -135,6 +136,7 @@ def _format(
     from alignprop_cli.errors import ConfigError
     from alignprop_cli.scoring import rows
 
+    # With --output all rows go there, and the table of the best is only shown.
     if target is None and top is not None and wanted not in (None, "table"):
         raise ConfigError(f"--top is a table, and --format {wanted} wants all rows")
     if target is not None:
@@ -142,6 +144,7 @@ def _format(
             raise ConfigError("--resume keeps what is there and --overwrite replaces it: give one")
         check_output_file(target, overwrite=overwrite or resume)
         make_parent(target)
+        # Rows of a run that was cut short would be lost to somebody who forgot --resume.
         if not overwrite and not resume:
             rows.refuse_partial(target)
     return rows.choose_format(wanted, target, as_json=as_json, resume=resume)

@@ -1,4 +1,4 @@
-"""The configuration of each command: from flags, presets, files, runs and LoRA files."""
+"""The configuration of each command, from flags, presets, files, runs and LoRA files."""
 
 from __future__ import annotations
 
@@ -26,14 +26,20 @@ def for_training(
     reward: Sequence[str] | None,
     flags: Mapping[str, Any],
 ) -> Config:
-    """Return the complete configuration of a run: of the one to resume, or of a new one.
+    """Return the complete configuration of a run: the one to resume, or a new one.
 
-    The other arguments are those of `for_evaluation`.
+    Args:
+        run: The folder of the run to resume; None starts a new one.
+        preset: As in `for_evaluation`, and so are the others.
+        config: File.
+        sets: Texts.
+        reward: Names or NAME:WEIGHT.
+        flags: None values were not given.
 
     Raises:
-        AssetError, ConfigError: If something cannot be read, or is no complete configuration.
+        AssetError, ConfigError: If something cannot be read, or the configuration is incomplete.
     """
-    # There is no default reward to train on: what it raises, and for how long, must be meant.
+    # No default reward here: what a model is trained on must be said.
     rewards = reward_weights(reward)
     file = Path(config).expanduser() if config else None
     given: dict[str, Any] = {"preset": preset, "config": file, "assignments": sets or ()}
@@ -43,18 +49,18 @@ def for_training(
     if preset is None and config is None and not (flags["model.id"] and rewards):
         raise ConfigError(
             "train: nothing to do: give --preset or --config, or --model and --reward",
-            hint="`alignprop train --preset tiny` works at once; --list-presets lists the others",
+            hint="try `alignprop train --preset tiny`; --list-presets lists the others",
         )
     return presets.resolve(**given, rewards=rewards, flags=flags)
 
 
 def for_scoring(sets: Sequence[str] | None, reward: Sequence[str] | None) -> Config:
-    """Return a configuration of which only the rewards matter.
+    """Return a configuration for `score`, which uses only its rewards.
 
     Raises:
-        ConfigError: If a key of `sets` is not below `reward`, which would be ignored.
+        ConfigError: If `sets` has a key outside `reward`.
     """
-    # The rest of a configuration is about models and training.
+    # Other keys are about models and training, and would be ignored silently.
     for text in sets or ():
         if not text.strip().startswith("reward."):
             raise ConfigError(
@@ -83,13 +89,13 @@ def for_evaluation(
     """Return the complete configuration of an evaluation, its rewards' options checked.
 
     Args:
-        target: What the user named, for messages.
+        target: The target as typed, for messages.
         located: Its LoRA; None is the base model.
-        preset: Name of a preset, instead of what comes with the LoRA.
-        config: File of the user's own, likewise.
-        header: Of the LoRA, where another one than that in its file counts.
-        sets: `--set` texts.
-        reward: Those of `--reward`.
+        preset: Name of a preset, used instead of what comes with the LoRA.
+        config: File of the user's own, used instead of what comes with the LoRA.
+        header: Used instead of the header of the LoRA's file; None reads the file.
+        sets: Texts of `--set`.
+        reward: Values of `--reward`.
         flags: Dotted key to value of the other flags; None values were not given.
 
     Raises:
@@ -98,7 +104,7 @@ def for_evaluation(
     from alignprop_cli.rewards import registry
 
     run, values = None, {}
-    # What the user names replaces what comes with the weights; the two are never mixed.
+    # A preset or a file of the user replaces what comes with the weights; the two never mix.
     if preset is None and config is None:
         run = None if located is None else located.run
         values = {} if run else recorded.from_header(located, header, flags.get("model.id"))
@@ -112,24 +118,24 @@ def for_evaluation(
         flags=flags,
         source=target if run is None else str(run / "config.yaml"),
     )
-    # Names and options, before anything is loaded.
+    # Wrong names and options are told now, before anything is loaded.
     for name, member in resolved.reward.items():
         registry.check(name, member.options)
     return resolved
 
 
 def for_soup(made: Soup, **given: Any) -> Config:
-    """Return the configuration to evaluate mixes by, as their members say; see `for_evaluation`."""
+    """Return the configuration to evaluate mixes with, from their members; see `for_evaluation`."""
     first = made.source
     return for_evaluation(str(first.file), first, header=made.header, **given)
 
 
 def evaluate_command(folder: Path, header: Mapping[str, str]) -> str:
-    """Return the command that evaluates a mix of LoRAs, with the words that it needs.
+    """Return the command that evaluates a mix of LoRAs, complete with the options that it needs.
 
     Args:
-        folder: Of the mix.
-        header: Of its file.
+        folder: Folder of the mix.
+        header: Header of its file.
     """
     from alignprop_cli.lora.files import Located
     from alignprop_cli.shipped import next_command
@@ -139,6 +145,6 @@ def evaluate_command(folder: Path, header: Mapping[str, str]) -> str:
         values = recorded.from_header(Located(folder), header, None)
         config = presets.resolve(recorded=values, default_reward=recorded.DEFAULT_REWARD)
     except AlignPropError:
-        # Typed, the command says what is missing.
+        # Without a usable configuration the plain command will say what is missing.
         return command
     return next_command(command, config)

@@ -84,10 +84,10 @@ def soup(
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Mix LoRAs into one: the sum of the members' changes of every weight, each times its share.
+    """Mix LoRAs into one: each weight changes by the members' changes, each times its share.
 
-    The mix is exact; its rank is the sum of the members' ranks. With `base` as a member it is the
-    others at a lower strength. Shares may be negative and need not add up to 1.
+    The mix is exact; its rank is the sum of the members' ranks. With `base` as a member the others
+    get a lower strength. Shares may be negative and need not add up to 1.
 
     Other methods: svd brings the exact mix back to a rank and says what is lost; ties and
     dare_linear prune the changes first; factor averages the two factors of every change one by
@@ -106,7 +106,7 @@ def soup(
     from alignprop_cli.commands import settings
     from alignprop_cli.console import Console
 
-    # 1. Everything the command line says is checked before a file is read.
+    # 1. Everything on the command line is checked before a file is read.
     recipe = Recipe(method, rank, density, seed, allow_missing)
     check_recipe(recipe)
     shares = None if sweep is None else sweep_shares(sweep, members, coef)
@@ -114,7 +114,7 @@ def soup(
 
     from alignprop_cli.lora.soup import prepare
 
-    # 2. The members and what they say of themselves are checked; nothing is written yet.
+    # 2. The members are read and checked, and the configuration they record; nothing is written.
     made = prepare(names, coefficients, shares, output, recipe)
     check_output(made.folder, overwrite=overwrite, ours=made.contents)
     config, console = None, Console(as_json=as_json, quiet=quiet)
@@ -125,7 +125,7 @@ def soup(
 
 
 def _make(console: Console, soup: Soup, config: Config | None) -> None:
-    """Make the mixes and print what was made, or how they compare where a `config` says how."""
+    """Make the mixes; print what was made or, with a `config`, evaluate them."""
     from alignprop_cli.commands import settings
     from alignprop_cli.lora.files import locate
 
@@ -138,7 +138,7 @@ def _make(console: Console, soup: Soup, config: Config | None) -> None:
         lines.append(f"next: {settings.evaluate_command(soup.folder, soup.header)}")
         console.result("alignprop.soup/1", values, lines)
         return
-    for line in lines:
+    for line in lines:  # with --evaluate the result is that of the evaluation
         console.note(line)
     from alignprop_cli.evaluation.run import Variant, run_evaluation
 

@@ -86,12 +86,12 @@ def train(
     from alignprop_cli.training.folders import run_name, run_to_resume
 
     console = Console(as_json=as_json, quiet=quiet)
-    # 1. What needs no configuration.
+    # 1. Without any configuration.
     if list_presets:
         _list(console)
         return
     _check_cards(dry_run, gpu_memory, gpus)
-    # 2. The configuration: of the run to resume, or of a new one.
+    # 2. The configuration of the run to resume, or of a new one.
     run = run_to_resume(resume, preset, config, output)
     flags = {"model.id": model, "train.steps": steps, "train.seed": seed, "output.dir": output}
     resolved = settings.for_training(run, preset, config, sets=sets, reward=reward, flags=flags)
@@ -111,6 +111,7 @@ def train(
 
 
 def _list(console: Console) -> None:
+    """Print the shipped presets, each with the first comment line of its file."""
     from alignprop_cli.config import presets
     from alignprop_cli.console import table
 
@@ -120,7 +121,8 @@ def _list(console: Console) -> None:
 
 
 def _check_cards(dry_run: bool, gpu_memory: str | None, gpus: int | None) -> None:
-    """Refuse to plan a run that happens here for GPUs that may be elsewhere."""
+    """Refuse a real run with options that describe GPUs of another machine."""
+    # Else a run would be planned for memory that this machine does not have.
     elsewhere = "plans for GPUs that need not be here: it goes with --dry-run"
     if gpu_memory is not None and not dry_run:
         raise ConfigError(f"--gpu-memory {elsewhere}")

@@ -1,8 +1,8 @@
-"""Find, list, read, extend and override presets, keeping track of who set what.
+"""Find, list, read, extend and override presets, and remember which source set each key.
 
-Later wins: defaults < what a LoRA file or a run records < preset (after what it extends)
-< --config file < --set < --reward < named flags. A file that has a `reward` section replaces the
-one it inherits; `--set reward.NAME.KEY=VALUE` changes one option.
+Later sources win: defaults < what a LoRA file or a run records < preset (after what it extends)
+< --config file < --set < --reward < named flags. A `reward` section of a file replaces the section
+that it inherits; `--set reward.NAME.KEY=VALUE` changes one option.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Tree = dict[str, Any]
 
 @dataclass
 class Layers:
-    """Values merged so far, and who set each dotted key."""
+    """The values merged so far, and the source that set each dotted key."""
 
     values: Tree = field(default_factory=dict[str, Any])
     origins: dict[str, str] = field(default_factory=dict[str, str])
@@ -42,7 +42,7 @@ class Layers:
         for parent in parents:
             child = node.get(parent)
             if child is None:
-                # A bare name, such as that of a reward with its defaults.
+                # Missing, or a bare name without options, such as `reward: {clip: }`.
                 child = node[parent] = {}
             if not isinstance(child, dict):
                 raise ConfigError(f"{origin}: {key}: '{parent}' is a value, not a section")
@@ -52,7 +52,7 @@ class Layers:
 
 
 def _parts(key: str) -> list[str]:
-    """Split a dotted key; the name of a reward of one's own, `file.py:attribute`, stays whole."""
+    """Split a dotted key at its dots, but not those in a reward's name `file.py:attribute`."""
     place, colon, rest = key.partition(":")
     if not colon or not place.startswith("reward."):
         return key.split(".")
@@ -61,8 +61,8 @@ def _parts(key: str) -> list[str]:
 
 
 def directory() -> Path:
-    """Return the folder of the shipped presets, installed or in a source tree."""
-    # The wheel has them inside the package; in a clone they stand at the root, for people.
+    """Return the folder of the shipped presets."""
+    # The wheel has them inside the package; a clone has them at its root, where people look.
     package = Path(__file__).parent.parent
     installed = package / "_presets"
     return installed if installed.is_dir() else package.parent / "presets"
@@ -99,15 +99,16 @@ def read(
     """Read a YAML file, and first what it extends, into the layers.
 
     Args:
-        path: The file. Its `extends:` names a shipped preset or a file beside it.
+        path: The file. Its `extends:` names a shipped preset or a file in the same folder.
         layers: Changed in place.
-        seen: Files being read, to find a circle.
-        complete: Whether it has to stand alone, as the configuration of a run does.
+        seen: The files that led here through `extends`, to find a circle.
+        complete: Whether `extends` is refused, as in the configuration of a run.
 
     Raises:
         AssetError: If the file cannot be read.
         ConfigError: If it is not a YAML mapping, repeats a key, or extends itself.
     """
+    # 1. Text, then nodes, which know their lines, then values.
     if path in seen:
         raise ConfigError(f"{path}: extends itself through {' -> '.join(p.name for p in seen)}")
     try:
@@ -116,7 +117,7 @@ def read(
         raise AssetError(f"{path}: cannot read this configuration: {error}") from error
     root = _compose(text, path)
     tree, lines = ({}, {}) if root is None else _convert(root, path)
-    # The parent first, so that this file wins.
+    # 2. What it extends goes into the layers first, so that this file wins.
     parent = tree.pop("extends", None)
     if parent is not None and complete:
         raise ConfigError(
@@ -126,11 +127,12 @@ def read(
     if parent is not None:
         if not isinstance(parent, str):
             raise ConfigError(f"{path}: extends: expected the name of a preset, got {parent!r}")
-        # A file beside this one may have the name of a shipped preset, and is nearer.
-        beside = path.parent / parent
-        read(beside if beside.is_file() else preset_path(parent), layers, (*seen, path))
+        # A file in the same folder comes before a shipped preset of the same name.
+        sibling = path.parent / parent
+        read(sibling if sibling.is_file() else preset_path(parent), layers, (*seen, path))
+    # 3. This file.
     if "reward" in tree:
-        # Merged, the rewards of the parent would stay members of the mixture.
+        # Not merged: the rewards of the parent would stay in the mixture.
         layers.values.pop("reward", None)
     _merge(layers.values, tree)
     layers.origins |= {key: f"{path.name}:{line}" for key, line in lines.items()}
@@ -143,7 +145,7 @@ def override(layers: Layers, assignments: Iterable[str]) -> None:
         ConfigError: If one is not of the form key=value, or its value is not YAML.
     """
     problems: list[Problem] = []
-    # All unreadable ones are told together.
+    # All unreadable texts are told in one message.
     for text in assignments:
         key, equals, raw = text.partition("=")
         if not equals or not key.strip():
@@ -158,17 +160,18 @@ def override(layers: Layers, assignments: Iterable[str]) -> None:
 
 
 def assignment(key: str, value: Any) -> str:
-    """Return the text for `--set` that gives a key this value, on one line and printable."""
+    """Return the text of a `--set` that sets a key to this value, on one line and printable."""
+    # YAML in one line. A list around the value, since YAML adds lines to a bare scalar.
     flow = yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, width=math.inf)
-    # The plainest text that is read back as the same value: `no` alone would be false.
-    ways = [value] if isinstance(value, str) else []
-    for text in (*ways, flow.strip()[1:-1]):
+    # The simplest text that is read back as the same value: a bare `no`, for instance, is false.
+    bare = [value] if isinstance(value, str) else []
+    for text in (*bare, flow.strip()[1:-1]):
         try:
             if text.isprintable() and yaml.safe_load(text) == value:
                 return f"{key}={text}"
         except (yaml.YAMLError, ValueError):
             continue
-    # JSON is YAML but for its pairs of surrogates.
+    # Unprintable texts: JSON, which is YAML except for surrogate pairs, escaped the way YAML wants.
     text = json.dumps(value, ensure_ascii=False, default=str)
     return f"{key}=" + "".join(c if c.isprintable() else f"\\U{ord(c):08x}" for c in text)
 
@@ -178,20 +181,20 @@ def choose_rewards(layers: Layers, rewards: Mapping[str, float | None]) -> None:
 
     Args:
         layers: Changed in place.
-        rewards: Weight of each; None leaves it as it is.
+        rewards: Weight of each reward; None leaves it as it is.
 
     Raises:
         ConfigError: If `--set` changes a reward that is not named.
     """
     found = layers.values.get("reward")
     known = cast(Tree, found) if isinstance(found, dict) else {}
-    # An option of a reward that is dropped would be ignored in silence.
+    # An option of a dropped reward would be ignored silently.
     for key, origin in layers.origins.items():
         section, _, rest = key.partition(".")
         name = rest.partition(".")[0]
         if origin == "--set" and section == "reward" and name in known and name not in rewards:
             raise ConfigError(f"--set: {key}: {name} is not among those of --reward")
-    # Set directly: a name may hold dots, as file.py:attribute does.
+    # Not by `Layers.set`: a name may contain dots, as file.py:attribute does.
     chosen: Tree = {name: known.get(name) for name in rewards}
     for name, weight in rewards.items():
         if weight is not None:
@@ -219,19 +222,19 @@ def resolve(
     Args:
         preset: Name of a shipped preset.
         config: File of the user's own; read after the preset.
-        recorded: Values that a LoRA file carries.
-        run: The folder of a run, whose configuration has to stand alone.
-        assignments: `--set` texts.
+        recorded: Values from the header of a LoRA file.
+        run: The folder of a run, whose configuration must be complete.
+        assignments: Texts of `--set`.
         rewards: Those of `--reward`, with their weights; see `choose_rewards`.
-        default_reward: Taken where nothing names a reward.
+        default_reward: Used if nothing names a reward.
         flags: Dotted key to value of the named flags; None values were not given.
-        source: What to call all this in a message; None is the preset or the file.
+        source: Name of the configuration in messages; None is the preset or the file.
 
     Raises:
         ConfigError, AssetError: As `read`, `override` and `validation.parse`.
     """
     layers = Layers(values=copy.deepcopy(dict(recorded or {})))
-    # In this order: later wins.
+    # Later wins, so what came with the weights goes first.
     if run is not None:
         read(run / "config.yaml", layers, complete=True)
     stack(
@@ -258,15 +261,15 @@ def stack(
     rewards: Mapping[str, float | None] | None = None,
     flags: Mapping[str, Any] | None = None,
 ) -> None:
-    """Put everything that the command line was given upon the layers.
+    """Apply everything that the command line names to the layers.
 
     Args:
         layers: Changed in place.
-        preset: As those of `resolve`, and so are the others.
-        config: File.
-        assignments: Texts.
-        rewards: With weights.
-        flags: None values were not given.
+        preset: As in `resolve`, and so are the others.
+        config: File of the user's own.
+        assignments: Texts of `--set`.
+        rewards: Those of `--reward`, with their weights.
+        flags: Dotted key to value of the named flags; None values were not given.
 
     Raises:
         ConfigError, AssetError: As `read` and `override`.
@@ -285,12 +288,13 @@ def stack(
 
 def flag_name(key: str) -> str:
     """Return the flag that sets a dotted key, for messages."""
-    # All others are called after the last part of their key.
+    # All other flags are named after the last part of their key.
     odd = {"model.id": "--model", "output.dir": "--output"}
     return odd.get(key, f"--{key.rpartition('.')[2].replace('_', '-')}")
 
 
 def _merge(base: Tree, other: Mapping[str, Any]) -> None:
+    """Merge nested mappings; lists and other values are replaced."""
     for key, value in other.items():
         if isinstance(value, dict) and isinstance(base.get(key), dict):
             _merge(cast(Tree, base[key]), cast(Tree, value))
@@ -299,7 +303,7 @@ def _merge(base: Tree, other: Mapping[str, Any]) -> None:
 
 
 def _compose(text: str, path: Path) -> yaml.MappingNode | None:
-    """Parse to nodes, which know their lines."""
+    """Parse a text to YAML nodes, which know their lines; None for an empty file."""
     try:
         root = cast(Any, yaml).compose(text, Loader=yaml.SafeLoader)
     except yaml.YAMLError as error:
@@ -315,7 +319,7 @@ def _convert(root: yaml.MappingNode, path: Path) -> tuple[Tree, dict[str, int]]:
     lines: dict[str, int] = {}
 
     def walk(node: yaml.MappingNode, prefix: str) -> None:
-        # Plain loading keeps the last of two equal keys, and says nothing.
+        # PyYAML's loader would silently keep the last of two equal keys.
         for key_node, value_node in node.value:
             key = prefix + str(key_node.value)
             line = key_node.start_mark.line + 1
@@ -328,7 +332,7 @@ def _convert(root: yaml.MappingNode, path: Path) -> tuple[Tree, dict[str, int]]:
                 walk(value_node, f"{key}.")
 
     walk(root, "")
-    # From the same nodes, so that the text is parsed once.
+    # Values from the same nodes, so that the text is parsed once.
     loader = yaml.SafeLoader("")
     try:
         tree = cast(Any, loader).construct_document(root)

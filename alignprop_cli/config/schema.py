@@ -1,7 +1,7 @@
 """The schema of a run: every option, its default, its range and what it means.
 
-A default lives here and nowhere else. Unknown keys are refused; `validation` finds all problems at
-once and says where each came from. No torch here: configurations are read before anything heavy.
+A default is written here and nowhere else. Unknown keys are refused. validation.py reports all
+problems together, each with its source. No torch: configurations are read before anything heavy.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 class Section(BaseModel):
     """A frozen group of options that refuses unknown keys."""
 
-    # Frozen: what is printed and stored with a run is what the run does. Infinity and NaN are valid
-    # YAML, and never meant.
+    # Frozen, so that a run does what is printed and stored with it. Infinity and NaN are valid
+    # YAML, but never what a user means.
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     @field_validator("*", mode="before")
     @classmethod
     def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        # pydantic reads `steps: true` as one step, where a user meant something else.
+        # pydantic would read `steps: true` as one step.
         kind = cls.model_fields[str(info.field_name)].annotation
         if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
             raise ValueError("expected no true or false here")
@@ -48,7 +48,7 @@ class ModelConfig(Section):
         ".safetensors or .ckpt file, or a hub id such as "
         "stable-diffusion-v1-5/stable-diffusion-v1-5.",
     )
-    # Which files of a hub id are meant, and where the configs of a single file are.
+    # Which files of a hub id are used, and where the configurations of a single file are.
     revision: str | None = Field(default=None, description="Branch, tag or commit of a hub id.")
     variant: str | None = Field(
         default=None, description="Weight variant of a hub id, such as fp16."
@@ -79,11 +79,11 @@ class LoraConfig(Section):
     alpha: PositiveFloat | None = Field(
         default=None, description="Numerator of the scaling; null is rank."
     )
-    # Null, since layers have other names in other families; the family knows them.
+    # Null, since layers have different names in every family (models/families.py).
     target_modules: Annotated[tuple[Text, ...], Field(min_length=1)] | Text | None = Field(
         default=None,
         description="Layers of the network that get a LoRA: a list of endings of their names, or "
-        "one regular expression for whole names; null is what the model's family has.",
+        "one regular expression for whole names; null is the default of the model's family.",
     )
     init: str | None = Field(
         default=None, description="LoRA folder or file to start from instead of a fresh one."
@@ -92,7 +92,7 @@ class LoraConfig(Section):
     @field_validator("target_modules")
     @classmethod
     def _is_a_regular_expression(cls, value: tuple[str, ...] | str | None) -> Any:
-        # Checked here, since peft would only say so after the model is loaded.
+        # Checked here, since peft would complain only after the model is loaded.
         if isinstance(value, str):
             try:
                 re.compile(value)
@@ -118,14 +118,14 @@ class SampleConfig(Section):
         "0 is the image, 1 pure noise (for diffusion sqrt(1 - alphas_cumprod)). Other calls cost "
         "half. Changes the images.",
     )
-    # 0 is DDIM, 1 has the variance of DDPM.
+    # 0 is DDIM; 1 has the variance of DDPM.
     eta: float = Field(
         default=0.0, ge=0.0, le=1.0, description="Fresh noise per step, 0 deterministic to 1 DDPM."
     )
-    # Null rather than a number: models differ in the size they were trained at.
+    # Null rather than a number: models were trained at different sizes.
     height: Pixels | None = Field(default=None, description="Pixels; null is the model's own.")
     width: Pixels | None = Field(default=None, description="Pixels; null is the model's own.")
-    negative_prompt: str = Field(default="", description="What the unconditional branch is given.")
+    negative_prompt: str = Field(default="", description="Prompt of the unconditional branch.")
 
 
 class GradientConfig(Section):
@@ -134,8 +134,8 @@ class GradientConfig(Section):
     method: Literal["full", "last_k", "random_k", "gaussian_k"] = Field(
         default="random_k", description="The estimator, see docs/estimators.md."
     )
-    # Each estimator reads its own of these and leaves the others alone, so that --set
-    # gradient.method is enough to try another one.
+    # Each estimator reads its own options and ignores the others, so that --set gradient.method is
+    # enough to try another one.
     k: PositiveInt = Field(
         default=1, description="last_k: number of calls, counted from the image."
     )
@@ -147,8 +147,8 @@ class GradientConfig(Section):
     std: float = Field(
         default=0.1, ge=0.0, description="gaussian_k: deviation of the first call, fraction of T."
     )
-    # A number of images, never of micro-batches: the gradient of a step must not depend on the
-    # memory or the number of processes.
+    # In images, never in micro-batches: the gradient of a step must not depend on the memory or on
+    # the number of processes.
     window_group: PositiveInt | None = Field(
         default=None,
         description="Images that share one draw of the calls with gradient; null depends on "
@@ -156,10 +156,10 @@ class GradientConfig(Section):
     )
     rollout_steps: PositiveInt | None = Field(
         default=None,
-        description="Calls instead of those before the first one with gradient, in training alone: "
-        "cheaper, and changes the images that are trained on. Null is one for each.",
+        description="In training, the number of calls that replace those before the first one with "
+        "gradient: cheaper, and changes the images that are trained on. Null replaces none.",
     )
-    # What is recomputed changes time and memory, and not one bit of the gradient on the CPU.
+    # Recomputation changes time and memory; on the CPU it does not change one bit of the gradient.
     checkpoint_network: Literal["auto", "none", "block", "call"] = Field(
         default="auto",
         description="Activation checkpointing of the network: recompute nothing, the blocks of "
@@ -189,7 +189,7 @@ class LossConfig(Section):
 class RewardConfig(Section):
     """One member of the mixture: its weight, optionally its own loss, and the reward's options."""
 
-    # A reward's own options are extra keys here; its file knows them, not this one.
+    # A reward's own options are extra keys, which rewards/registry.py checks, not this schema.
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
 
     weight: float = Field(
@@ -202,7 +202,7 @@ class RewardConfig(Section):
         default="float32",
         description="Precision of the reward's network; its rewards are float32 in any case.",
     )
-    # Rewards have units of their own, such as kB; without a common one weights mean little.
+    # Rewards have different units, such as kB. Without a common one the weights mean little.
     standardise: bool = Field(
         default=False,
         description="Subtract the base model's mean and divide by its deviation before the loss, "
@@ -210,14 +210,14 @@ class RewardConfig(Section):
     )
     base_mean: float | None = Field(
         default=None,
-        description="For standardise; null is measured on the base model's images of `eval` and "
-        "then written to the run's config.",
+        description="For standardise; null measures it on the base model's images of `eval`, and "
+        "writes it to the run's config.",
     )
     base_std: PositiveFloat | None = Field(default=None, description="As base_mean.")
 
     @property
     def options(self) -> dict[str, Any]:
-        """Return what belongs to the reward itself; rewards/registry.py checks it."""
+        """Return the reward's own options."""
         return dict(self.model_extra or {})
 
 
@@ -231,12 +231,12 @@ class TrainConfig(Section):
     batch_size: PositiveInt = Field(
         default=128, description="Images per optimiser step, over all processes and accumulation."
     )
-    # How the work of a step is divided. The result is the same up to rounding, so these may change
-    # when a run is resumed.
+    # How the work of a step is divided. The result is the same up to rounding, so these options may
+    # change when a run is resumed.
     rollout_batch: PositiveInt | Literal["auto"] = Field(
         default="auto",
-        description="Images of one batch of the roll-out, which is without gradient, in one "
-        "process; auto is what fits the memory.",
+        description="Images rolled out together, without gradient, in one process; auto is the "
+        "largest that fits the memory.",
     )
     micro_batch: PositiveInt | Literal["auto"] = Field(
         default="auto",
@@ -246,10 +246,10 @@ class TrainConfig(Section):
     decode_batch: PositiveInt | Literal["auto"] = Field(
         default="auto",
         description="Images of a micro-batch that are decoded, scored and differentiated together; "
-        "auto is what fits the memory.",
+        "auto is the largest that fits the memory.",
     )
-    # AdamW and its schedule, which does not look at `steps`: a run can be made longer.
-    learning_rate: PositiveFloat = Field(default=1.0e-3, description="AdamW's.")
+    # AdamW and its schedule, which does not depend on `steps`, so that a run can be made longer.
+    learning_rate: PositiveFloat = Field(default=1.0e-3, description="AdamW's learning rate.")
     lr_decay_steps: PositiveInt | None = Field(
         default=None,
         description="N: after the warmup the learning rate falls linearly over N steps to 1 / N of "
@@ -275,7 +275,7 @@ class TrainConfig(Section):
         "of more than 20 minutes, and keeps it where it is faster.",
     )
     seed: Annotated[int, Field(ge=0)] = Field(
-        default=0, description="Of everything random in training."
+        default=0, description="Seed of everything random in training."
     )
 
 
@@ -291,15 +291,17 @@ class EvalConfig(Section):
         default=1,
         description="Of these, images of each prompt; several show how diverse they are.",
     )
-    # During training, fewer and more often.
+    # The samples taken during training are fewer, and taken more often.
     every: Annotated[int, Field(ge=0)] = Field(
         default=5, description="Steps between the samples taken during training; 0 never."
     )
-    sample_images: PositiveInt = Field(default=8, description="Images of these samples.")
+    sample_images: PositiveInt = Field(default=8, description="Images sampled each time.")
     batch_size: Annotated[int, Field(ge=1, le=4096)] = Field(
-        default=8, description="Images of one batch of sampling; changes no image."
+        default=8, description="Images sampled together; changes no image."
     )
-    seed: Annotated[int, Field(ge=0)] = Field(default=0, description="Of the evaluation's noise.")
+    seed: Annotated[int, Field(ge=0)] = Field(
+        default=0, description="Seed of the evaluation's noise."
+    )
 
 
 class OutputConfig(Section):
@@ -333,7 +335,7 @@ class Config(Section):
     @field_validator("reward", mode="before")
     @classmethod
     def _name_alone_means_defaults(cls, value: Any) -> Any:
-        # What is no mapping is refused by the type of the field.
+        # Anything but a mapping is refused by the type of the field.
         if not isinstance(value, dict):
             return value
         members = cast(dict[Any, Any], value)
@@ -346,7 +348,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tup
     found: dict[str, tuple[Any, Any]] = {}
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)
-        # Sections are compared key by key; a missing one counts as None.
+        # Sections are compared key by key; a missing value counts as None.
         if isinstance(before, Mapping) and isinstance(after, Mapping):
             inner = differences(cast(Mapping[str, Any], before), cast(Mapping[str, Any], after))
             found |= {f"{key}.{name}": values for name, values in inner.items()}

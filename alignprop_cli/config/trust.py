@@ -1,8 +1,8 @@
 """What a configuration that came with weights may name: what is shipped, and what the user typed.
 
-The header of a LoRA and the config.yaml of a run folder may be somebody else's. They may set
-numbers and choose among what is shipped. Code to import, files to read and ids to fetch they may
-name only where the command line does too, or a preset or file that it names.
+The header of a LoRA and the config.yaml of a run may be somebody else's. They may set numbers and
+choose among what is shipped. Code to import, files to read and hub ids to download are allowed only
+if the command line names them too, or a preset or file that the command line names.
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from alignprop_cli.config.schema import Config
 from alignprop_cli.errors import ConfigError, Problem
 
 TO_EVALUATE = ("model.id", "model.revision", "model.variant", "model.config", "eval.prompts")
-"""Keys that name a file, a hub id or a part of one, and that sampling and measuring read."""
+"""Keys that name a file, a hub id or a part of one, of those that an evaluation reads."""
 
 TO_RESUME = (*TO_EVALUATE, "train.prompts")
-"""The same for resuming a run; `lora.init` besides, where the run has no checkpoint yet."""
+"""Such keys that a resumed run reads; also `lora.init` if the run has no checkpoint yet."""
 
+# Characters of a foreign text that a message shows.
 _LONGEST = 200
-"""Characters of a foreign text that are shown."""
 
 _MISSING = object()
 
 
 @dataclass(frozen=True)
 class ShippedNames:
-    """What may be named without being typed, besides the values of the shipped presets.
+    """What a foreign configuration may name, besides the values of the shipped presets.
 
     Args:
         models: Hub ids of the published base models.
-        prompts: Names of prompt sets.
-        rewards: For each shipped reward its options that name a file, a hub id or a prompt set,
+        prompts: Names of the built-in prompt sets.
+        rewards: For each shipped reward the options that name a file, a hub id or a prompt set,
             with their defaults.
     """
 
@@ -72,14 +72,14 @@ def refuse_untyped(
 
     Args:
         config: The complete configuration, of recorded and typed values.
-        typed: The nested values that came from the command line alone, and from the presets and
-            files that it names.
-        shipped: What may be named without that.
-        source: Where the recorded values are from, for the message.
-        keys: Those that will be read; rewards always are.
+        typed: The nested values from the command line alone, and from the presets and files that it
+            names.
+        shipped: What needs not be typed.
+        source: Where the recorded values come from, for the message.
+        keys: The keys to check, which are those that will be read; rewards are always checked.
 
     Raises:
-        ConfigError: With everything refused, and the words to type that allow it.
+        ConfigError: With everything that is refused, and the options to type that allow it.
     """
     found = _untyped(config, typed, shipped, keys)
     if not found:
@@ -97,7 +97,7 @@ def refuse_untyped(
 def words_to_type(
     config: Config, shipped: ShippedNames, *, keys: Sequence[str] = TO_EVALUATE
 ) -> str | None:
-    """Return what has to be typed to use a configuration where it is recorded; None is nothing."""
+    """Return the options that a recorded configuration needs on the command line; None for none."""
     found = _untyped(config, {}, shipped, keys)
     return _line(config, found) if found else None
 
@@ -106,6 +106,8 @@ def _untyped(
     config: Config, typed: Mapping[str, Any], shipped: ShippedNames, keys: Sequence[str]
 ) -> list[_Named]:
     """Return what is neither shipped nor typed."""
+    # Allowed are: the very value that was typed; a reward that is code and whose name was typed, as
+    # its options are checked one by one; a value that some shipped preset has in the same place.
     return [
         one
         for one in (*_places(config, shipped, keys), *_rewards(config, shipped))
@@ -117,6 +119,7 @@ def _untyped(
 
 def _places(config: Config, shipped: ShippedNames, keys: Sequence[str]) -> Iterator[_Named]:
     """Yield the paths and hub ids that a configuration names outside its rewards."""
+    # A default is shipped, and so are the names of published models and prompt sets.
     defaults, values = Config().model_dump(), config.model_dump()
     free = {"model.id": shipped.models}
     for key in keys:
@@ -135,7 +138,7 @@ def _rewards(config: Config, shipped: ShippedNames) -> Iterator[_Named]:
         places = shipped.rewards.get(name)
         for option, value in member.options.items():
             if places is None:
-                # Whatever others' code does with a text; a number is neither a path nor a command.
+                # Code of others could do anything with a text; a number is no path and no command.
                 if not isinstance(value, bool | int | float | None):
                     why = f"{_shown(value)} would be given to code that is not alignprop's"
                     yield _Named(("reward", name, option), value, why)
@@ -167,10 +170,10 @@ def _presets() -> tuple[Mapping[str, Any], ...]:
 
 
 def _line(config: Config, found: Sequence[_Named]) -> str | None:
-    """Return the words of a shell that name all this; None where it cannot be typed or read."""
+    """Return the shell options that name all this; None if they could not be typed or read back."""
     words: list[str] = []
     if any(one.is_code for one in found):
-        # All of them: those of --reward replace those recorded.
+        # All rewards, since those of --reward replace the recorded ones.
         if not all(map(_is_plain, config.reward)):
             return None
         words += ["--reward", ",".join(config.reward)]
@@ -180,19 +183,22 @@ def _line(config: Config, found: Sequence[_Named]) -> str | None:
             words += ["--model", one.value]
         elif not one.is_code:
             words += ["--set", presets.assignment(key, one.value)]
+        # `--set` would split such a name at its comma, equals sign or dot.
         if one.path[0] == "reward" and not all(map(_is_plain, one.path)):
             return None
         if any("." in option for option in one.path[2:]):
             return None
+    # An unprintable text could hide a command in what the user is asked to copy.
     return shlex.join(words) if all(map(str.isprintable, words)) else None
 
 
 def _is_plain(name: str) -> bool:
-    """Return whether `--reward` and `--set` read a name as it is."""
+    """Return whether `--reward` and `--set` read a name back unchanged."""
     return name.isprintable() and name.strip() == name and not set(name) & set(",=")
 
 
 def _shown(value: object) -> str:
-    """Return a foreign text so that it can neither flood a terminal nor steer it."""
+    """Return a foreign text in a form that is safe to print."""
+    # It could flood the terminal, or control it by escape sequences.
     text = value if isinstance(value, str) and value.isprintable() else repr(value)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."

@@ -1,6 +1,6 @@
-"""From nested values to a complete configuration, or to all that is wrong with them.
+"""From nested values to a complete configuration, or to a list of everything wrong with them.
 
-Problems are reported together, each with the nearest known key and the place it came from.
+Problems are reported together, each with its source and, for unknown keys, the nearest known one.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def parse(
 
     Args:
         values: Nested mapping, as read from YAML.
-        origins: For each dotted key who set it (`file.yaml:12`, `--set`), for the messages.
-        source: What the values are, for the first line of the message.
-        extra_problems: Problems found elsewhere, reported together with these.
+        origins: The source of each dotted key (`file.yaml:12`, `--set`), for the messages.
+        source: Name of the values in the first line of the message.
+        extra_problems: Problems found elsewhere, to be reported together with these.
 
     Raises:
         ConfigError: With every problem: unknown keys (and the nearest known one), wrong types,
@@ -36,8 +36,8 @@ def parse(
     """
     origins = origins or {}
     problems = list(extra_problems)
-    # What the schema refuses and what cannot work together is told in one message: a user who
-    # mends one mistake at a time has to start the program as often.
+    # Both what the schema refuses and what cannot work together goes into one message: a user who
+    # is told one mistake at a time has to start the program once for each.
     config, wrong = _validate(values)
     problems += [_problem(details, origins) for details in wrong]
     if config is not None:
@@ -45,7 +45,7 @@ def parse(
             Problem(p.key, p.message, origin_of(p.key, origins)) for p in _impossible(config)
         ]
     if problems or config is None:
-        # A key can be refused by each branch of a union; the first message is enough.
+        # pydantic complains once for each branch of a union; the first message is enough.
         problems = list({problem.key: problem for problem in reversed(problems)}.values())[::-1]
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise ConfigError(
@@ -57,7 +57,7 @@ def parse(
 
 
 def origin_of(key: str, origins: Mapping[str, str]) -> str | None:
-    """Return who set this dotted key, or the nearest part of it."""
+    """Return the source of a dotted key, or of the nearest section around it."""
     while key:
         if key in origins:
             return origins[key]
@@ -66,16 +66,16 @@ def origin_of(key: str, origins: Mapping[str, str]) -> str | None:
 
 
 def _validate(values: Mapping[str, Any]) -> tuple[Config | None, list[Any]]:
-    """Return the configuration and what pydantic refuses.
+    """Return the configuration and pydantic's errors.
 
-    Where something is refused, what remains without it is still returned, if it is valid, so that
-    impossible combinations are found in the same pass.
+    With errors, the configuration has defaults for the refused values (None if that fails too), so
+    that impossible combinations are still found.
     """
     try:
         return Config.model_validate(values), []
     except ValidationError as error:
         wrong = error.errors(include_url=False)
-    # The defaults stand in for what is refused.
+    # Defaults for what is refused: drop it and validate again.
     rest = copy.deepcopy(dict(values))
     for details in wrong:
         node: Any = rest
@@ -91,18 +91,15 @@ def _validate(values: Mapping[str, Any]) -> tuple[Config | None, list[Any]]:
 
 
 def _path(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
-    """Return the keys of a place that pydantic names.
-
-    It also names what is inside a value: the branch of a union, the index in a list.
-    """
+    """Return the keys of a location as pydantic names it."""
+    # It continues inside a value, with the branch of a union or the index in a list: cut off.
     if location[:1] != ("reward",):
         return location[:2]
     return location[: 4 if location[2:3] == ("loss",) else 3]
 
 
 def _section(path: tuple[str | int, ...]) -> type[BaseModel] | None:
-    """Return the schema of the section at this path, if there is one."""
-    # To say which keys are known where one is not.
+    """Return the schema of the section at this path; None if there is none."""
     if not path:
         return Config
     if path[0] == "reward":
@@ -115,7 +112,7 @@ def _section(path: tuple[str | int, ...]) -> type[BaseModel] | None:
 
 
 def _problem(details: Any, origins: Mapping[str, str]) -> Problem:
-    """Turn one of pydantic's errors into ours."""
+    """Turn one of pydantic's errors into a `Problem`."""
     path = _path(details["loc"])
     key = ".".join(map(str, path))
     if details["type"] == "extra_forbidden":
@@ -128,17 +125,17 @@ def _problem(details: Any, origins: Mapping[str, str]) -> Problem:
 
 
 def _impossible(config: Config) -> Iterable[Problem]:
-    """Yield what each section allows by itself but the whole cannot be."""
+    """Yield combinations that every section allows by itself but that cannot work."""
     steps, gradient, train = config.sample.num_inference_steps, config.gradient, config.train
     if not config.reward:
         yield Problem(
             "reward", "no reward is given; name one, for instance --set reward.clip.model=tiny"
         )
-    # The chain.
+    # 1. The chain.
     low, high = config.sample.guidance_interval
     if low > high:
         yield Problem("sample.guidance_interval", f"{low} to {high} is empty: give the lower first")
-    # The estimator. By its name, since the estimators themselves need torch.
+    # 2. The estimator. By the name of the method, since estimators.py imports torch.
     if gradient.method == "last_k" and gradient.k > steps:
         yield Problem(
             "gradient.k", f"{gradient.k} is more than sample.num_inference_steps ({steps})"
@@ -163,11 +160,11 @@ def _impossible(config: Config) -> Iterable[Problem]:
             "gradient.window_group",
             f"{group} does not divide train.batch_size ({train.batch_size})",
         )
-    # Rewards, each with its own loss or the common one.
+    # 3. Rewards, each with its own loss or the common one.
     for name, reward in config.reward.items():
         if (reward.base_mean is None) != (reward.base_std is None):
             yield Problem(f"reward.{name}.base_mean", "give base_mean and base_std, or neither")
-    # The common loss only counts where a reward has none of its own.
+    # The common loss is only used, and checked, if some reward has none of its own.
     losses = {"loss": config.loss} if any(r.loss is None for r in config.reward.values()) else {}
     losses |= {f"reward.{name}.loss": r.loss for name, r in config.reward.items() if r.loss}
     for key, loss in losses.items():

@@ -1,4 +1,4 @@
-"""What two models differ in on the same samples, and how sure that is."""
+"""Compare models on the same samples, with confidence intervals."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from alignprop_cli.evaluation.draw import Floats, Sample, Samples
 from alignprop_cli.prompts import BUILT_IN
 
 DIVERSITY = "diversity"
-"""What `diversity` is called among the metrics."""
+"""The name of `diversity` among the metrics."""
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,12 @@ class Paired:
 
     Args:
         base: Mean of the first model.
-        tuned: Mean of the second.
+        tuned: Mean of the second model.
         difference: Mean of tuned - base.
         low: Lower end of the 95 % confidence interval of the difference.
-        high: Upper end.
+        high: Upper end of the interval.
         wins: Share of samples on which the second model's value is higher.
-        ties: Share on which both are equal.
+        ties: Share of samples on which both values are equal.
     """
 
     base: float
@@ -47,9 +47,9 @@ class Metric:
     """One metric of one model.
 
     Args:
-        mean: Over all samples.
-        std: Over all samples.
-        paired: Against the base model on the same samples; None for the base model itself.
+        mean: Mean over all samples.
+        std: Standard deviation over all samples.
+        paired: Comparison with the base model; None for the base model itself.
     """
 
     mean: float
@@ -58,18 +58,18 @@ class Metric:
 
 
 Metrics = Mapping[str, Mapping[str, Metric]]
-"""By name of the metric and of the model."""
+"""Name of the metric -> name of the model -> metric."""
 
 
 @dataclass(frozen=True)
 class Identity:
-    """Which LoRA at which strength.
+    """Which LoRA was used, at which strength.
 
     Args:
-        file: Its file, in full.
-        sha256: Of the file.
+        file: Its file, as an absolute path.
+        sha256: Hash of the file.
         strength: Factor on its update.
-        trained_on: Names of the rewards it was trained on, as far as the file says.
+        trained_on: Names of the rewards it was trained on, if the file records them.
     """
 
     file: str
@@ -80,18 +80,18 @@ class Identity:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was sampled and measured, and what the models differ in.
+    """The result of an evaluation: what was sampled and measured, and how the models compare.
 
     Args:
         model: The base model's id and fingerprint.
         variants: The LoRAs by name.
-        prompt_set: Its name or file.
-        seed: Of the noise.
+        prompt_set: Name or file of the prompt set.
+        seed: Seed of the noise.
         sample: The `sample` section of the configuration.
-        axis: What the places on the curve are.
-        curve: Places of the variants on it; empty where none is plotted.
-        sampled: By model: base, and each variant.
-        group_of: Group of each prompt that has one.
+        axis: Title of the curve's x axis.
+        curve: The x value of each variant; empty if no curve is plotted.
+        sampled: Samples by model: base, and each variant.
+        group_of: The group of each prompt that has one.
         seconds: Wall-clock time of everything but the comparison.
     """
 
@@ -108,7 +108,7 @@ class Evaluation:
 
     @property
     def samples(self) -> tuple[Sample, ...]:
-        """Return what was sampled with every model."""
+        """Return the samples, which are the same for every model."""
         return self.sampled["base"].samples
 
     @property
@@ -116,29 +116,30 @@ class Evaluation:
         """Return the rewards that any of the LoRAs was trained on."""
         return {reward for variant in self.variants.values() for reward in variant.trained_on}
 
+    # Cached, since several outputs read them and each interval is a bootstrap.
     @cached_property
     def metrics(self) -> Metrics:
-        """Return everything that was measured, over all samples."""
+        """Return all metrics over all samples."""
         return compare_all(self.sampled)
 
     @cached_property
     def groups(self) -> Mapping[str, Metrics]:
-        """Return the same over the samples of each group of prompts."""
+        """Return all metrics over the samples of each group of prompts."""
         names = [self.group_of.get(sample.prompt) for sample in self.samples]
         rows = {
             group: [row for row, name in enumerate(names) if name == group]
             for group in sorted({name for name in names if name is not None})
         }
         return {
-            group: compare_all({model: own[members] for model, own in self.sampled.items()})
+            group: compare_all({model: found[members] for model, found in self.sampled.items()})
             for group, members in rows.items()
         }
 
     @cached_property
     def checker(self) -> Metrics:
-        """Return the shares of images that are as their prompt says, by part of the prompt.
+        """Return the shares of images that match their prompt, by part of the prompt.
 
-        Empty where no checker knows the prompts.
+        Empty if no checker knows the prompts.
         """
         found = checks(self.sampled)
         return {part: metric(self.samples, right) for part, right in found.items()}
@@ -147,24 +148,25 @@ class Evaluation:
 def compare(samples: Sequence[Sample], base: Floats, tuned: Floats, *, seed: int = 0) -> Paired:
     """Compare a metric on the same samples of two models.
 
-    The interval is a percentile bootstrap over prompts: images of one prompt are alike, so prompts
-    are what is resampled, not images.
+    The interval is a percentile bootstrap over prompts, not images: images of one prompt are alike,
+    and resampling them would make the interval too narrow.
 
     Args:
         samples: N samples.
         base: Values of the first model, shape (N,).
-        tuned: Values of the second, shape (N,).
-        seed: Of the bootstrap.
+        tuned: Values of the second model, shape (N,).
+        seed: Seed of the bootstrap.
     """
-    # Sums and counts by prompt are all that the bootstrap needs.
+    # 1. The sum and the number of differences of each prompt, which is all the bootstrap needs.
     difference = tuned - base
     indices = np.array([sample.prompt_index for sample in samples])
     prompts, group, counts = np.unique(indices, return_inverse=True, return_counts=True)
     totals = np.bincount(group, weights=difference)
-    # One prompt, or no spread at all: there is nothing to resample.
+    # 2. The interval. With one prompt, or no spread at all, there is nothing to resample.
     low = high = float(difference.mean())
     if len(prompts) > 1 and float(np.ptp(difference)) > 0.0:
-        # A ratio of sums, so that prompts with more images weigh more.
+        # The mean over images as a ratio of sums: prompts with more images weigh more. 9999 is
+        # scipy's default, with which the ends of the interval are stable to about 1 % of its width.
         result = stats.bootstrap(
             (totals, counts.astype(np.float64)),
             lambda t, c, axis=-1: t.sum(axis=axis) / c.sum(axis=axis),
@@ -186,23 +188,23 @@ def compare(samples: Sequence[Sample], base: Floats, tuned: Floats, *, seed: int
 
 
 def compare_all(sampled: Mapping[str, Samples]) -> dict[str, dict[str, Metric]]:
-    """Return every metric of every model, and diversity where prompts repeat.
+    """Return every metric of every model, and diversity if prompts repeat.
 
     Args:
-        sampled: By model, the base model as "base", all of the same samples.
+        sampled: Samples by model, the base model as "base"; the same samples for all.
     """
     # 1. What was measured on every image.
     base = sampled["base"]
     metrics = {
-        name: metric(base.samples, {model: own.rewards[name] for model, own in sampled.items()})
+        name: metric(base.samples, {model: found.rewards[name] for model, found in sampled.items()})
         for name in base.rewards
     }
     # 2. What is measured on all images of a prompt together.
     if base.features is not None:
-        spread = {model: diversity(own) for model, own in sampled.items()}
+        spread = {model: diversity(found) for model, found in sampled.items()}
         prompts, _ = spread["base"]
         if prompts:
-            values = {model: own for model, (_, own) in spread.items()}
+            values = {model: each for model, (_, each) in spread.items()}
             metrics[DIVERSITY] = metric(prompts, values)
     return metrics
 
@@ -212,26 +214,26 @@ def metric(samples: Sequence[Sample], values: Mapping[str, Floats]) -> dict[str,
 
     Args:
         samples: N samples.
-        values: By model, the base model as "base", shape (N,).
+        values: Values (N,) by model, the base model as "base".
     """
     base = values["base"]
     return {
         model: Metric(
-            float(own.mean()),
-            float(own.std()),
-            None if model == "base" else compare(samples, base, own),
+            float(each.mean()),
+            float(each.std()),
+            None if model == "base" else compare(samples, base, each),
         )
-        for model, own in values.items()
+        for model, each in values.items()
     }
 
 
 def diversity(sampled: Samples) -> tuple[list[Sample], Floats]:
-    """Return how different the images of one prompt are, for each prompt with several.
+    """Return how different the images of one prompt are, for each of the P prompts with several.
 
-    1 minus the mean cosine of the features of all pairs of its images: 0 where all are the same.
+    1 minus the mean cosine similarity of the features over all pairs of images; 0 if all are equal.
 
     Args:
-        sampled: With features.
+        sampled: Samples with features.
 
     Returns:
         One sample of each such prompt, and the values, shape (P,).
@@ -247,30 +249,32 @@ def diversity(sampled: Samples) -> tuple[list[Sample], Floats]:
     several = [members for members in groups.values() if len(members) > 1]
     values: list[float] = []
     for members in several:
+        # Features have unit length, so their products are cosines, (n, n) for n images.
         cosines = sampled.features[members] @ sampled.features[members].T
-        # Above the diagonal every pair stands once.
+        # Above the diagonal each pair appears once.
         values.append(1.0 - float(cosines[np.triu_indices(len(members), k=1)].mean()))
     return [sampled.samples[members[0]] for members in several], np.array(values)
 
 
 def checks(sampled: Mapping[str, Samples]) -> dict[str, dict[str, Floats]]:
-    """Ask the checkers of the built-in prompt sets which images are as their prompts say.
+    """Ask the checkers of the built-in prompt sets which images match their prompts.
 
     Args:
-        sampled: By model, all of the same samples.
+        sampled: Samples by model; the same samples for all.
 
     Returns:
-        By part of the prompt and by model 1 for an image that has it right and 0 for one that has
-        not, shape (N,). Empty where no checker knows these prompts.
+        Part of the prompt -> model -> 1 for an image that has it right, else 0, shape (N,). Empty
+        if no checker knows these prompts.
     """
-    # Modules of checkers are named by the sets, and imported here, where they are needed.
+    # Prompt sets name their checker as module:function. It is imported here, since a checker may
+    # need a network of its own.
     prompts = [sample.prompt for sample in next(iter(sampled.values())).samples]
     for checker in dict.fromkeys(s.checker for s in BUILT_IN.values() if s.checker is not None):
         module, _, function = checker.partition(":")
         check = getattr(import_module(module), function)
         found = {name: check(one.images, prompts) for name, one in sampled.items()}
-        # A checker answers with nothing for prompts that are not of its set.
+        # A checker returns nothing for prompts that are not of its set.
         if all(found.values()):
             parts = next(iter(found.values()))
-            return {p: {n: own[p].astype(np.float64) for n, own in found.items()} for p in parts}
+            return {p: {n: each[p].astype(np.float64) for n, each in found.items()} for p in parts}
     return {}

@@ -1,8 +1,8 @@
 """Sample images for fixed prompts and seeds, and measure them.
 
-The noise of an image is a function of (seed, prompt index, image index): not of the batch size, of
-the number of processes, or of anything sampled before it. So two models that are sampled with the
-same seed differ image by image only in what they have learned.
+The noise of an image is a function of (seed, prompt index, image index), and of nothing else: not
+of the batch size, the number of processes, or earlier samples. So with the same seed the images of
+two models differ only by what the models have learned.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, distributed
 
-from alignprop_cli import images as image_tools
 from alignprop_cli import rng
 from alignprop_cli.config.schema import Config
 from alignprop_cli.console import Console
 from alignprop_cli.errors import ConfigError
 from alignprop_cli.guidance import guided
+from alignprop_cli.images import to_uint8
 from alignprop_cli.lora import layers as lora
 from alignprop_cli.models import families
 from alignprop_cli.models.base import Model, Sampler
@@ -36,7 +36,13 @@ Features = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Sample:
-    """Which image: its prompt, that one's index in the set, and the number among its images."""
+    """What identifies an image, besides the seed.
+
+    Args:
+        prompt: Its prompt.
+        prompt_index: Index of the prompt in its set.
+        image_index: Number among the images of this prompt.
+    """
 
     prompt: str
     prompt_index: int
@@ -45,13 +51,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class Samples:
-    """Images of one model.
+    """Images of one model, with what was measured on them.
 
     Args:
-        samples: What was sampled, N of them.
-        images: Bytes, shape (N, H, W, 3).
-        rewards: By name of the mixture's metrics, shape (N,).
-        features: Of unit length, shape (N, D), where they were asked for.
+        samples: N samples.
+        images: Shape (N, H, W, 3), uint8.
+        rewards: Rewards and extra metrics by name, shape (N,).
+        features: Shape (N, D), of unit length; None if they were not asked for.
     """
 
     samples: tuple[Sample, ...]
@@ -75,27 +81,29 @@ class Samples:
 def choose_samples(prompts: Sequence[str], count: int, per_prompt: int = 1) -> list[Sample]:
     """Choose `count` samples of a prompt set, always the same ones.
 
-    Where there are fewer prompts than samples, prompts repeat with new noise. Where there are
-    more, some are picked at random: sets are often sorted, and every n-th would be of one kind.
+    With fewer prompts than samples, prompts repeat with new noise. With more prompts than samples,
+    a fixed random choice of them is taken.
 
     Args:
         prompts: The set.
         count: Number of samples, rounded up to whole prompts.
-        per_prompt: Samples of each prompt, each with its own noise.
+        per_prompt: Number of samples of each prompt, each with its own noise.
     """
-    # Several of each prompt: choose the prompts as below, and repeat each with new noise.
+    # 1. Several of each prompt: choose prompts as below, and repeat each with new noise.
     if per_prompt > 1:
         return [
             Sample(chosen.prompt, chosen.prompt_index, chosen.image_index * per_prompt + number)
             for chosen in choose_samples(prompts, -(-count // per_prompt))
             for number in range(per_prompt)
         ]
+    # 2. All prompts, in rounds.
     if count >= len(prompts):
         return [
             Sample(prompts[i % len(prompts)], i % len(prompts), i // len(prompts))
             for i in range(count)
         ]
-    # A function of the number alone: every model and every run gets the same ones.
+    # 3. Some of them, at random: sets are often sorted, and every n-th would be of one kind. Seeded
+    #    by the number alone, so that every model and every run gets the same ones.
     order: list[int] = np.random.default_rng(count).permutation(len(prompts)).tolist()
     return [Sample(prompts[i], i) for i in sorted(order[:count])]
 
@@ -112,25 +120,26 @@ def draw_shared(
 ) -> Samples:
     """Sample and measure as the `sample` and `eval` sections say, with a progress bar.
 
-    Several processes take a share each, and all get all images.
+    Each process samples a share, and all of them return all images.
 
     Args:
-        model: As for `draw_samples`.
+        model: As in `draw_samples`.
         samples: What to sample, at least one.
         mixture: What to measure.
         config: The complete configuration.
         console: Shows the bar.
-        label: Of the bar.
-        features: As for `draw_samples`.
+        label: Text of the bar.
+        features: As in `draw_samples`.
 
     Raises:
         ConfigError, RunError: As `draw_samples`.
     """
     processes = distributed.get_world_size() if distributed.is_initialized() else 1
     rank = distributed.get_rank() if processes > 1 else 0
-    # With more processes than samples some take the first one too, rather than none.
+    # 1. This process's share. With more processes than samples some repeat the first sample: an
+    #    empty batch would need a case of its own everywhere below.
     mine = list(range(rank, len(samples), processes)) or [0]
-    # A compiled network would be compiled anew for these batch sizes.
+    # 2. Uncompiled: torch would compile the network again for these batch sizes.
     with console.bar(len(mine), label) as bar, uncompiled(model.network.module):
         sampled = draw_samples(
             model,
@@ -144,11 +153,11 @@ def draw_shared(
         )
     if processes == 1:
         return sampled
-    # Everyone gets everything: the reward's mean over all is needed in each process.
+    # 3. All shares to all processes: each needs the mean rewards. In the order of the samples, and
+    #    of a repeated one only the first copy.
     shares: list[Any] = [None] * processes
     distributed.all_gather_object(shares, (mine, sampled))
     numbers = np.concatenate([numbers for numbers, _ in shares])
-    # In order, and the first copy of what two processes took.
     return _joined([share for _, share in shares])[np.unique(numbers, return_index=True)[1]]
 
 
@@ -172,13 +181,13 @@ def draw_samples(
         samples: What to sample, at least one.
         mixture: What to measure.
         sampler: Steps, guidance, eta, size.
-        seed: Of the noise.
-        batch_size: Images of one batch.
-        features: Gives the features that are kept with the images; None keeps none.
-        on_batch: Told after each batch how many samples it had.
+        seed: Seed of the noise.
+        batch_size: Images sampled together; changes no image beyond rounding.
+        features: Computes the features to keep with the images; None keeps none.
+        on_batch: Called after each batch with its number of samples.
 
     Returns:
-        In the order of `samples`. Not differentiable.
+        The images in the order of `samples`. Not differentiable.
 
     Raises:
         ConfigError: If there is nothing to sample, or the size does not fit the model.
@@ -186,18 +195,18 @@ def draw_samples(
     """
     if not samples:
         raise ConfigError("nothing to sample: no prompts were given")
-    # Merged once for all batches, since the LoRA does not change in between.
+    # Merged once for all batches: the LoRA does not change in between.
     merged = lora.Merged(model.network.module)
     parts: list[Samples] = []
     for start in range(0, len(samples), batch_size):
         batch = samples[start : start + batch_size]
-        # Rewards and features are those of the images as the decoder leaves them, before rounding.
+        # Rewards and features are computed before the images are rounded to bytes.
         images = _images(model, batch, sampler, seed, merged)
         scores = mixture.score(images, [sample.prompt for sample in batch])
         parts.append(
             Samples(
                 tuple(batch),
-                image_tools.to_uint8(images).numpy(),
+                to_uint8(images).numpy(),
                 {name: _numbers(values) for name, values in scores.items()},
                 None if features is None else _numbers(features(images)),
             )
@@ -218,14 +227,14 @@ def _images(
     def draw_noise(i: int) -> Tensor:
         return rng.image_noise(seed, "eval_eta", keys, shape, i).to(model.device)
 
-    # Without guidance no call asks for the negative prompt, which may not have been encoded then.
+    # Only if some call is guided: otherwise the negative prompt may not have been encoded.
     guides = any(sampler.guidance.applies(step.sigma) for step in schedule.steps)
     conditioning = model.conditioning(
         [sample.prompt for sample in batch], sampler.negative_prompt if guides else None
     )
     denoise = guided(network.predict, conditioning, sampler.guidance)
     latents = rng.image_noise(seed, "eval_noise", keys, shape).to(model.device)
-    # With the LoRA added to the weights: the same numbers in fewer operations.
+    # With the LoRA merged into the weights: the same values in fewer operations.
     with merged:
         latents = rollout(denoise, latents, schedule, eta=sampler.eta, draw_noise=draw_noise)
     return model.decoder.decode(latents)
@@ -236,7 +245,7 @@ def _numbers(values: Tensor) -> Floats:
 
 
 def _joined(parts: Sequence[Samples]) -> Samples:
-    """Return the samples of all parts, one part after the other."""
+    """Return all parts as one, in their order."""
     features = [part.features for part in parts if part.features is not None]
     return Samples(
         tuple(sample for part in parts for sample in part.samples),

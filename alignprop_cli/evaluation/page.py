@@ -1,7 +1,7 @@
-"""Self-contained HTML pages: everything inside one file, every text escaped.
+"""Self-contained HTML pages: one file with everything inside, and every text escaped.
 
-Prompts are untrusted. The templates escape what they are given, and data for scripts stands in
-attributes, never inside a script.
+Prompts are untrusted. The templates escape all values, and data for scripts is in attributes, never
+inside a script.
 """
 
 from __future__ import annotations
@@ -21,13 +21,19 @@ from PIL import Image
 from alignprop_cli import __version__
 from alignprop_cli.storage import write_text
 
+# A page holds hundreds of thumbnails: at this size and quality each takes some 15 kB.
 _LARGEST_PX = 256
 _QUALITY = 85
 
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """A small image inside the page, and the file of the large one, relative to the page."""
+    """A small image inside the page.
+
+    Args:
+        source: The image as a `data:` address.
+        file: The file of the full image, relative to the page.
+    """
 
     source: str
     file: str
@@ -38,10 +44,10 @@ class Card:
     """One prompt on a page.
 
     Args:
-        prompt: As it is.
-        images: By model.
-        captions: By model.
-        sorts: What the page can be sorted by.
+        prompt: The prompt, not escaped.
+        images: Thumbnail by model.
+        captions: Caption by model.
+        sorts: The card's value for each name that the page can be sorted by.
     """
 
     prompt: str
@@ -51,9 +57,9 @@ class Card:
 
 
 def thumbnail(image: NDArray[np.uint8], path: str) -> Thumbnail:
-    """Return an image (H, W, 3) small enough for a page; small ones stay as they are."""
+    """Return an image (H, W, 3) for a page, shrunk if it is large."""
     shown, buffer = Image.fromarray(image), io.BytesIO()
-    # JPEG where a photograph was shrunk anyway; PNG keeps every pixel of a small image.
+    # A shrunk image has lost its pixels anyway, so JPEG does. PNG keeps those of a small one.
     if max(shown.size) > _LARGEST_PX:
         shown.thumbnail((_LARGEST_PX, _LARGEST_PX))
         shown.save(buffer, "JPEG", quality=_QUALITY)
@@ -63,19 +69,19 @@ def thumbnail(image: NDArray[np.uint8], path: str) -> Thumbnail:
 
 
 def file(path: Path) -> str:
-    """Return a PNG file as an address that holds it."""
+    """Return the content of a PNG file as a `data:` address."""
     return _inline("image/png", path.read_bytes())
 
 
 def write(path: Path, template: str, **values: Any) -> None:
-    """Fill a template of alignprop_cli/evaluation/templates and write it whole.
+    """Fill a template of alignprop_cli/evaluation/templates and write the page whole.
 
     Args:
         path: The file; its folder exists.
         template: Name of the template.
-        **values: What it shows; all texts are escaped.
+        **values: Values for the template; all texts are escaped.
     """
-    # Strict: a template that names what it is not given is a mistake, not an empty text.
+    # Strict: a value that is missing is a mistake in the code, not an empty text.
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("alignprop_cli.evaluation"),
         autoescape=True,

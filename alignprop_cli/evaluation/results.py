@@ -1,4 +1,4 @@
-"""What `alignprop evaluate` leaves: images, the sheet, tables, the report, and what it prints."""
+"""The result of `alignprop evaluate`: images, sheet, tables, report, and what is printed."""
 
 from __future__ import annotations
 
@@ -17,23 +17,22 @@ from alignprop_cli.evaluation.sheet import Cell, contact_sheet, curves, save_ima
 from alignprop_cli.storage import write_text
 
 SCHEMA = "alignprop.evaluate/4"
+"""Name and version of the JSON object; the version changes when a key changes its meaning."""
 
+# More would make the sheet and the report too large to look at; all images are in the folder.
 _SHEET_CELLS = 60
-"""More would make the sheet too large to look at; all images are in the folder."""
-
 _PAGE_CARDS = 200
-"""The same for the report."""
 
 
 def write(result: Evaluation, folder: Path) -> None:
     """Write images, the sheet, results.json, results.csv, the report, and the curve."""
-    # 1. Every image of every model, each with what made it inside.
+    # 1. Every image of every model, with how it was made in its metadata.
     for name, sampled in result.sampled.items():
         images = folder / "images" / name
         images.mkdir(parents=True)
         for index, image in enumerate(sampled.images):
             save_image(image, images / _file(index), _metadata(result, name, index))
-    # 2. What can be looked at without a browser: the sheet.
+    # 2. The sheet, for a look without a browser.
     titles = tuple(result.sampled)
     cells = [
         Cell(
@@ -44,12 +43,12 @@ def write(result: Evaluation, folder: Path) -> None:
         for i, sample in enumerate(result.samples[:_SHEET_CELLS])
     ]
     contact_sheet(cells, folder / "sheet.png", titles=titles)
-    # 3. For programs and spreadsheets.
+    # 3. The numbers, for programs and spreadsheets.
     values = _values(result)
     text = json.dumps({"schema": SCHEMA, **values}, indent=2)
     write_text(folder / "results.json", text + "\n")
     _write_csv(result, folder / "results.csv")
-    # 4. The curve comes before the report, which shows it.
+    # 4. The curve, then the report, which includes it.
     if len(result.curve) > 1:
         means = {
             name: [by_model[variant].mean for variant in result.variants]
@@ -64,7 +63,7 @@ def _file(index: int) -> str:
 
 
 def _metadata(result: Evaluation, name: str, index: int) -> dict[str, str]:
-    """Return what an image says of itself; `alignprop score` reads `prompt` back."""
+    """Return an image's metadata; `alignprop score` reads `prompt` back."""
     sampled = result.sampled[name]
     sample = sampled.samples[index]
     texts = {
@@ -79,7 +78,7 @@ def _metadata(result: Evaluation, name: str, index: int) -> dict[str, str]:
         "rewards": json.dumps({k: float(v[index]) for k, v in sampled.rewards.items()}),
         "Software": f"alignprop {__version__}",
     }
-    # The hash, since files are renamed and overwritten.
+    # The LoRA's hash rather than its name: files are renamed and overwritten.
     if name in result.variants:
         texts["adapter_sha256"] = result.variants[name].sha256
         texts["adapter_strength"] = str(result.variants[name].strength)
@@ -87,7 +86,7 @@ def _metadata(result: Evaluation, name: str, index: int) -> dict[str, str]:
 
 
 def _values(result: Evaluation) -> dict[str, Any]:
-    """Return everything that results.json holds."""
+    """Return the content of results.json."""
     return {
         "version": __version__,
         "model": dict(result.model),
@@ -97,7 +96,7 @@ def _values(result: Evaluation) -> dict[str, Any]:
         "sample": dict(result.sample),
         "images": len(result.samples),
         "rewards": _metric_values(result, result.metrics),
-        "groups": {group: _metric_values(result, own) for group, own in result.groups.items()},
+        "groups": {group: _metric_values(result, each) for group, each in result.groups.items()},
         "checker": _metric_values(result, result.checker),
         "seconds": result.seconds,
         "by_prompt": _by_prompt(result),
@@ -135,6 +134,7 @@ def _metric_values(result: Evaluation, metrics: Metrics) -> dict[str, Any]:
 
 def _by_prompt(result: Evaluation) -> list[dict[str, Any]]:
     """Return the mean rewards of every prompt, by model."""
+    # By index, not by text: a file of prompts may contain one twice.
     groups: dict[int, list[int]] = {}
     for i, sample in enumerate(result.samples):
         groups.setdefault(sample.prompt_index, []).append(i)
@@ -152,7 +152,7 @@ def _by_prompt(result: Evaluation) -> list[dict[str, Any]]:
 
 
 def _write_csv(result: Evaluation, path: Path) -> None:
-    """Write one row for every image of every model."""
+    """Write one row per image of every model."""
     rewards = tuple(result.sampled["base"].rewards)
     columns = ("model", "file", "prompt_index", "image_index", "seed", "group", "prompt", *rewards)
     with path.open("w", encoding="utf-8", newline="") as file:
@@ -176,7 +176,7 @@ def _write_csv(result: Evaluation, path: Path) -> None:
 
 def _write_page(result: Evaluation, values: Mapping[str, Any], folder: Path) -> None:
     base = result.sampled["base"]
-    # Cards are sorted by what the last model changed.
+    # Cards are sorted by the change from the base model to the last one.
     last = list(result.sampled)[-1]
     cards = [
         page.Card(
@@ -187,8 +187,8 @@ def _write_page(result: Evaluation, values: Mapping[str, Any], folder: Path) -> 
             },
             {name: sampled.caption(i) for name, sampled in result.sampled.items()},
             {
-                reward: float(result.sampled[last].rewards[reward][i] - own[i])
-                for reward, own in base.rewards.items()
+                reward: float(result.sampled[last].rewards[reward][i] - before[i])
+                for reward, before in base.rewards.items()
             },
         )
         for i, sample in enumerate(base.samples[:_PAGE_CARDS])
@@ -200,7 +200,7 @@ def _write_page(result: Evaluation, values: Mapping[str, Any], folder: Path) -> 
         title=f"{', '.join(result.variants) or 'base'}: {result.model['id']}",
         values=values,
         rows=_rows(result.metrics, result.trained_on),
-        groups={g: _rows(own, result.trained_on) for g, own in result.groups.items()},
+        groups={g: _rows(each, result.trained_on) for g, each in result.groups.items()},
         checker=_rows(result.checker, set(), shares=True),
         cards=cards,
         sorts=list(base.rewards),
@@ -210,13 +210,15 @@ def _write_page(result: Evaluation, values: Mapping[str, Any], folder: Path) -> 
 
 
 def _rows(metrics: Metrics, trained: set[str], *, shares: bool = False) -> list[tuple[str, ...]]:
-    """Return a row for every metric or share and model: what the table and the report show."""
+    """Return the rows of the table and the report, one per metric (or share) and model."""
+    # `shares` are of the checker, and shown in per cent.
     rows: list[tuple[str, ...]] = []
     mean, change = ("{:.0%}", "{:+.1%}") if shares else ("{:.4f}", "{:+.4f}")
     for name, by_model in metrics.items():
         for model, metric in by_model.items():
             title = f"{name} (trained on)" if name in trained else name
             title = f"{name} right" if shares else title
+            # The title once per metric, in the row of the base model.
             row = (title if model == "base" else "", model, mean.format(metric.mean))
             paired = metric.paired
             if paired is not None:
@@ -236,14 +238,14 @@ COLUMNS = ("", "model", "mean", "difference", "95 % interval", "higher", "equal"
 
 
 def show(console: Console, result: Evaluation, folder: Path) -> None:
-    """Print tables for people or one object for programs."""
+    """Print a table for people, or one JSON object for programs."""
     files = {name: folder / name for name in ("results.json", "report.html", "sheet.png")}
     values = {**_values(result), "output": str(folder.resolve())}
     values["sheet"] = str(files["sheet.png"].resolve())
     values["report"] = str(files["report.html"].resolve())
     parts: list[Any] = [_table(result)]
     parts += ["", *(f"{name:12s} {path}" for name, path in files.items())]
-    # Said, so that nobody takes the sheet for everything.
+    # Said, since a sheet of 60 looks complete.
     count = len(result.samples)
     if count > _SHEET_CELLS:
         parts.append(
@@ -254,14 +256,14 @@ def show(console: Console, result: Evaluation, folder: Path) -> None:
 
 
 def _table(result: Evaluation) -> Any:
-    """Return the table for people: for one LoRA a row a metric, for several a row a model."""
+    """Return the table: one row per metric with one LoRA, one row per model with several."""
     title = f"{len(result.samples)} images ({result.prompt_set}), seed {result.seed}"
     metrics, checker = result.metrics, result.checker
     # Several LoRAs: a row for each model, as in the report.
     if len(result.variants) > 1:
         rows = [*_rows(metrics, set()), *_rows(checker, set(), shares=True)]
         return table(title, COLUMNS, rows)
-    # The base model's mean and the LoRA's stand side by side.
+    # One LoRA, or none: its mean is next to the base model's; without one, the spread.
     rows = []
     for measured, shares in ((metrics, False), (checker, True)):
         for name, by_model in measured.items():

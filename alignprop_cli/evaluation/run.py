@@ -36,10 +36,10 @@ class Variant:
     """One LoRA at one strength.
 
     Args:
-        name: Of its images' folder, and in tables.
+        name: Its name in tables and of the folder of its images.
         located: Its file.
         strength: Factor on its update; 1 is as trained.
-        at: Its place on the curve of the rewards, where one is plotted.
+        at: Its x value on the curve of the rewards; None if no curve is plotted.
     """
 
     name: str
@@ -49,13 +49,13 @@ class Variant:
 
 
 def variants(located: Sequence[Located], strengths: Sequence[float] | None) -> list[Variant]:
-    """Return what is compared with the base model, each under a name that can be a folder's."""
+    """Return what is compared with the base model, with names that can be folders."""
     if strengths is not None:
         return [Variant(f"strength {s:g}", located[0], s, at=s) for s in strengths]
     if len(located) == 1:
         return [Variant("tuned", located[0])]
     labels = [re.sub(r"[^\w.-]+", "-", found.label) for found in located]
-    # Numbered where two have the same label, or one that of the base model.
+    # Numbered if two have the same label, or one has that of the base model.
     if len({"base", *labels}) <= len(labels):
         labels = [f"{number}-{label}" for number, label in enumerate(labels, start=1)]
     return [Variant(label, found) for label, found in zip(labels, located, strict=True)]
@@ -74,16 +74,16 @@ def run_evaluation(
     Args:
         config: The complete configuration.
         console: For people and for the result.
-        chosen: The LoRAs; none samples with the base model alone.
-        folder: Where the result goes; replaced where it exists.
-        axis: What the places of the LoRAs on a curve are.
+        chosen: The LoRAs; without any, only the base model is sampled.
+        folder: Where the result is written; replaced if it exists.
+        axis: Title of the curve's x axis.
 
     Raises:
         AlignPropError: Whatever is wrong with the model, a LoRA, the rewards or the images.
     """
     started = time.perf_counter()
     settings = config.eval
-    # 1. Everything that may be refused is read before anything is sampled.
+    # 1. Everything that may be refused is read before anything is loaded or sampled.
     prompts, group_of = load_prompts(settings.prompts), load_groups(settings.prompts)
     adapters = {file: files.read(file) for file in {v.located.file: None for v in chosen}}
     accelerator = make_accelerator()
@@ -96,7 +96,7 @@ def run_evaluation(
 
     # 2. The same samples with every model.
     repeated = len({sample.prompt_index for sample in samples}) < len(samples)
-    # Features tell how different the images of one prompt are.
+    # For `compare.diversity`, which needs several images of a prompt.
     features = mixture.features if repeated else None
 
     def draw(name: str) -> Samples:
@@ -106,7 +106,7 @@ def run_evaluation(
     if not accelerator.is_main_process:
         return
 
-    # 3. What they differ in.
+    # 3. The comparison.
     result = Evaluation(
         model={"id": model.id, "fingerprint": model.fingerprint},
         variants={v.name: _identity(v, adapters[v.located.file]) for v in chosen},
@@ -124,9 +124,9 @@ def run_evaluation(
 
 
 def _mixture(config: Config, device: torch.device) -> Mixture:
-    """Return the rewards to measure, with the size of the images as files beside them."""
+    """Return the rewards to measure, and the size of the images as JPEG files with them."""
     mixture = build_mixture(config.reward, config.loss, device)
-    # It shows where images fill with detail, or lose it, whatever the rewards say.
+    # The size shows when images fill with noise or lose their detail, whatever the rewards say.
     mixture.extra_metrics.setdefault("jpeg_kilobytes", true_size)
     return mixture
 
@@ -137,14 +137,14 @@ def _draw_all(
     """Sample with every model, the base model first.
 
     Args:
-        draw: Samples with the model as it is at that moment, under a name.
-        model: The base model; keeps the last LoRA.
+        draw: Samples with the model in its present state; its argument is a name to show.
+        model: The base model; it has the last LoRA afterwards.
         chosen: The LoRAs.
     """
     module, loaded = model.network.module, None
     sampled = {"base": draw("base")}
     for variant, adapter in chosen:
-        # One file at several strengths is loaded once.
+        # A file that is used at several strengths is loaded once.
         if adapter is not loaded:
             if loaded is not None:
                 lora.unload(module)
@@ -166,7 +166,7 @@ def _identity(variant: Variant, adapter: Adapter) -> Identity:
 
 
 def _check(adapters: Iterable[Adapter], model: Model, console: Console) -> None:
-    """Refuse LoRAs that say that they belong to another model."""
+    """Refuse LoRAs that record another architecture than the model's."""
     for adapter in adapters:
         recorded = adapter.header.get("alignprop.base_fingerprint")
         trained_on = adapter.header.get("alignprop.base_model")
@@ -176,7 +176,7 @@ def _check(adapters: Iterable[Adapter], model: Model, console: Console) -> None:
                 f"those of {model.id}",
                 hint="give the model it was trained on with --model",
             )
-        # Another checkpoint of the same architecture: it works, and may be a mistake.
+        # Another checkpoint of the same architecture works, and may be a mistake.
         if trained_on and trained_on != model.id:
             console.warn(f"{adapter.file} was trained on {trained_on}, and is used with {model.id}")
         if adapter.left_out:

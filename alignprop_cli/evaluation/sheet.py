@@ -1,4 +1,4 @@
-"""Images for people: a sheet of them with prompts and scores, and single files with metadata."""
+"""Images for people: a contact sheet with prompts and rewards, files with metadata, and curves."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 Pixels = NDArray[np.uint8]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
-# Pixels of the sheet.
+# Sizes in pixels; a sheet of this width fits the screen of a laptop.
 _TILE = 192
 _MARGIN = 24
 _PAIR_GAP = 8
@@ -35,9 +35,9 @@ class Cell:
     """One prompt on a contact sheet.
 
     Args:
-        prompt: Wrapped under the images.
+        prompt: Its text, wrapped under the images.
         images: One per title of the sheet, each of shape (H, W, 3), uint8.
-        captions: The text under each image, such as its rewards.
+        captions: A text under each image, such as its rewards.
     """
 
     prompt: str
@@ -58,12 +58,12 @@ class _Text:
 
 
 def contact_sheet(cells: Sequence[Cell], path: Path, *, titles: Sequence[str]) -> None:
-    """Write a PNG with all cells, a few to a row, all images of a cell side by side.
+    """Write a PNG with all cells in rows, the images of a cell side by side.
 
     Args:
         cells: At least one, each with as many images and captions as there are titles.
         path: The file; its folder exists.
-        titles: What the images of a cell are, such as ("base", "tuned").
+        titles: Titles of the images of a cell, such as ("base", "tuned").
 
     Raises:
         ValueError: If there is no cell, or the numbers of images, captions and titles differ.
@@ -76,11 +76,11 @@ def contact_sheet(cells: Sequence[Cell], path: Path, *, titles: Sequence[str]) -
                 f"cell {index} has {len(cell.images)} images and {len(cell.captions)} captions "
                 f"for {len(titles)} titles"
             )
-    # 1. Sizes: how many cells fit in a row, and how much text each row needs below its images.
+    # 1. Sizes: cells in a row, and the height of the text below the images of each row.
     heading, body, small = _Text.of_size(17), _Text.of_size(14), _Text.of_size(12)
     cell_width = len(titles) * (_TILE + _PAIR_GAP) - _PAIR_GAP
     fitting = (_WIDTH - 2 * _MARGIN + _CELL_GAP) // (cell_width + _CELL_GAP)
-    # As even as possible: eight cells where seven fit are two rows of four.
+    # Rows as equal as possible: eight cells where seven fit become two rows of four.
     columns = math.ceil(len(cells) / math.ceil(len(cells) / max(1, fitting)))
     rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
     captions = [_caption_height(row, small) for row in rows]
@@ -91,7 +91,7 @@ def contact_sheet(cells: Sequence[Cell], path: Path, *, titles: Sequence[str]) -
     top = _MARGIN + heading.line + _PAIR_GAP
     width = 2 * _MARGIN + columns * (cell_width + _CELL_GAP) - _CELL_GAP
     height = top + sum(heights) + _CELL_GAP * (len(rows) - 1) + _MARGIN
-    # 2. The paper, and the titles above the first row.
+    # 2. The empty sheet, with the titles above the first row.
     sheet = Image.new("RGB", (width, height), _PAPER)
     draw = ImageDraw.Draw(sheet)
     for column in range(columns if len(titles) > 1 else 1):
@@ -119,7 +119,7 @@ def save_image(image: Pixels, path: Path, metadata: Mapping[str, str]) -> None:
     """
     info = PngInfo()
     for key, value in metadata.items():
-        # NUL ends a text inside a PNG.
+        # In a PNG a NUL would end the text.
         info.add_text(key, value.replace("\0", ""))
     Image.fromarray(image).save(path, format="PNG", pnginfo=info)
 
@@ -129,11 +129,11 @@ def _left(column: int, cell_width: int) -> int:
 
 
 def _fit(image: Pixels) -> Image.Image:
-    """Return the image, filling a tile along its longer side."""
+    """Return the image, scaled so that its longer side fills a tile."""
     shown = Image.fromarray(image)
     scale = _TILE / max(shown.size)
     size = (max(1, round(shown.width * scale)), max(1, round(shown.height * scale)))
-    # Small images are shown pixel by pixel, as they are.
+    # Small images are enlarged without smoothing: their pixels are what there is to see.
     return shown.resize(
         size, Image.Resampling.NEAREST if scale >= 2.0 else Image.Resampling.LANCZOS
     )
@@ -144,7 +144,7 @@ def _prompt_lines(cell: Cell, body: _Text, cell_width: int) -> list[str]:
 
 
 def _caption_height(row: Sequence[Cell], small: _Text) -> int:
-    """Return the pixels between the images of a row and its prompts."""
+    """Return the height of the captions of a row, from its images to its prompts."""
     texts = [text for cell in row for text in cell.captions]
     lines = max(len(_wrap(text, small.font, _TILE, _CAPTION_LINES)) for text in texts)
     return 5 + lines * small.line + 3
@@ -157,7 +157,7 @@ def _draw_images(sheet: Image.Image, cell: Cell, corner: tuple[int, int], small:
     for index, (image, caption) in enumerate(zip(cell.images, cell.captions, strict=True)):
         shown = _fit(image)
         x = left + index * (_TILE + _PAIR_GAP)
-        # Images that are not square stand on the caption, in the middle of their tile.
+        # Images that are not square are centred, at the bottom of their tile.
         sheet.paste(shown, (x + (_TILE - shown.width) // 2, top + _TILE - shown.height))
         for number, line in enumerate(_wrap(caption, small.font, _TILE, _CAPTION_LINES)):
             place = (x, top + _TILE + 5 + number * small.line)
@@ -165,16 +165,16 @@ def _draw_images(sheet: Image.Image, cell: Cell, corner: tuple[int, int], small:
 
 
 def _one_line(text: str) -> str:
-    """Return a text without line breaks and unprintable characters."""
+    """Return a text with blanks for line breaks and unprintable characters."""
     return "".join(c if c.isprintable() else " " for c in text).strip()
 
 
 def _wrap(text: str, font: Font, width: int, most: int) -> list[str]:
-    """Break a text into at most `most` lines of `width` pixels, with an ellipsis where it is cut.
+    """Break a text into at most `most` lines of `width` pixels, with an ellipsis if it is cut.
 
     Words that are too long for a line are broken.
     """
-    # By the widths of the font, not by characters, which differ by a factor of four.
+    # By width, not by number of characters: an m is four times as wide as an i.
     lines: list[str] = []
     line = ""
     for word in _one_line(text).split():
@@ -184,6 +184,7 @@ def _wrap(text: str, font: Font, width: int, most: int) -> list[str]:
             continue
         if line:
             lines.append(line)
+        # One line more than `most` is enough to know that the text has to be cut.
         while len(lines) <= most and font.getlength(word) > width:
             head = _longest_start(word, font, width)
             lines.append(head)
@@ -201,7 +202,7 @@ def _wrap(text: str, font: Font, width: int, most: int) -> list[str]:
 
 
 def _longest_start(word: str, font: Font, width: int) -> str:
-    """Return as many first characters of a word as fit, at least one."""
+    """Return the longest beginning of a word that fits, at least one character."""
     end = 1
     while end < len(word) and font.getlength(word[: end + 1]) <= width:
         end += 1
@@ -211,15 +212,15 @@ def _longest_start(word: str, font: Font, width: int) -> str:
 def curves(
     xs: Sequence[float], ys: Mapping[str, Sequence[float]], path: Path, *, x_title: str
 ) -> None:
-    """Write a PNG with one small plot for each reward, all over the same values of x.
+    """Write a PNG with one small plot per reward, all over the same values of x.
 
     Args:
         xs: At least two values, rising.
-        ys: By reward a value for each x.
+        ys: By reward, one value for each x.
         path: The file; its folder exists.
-        x_title: Of the horizontal axes.
+        x_title: Title of the x axes.
     """
-    # Here, since it takes a second and few commands need it.
+    # Imported here, since matplotlib takes a second and few commands plot anything.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -227,7 +228,7 @@ def curves(
     rows = math.ceil(len(ys) / columns)
     figure: Any = Figure(figsize=(4.2 * columns, 3.0 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    # The grid may have more places than there are rewards.
+    # The grid may have more plots than there are rewards; the others stay hidden.
     axes: list[Any] = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes:
         axis.set_visible(False)

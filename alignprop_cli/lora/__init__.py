@@ -1,5 +1,5 @@
-"""The trained weights. Read factors.py first, then layers.py.
+"""The trained weights. Read factors.py (what a LoRA is), then layers.py (a LoRA in a network).
 
-layers.py puts them into a network; files.py finds, reads and writes them, with formats.py for the
-names that others give their tensors. soup.py makes soups by recipe.py, with mixing.py's arithmetic.
+files.py finds, reads and writes LoRA files, with formats.py for the names of others. A soup starts
+in recipe.py (what is asked for), goes through soup.py (its members) and is computed in mixing.py.
 """

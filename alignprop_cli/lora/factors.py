@@ -1,4 +1,4 @@
-"""A LoRA as numbers: two factors a layer, and the scaling of their product."""
+"""A LoRA as numbers: two factors per layer, and the scaling of their product."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Factors:
         down: A, shape (r, in) of a linear layer, (r, in, kh, kw) of a convolution.
         up: B, shape (out, r), or (out, r, 1, 1).
         alpha: Numerator of the scaling.
-        rank_stabilised: Whether the scaling is that of rsLoRA.
+        rank_stabilised: Whether the scaling is alpha / sqrt(r), as in rsLoRA; else it is alpha / r.
     """
 
     down: Tensor
@@ -46,6 +46,7 @@ class Factors:
 
     def delta(self) -> Tensor:
         """Return the weight's update, float64, shape (out, in) or (out, in, kh, kw)."""
+        # (out, r) @ (r, in kh kw): as a convolution's up is 1 x 1, this holds for it too.
         product = self.up.double().flatten(1) @ self.down.double().flatten(1)
         return (self.scaling * product).view(self.shape)
 
@@ -64,7 +65,7 @@ def scaling(alpha: float, rank: int, *, rank_stabilised: bool = False) -> float:
 
 
 def not_finite(layers: Layers) -> str | None:
-    """Return in words where a LoRA holds NaN or infinity, None where nowhere."""
+    """Return which layer of a LoRA holds NaN or infinity, in words; None if none does."""
     for name, factors in layers.items():
         finite = torch.isfinite(factors.down).all() and torch.isfinite(factors.up).all()
         if not bool(finite) or not math.isfinite(factors.alpha):
@@ -73,12 +74,13 @@ def not_finite(layers: Layers) -> str | None:
 
 
 def adapter_settings(layers: Layers) -> dict[str, Any]:
-    """Return rank and alpha of every layer in the words of peft's `LoraConfig`.
+    """Return rank and alpha of every layer as fields of peft's `LoraConfig`.
 
     Returns:
         `r` and `lora_alpha` of most layers, `rank_pattern` and `alpha_pattern` of the others, and
         `use_rslora`.
     """
+    # The most common pair is the default, so that most files have no patterns at all.
     kinds = Counter((factors.rank, factors.alpha) for factors in layers.values())
     (rank, alpha), _ = kinds.most_common(1)[0]
     other_ranks = {n: f.rank for n, f in sorted(layers.items()) if f.rank != rank}
@@ -98,6 +100,7 @@ def whole(alpha: float) -> float:
 
 
 def _pattern(name: str, layers: Layers) -> str:
-    """Return a pattern of peft, which matches the ends of names, for this layer alone."""
+    """Return a pattern for peft that means this layer alone."""
+    # peft matches the ends of names: `conv_in` would also mean `encoder.conv_in`.
     ambiguous = any(other.endswith(f".{name}") for other in layers)
     return f"^{re.escape(name)}" if ambiguous else name

@@ -1,8 +1,7 @@
-"""LoRA files: find them, read them, write them. The one reader and the one writer.
+"""LoRA files: find them, read them, write them. Nothing else opens one.
 
-What the tensors of a file mean is in formats.py. Files are written in diffusers' format: plain
-`load_lora_weights` reads them, with rank and alpha as JSON in the header under
-`lora_adapter_metadata`.
+formats.py knows what the tensors of a file mean. Files are written in diffusers' format, which its
+`load_lora_weights` reads, with rank and alpha as JSON in the header under `lora_adapter_metadata`.
 """
 
 from __future__ import annotations
@@ -24,14 +23,15 @@ from alignprop_cli.lora.factors import Layers, adapter_settings
 from alignprop_cli.storage import sha256
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-"""What diffusers calls the file of a LoRA in a folder."""
+"""Diffusers' name for the LoRA file in a folder."""
 
 PEFT_FILE = "adapter_model.safetensors"
-"""What PEFT calls it."""
+"""PEFT's name for it."""
 
 PEFT_CONFIG = "adapter_config.json"
-"""Where PEFT keeps rank and alpha, beside it."""
+"""The file next to `PEFT_FILE` that holds rank and alpha."""
 
+# Six digits, so that names sort by step; more where a run has more steps.
 _STEP = re.compile(r"step-(\d{6,})")
 _METADATA = "lora_adapter_metadata"
 
@@ -42,8 +42,8 @@ class Located:
 
     Args:
         file: The LoRA file.
-        run: The run it belongs to, where there is one.
-        step: Name of its checkpoint, such as step-000020, where a checkpoint was named.
+        run: The run that the file belongs to; None where there is none.
+        step: The checkpoint's name, such as step-000020; None unless the user named a checkpoint.
     """
 
     file: Path
@@ -52,9 +52,10 @@ class Located:
 
     @property
     def label(self) -> str:
-        """Return a short name for folders: that of the run and checkpoint, folder, or file."""
+        """Return a short name for tables and folders, made of the run's or the file's name."""
         if self.run is not None:
             return self.run.resolve().name + (f"-{self.step}" if self.step else "")
+        # These two names say nothing; the folder's does.
         file = self.file.resolve()
         return file.parent.name if file.name in (LORA_FILE, PEFT_FILE) else file.stem
 
@@ -65,11 +66,11 @@ class Adapter:
 
     Args:
         file: Where it is.
-        layers: Its factors by the name of the layer in the network.
+        layers: Factors by the name of the layer in the network.
         header: The texts in the header of the file.
-        sha256: Of the whole file, hexadecimal.
-        left_out: Number of layers of text encoders that the file has too, and that are not read.
-        target_modules: How its configuration names the layers: endings of their names, or a
+        sha256: Hash of the whole file, hexadecimal.
+        left_out: Number of text-encoder layers in the file, which are not used.
+        target_modules: How the file's configuration names the layers: endings of their names, or a
             regular expression for whole names; None where there is no configuration.
         prefix: What diffusers puts before the names of this network's layers.
     """
@@ -89,6 +90,7 @@ def locate(name: str) -> Located:
     Raises:
         AssetError: If there is none.
     """
+    # 1. A file is taken as it is.
     path = Path(name).expanduser()
     if path.is_file():
         return Located(path)
@@ -97,12 +99,15 @@ def locate(name: str) -> Located:
             f"{name}: no such file or folder",
             hint="name a run, a checkpoint, a LoRA file or folder, or `base`",
         )
+    # 2. A run means its newest checkpoint.
     if (path / "checkpoints").is_dir() or (path / "config.yaml").is_file():
         return Located(latest(path) / LORA_FILE, run=path)
+    # 3. A folder with a LoRA, ours or diffusers' before PEFT's.
     if not (path / LORA_FILE).is_file():
         if (path / PEFT_FILE).is_file():
             return Located(path / PEFT_FILE)
         raise AssetError(f"{name}: is no run and holds no LoRA ({LORA_FILE} or {PEFT_FILE})")
+    # 4. That folder may be a checkpoint, <run>/checkpoints/step-000020.
     run = path.resolve().parent.parent
     if path.resolve().parent.name == "checkpoints" and (run / "config.yaml").is_file():
         return Located(path / LORA_FILE, run=run, step=path.resolve().name)
@@ -123,6 +128,7 @@ def latest(run: Path) -> Path:
     """
     found = checkpoints(run)
     if not found:
+        # The run may be called anything; `runs/` is where it goes by default.
         what = "has no checkpoint" if run.is_dir() else "does not exist"
         raise AssetError(f"{run}: {what}", hint="`ls runs/` shows the runs there are")
     return found[-1]
@@ -161,25 +167,27 @@ def recorded_config(header: Mapping[str, str], file: Path) -> dict[str, Any] | N
 def read(file: Path) -> Adapter:
     """Read a LoRA file in diffusers', PEFT's or kohya's format.
 
-    Each layer's update is exactly alpha / rank B A (rsLoRA: alpha / sqrt(rank) B A), or the file is
-    refused with what it is.
+    The update of every layer is exactly alpha / rank B A (rsLoRA: alpha / sqrt(rank) B A). A file
+    of any other kind is refused, and the message says which kind it is.
 
     Raises:
         AssetError: If it is missing, damaged, not a LoRA, or of another format.
-        ConfigError: If it is a LoRA whose update is something else (DoRA and others), or of a text
-            encoder alone.
-        RunError: If it holds numbers that are not finite.
+        ConfigError: If its update is something else (DoRA and others), or it is for text encoders
+            alone.
+        RunError: If it holds NaN or infinity.
     """
+    # 1. Tensors and header. `.keys()` is needed: the handle is no mapping.
     try:
         with safe_open(file, framework="pt") as opened:
             header = dict(opened.metadata() or {})
             state: dict[str, Tensor] = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise _unreadable(file, error) from error
+    # 2. Rank and alpha: in the header, or where PEFT keeps them, in a file next to this one.
     settings = formats.read_settings(header.get(_METADATA, "{}"), f"{file}: {_METADATA}")
-    # Only PEFT keeps rank and alpha in a file of their own.
     if any(name.startswith(formats.PEFT) for name in state):
-        settings = _settings_beside(file)
+        settings = _read_peft_config(file)
+    # 3. The factors of every layer.
     layers, left_out = formats.read_layers(state, settings, file)
     targets = settings.get("target_modules")
     named = tuple(targets) if isinstance(targets, list) else targets
@@ -199,10 +207,10 @@ def save(
 
     Args:
         folder: Existing.
-        weights: Tensors by their names in the network, as `layers.weights` or `packed` gives them.
+        weights: Tensors by their names in the network, as from `layers.weights` or `packed`.
         header: Further texts for the header.
-        prefix: What diffusers puts before these names: that of the model's family.
-        adapter_metadata: The adapter's configuration, as of peft's `LoraConfig`.
+        prefix: What diffusers puts before these names: the family's `lora_prefix`.
+        adapter_metadata: The adapter's configuration, as fields of peft's `LoraConfig`.
 
     Returns:
         The file.
@@ -212,13 +220,13 @@ def save(
     text = json.dumps(settings, indent=2, sort_keys=True)
     file = folder / LORA_FILE
     save_file(state, file, metadata={"format": "pt", **header, _METADATA: text})
-    # safetensors makes files that only their owner can read.
+    # safetensors creates files that only their owner can read.
     file.chmod(0o644)
     return file
 
 
 def packed(layers: Layers) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the weights and the adapter's configuration of a LoRA that no network carries."""
+    """Return weights and adapter configuration for `save`, of a LoRA that is in no network."""
     weights: dict[str, Tensor] = {}
     for name, factors in layers.items():
         weights[f"{name}.lora.down.weight"] = factors.down
@@ -233,15 +241,15 @@ def packed(layers: Layers) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return weights, settings
 
 
-def _settings_beside(file: Path) -> dict[str, Any]:
-    """Return the configuration that PEFT writes beside its file; without it alpha is unknown."""
+def _read_peft_config(file: Path) -> dict[str, Any]:
+    """Return the configuration that PEFT writes next to its file; without it alpha is unknown."""
     place = file.parent / PEFT_CONFIG
     try:
         text = place.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise AssetError(
-            f"{file}: is in PEFT's format, whose {PEFT_CONFIG} with rank and alpha cannot be read "
-            f"beside it: {first_line(error)}",
+            f"{file}: is in PEFT's format, whose rank and alpha are in {PEFT_CONFIG} next to it, "
+            f"which cannot be read: {first_line(error)}",
             hint=f"put {PEFT_CONFIG} of the same LoRA into {file.parent}",
         ) from error
     return formats.read_settings(text, str(place))

@@ -1,13 +1,13 @@
-"""From the tensors of a LoRA file to the factors of every layer, whoever wrote it.
+"""From the tensors of a LoRA file to the factors of every layer, for three file formats.
 
     diffusers   unet.<layer>.lora.down.weight and .lora.up.weight, or .lora_A.weight and
-                .lora_B.weight; of old .processor.to_q_lora.down.weight and so on
+                .lora_B.weight; in old versions .processor.to_q_lora.down.weight and so on
     PEFT        base_model.model.<layer>.lora_A.weight and .lora_B.weight
     kohya       lora_unet_<layer, _ for .>.lora_down.weight and .lora_up.weight
 
-Alpha is a number beside the tensors (<layer>.alpha), or stands in the adapter's configuration;
-PEFT's names of an adapter may stand before `.weight`. Every tensor is either used, or counted as
-one of a text encoder, or the file is refused: nothing is left out in silence.
+Alpha is a tensor of its own (<layer>.alpha) or part of the adapter's configuration. The name of an
+adapter may come before `.weight`. Every tensor is used, or belongs to a text encoder and is
+counted, or the file is refused: nothing is dropped silently.
 """
 
 from __future__ import annotations
@@ -26,24 +26,26 @@ from alignprop_cli.errors import AssetError, ConfigError, RunError
 from alignprop_cli.lora.factors import Factors, Layers, not_finite
 
 NETWORKS = ("unet.", "transformer.")
-"""What diffusers puts before the names of the network's layers: the part of its pipelines."""
+"""What diffusers puts before the names of the network's layers: its name in the pipeline."""
 
 PEFT = "base_model.model."
-"""What PEFT puts there, whose alphas are in a file of their own."""
+"""What PEFT puts there."""
 
 _KOHYA = "lora_unet_"
 _TEXT = re.compile(r"text_encoder(_\d)?\.|lora_te\d?_|base_model\.model\.text_model\.")
 
+# The three spellings of the two factors: peft's, diffusers' and kohya's.
 _HALVES = {"lora_A": "down", "lora.down": "down", "lora_down": "down"}
 _HALVES |= {"lora_B": "up", "lora.up": "up", "lora_up": "up"}
 _TENSOR = re.compile(
     rf"(?P<layer>.+?)\.(?:(?P<half>{'|'.join(map(re.escape, _HALVES))})"
     r"(?:\.(?P<adapter>[^.]+))?\.weight|alpha)"
 )
+# Old versions of diffusers put the LoRA into the attention processors.
 _OLD = re.compile(r"\.processor\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight$")
 _TEXT_TENSOR = re.compile(r"[._]lora[._].*|\.(alpha|dora_scale)$")
 
-# kohya writes _ for every dot: the words of a UNet that have one of their own.
+# kohya writes _ for every dot. These are the words of a UNet's names that contain a _ themselves.
 _WORDS = (
     *("down_blocks", "mid_block", "up_blocks", "transformer_blocks", "time_embedding"),
     *("add_embedding", "time_emb_proj", "linear_1", "linear_2", "conv_in", "conv_out"),
@@ -53,7 +55,8 @@ _WORD = re.compile(rf"(?:{'|'.join(_WORDS)}|[a-z]+\d*|\d+)(?=_|$)")
 _FIRST_WORDS = {"down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out"}
 _FIRST_WORDS |= {"time_embedding", "add_embedding"}
 
-# Parts of a tensor's name, as regular expressions, of what is more or other than a LoRA.
+# Kinds of adapter that are not a plain LoRA, by a part of their tensors' names (a regular
+# expression) and, below, by an option of their configuration.
 _OTHER_KINDS = {
     r"dora_scale|lora_magnitude_vector": "a DoRA",
     r"hada_.*": "a LoHa",
@@ -77,6 +80,7 @@ _OTHER_SETTINGS = {
     "layer_replication": "a LoRA of repeated layers",
     "target_parameters": "a LoRA of parameters instead of layers",
 }
+# peft's initialisations that change the base weights as well.
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -84,22 +88,22 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass
 class _Tensors:
-    """The tensors of one layer, until they are known to be whole."""
+    """The tensors of one layer while they are collected, each with its name in the file."""
 
     halves: dict[str, tuple[str, Tensor]] = field(default_factory=dict[str, tuple[str, Tensor]])
     alpha: tuple[str, Tensor] | None = None
 
 
 def read_settings(text: str, where: str) -> dict[str, Any]:
-    """Return the adapter's configuration, the names of its keys without that of the network.
+    """Return the adapter's configuration, its keys without the prefix of the network.
 
     Args:
-        text: JSON as of peft's `LoraConfig`.
-        where: File and place, for messages.
+        text: JSON of peft's `LoraConfig`.
+        where: File and place in it, for messages.
 
     Raises:
         AssetError: If it is no such configuration.
-        ConfigError: If it is that of another kind of adapter.
+        ConfigError: If it belongs to another kind of adapter.
     """
     try:
         found = json.loads(text)
@@ -108,7 +112,7 @@ def read_settings(text: str, where: str) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise AssetError(f"{where}: expected an object, got {text[:40]}")
     settings: dict[str, Any] = {without_network(str(k)): v for k, v in found.items()}
-    # Whatever makes the update more than two factors and a number is refused by its name.
+    # Anything that makes the update more than alpha / rank B A is refused, and named.
     kind = settings.get("peft_type", "LORA")
     if kind != "LORA":
         _refuse(where, f"a {kind}")
@@ -127,17 +131,17 @@ def read_settings(text: str, where: str) -> dict[str, Any]:
 
 
 def network_of(names: Iterable[str]) -> str:
-    """Return the prefix of diffusers that names have; that of a U-Net where they have none."""
+    """Return diffusers' prefix of these names; a U-Net's where they have none."""
     return next((p for n in names for p in NETWORKS if n.startswith(p)), NETWORKS[0])
 
 
 def without_network(name: str) -> str:
-    """Return a name without the prefix of diffusers."""
+    """Return a name without diffusers' prefix."""
     return name.removeprefix(network_of([name]))
 
 
 def _check_targets(targets: object, where: str) -> None:
-    """Refuse what cannot name layers: they are names or one regular expression."""
+    """Refuse target modules that are neither a list of names nor one regular expression."""
     if targets is None or (isinstance(targets, list) and all(isinstance(t, str) for t in targets)):
         return
     if isinstance(targets, str):
@@ -162,22 +166,23 @@ def read_layers(
         file: For messages.
 
     Raises:
-        AssetError: If it is no LoRA of a UNet, a tensor is read by no rule, or one is damaged.
+        AssetError: If it is no LoRA of a UNet, a tensor's name is unknown, or a tensor is damaged.
         ConfigError: If it is another kind of adapter, or a LoRA of text encoders alone.
         RunError: If a number is not finite.
     """
-    # No command trains or uses text encoders with a LoRA: their layers are counted, to be told.
+    # 1. No command uses a LoRA in a text encoder. Its layers are counted, so that the user is told.
     texts = {_TEXT_TENSOR.sub("", name) for name in state if _TEXT.match(name)}
     names = sorted(name for name in state if not _TEXT.match(name))
     if texts and not names:
         raise ConfigError(f"{file}: is a LoRA of the text encoder alone, which is left out here")
-    # Other kinds first: their message says more than that of a tensor that nothing reads.
+    # 2. Other kinds of adapter, before the general complaint about an unknown tensor.
     for name in names:
         for pattern, what in _OTHER_KINDS.items():
             if any(re.fullmatch(pattern, part) for part in name.split(".")[1:]):
                 _refuse(str(file), f"{what} ({name})")
     if not any(_TENSOR.fullmatch(_present(name)) for name in names):
         raise AssetError(f"{file}: holds no LoRA weights")
+    # 3. The tensors of every layer, and their factors once they are complete.
     grouped = _group(state, names, file)
     layers = {
         layer: _factors(layer, tensors, settings, file)
@@ -190,7 +195,7 @@ def read_layers(
 
 
 def _present(name: str) -> str:
-    """Return today's name of a tensor that older diffusers called otherwise."""
+    """Return the present name of a tensor from an old version of diffusers."""
 
     def rename(found: re.Match[str]) -> str:
         layer = "to_out.0" if found[1] == "to_out" else found[1]
@@ -200,7 +205,7 @@ def _present(name: str) -> str:
 
 
 def _group(state: Mapping[str, Tensor], names: list[str], file: Path) -> dict[str, _Tensors]:
-    """Return the tensors by layer; every name is read by a rule or refused."""
+    """Return the tensors by layer; an unknown name is refused."""
     grouped: dict[str, _Tensors] = {}
     adapters: set[str] = set()
     for name in names:
@@ -214,7 +219,7 @@ def _group(state: Mapping[str, Tensor], names: list[str], file: Path) -> dict[st
             tensors.alpha = (name, state[name])
             continue
         adapters.add(found["adapter"] or "")
-        # Also two adapters have the same layers.
+        # Twice by two formats or two adapters in one file; which one is meant cannot be known.
         if half in tensors.halves:
             raise AssetError(
                 f"{file}: has two tensors for layer {layer}: {tensors.halves[half][0]} and {name}"
@@ -226,7 +231,7 @@ def _group(state: Mapping[str, Tensor], names: list[str], file: Path) -> dict[st
 
 
 def _layer(name: str, file: Path) -> str | None:
-    """Return the name of a layer in the network from that in the file; None where unknown."""
+    """Return the layer's name in the network from its name in the file; None if it is unknown."""
     if name.startswith(NETWORKS):
         return without_network(name)
     if name.startswith(PEFT):
@@ -234,7 +239,8 @@ def _layer(name: str, file: Path) -> str | None:
         return layer if layer.split(".")[0] in _FIRST_WORDS else None
     if name.startswith(_KOHYA):
         flat = name.removeprefix(_KOHYA)
-        # No other split gives the words of a UNet's names, so this turns the renaming back.
+        # Split into the known words of a UNet's names: there is one way only, so the renaming can
+        # be undone. What does not split belongs to another network.
         words = _WORD.findall(flat)
         if "_".join(words) == flat and words[0] in _FIRST_WORDS:
             return ".".join(words)
@@ -246,7 +252,8 @@ def _layer(name: str, file: Path) -> str | None:
 
 
 def _factors(layer: str, tensors: _Tensors, settings: Mapping[str, Any], file: Path) -> Factors:
-    """Return the factors of one layer once its tensors are known to fit together."""
+    """Return the factors of one layer, checking that its tensors and numbers fit together."""
+    # 1. Both factors, of floats.
     if set(tensors.halves) != {"down", "up"}:
         odd = next(iter(tensors.halves.values()), tensors.alpha)
         assert odd is not None
@@ -259,7 +266,7 @@ def _factors(layer: str, tensors: _Tensors, settings: Mapping[str, Any], file: P
             raise AssetError(f"{file}: {name} is {kind}; expected a float of 16 to 64 bits")
     down, up = tensors.halves["down"][1], tensors.halves["up"][1]
     shapes = f"{tuple(down.shape)} and {tuple(up.shape)}"
-    # (r, in) and (out, r); of a convolution (r, in, kh, kw) and (out, r, 1, 1).
+    # 2. Shapes (r, in) and (out, r); for a convolution (r, in, kh, kw) and (out, r, 1, 1).
     if (
         down.ndim not in (2, 4)
         or up.ndim != down.ndim
@@ -269,32 +276,34 @@ def _factors(layer: str, tensors: _Tensors, settings: Mapping[str, Any], file: P
     ):
         raise AssetError(f"{file}: layer {layer}: shapes {shapes} share no rank")
     rank = down.shape[0]
-    # What others wrote may hold anything: wrong types, patterns that are none, numbers too large.
+    # 3. Rank and alpha as the configuration and the file have them. A foreign file may hold
+    #    anything: wrong types, broken patterns, numbers that are too large.
     try:
         recorded = _by_pattern(settings, "r", "rank_pattern", layer)
         alpha = _by_pattern(settings, "lora_alpha", "alpha_pattern", layer)
         stabilised = _flag(settings.get("use_rslora", False))
-        beside = None if tensors.alpha is None else _scalar(tensors.alpha[1])
+        stored = None if tensors.alpha is None else _scalar(tensors.alpha[1])
     except (AttributeError, TypeError, ValueError, OverflowError, re.error) as error:
         raise AssetError(f"{file}: alpha of layer {layer} cannot be read: {error}") from error
-    # A configuration that contradicts the tensors leaves open what alpha is over.
+    # 4. They must agree: otherwise it is unknown which rank or alpha the weights were trained with.
     if recorded is not None and recorded != rank:
         raise AssetError(f"{file}: layer {layer} has rank {rank}, its configuration {recorded:g}")
-    if None not in (alpha, beside) and alpha != beside:
+    if None not in (alpha, stored) and alpha != stored:
         raise AssetError(
-            f"{file}: layer {layer} has alpha {beside:g} beside its tensors, {alpha:g} in its "
+            f"{file}: layer {layer} has alpha {stored:g} among its tensors, {alpha:g} in its "
             "configuration"
         )
-    if alpha is None and beside is None and recorded is not None:
+    if alpha is None and stored is None and recorded is not None:
         raise AssetError(f"{file}: its configuration has a rank and no lora_alpha")
-    known = beside if alpha is None else alpha
+    # Without any alpha the scaling is 1, by the convention of diffusers and kohya.
+    known = stored if alpha is None else alpha
     return Factors(down, up, float(rank) if known is None else known, stabilised)
 
 
 def _by_pattern(
     settings: Mapping[str, Any], default: str, patterns: str, layer: str
 ) -> float | None:
-    """Return a number of a layer by PEFT's rule; patterns match the end of its name.
+    """Return the number that a configuration has for a layer; patterns match the end of its name.
 
     Source: `peft.utils.other.get_pattern_key`.
     """
@@ -305,6 +314,7 @@ def _by_pattern(
             break
     if value is None:
         return None
+    # In Python True is an int.
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"expected a number, got {value!r}")
     return float(value)
@@ -325,5 +335,5 @@ def _flag(value: object) -> bool:
 def _refuse(where: str, what: str) -> NoReturn:
     raise ConfigError(
         f"{where}: is {what}: its update of a weight is not alpha / rank B A",
-        hint="only plain LoRAs and rsLoRAs can be drawn with, trained on and mixed",
+        hint="only plain LoRAs and rsLoRAs can be sampled with, trained further and mixed",
     )

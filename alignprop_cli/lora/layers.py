@@ -1,7 +1,7 @@
-"""The trained weights in a network: put a LoRA in, list it, copy its weights out and in.
+"""A LoRA in a network: put it in, take it out, merge it, read and write its weights.
 
-A layer's weight becomes W + (alpha / rank) B A, with A of shape
-(rank, in), B of shape (out, rank), both float32 whatever the precision of W.
+A layer's weight becomes W + (alpha / rank) B A, with A of shape (rank, in) and B of shape
+(out, rank), both in float32 whatever the precision of W.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from alignprop_cli.lora.factors import adapter_settings, whole
 from alignprop_cli.lora.files import Adapter
 
 ADAPTER = "default"
+"""peft's name for the only adapter that a network has here."""
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -45,17 +47,18 @@ def inject(
 
     Args:
         network: Changed in place.
-        rank: Columns of B.
+        rank: Rows of A and columns of B.
         alpha: Numerator of the scaling.
         target_modules: Endings of the names of the layers to change, or one regular expression
             for their whole names.
-        seed: Of A's values.
+        seed: Seed of A's values.
 
     Returns:
         The trainable parameters, float32, in a fixed order.
 
     Raises:
-        ConfigError: If it names no layer, or something else than linear layers and convolutions.
+        ConfigError: If `target_modules` names no layer, or anything but linear layers and
+            convolutions.
     """
     network.requires_grad_(False)
     named = _as_peft_takes_it(target_modules)
@@ -69,8 +72,10 @@ def inject(
         inject_adapter_in_model(config, network, adapter_name=ADAPTER)
     except (ValueError, re.error) as error:
         raise _no_targets(named, error) from error
-    # diffusers looks here before it saves, switches or unloads adapters.
+    # diffusers reads this flag before it saves, switches or unloads adapters.
     network._hf_peft_config_loaded = True  # type: ignore[assignment]
+    # A's values are drawn again, keyed by the index of the parameter: peft draws them from the
+    # global generator, in the network's precision.
     for index, (name, parameter) in enumerate(_named(network)):
         parameter.data = parameter.data.float()
         if ".lora_A." in name:
@@ -80,11 +85,11 @@ def inject(
 
 
 def _no_targets(named: list[str] | str, error: Exception) -> ConfigError:
-    """Return what to tell the user for an error of peft about target modules."""
+    """Return the error to show for peft's error about target modules."""
     if isinstance(error, re.error):
         return ConfigError(f"lora.target_modules: '{named}' is no regular expression: {error}")
     if "not supported" in str(error):
-        # peft goes on to print the module and the list of all that it supports.
+        # After the bracket peft prints the module and the list of everything it supports.
         return ConfigError(
             f"lora.target_modules: {named} names more than linear layers and convolutions: "
             f"{first_line(error).partition('(')[0]}"
@@ -97,31 +102,33 @@ def _no_targets(named: list[str] | str, error: Exception) -> ConfigError:
 
 
 def load(network: torch.nn.Module, adapter: Adapter, model_id: str) -> None:
-    """Put the LoRA of a file into the network, float32 and frozen: exactly its layers.
+    """Put the LoRA of a file into the network, float32 and frozen: exactly the file's layers.
 
     Args:
-        network: Changed in place; carries no LoRA.
+        network: Changed in place; has no LoRA yet.
         adapter: As `files.read` returned it.
-        model_id: What the user calls the model, for messages.
+        model_id: The model's id as the user gave it, for messages.
 
     Raises:
-        ConfigError: If the network lacks a layer of the LoRA, or has it in another shape; then
-            nothing is changed.
+        ConfigError: If the network lacks a layer of the LoRA or has it in another shape. Nothing is
+            changed then.
     """
     if is_present(network):
-        raise ValueError("the network carries a LoRA already")
+        raise ValueError("the network has a LoRA already")
     _check_fits(network, adapter, model_id)
-    # The file's own target modules are kept for the header of the next file, where they are right.
+    # 1. Which layers. The file's own target modules are short and go into the header of the next
+    #    file; they are kept only if in this network they mean exactly the layers of the file.
     targets = _as_peft_takes_it(adapter.target_modules or sorted(adapter.layers))
     if _selected(network, targets) != adapter.layers.keys():
         targets = sorted(adapter.layers)
     config = LoraConfig(**adapter_settings(adapter.layers), target_modules=targets)
-    # With `state_dict` peft goes by its names alone, whatever target_modules would match.
+    # 2. The injection. With `state_dict` peft changes the layers that it names and no others.
     names = {f"{name}.lora_A.weight": factors.down for name, factors in adapter.layers.items()}
     inject_adapter_in_model(config, network, adapter_name=ADAPTER, state_dict=names)
     network._hf_peft_config_loaded = True  # type: ignore[assignment]
     network.requires_grad_(False)
-    # peft makes them in the precision of the network, in which the file's numbers would be rounded.
+    # 3. The values. peft creates the factors in the network's precision, which may round the file's
+    #    numbers, so they are replaced as a whole.
     for name, factors in adapter.layers.items():
         layer = network.get_submodule(name)
         for half, value in (("lora_A", factors.down), ("lora_B", factors.up)):
@@ -130,11 +137,12 @@ def load(network: torch.nn.Module, adapter: Adapter, model_id: str) -> None:
 
 
 def unload(network: torch.nn.Module) -> None:
-    """Take the LoRA out of the network: the very layers from before are back."""
+    """Take the LoRA out of the network and put the original layers back."""
     for path, layer in list(network.named_modules()):
         if isinstance(layer, BaseTunerLayer):
             parent, _, name = path.rpartition(".")
             setattr(network.get_submodule(parent), name, layer.get_base_layer())
+    # What peft and diffusers left on the network itself.
     for attribute in ("peft_config", "_hf_peft_config_loaded"):
         network.__dict__.pop(attribute, None)
 
@@ -144,13 +152,13 @@ def _as_peft_takes_it(target_modules: Sequence[str] | str) -> list[str] | str:
 
 
 def _selected(network: torch.nn.Module, target_modules: list[str] | str) -> set[str]:
-    """Return the names of the modules that target modules mean in this network."""
+    """Return the names of the modules of this network that `target_modules` means."""
     config = LoraConfig(target_modules=target_modules)
     return {n for n, _ in network.named_modules() if n and check_target_module_exists(config, n)}
 
 
 def _check_fits(network: torch.nn.Module, adapter: Adapter, model_id: str) -> None:
-    """Refuse a LoRA whose layers are not this network's, before anything is changed."""
+    """Refuse a LoRA whose layers do not fit this network."""
     layers = dict(network.named_modules())
     for name, factors in adapter.layers.items():
         layer = layers.get(name)
@@ -158,6 +166,7 @@ def _check_fits(network: torch.nn.Module, adapter: Adapter, model_id: str) -> No
         if not isinstance(layer, torch.nn.Linear | torch.nn.Conv2d):
             why = f"it has a layer {name}, which this model lacks"
         elif layer.weight.shape[1] != factors.shape[1]:
+            # Mostly the width of the text embeddings, in which SD 1.x and 2.x differ.
             channels = f"{layer.weight.shape[1]} channels here, {factors.shape[1]} there"
             why = f"{name} takes {channels}"
         elif tuple(layer.weight.shape) != factors.shape:
@@ -175,12 +184,12 @@ def trainable(network: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 
 def named_trainable(network: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """Return the LoRA's parameters by the names that `weights` gives them, ordered by name."""
+    """Return the LoRA's parameters by the names that `weights` uses, ordered by name."""
     return {name.replace(f".{ADAPTER}.", "."): parameter for name, parameter in _named(network)}
 
 
 def make_trainable(network: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """Freeze everything but the LoRA that is loaded, and return its parameters as float32."""
+    """Freeze everything but the loaded LoRA, and return its parameters, which become float32."""
     network.requires_grad_(False)
     for _, parameter in _named(network):
         parameter.data = parameter.data.float()
@@ -189,6 +198,7 @@ def make_trainable(network: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 
 def _named(network: torch.nn.Module) -> list[tuple[str, torch.nn.Parameter]]:
+    # Sorted, since the order decides the seeds of A's values and must not depend on peft.
     return sorted((n, p) for n, p in network.named_parameters() if ".lora_" in n)
 
 
@@ -202,7 +212,7 @@ def set_weights(network: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy weights, as `weights` returned them, into the LoRA of the network.
 
     Raises:
-        ConfigError: If names or shapes differ from the LoRA that is injected.
+        ConfigError: If names or shapes differ from those of the network's LoRA.
     """
     have = {name: tuple(value.shape) for name, value in weights(network).items()}
     given = {name: tuple(value.shape) for name, value in state.items()}
@@ -221,6 +231,7 @@ def set_weights(network: torch.nn.Module, state: Mapping[str, Tensor]) -> None:
 def adapter_metadata(network: torch.nn.Module) -> dict[str, Any]:
     """Return the adapter's configuration as plain values, for the header of its file."""
     config = network.peft_config[ADAPTER].to_dict()  # type: ignore[union-attr,index,operator]
+    # Sets in a fixed order, and enums as texts, so that the same LoRA gives the same header.
     plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
     return json.loads(json.dumps(plain, default=str, sort_keys=True))
 
@@ -231,7 +242,7 @@ def norm(network: torch.nn.Module) -> float:
 
 
 def is_present(network: torch.nn.Module) -> bool:
-    """Return whether the network carries a LoRA."""
+    """Return whether the network has a LoRA."""
     return bool(_named(network))
 
 
@@ -249,25 +260,25 @@ def disabled(network: torch.nn.Module):
 
 
 def set_strength(network: torch.nn.Module, strength: float) -> None:
-    """Multiply the LoRA's update by a factor; 1 is as trained, 0 the base model."""
+    """Set the factor on the LoRA's update; 1 is as trained, 0 the base model."""
     for layer in network.modules():
         if isinstance(layer, LoraLayer) and ADAPTER in layer.lora_A:
             layer.set_scale(ADAPTER, strength)
 
 
 class Merged:
-    """The network with the LoRA added to its weights, for calls that carry no gradient.
+    """The network with the LoRA merged into its weights, for calls without gradient.
 
-    Inside the block each LoRA layer is replaced by its base layer with the weights
-    W + (alpha / r) B A of the moment this object was made: the same output up to rounding, without
-    the LoRA's own operations. Afterwards the very layers from before are back, bit for bit. The
-    block may be entered many times.
+    Inside the block each LoRA layer is replaced by a plain one whose weight is W + (alpha / r) B A
+    as it was when this object was created. The output is the same up to rounding, without the
+    LoRA's own operations. After the block the original layers are back, bit for bit. The block can
+    be entered many times.
 
-    Nothing is replaced in half precision, where a small LoRA would vanish in the rounding of W, nor
-    where the LoRA is switched off or is more than a product of two matrices (DoRA).
+    A layer stays as it is in half precision, where a small update would vanish in the rounding of
+    W, and where the LoRA is switched off or is more than a product of two matrices (DoRA).
 
     Args:
-        network: With a LoRA.
+        network: A network with a LoRA.
     """
 
     def __init__(self, network: torch.nn.Module) -> None:
@@ -277,25 +288,26 @@ class Merged:
                 continue
             parent, _, name = path.rpartition(".")
             base: torch.nn.Module = layer.get_base_layer()  # type: ignore[operator]
+            # 1. The merged weight; clone() keeps the memory layout, on which the speed depends.
             weight = base.get_parameter("weight")
             with torch.no_grad():
                 delta: Tensor = layer.get_delta_weight(ADAPTER)  # type: ignore[operator]
-                # clone() keeps the memory layout.
                 together = weight.detach().clone().add_(delta.to(weight.dtype))
-            # A copy of the layer that shares everything but its weight.
-            own = {id(p): p for p in base.parameters()}
-            own[id(weight)] = torch.nn.Parameter(together, requires_grad=False)
-            plain = copy.deepcopy(base, own)
+            # 2. A copy of the layer that shares everything but the weight: deepcopy takes what is
+            #    in its memo instead of copying.
+            memo = {id(p): p for p in base.parameters()}
+            memo[id(weight)] = torch.nn.Parameter(together, requires_grad=False)
+            plain = copy.deepcopy(base, memo)
             self._layers.append((network.get_submodule(parent), name, layer, plain))
 
     @property
     def bytes(self) -> int:
-        """Return the memory of the weights that are held."""
+        """Return the bytes of the merged weights."""
         weights = (plain.get_parameter("weight") for *_, plain in self._layers)
         return sum(weight.numel() * weight.element_size() for weight in weights)
 
     def around(self, call: Callable[P, R]) -> Callable[P, R]:
-        """Return a function that is made of the same calls inside the block."""
+        """Return a function that makes the same call inside the block."""
 
         def merged(*arguments: P.args, **options: P.kwargs) -> R:
             with self:
@@ -313,6 +325,7 @@ class Merged:
 
 
 def _mergeable(layer: torch.nn.Module) -> bool:
+    # `lora_variant` holds what is more than a product, such as DoRA.
     if not isinstance(layer, LoraLayer) or ADAPTER not in layer.lora_A or layer.lora_variant:
         return False
     dtype = layer.get_base_layer().get_parameter("weight").dtype

@@ -5,11 +5,11 @@ one LoRA of the summed rank:
 
     sum_i c_i s_i up_i @ down_i = [c_1 s_1 up_1, c_2 s_2 up_2, ...] @ [down_1; down_2; ...]
 
-peft's own `cat` is this for adapters that a network carries; the exact mix needs no network, and
-rounds to float32 once. `svd` brings that sum back to a lower rank and says what is lost. `ties` and
-`dare_linear` prune the updates before they are added. `factor` averages the factors one by one, as
-the reference implementation of AlignProp does: mean(up) @ mean(down) holds the cross terms
-up_i @ down_j and is another model than the mean of the updates.
+peft's `cat` is the same for adapters inside a network; the exact mix needs no network and rounds to
+float32 once. `svd` reduces that sum to a lower rank and reports what is lost. `ties` and
+`dare_linear` prune the updates before they are added. `factor` averages each factor by itself, as
+the AlignProp reference does: mean(up) @ mean(down) contains the cross terms up_i @ down_j, so it is
+another model than the mean of the updates.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class Mixed:
     """A mix of LoRAs.
 
     Args:
-        layers: Factors in float32 on the CPU, alpha equal to the rank, of contiguous memory.
-        error: What a lower rank left out: the L2 distance of the updates over all layers, relative
-            to the norm of the mix that was asked for. 0 where the rank is not lowered.
+        layers: Factors in float32 on the CPU, contiguous, with alpha equal to the rank.
+        error: What a lower rank left out: the L2 distance from the exact updates over all layers,
+            divided by their norm. 0 where the rank is not lowered.
     """
 
     layers: dict[str, Factors]
@@ -56,26 +56,23 @@ def mix(
 ) -> Mixed:
     """Mix LoRAs with the coefficients c_i.
 
-    Leave out the base model, whose delta is 0. A member changes nothing in a layer that it lacks.
+    The base model is not passed: its delta is 0. A member changes nothing in a layer that it lacks.
 
         exact: sum_i c_i delta_i, the ranks concatenated; coefficients and scalings are folded into
             up. A member with coefficient 0 adds no rank.
-        svd: The same, brought to `rank` by the singular values that are largest.
+        svd: The exact mix, reduced to `rank` by keeping the largest singular values.
         factor: up = sum_i c_i up_i and down = sum_i c_i down_i.
-        ties: Of each update the `density` largest values stay; where members disagree in sign those
-            of the heavier sign stay; c_i delta_i is averaged over the members that are left.
-        dare_linear: Of each update a random share `density` stays, divided by it; then the sum.
+        ties: Each update keeps the share `density` of its values, the largest; where members differ
+            in sign, the heavier sign wins; c_i delta_i is averaged over the members that are left.
+        dare_linear: Each update keeps a random share `density`, divided by it; then the sum.
 
     Args:
-        members: At least one; layers that several have are of the same shapes, ranks may differ.
+        members: At least one. Layers in several members have equal shapes; ranks may differ.
         coefficients: c_i, one per member, of any sign and sum.
-        method: How.
-        rank: Of svd, ties and dare_linear; None is the largest rank among the members of a layer.
+        method: One of the above.
+        rank: Rank for svd, ties and dare_linear; None is the largest among a layer's members.
         density: Share in (0, 1] that ties and dare_linear keep.
-        seed: Of dare_linear.
-
-    Returns:
-        The mix. Not differentiable.
+        seed: Seed of dare_linear.
 
     Raises:
         ValueError: If shapes or numbers differ, one is not finite, or `factor` gets members of
@@ -92,6 +89,7 @@ def mix(
         pairs = zip(members, coefficients, strict=True)
         parts = [(member[name], c) for member, c in pairs if name in member]
         wanted = rank or max(factors.rank for factors, _ in parts)
+        # A pruned update has no small factors any more, so it is made whole; the others never are.
         if method in PRUNING:
             update = _prune(parts, method, density, (seed, number))
             _check_finite(name, update.float())
@@ -122,7 +120,7 @@ def _check(members: Sequence[Layers], coefficients: Sequence[float]) -> None:
 
 
 def missing(first: Layers, other: Layers) -> str | None:
-    """Return in words which layers only one of two LoRAs changes, None where both the same."""
+    """Return which layers only one of two LoRAs changes, in words; None if both change the same."""
     odd = sorted(first.keys() ^ other.keys())
     if not odd:
         return None
@@ -131,7 +129,7 @@ def missing(first: Layers, other: Layers) -> str | None:
 
 
 def other_shape(first: Layers, other: Layers) -> str | None:
-    """Return in words where a layer of two LoRAs has different shapes, None where nowhere."""
+    """Return which layer has different shapes in two LoRAs, in words; None if none has."""
     for name in first.keys() & other.keys():
         mine, yours = first[name].shape, other[name].shape
         if mine != yours:
@@ -140,6 +138,7 @@ def other_shape(first: Layers, other: Layers) -> str | None:
 
 
 def _check_finite(layer: str, *mix: Tensor) -> None:
+    # Members are finite, so anything else has overflowed.
     if not all(bool(torch.isfinite(tensor).all()) for tensor in mix):
         raise RunError(
             f"soup: the mix of layer {layer} holds numbers that are too large for float32",
@@ -155,41 +154,41 @@ def _from_halves(down: Tensor, up: Tensor) -> Factors:
 
 def _concatenate(parts: Sequence[tuple[Factors, float]]) -> Factors:
     """Return one layer of the exact mix."""
-    # Nothing but zeros: keep one, so that there still is a LoRA.
+    # Where all coefficients are 0 one member stays, so that the layer still has a LoRA.
     parts = [(f, c) for f, c in parts if c != 0.0] or list(parts[:1])
-    down = torch.cat([factors.down for factors, _ in parts], dim=0)
-    # fp64: one rounding instead of two.
+    down = torch.cat([factors.down for factors, _ in parts], dim=0)  # (sum r, in)
+    # In float64 the product of the three numbers is rounded once, when it becomes float32.
     up = torch.cat([c * factors.scaling * factors.up.double() for factors, c in parts], dim=1)
     return _from_halves(down, up)
 
 
 def _average_factors(parts: Sequence[tuple[Factors, float]], name: str) -> Factors:
-    """Return one layer with each factor interpolated by itself."""
+    """Return one layer with each factor averaged by itself."""
     kinds = {(factors.rank, factors.scaling) for factors, _ in parts}
     if len(kinds) > 1:
         raise ValueError(
             f"layer {name}: factors can be averaged only where rank and scaling are the same, "
             f"got {', '.join(f'{rank} and {scale:g}' for rank, scale in sorted(kinds))}"
         )
+    # The scaling goes into up, once: factors of scaling 1 are returned.
     down = sum((c * f.down.double() for f, c in parts), torch.zeros(()))
     up = sum((c * f.scaling * f.up.double() for f, c in parts), torch.zeros(()))
     return _from_halves(down, up)
 
 
 def _truncate(whole: Factors, rank: int) -> tuple[Factors, float, float]:
-    """Return the nearest LoRA of a rank, and the squared norms of what is lost and kept.
-
-    QR of both factors leaves a small square matrix with the same singular values: the whole update
-    is never made.
-    """
-    left, core_left = _linalg.qr(whole.up.double().flatten(1))
-    right, core_right = _linalg.qr(whole.down.double().flatten(1).T)
+    """Return the nearest LoRA of a rank, and the squared norms of what is lost and what is kept."""
+    # The whole update (out, in) is never made: with up = Q1 R1 and down^T = Q2 R2, the r x r matrix
+    # R1 R2^T has its singular values, and Q1, Q2 turn its singular vectors into the update's.
+    left, core_left = _linalg.qr(whole.up.double().flatten(1))  # (out, r), (r, r)
+    right, core_right = _linalg.qr(whole.down.double().flatten(1).T)  # (in, r), (r, r)
     u, values, v = _linalg.svd(core_left @ core_right.T)
     return _halves(left @ u, values, v @ right.T, whole, rank)
 
 
 def _factorise(delta: Tensor, rank: int) -> tuple[Factors, float, float]:
     """As `_truncate`, for a whole update of shape (out, in) or (out, in, kh, kw)."""
+    # `like` has the shapes of the factors to return, at rank 1, and no values.
     u, values, v = _linalg.svd(delta.flatten(1), full_matrices=False)
     like = Factors(delta.new_empty(1, *delta.shape[1:]), delta.new_empty(delta.shape[0], 1), 1.0)
     if delta.ndim == 4:
@@ -201,6 +200,7 @@ def _halves(
     u: Tensor, values: Tensor, v: Tensor, like: Factors, rank: int
 ) -> tuple[Factors, float, float]:
     """Return factors u sqrt(s) and sqrt(s) v of the largest singular values."""
+    # By Eckart and Young this is the nearest matrix of the rank, in the L2 norm of all its entries.
     kept, lost = values[:rank], values[rank:]
     root = kept.sqrt()
     up = (u[:, : len(kept)] * root).view(-1, len(kept), *like.up.shape[2:])
@@ -214,15 +214,15 @@ def _prune(
     """Return the pruned and mixed update of one layer, float64."""
     deltas = [factors.delta() for factors, _ in parts]
     if method == "ties":
-        # peft takes seconds to import, and no other method needs it.
+        # Imported here, since peft takes seconds and no other method needs it.
         from peft.utils import merge_utils
 
         weights = torch.tensor([c for _, c in parts], dtype=torch.float64)
         with warnings.catch_warnings():
-            # It warns that density 1 prunes nothing.
+            # peft warns that density 1 prunes nothing, which may be just what is wanted.
             warnings.simplefilter("ignore")
             return merge_utils.ties(deltas, weights, density)
-    # peft's dare_linear draws from the global generator: not a function of the seed alone.
+    # Not peft's dare_linear, which draws from the global generator and so depends on earlier draws.
     seed, layer = key
     total = torch.zeros_like(deltas[0])
     for number, (delta, (_, c)) in enumerate(zip(deltas, parts, strict=True)):

@@ -1,4 +1,4 @@
-"""How a soup is made: its method and the share of every member, from the command line."""
+"""What the command line asks of a soup: the method, and the share of every member."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ RANKED: tuple[Method, ...] = ("svd", "ties", "dare_linear")
 """The methods whose result has a rank to choose."""
 
 PRUNING: tuple[Method, ...] = ("ties", "dare_linear")
-"""The methods that keep only a share of every update, the density."""
+"""The methods that keep only a share of every update, `density`."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,15 @@ class Recipe:
     allow_missing: bool = False
 
 
+# From 0 to 1 by 0.01. Each mix is sampled with, so more of them are a mistyped step.
 _MOST_MIXES = 101
 
 
 def check_recipe(recipe: Recipe) -> None:
-    """Refuse options that the method does not have.
+    """Refuse options that do not go with the method.
 
     Raises:
-        ConfigError: Names the option and the methods that have it.
+        ConfigError: With the option and the methods that it goes with.
     """
     if recipe.rank is not None and recipe.method not in RANKED:
         raise ConfigError(
@@ -57,27 +58,34 @@ def check_recipe(recipe: Recipe) -> None:
 def member_shares(members: list[str], coef: str | None) -> tuple[list[str], list[float]]:
     """Return the members' names and coefficients.
 
+    Args:
+        members: As typed: NAME or NAME=SHARE.
+        coef: The text of `--coef`; None if it was not given.
+
     Raises:
-        ConfigError: If they do not go together, or one is not a finite number.
+        ConfigError: If names and shares do not go together, or a share is not a finite number.
     """
+    # 1. NAME=SHARE: the shares that the members bring themselves.
     names: list[str] = []
     given: list[float | None] = []
     for member in members:
         name, sign, share = member.rpartition("=")
-        # A path may have an equals sign of its own.
+        # A path may contain an equals sign.
         plain = not sign or Path(member).expanduser().exists()
         names.append(member if plain else name)
         given.append(None if plain else _number(share, member))
-    own = [share for share in given if share is not None]
-    if own and len(own) < len(names):
+    typed = [share for share in given if share is not None]
+    if typed and len(typed) < len(names):
         raise ConfigError(
-            f"soup: {len(own)} of {len(names)} members have a share",
+            f"soup: {len(typed)} of {len(names)} members have a share",
             hint="give every member one: A=0.7 B=0.3",
         )
-    if own and coef is not None:
+    if typed and coef is not None:
         raise ConfigError("soup: shares are given twice, by --coef and by MEMBER=SHARE")
-    if own:
-        return names, own
+    if typed:
+        return names, typed
+
+    # 2. Otherwise those of --coef, where of two members the second gets the rest; or equal shares.
     if coef is None:
         return names, [1.0 / len(names)] * len(names)
     shares = [_number(text, f"--coef {coef}") for text in coef.split(",")]
@@ -95,7 +103,7 @@ def sweep_shares(sweep: str, members: list[str], coef: str | None) -> list[float
     """Return the shares of the first member along a sweep, both ends included.
 
     Raises:
-        ConfigError: If it is no such range, or goes with something else than two plain members.
+        ConfigError: If the range is wrong, or there are not exactly two members without shares.
     """
     if len(members) != 2 or coef is not None:
         raise ConfigError("--sweep goes with two members and without --coef")
@@ -103,6 +111,7 @@ def sweep_shares(sweep: str, members: list[str], coef: str | None) -> list[float
     if len(parts) != 3 or parts[2] <= 0.0 or parts[1] <= parts[0]:
         raise ConfigError(f"--sweep {sweep}: expected FROM:TO:STEP, rising, such as 0:1:0.25")
     first, last, step = parts
+    # Rounding must not lose the end of 0:1:0.1, nor show 0.30000000000000004 as a share.
     count = int((last - first) / step + 1e-9) + 1
     if not 2 <= count <= _MOST_MIXES:
         raise ConfigError(f"--sweep {sweep}: {count} mixes; expected 2 to {_MOST_MIXES}")

@@ -1,6 +1,6 @@
 """Make a soup of LoRA files: find and check the members, mix them, write the result.
 
-The arithmetic is in mixing.py, what the user may ask for in recipe.py.
+mixing.py does the arithmetic, recipe.py reads what the user asks for.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from alignprop_cli.lora.recipe import RANKED, Recipe
 from alignprop_cli.storage import sha256, write_whole
 
 BASE = "base"
-"""What the base model is called as a member; a folder of that name is ./base."""
+"""The base model's name as a member; a folder of that name has to be written ./base."""
 
 
 @dataclass(frozen=True)
 class Member:
-    """What is mixed.
+    """One of the models that are mixed.
 
     Args:
-        name: What the user called it.
-        label: What folders call it.
+        name: As the user typed it.
+        label: Its short name in the names of folders.
         adapter: Its LoRA; None is the base model.
     """
 
@@ -42,9 +42,9 @@ class Mix:
     """One mix of the members.
 
     Args:
-        folder: Where it goes.
+        folder: Where it is written.
         coefficients: The share of each member.
-        share: Of the first member, along a sweep; None of a mix alone.
+        share: Along a sweep the first member's share; None for a single mix.
     """
 
     folder: Path
@@ -54,12 +54,12 @@ class Mix:
 
 @dataclass(frozen=True)
 class Soup:
-    """Members that belong together, and the mixes to make of them.
+    """Members that fit together, and the mixes to make of them.
 
     Args:
         members: At least one of them is not the base model.
-        folder: Where everything goes.
-        mixes: One, in that folder, or those of a sweep, in folders inside.
+        folder: Where everything is written.
+        mixes: A single mix, in that folder, or those of a sweep, in folders inside it.
         recipe: How they are mixed.
     """
 
@@ -70,20 +70,22 @@ class Soup:
 
     @property
     def contents(self) -> list[str]:
-        """Return the names of what the folder will hold: what may be replaced."""
+        """Return the names of what is written into the folder, and so may be replaced there."""
+        # Of a sweep only the folders of its own shares: another sweep's results are not replaced.
         parts = [mix.folder.name for mix in self.mixes if mix.share is not None]
         return [LORA_FILE, "evaluation", *parts]
 
     @property
     def source(self) -> files.Located:
-        """Return the first member that says how to sample with it, or else the first one."""
+        """Return the first member that records how to sample with it, or else the first one."""
         adapters = self._adapters
-        saying = (a for a in adapters if "alignprop.config" in a.header)
-        return files.Located(next(saying, adapters[0]).file)
+        # Only a LoRA that alignprop trained has its configuration in the header.
+        recorded = (a for a in adapters if "alignprop.config" in a.header)
+        return files.Located(next(recorded, adapters[0]).file)
 
     @property
     def header(self) -> dict[str, str]:
-        """Return what the mixes say of their base model, and of how to sample with it."""
+        """Return what the mixes record about their base model and how to sample with it."""
         return _recorded(self._adapters)
 
     @property
@@ -92,25 +94,25 @@ class Soup:
 
     @property
     def left_out(self) -> list[str]:
-        """Return what of the members' files goes into no mix."""
+        """Return messages about parts of the members' files that go into no mix."""
         what = "layers of the text encoder are left out"
         return [f"{a.file}: its {a.left_out} {what}" for a in self._adapters if a.left_out]
 
     @property
     def remarks(self) -> list[str]:
-        """Return what is unusual about the shares of a mix alone."""
+        """Return messages about unusual shares of a single mix."""
         if self.mixes[0].share is not None:
             return []
         total, least = sum(self.mixes[0].coefficients), min(self.mixes[0].coefficients)
         if total < 0.999 or total > 1.001:
             return [f"the shares add up to {total:g}: the mix is not an average"]
-        return ["a share is negative: this goes on beyond a member"] if least < 0.0 else []
+        return ["a share is negative: the mix lies beyond a member"] if least < 0.0 else []
 
     def make(self) -> tuple[dict[str, Any], list[str]]:
         """Write the mixes.
 
         Returns:
-            Of a mix alone: what was made, for programs and for people. Of a sweep nothing.
+            For a single mix: what was made, for programs and for people. For a sweep nothing.
 
         Raises:
             ConfigError: If the method cannot mix the members.
@@ -127,14 +129,14 @@ def prepare(
     output: str | None,
     recipe: Recipe,
 ) -> Soup:
-    """Read the members of a soup, and say where its mixes go.
+    """Read and check the members of a soup, and choose where its mixes are written.
 
     Args:
-        names: What the user calls the members: runs, checkpoints, LoRA files or folders, or `base`.
-        coefficients: The share of each, for a mix alone.
-        shares: Of the first of two members, along a sweep; None is a mix alone.
-        output: The folder that the user named.
-        recipe: How they are mixed.
+        names: The members as typed: runs, checkpoints, LoRA files or folders, or `base`.
+        coefficients: The share of each member in a single mix.
+        shares: Along a sweep the shares of the first of two members; None for a single mix.
+        output: The folder that the user named; None for the default.
+        recipe: How the members are mixed.
 
     Raises:
         AlignPropError: As `files.locate` and `files.read`.
@@ -143,12 +145,14 @@ def prepare(
     """
     if all(name == BASE for name in names):
         raise ConfigError("soup: all members are the base model: there is nothing to mix")
+    # 1. The members. All are found before any is read, so that a mistyped name is told quickly.
     located = [None if name == BASE else files.locate(name) for name in names]
     members = [
         Member(name, found.label, files.read(found.file)) if found else Member(name, "base", None)
         for name, found in zip(names, located, strict=True)
     ]
     _check_members([m.adapter for m in members if m.adapter is not None], recipe.allow_missing)
+    # 2. The folders: one for a single mix, for a sweep one per share inside it.
     labels = [member.label for member in members]
     default = _default_name(labels, None if shares is not None else coefficients)
     folder = Path(output or default).expanduser()
@@ -159,7 +163,8 @@ def prepare(
 
 
 def _default_name(labels: list[str], coefficients: Sequence[float] | None) -> str:
-    """Return soup-<label>-<share>-... for the folder; of two members only the first's share."""
+    """Return the folder's name, soup-<label>-<share>-...; with two members the first share only."""
+    # Cut off, since file systems allow 255 bytes in a name.
     if coefficients is None:
         return "-".join(["soup", *labels, "sweep"])[:200]
     if len(labels) == 2 and abs(sum(coefficients) - 1.0) < 1e-9:
@@ -170,8 +175,11 @@ def _default_name(labels: list[str], coefficients: Sequence[float] | None) -> st
 
 def _check_members(adapters: Sequence[Adapter], allow_missing: bool) -> None:
     """Refuse LoRAs of different base models or of different layers."""
+    # Comparing each with the first is enough: all have to agree with it.
     first = adapters[0]
     for other in adapters[1:]:
+        # 1. By the fingerprints of the whole networks, where both files have one: the few layers of
+        #    two LoRAs may have equal shapes by chance.
         prints = [a.header.get("alignprop.base_fingerprint") for a in (first, other)]
         if all(prints) and prints[0] != prints[1]:
             models = [a.header.get("alignprop.base_model", "unknown") for a in (first, other)]
@@ -180,6 +188,7 @@ def _check_members(adapters: Sequence[Adapter], allow_missing: bool) -> None:
                 f"{other.file} to {models[1]}",
                 hint="only LoRAs of the same base model can be mixed",
             )
+        # 2. By the shapes of the layers, which any file has.
         difference = mixing.other_shape(first.layers, other.layers)
         if difference:
             raise ConfigError(
@@ -195,7 +204,8 @@ def _check_members(adapters: Sequence[Adapter], allow_missing: bool) -> None:
 
 
 def _make(mix: Mix, members: Sequence[Member], recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
-    """Mix the members, write the folder whole or not at all, and return what there is to say."""
+    """Mix the members, write the folder whole or not at all, and return what was made."""
+    # 1. The arithmetic. The base model adds nothing, so its share only counts in the records.
     pairs = list(zip(members, mix.coefficients, strict=True))
     present = [(m.adapter, c) for m, c in pairs if m.adapter is not None]
     try:
@@ -209,6 +219,7 @@ def _make(mix: Mix, members: Sequence[Member], recipe: Recipe) -> tuple[dict[str
         )
     except ValueError as error:
         raise ConfigError(f"soup: {error}", hint="the default method, exact, mixes any") from error
+    # 2. The header says what the mix is made of, with hashes, since files are renamed.
     made_of: list[dict[str, Any]] = [
         {"name": m.name, "sha256": m.adapter.sha256 if m.adapter else None, "coefficient": c}
         for m, c in pairs
@@ -229,7 +240,7 @@ def _make(mix: Mix, members: Sequence[Member], recipe: Recipe) -> tuple[dict[str
 
 
 def _recorded(adapters: Sequence[Adapter]) -> dict[str, str]:
-    """Return what the members say of their base model, and of how to sample with it."""
+    """Return what the members record about their base model and how to sample with it."""
     header: dict[str, str] = {}
     for key in ("alignprop.base_model", "alignprop.base_fingerprint"):
         known = [a.header[key] for a in adapters if a.header.get(key)]
@@ -237,7 +248,7 @@ def _recorded(adapters: Sequence[Adapter]) -> dict[str, str]:
     configs = [files.recorded_config(a.header, a.file) for a in adapters]
     config = next((c for c in configs if c is not None), None)
     if config is not None:
-        # A soup was not trained, so only what evaluation needs stays true of it.
+        # A soup was not trained: only the sections that evaluation reads are true of it.
         kept = {k: config[k] for k in ("model", "sample", "reward", "loss", "eval") if k in config}
         header["alignprop.config"] = json.dumps(kept, sort_keys=True)
     return header

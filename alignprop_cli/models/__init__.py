@@ -1,5 +1,5 @@
 """The base models, and the only importer of diffusers.
 
-Read base.py (the contract), families.py (which model is of which family, and how it is opened),
-then unet.py (a family); meta.py plans without weights.
+Read base.py (the contract), families.py (one row per family; how a model is found and opened), then
+unet.py (a family). loading.py asks the hub, meta.py builds a model without weights to plan with.
 """

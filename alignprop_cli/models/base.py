@@ -1,6 +1,6 @@
-"""The contract of a family of base models: prompts in, network calls, latents out, images out.
+"""The contract of a family of base models: text encoders, network and decoder.
 
-A family is one file beside this one and one row of families.py. Nothing outside models/ and
+A family is one file in this folder and one row of families.py. Nothing outside models/ and
 lora/files.py knows its name. The parts are separate because they need not be on the device
 together: text encoders are loaded, used and dropped before the network is loaded.
 """
@@ -21,13 +21,13 @@ from alignprop_cli.schedule import NoiseSchedule
 
 
 class TextEncoders(Protocol):
-    """What turns prompts into embeddings; dropped as soon as all prompts are encoded."""
+    """Turn prompts into embeddings; dropped as soon as all prompts are encoded."""
 
     def encode(self, prompts: Sequence[str]) -> list[Embeds]:
         """Encode prompts, each by itself.
 
         Returns:
-            One `Embeds` a prompt, without a batch dimension, on the encoders' device. Not
+            One `Embeds` per prompt, without a batch dimension, on the encoders' device. Not
             differentiable.
         """
         ...
@@ -36,11 +36,11 @@ class TextEncoders(Protocol):
 class Network(Protocol):
     """The part that is called once per step and carries the LoRA.
 
-    Latents stay (B, C, h, w) in the chain; packing, position ids, units of time and sign are the
-    family's affair and live inside `predict`.
+    Latents stay (B, C, h, w) in the chain. Packing, position ids, the units of the timestep and the
+    sign of the output differ between families and stay inside `predict`.
 
     Args:
-        module: Where the LoRA goes.
+        module: The network itself, which the LoRA is added to.
     """
 
     module: torch.nn.Module
@@ -49,12 +49,12 @@ class Network(Protocol):
         """Return (C, h, w) for an image of this size in pixels; None is the model's own size.
 
         Raises:
-            ConfigError: If the size is not a multiple of what the model can draw.
+            ConfigError: If the model cannot sample images of this size.
         """
         ...
 
     def schedule(self, steps: int, latent_shape: tuple[int, int, int]) -> NoiseSchedule:
-        """Return the noise levels of a chain of so many steps for latents of this shape.
+        """Return the noise levels of a chain of `steps` steps for latents (C, h, w).
 
         Raises:
             ConfigError: If the model's scheduler has no such chain.
@@ -76,7 +76,7 @@ class Network(Protocol):
         ...
 
     def recompute_blocks(self, on: bool) -> None:
-        """Recompute the blocks of the network in backward, from now on or no longer."""
+        """Switch activation checkpointing of the network's blocks on or off."""
         ...
 
 
@@ -84,7 +84,7 @@ class Decoder(Protocol):
     """From clean latents to images, in its own precision.
 
     Args:
-        module: Its network.
+        module: The decoder's network, perhaps with more around it (the whole autoencoder).
     """
 
     module: torch.nn.Module
@@ -100,13 +100,13 @@ class Decoder(Protocol):
 
         Args:
             latents: As the chain leaves them.
-            recompute: Whether backward recomputes the decoder's blocks.
+            recompute: Whether the decoder's blocks are recomputed in backward.
         """
         ...
 
 
 def stack(embeds: Sequence[Embeds]) -> Embeds:
-    """Return the batch of several prompts' embeddings, all of the same shapes."""
+    """Return the batch of several prompts' embeddings, which all have the same shapes."""
     names = embeds[0].tensors
     return Embeds({name: torch.stack([e.tensors[name] for e in embeds]) for name in names})
 
@@ -117,7 +117,7 @@ class Source:
 
     Args:
         config: The `model` section of the configuration.
-        path: A folder in diffusers format or a single file; that of a hub id is in the cache.
+        path: A folder in diffusers format or a single file; for a hub id, the folder in the cache.
         dtype: Precision of the frozen weights.
     """
 
@@ -140,8 +140,8 @@ class MetaModel:
 
     Args:
         parts: Network and decoder.
-        conditioning: Embeddings of one prompt (both branches), of the right shapes and no content.
-        image_size: Pixels (H, W) of an image for latents of (C, h, w).
+        conditioning: Embeddings of one prompt (both branches): shapes without content.
+        image_size: Latents (C, h, w) -> (H, W), the size of their image in pixels.
     """
 
     parts: Parts
@@ -155,14 +155,12 @@ class Family:
 
     Args:
         name: For people.
-        pipeline_class: Class of diffusers in model_index.json.
-        lora_prefix: Of the network's layers in a LoRA file of diffusers.
-        kohya_prefix: The same in a file of kohya's trainers.
-        target_modules: Layers that get a LoRA by default: their names' endings.
-        load_text_encoders: Loads them on a device.
+        pipeline_class: The pipeline's class in diffusers, as model_index.json names it.
+        lora_prefix: What diffusers puts before the names of the network's layers in a LoRA file.
+        target_modules: Endings of the names of the layers that get a LoRA by default.
+        load_text_encoders: Loads the text encoders on a device.
         load_parts: Loads network and decoder on a device, frozen.
-        on_meta: The same without weights, from configuration files alone; told the type of the
-            device that it will run on.
+        on_meta: Builds network and decoder without weights, from configuration files alone.
         guidance_origin: As `guidance.Guidance.origin`.
         stack: Makes a batch of the embeddings of several prompts.
     """
@@ -170,11 +168,10 @@ class Family:
     name: str
     pipeline_class: str
     lora_prefix: str
-    kohya_prefix: str
     target_modules: tuple[str, ...]
     load_text_encoders: Callable[[Source, torch.device], TextEncoders]
     load_parts: Callable[[Source, torch.device], Parts]
-    on_meta: Callable[[Source, str], MetaModel]
+    on_meta: Callable[[Source], MetaModel]
     guidance_origin: Literal["uncond", "text"] = "uncond"
     stack: Callable[[Sequence[Embeds]], Embeds] = stack
 
@@ -188,8 +185,8 @@ class Sampler:
         guidance: How the two branches are combined.
         eta: Share of fresh noise per step in [0, 1]; 0 is deterministic.
         height: Pixels; None is the model's own.
-        width: Likewise.
-        negative_prompt: What the unconditional branch is given.
+        width: Pixels; None is the model's own.
+        negative_prompt: The prompt of the unconditional branch.
     """
 
     num_inference_steps: int
@@ -202,16 +199,16 @@ class Sampler:
 
 @dataclass
 class Model:
-    """A loaded base model: frozen parts, and the embeddings of the prompts that it is asked for.
+    """A loaded base model: frozen parts, and the embeddings of all prompts it was opened with.
 
     Args:
-        id: What the user called it.
-        family: Its row.
+        id: The model's id, as the user gave it.
+        family: The family's row.
         network: Can carry a LoRA.
         decoder: From latents to images.
-        embeds: By prompt, without a batch dimension, on the CPU.
+        embeds: Embeddings by prompt, without a batch dimension, on the CPU.
         fingerprint: Hash of the architecture (names and shapes of the network's weights before a
-            LoRA is added): two checkpoints with the same fingerprint can exchange LoRAs.
+            LoRA is added): models with the same fingerprint can exchange LoRAs.
     """
 
     id: str
@@ -223,15 +220,15 @@ class Model:
 
     @property
     def device(self) -> torch.device:
-        """Return where the network is."""
+        """Return the device of the network."""
         return next(self.network.module.parameters()).device
 
     def conditioning(self, prompts: Sequence[str], negative_prompt: str | None) -> Conditioning:
-        """Return the batch of some prompts on the network's device.
+        """Return the embeddings of a batch of prompts on the network's device.
 
         Args:
-            prompts: B of those that were encoded when the model was opened.
-            negative_prompt: Likewise; None where guidance is off.
+            prompts: B prompts that were encoded when the model was opened.
+            negative_prompt: One more of these; None where guidance is off.
 
         Raises:
             KeyError: If a prompt was not encoded.
@@ -239,5 +236,6 @@ class Model:
         text = self.family.stack([self.embeds[prompt] for prompt in prompts]).to(self.device)
         if negative_prompt is None:
             return Conditioning(text)
+        # One negative prompt for all images, so that each row has its own unconditional branch.
         negative = self.family.stack([self.embeds[negative_prompt]] * len(prompts))
         return Conditioning(text, negative.to(self.device))

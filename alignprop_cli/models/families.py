@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from alignprop_cli import device as machine
 from alignprop_cli.config.schema import ModelConfig, SampleConfig
+from alignprop_cli.device import allow_tf32, resolve_dtype
 from alignprop_cli.errors import AssetError, ConfigError
 from alignprop_cli.guidance import Embeds, Guidance
 from alignprop_cli.models import loading
@@ -23,7 +23,7 @@ TINY = Path(__file__).parent.parent / "tiny" / "pipeline"
 """The embedded model, in diffusers format."""
 
 ARCHITECTURES = Path(__file__).parent / "architectures"
-"""Folders in diffusers format that hold the configurations of published models, no weights."""
+"""Folders in diffusers format with the configurations of published models: numbers, no weights."""
 
 PUBLISHED = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd-1.5",
@@ -32,14 +32,12 @@ PUBLISHED = {
     "stabilityai/stable-diffusion-2-1": "sd-2.1",
     "stabilityai/stable-diffusion-2-1-base": "sd-2.1-base",
 }
-"""Which folder of `ARCHITECTURES` belongs to a hub id."""
+"""Hub ids whose configurations are shipped, and their folder in `ARCHITECTURES`."""
 
 
 def _from(module: str, name: str) -> Callable[..., Any]:
-    """Return a function of a family's file, which is imported when the function is called.
-
-    Diffusers takes seconds to import; what only looks up a row does not need it.
-    """
+    """Return a stand-in for a function of a family's file, imported when it is first called."""
+    # The file imports diffusers, which takes seconds; looking up a row does not need it.
 
     def call(*arguments: Any) -> Any:
         function = getattr(importlib.import_module(f"alignprop_cli.models.{module}"), name)
@@ -55,7 +53,6 @@ FAMILIES: dict[str, Family] = {
             name="Stable Diffusion 1.x and 2.x",
             pipeline_class="StableDiffusionPipeline",
             lora_prefix="unet.",
-            kohya_prefix="lora_unet_",
             target_modules=("to_q", "to_k", "to_v", "to_out.0"),
             load_text_encoders=_from("unet", "load_text_encoders"),
             load_parts=_from("unet", "load_parts"),
@@ -67,35 +64,38 @@ FAMILIES: dict[str, Family] = {
 
 
 def register(family: Family) -> None:
-    """Add a family, so that its models can be opened; a row of the same class is replaced."""
+    """Add a family, so that its models can be opened; replaces a row of the same class."""
     FAMILIES[family.pipeline_class] = family
 
 
 def find(config: ModelConfig) -> tuple[Family, Path | None]:
     """Return the family of the model that a configuration names, and where the model is.
 
-    The family is what model_index.json says. A hub id whose architecture is not shipped is asked
-    for that file, and nothing else is downloaded. Single files are Stable Diffusion.
+    model_index.json names the family. For a hub id whose configurations are not shipped that file
+    is downloaded, and nothing else. Single files are taken for Stable Diffusion.
 
     Returns:
-        The family, and the local folder or file; None is a hub id.
+        The family, and the local folder or file; None for a hub id.
 
     Raises:
         AssetError: If a path is not there or is no folder in diffusers format, or if the hub cannot
             be reached or refuses.
         ConfigError: If the family is not supported.
     """
+    # 1. Local files come first: a folder may have the same name as a hub id.
     path = TINY if config.id == "tiny" else Path(config.id).expanduser()
     if path.is_file():
         return FAMILIES["StableDiffusionPipeline"], path
     if path.is_dir():
         return _family(path / "model_index.json", str(path)), path
+    # 2. A mistyped path is told here; the hub would only say that it has no such repository.
     if _looks_like_a_path(config.id):
         raise AssetError(
             f"model.id: no such file or folder: {config.id}",
             hint="give a folder in diffusers format, a .safetensors file, or a hub id; "
             "`--preset tiny` works without any download",
         )
+    # 3. The hub, which is not asked where the configurations are shipped.
     if config.id in PUBLISHED:
         index = ARCHITECTURES / PUBLISHED[config.id] / "model_index.json"
     else:
@@ -104,6 +104,7 @@ def find(config: ModelConfig) -> tuple[Family, Path | None]:
 
 
 def _looks_like_a_path(name: str) -> bool:
+    # A hub id is owner/name and nothing else.
     owner_and_name = name.count("/") == 1 and not name.startswith((".", "~", "/"))
     return not owner_and_name or Path(name).suffix in {".safetensors", ".ckpt"}
 
@@ -117,7 +118,7 @@ def _family(index: Path, place: str) -> Family:
             f"{place}: not a model in diffusers format: cannot read {index.name}",
             hint=f"the folder must hold {index.name} and a folder for each part that it names",
         ) from error
-    # Pipelines with code of their own are named by a list.
+    # A pipeline with its own code has a list [module, class] there.
     if not isinstance(name, str) or name not in FAMILIES:
         supported = ", ".join(f"{f.pipeline_class} ({f.name})" for f in FAMILIES.values())
         raise ConfigError(f"model.id: {place} is a {name}; supported: {supported}")
@@ -132,8 +133,8 @@ def open_model(config: ModelConfig, prompts: Iterable[str], device: torch.device
 
     Args:
         config: The `model` section.
-        prompts: All that the model will ever be asked for, the negative prompt among them; each
-            distinct one is encoded once. Without any, no text encoder is loaded.
+        prompts: All prompts that will ever be used, the negative prompt among them; each distinct
+            one is encoded once. Without any, no text encoder is loaded.
         device: Where the weights go.
 
     Raises:
@@ -141,13 +142,13 @@ def open_model(config: ModelConfig, prompts: Iterable[str], device: torch.device
         ConfigError: If the model is of a family that is not supported, or cannot be trained.
     """
     family, path = find(config)
-    # 1. All files are fetched first: what is missing is told before the prompts are encoded.
+    # 1. All files are fetched first, so that what is missing is told before any work is done.
     path = path or loading.download(config)
-    source = Source(config, path, machine.resolve_dtype(config.dtype, device))
-    machine.allow_tf32(source.dtype)
+    source = Source(config, path, resolve_dtype(config.dtype, device))
+    allow_tf32(source.dtype)
 
-    # 2. The text encoders live within this call. What is left of them is freed after it, cycles of
-    # references included.
+    # 2. The text encoders live within this call. They can hold cycles of references, which only the
+    #    collector frees; the cache is emptied so that other sizes can be allocated there.
     embeds = _encode(family, source, list(dict.fromkeys(prompts)), device)
     gc.collect()
     if device.type == "cuda":
@@ -168,16 +169,20 @@ def open_model(config: ModelConfig, prompts: Iterable[str], device: torch.device
 def _encode(
     family: Family, source: Source, prompts: list[str], device: torch.device
 ) -> dict[str, Embeds]:
-    """Return the embeddings of each prompt, on the CPU."""
+    """Return the embeddings of each prompt, on the CPU.
+
+    The encoders are local to this function, so nothing holds them when it returns.
+    """
     if not prompts:
         return {}
     encoders = family.load_text_encoders(source, device)
     cpu = torch.device("cpu")
-    # One after the other, so that the embeddings of thousands are never on the device together.
+    # One by one: the embeddings of thousands of prompts would not fit the device together.
     return {prompt: encoders.encode([prompt])[0].to(cpu) for prompt in prompts}
 
 
 def _fingerprint(network: torch.nn.Module) -> str:
+    # Names and shapes, not values: a fine-tuned checkpoint accepts the LoRAs of its base.
     lines = sorted(f"{name} {tuple(p.shape)}" for name, p in network.named_parameters())
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
@@ -187,7 +192,7 @@ def sampler(config: SampleConfig, family: Family) -> Sampler:
 
     Args:
         config: The `sample` section.
-        family: Says how its guidance counts.
+        family: Says what its guidance scale means.
     """
     return Sampler(
         num_inference_steps=config.num_inference_steps,

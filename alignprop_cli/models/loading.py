@@ -41,6 +41,7 @@ def download_configurations(config: ModelConfig) -> Path:
     Raises:
         AssetError: If the hub cannot be reached or refuses.
     """
+    # One folder deep, as the parts of a pipeline are.
     with explained(config):
         return Path(
             snapshot_download(
@@ -50,14 +51,14 @@ def download_configurations(config: ModelConfig) -> Path:
 
 
 def download(config: ModelConfig) -> Path:
-    """Return the folder of a hub id, in diffusers format, with all that is needed of it.
+    """Download a hub id and return its folder, in diffusers format.
 
     Raises:
         AssetError: If the hub cannot be reached or refuses.
     """
     from diffusers import DiffusionPipeline
 
-    # What is named here is not downloaded.
+    # A part that is passed as None is not downloaded.
     unused = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
     with explained(config):
         folder: str | Path = DiffusionPipeline.download(
@@ -68,7 +69,7 @@ def download(config: ModelConfig) -> Path:
 
 @contextmanager
 def explained(config: ModelConfig, path: Path | None = None) -> Iterator[None]:
-    """Turn whatever goes wrong inside the block, while a model is fetched or read, into one error.
+    """Turn whatever goes wrong while a model is downloaded or read into one clear error.
 
     Args:
         config: The `model` section.
@@ -80,6 +81,7 @@ def explained(config: ModelConfig, path: Path | None = None) -> Iterator[None]:
     try:
         yield
     except hub.FAILURES as error:
+        # With a local path the hub was not asked, so its errors in the chain explain nothing.
         refusal = hub.find_cause(error, _REFUSALS) if path is None else None
         if refusal is not None:
             raise refusal(config) from error
@@ -115,12 +117,13 @@ def _offline(config: ModelConfig) -> AssetError:
     return AssetError(f"model.id: {config.id}: {hub.OFFLINE} ({_INDEX})", hint=_ELSEWHERE)
 
 
+# The error to show for each error of the hub. `find_cause` takes the first entry that matches.
 _REFUSALS: dict[type[BaseException], Callable[[ModelConfig], AssetError]] = {
-    GatedRepoError: _gated,  # before its base class RepositoryNotFoundError
+    # The order counts: GatedRepoError is a RepositoryNotFoundError.
+    GatedRepoError: _gated,
     RevisionNotFoundError: _no_revision,
     RepositoryNotFoundError: _no_repository,
     RemoteEntryNotFoundError: _no_file,
     OfflineModeIsEnabled: _offline,
     LocalEntryNotFoundError: _offline,
 }
-"""What each of the hub's errors is told as; the first that is among an error's causes counts."""

@@ -1,7 +1,7 @@
 """A base model without its weights: the same code on the meta device, to plan with.
 
-Everything has its shape and no numbers. Nothing is downloaded for the published architectures,
-whose configurations (numbers, no weights) are in `architectures/`.
+Tensors have shapes and no values. For the published models nothing is downloaded: their
+configurations are shipped in `architectures/`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from alignprop_cli.models.base import MetaModel, Source
 from alignprop_cli.models.families import ARCHITECTURES, PUBLISHED, find
 
 
-def meta_model(config: ModelConfig, dtype: torch.dtype, device_type: str) -> MetaModel:
+def meta_model(config: ModelConfig, dtype: torch.dtype) -> MetaModel:
     """Return the model that a configuration names, on the meta device.
 
     Text encoders are not part of it: they are dropped before the network is loaded.
@@ -24,15 +24,14 @@ def meta_model(config: ModelConfig, dtype: torch.dtype, device_type: str) -> Met
     Args:
         config: The `model` section.
         dtype: Precision of the frozen weights.
-        device_type: Where it will run: `cuda` or `cpu`.
 
     Raises:
-        AssetError: As `families.find`, or if the configurations of an unknown model cannot be had.
+        AssetError: As `families.find`, or if the configurations cannot be read or downloaded.
         ConfigError: If the model cannot be trained.
     """
     family, path = find(config)
     source = Source(config, _configurations(config, path), dtype)
-    return family.on_meta(source, device_type)
+    return family.on_meta(source)
 
 
 def _configurations(config: ModelConfig, path: Path | None) -> Path:
@@ -43,5 +42,6 @@ def _configurations(config: ModelConfig, path: Path | None) -> Path:
         return loading.download_configurations(config)
     if path.is_dir():
         return path
-    # A single file does not say; most are fine-tuned from Stable Diffusion 1.5.
+    # A single file holds no configuration, and most are fine-tuned from Stable Diffusion 1.5. A
+    # wrong guess makes the estimate wrong, nothing else: the weights are loaded by other code.
     return Path(config.config).expanduser() if config.config else ARCHITECTURES / "sd-1.5"

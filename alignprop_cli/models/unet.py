@@ -20,6 +20,7 @@ from alignprop_cli.models import loading
 from alignprop_cli.models.base import MetaModel, Parts, Source
 from alignprop_cli.schedule import NoiseSchedule, diffusion_schedule
 
+# The safety checker classifies images and is no part of the chain; it costs 1.2 GB.
 _NO_CHECKER: dict[str, Any] = {
     "safety_checker": None,
     "requires_safety_checker": False,
@@ -28,11 +29,11 @@ _NO_CHECKER: dict[str, Any] = {
 
 
 class ClipText:
-    """The text encoder; see `TextEncoders`.
+    """CLIP's text encoder; see `TextEncoders`.
 
     Args:
-        tokenizer: Of CLIP.
-        encoder: Its last hidden states are what the network is given, (L, D) of a prompt.
+        tokenizer: CLIP's tokenizer.
+        encoder: Its last hidden states, (L, D) for one prompt, condition the network.
     """
 
     def __init__(self, tokenizer: Any, encoder: Any) -> None:
@@ -45,6 +46,8 @@ class ClipText:
         return [Embeds({"hidden": self._encode(prompt)}) for prompt in prompts]
 
     def _encode(self, prompt: str) -> Tensor:
+        # Padded to the full length, as in diffusers' pipeline: the network was trained to attend to
+        # the padding too.
         tokens = self.tokenizer(
             prompt,
             padding="max_length",
@@ -52,23 +55,23 @@ class ClipText:
             truncation=True,
             return_tensors="pt",
         )
-        return self.encoder(tokens.input_ids.to(self.encoder.device))[0][0]
+        return self.encoder(tokens.input_ids.to(self.encoder.device))[0][0]  # (L, D)
 
 
 class UNet:
     """The network; see `Network`.
 
     Args:
-        module: Frozen here.
-        scheduler_config: The model's own, of whatever scheduler.
-        factor: Pixels of an image to one of the latents.
-        model_id: What the user called the model, for messages.
+        module: diffusers' network; it is frozen here.
+        scheduler_config: The configuration of the model's own scheduler, of any class.
+        factor: Width of an image in pixels divided by the width of its latents.
+        model_id: The model's id as the user gave it, for messages.
     """
 
     def __init__(
         self, module: Any, scheduler_config: dict[str, Any], factor: int, model_id: str
     ) -> None:
-        # Convolutions are faster so, on the CPU and on tensor cores; the numbers are the same.
+        # Convolutions are faster in this memory layout, on the CPU and on tensor cores.
         self.module: Any = _freeze(module).to(memory_format=torch.channels_last)
         self._scheduler_config = scheduler_config
         self._factor = factor
@@ -77,14 +80,15 @@ class UNet:
     def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         """Return (C, h, w); see `Network`."""
         factor, config = self._factor, self.module.config
-        own = config.sample_size
-        own_height, own_width = (own, own) if isinstance(own, int) else own
+        default_size = config.sample_size
+        if isinstance(default_size, int):
+            default_size = (default_size, default_size)
         # The network halves its input at every level but the last.
         unit = factor * 2 ** (len(config.block_out_channels) - 1)
         sizes: list[int] = []
         for name, pixels, default in (
-            ("height", height, own_height * factor),
-            ("width", width, own_width * factor),
+            ("height", height, default_size[0] * factor),
+            ("width", width, default_size[1] * factor),
         ):
             if pixels is not None and pixels % unit and pixels != default:
                 raise ConfigError(
@@ -95,8 +99,9 @@ class UNet:
         return config.in_channels, sizes[0], sizes[1]
 
     def schedule(self, steps: int, latent_shape: tuple[int, int, int]) -> NoiseSchedule:
-        """Return the levels of DDIM with the model's own betas and spacing, for any shape."""
-        # Latents are never clipped, as in diffusers' own pipeline.
+        """Return DDIM's noise levels with the model's own betas and spacing, for any shape."""
+        # 1. DDIM reads the configuration of the model's scheduler, often PNDM: the betas are the
+        #    same. Latents are never clipped, which makes sense for pixels alone.
         scheduler = DDIMScheduler.from_config(self._scheduler_config, clip_sample=False)
         total = scheduler.config.num_train_timesteps
         if steps > total:
@@ -104,13 +109,16 @@ class UNet:
                 f"sample.num_inference_steps: {steps} is more than the "
                 f"{total} timesteps {self._model_id} was trained with"
             )
+        # 2. The timesteps. steps_offset moves all of them, so with many steps the first one may lie
+        #    beyond the last one that the model was trained with.
         scheduler.set_timesteps(steps)
         first = int(scheduler.timesteps[0])
-        if first >= total:  # steps_offset moves all of them
+        if first >= total:
             raise ConfigError(
                 f"sample.num_inference_steps: {steps} reaches timestep {first}, {self._model_id} "
                 f"was trained with {total}, numbered from 0: take fewer"
             )
+        # 3. (alpha, sigma) of each step.
         try:
             return diffusion_schedule(
                 scheduler.alphas_cumprod,
@@ -123,6 +131,7 @@ class UNet:
 
     def predict(self, latents: Tensor, timestep: float, embeds: Embeds) -> Tensor:
         """Call the network in its own precision; see `Network`."""
+        # The chain stays in the precision of the latents, the network may be in half precision.
         timesteps = torch.full((len(latents),), timestep, device=latents.device)
         noise_pred: Tensor = self.module(
             latents.to(self.module.dtype), timesteps, embeds.tensors["hidden"], return_dict=False
@@ -130,7 +139,7 @@ class UNet:
         return noise_pred.to(latents.dtype)
 
     def recompute_blocks(self, on: bool) -> None:
-        """Recompute blocks in backward or no longer; see `Network`."""
+        """Switch checkpointing of the network's blocks on or off; see `Network`."""
         if on:
             self.module.enable_gradient_checkpointing(_recompute)
         else:
@@ -141,13 +150,13 @@ class VaeDecoder:
     """The decoder; see `Decoder`.
 
     Args:
-        module: The whole autoencoder, frozen here.
-        factor: Pixels of an image to one of the latents.
-        tile_size: Decode in overlapping tiles of so many pixels; None decodes whole.
-        model_id: What the user called the model, for messages.
+        module: The whole autoencoder; it is frozen here.
+        factor: Width of an image in pixels divided by the width of its latents.
+        tile_size: Decode in overlapping tiles of this many pixels; None decodes the whole image.
+        model_id: The model's id as the user gave it, for messages.
 
     Raises:
-        ConfigError: If the size is not one that tiles can have.
+        ConfigError: If tiles cannot have this size.
     """
 
     def __init__(self, module: Any, factor: int, tile_size: int | None, model_id: str) -> None:
@@ -155,7 +164,7 @@ class VaeDecoder:
         self.module.use_tiling = tile_size is not None
         if tile_size is None:
             return
-        # A quarter overlaps, which has to be whole latents.
+        # Tiles overlap by a quarter (diffusers' tile_overlap_factor), and in whole latents only.
         unit = 4 * factor
         if tile_size % unit:
             raise ConfigError(
@@ -171,17 +180,19 @@ class VaeDecoder:
 
     def decode(self, latents: Tensor, *, recompute: bool = False) -> Tensor:
         """Decode to images in [0, 1]; see `Decoder`."""
+        # The switch is a flag of the module that decode reads, so it is set at every call.
         vae = self.module
         if recompute:
             vae.enable_gradient_checkpointing()
         else:
             vae.disable_gradient_checkpointing()
+        # (B, C, h, w) -> (B, 3, H, W), about -1 to 1
         decoded = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)
         return images.from_decoder(decoded[0])
 
 
 def load_text_encoders(source: Source, device: torch.device) -> ClipText:
-    """Load tokenizer and text encoder alone.
+    """Load the tokenizer and the text encoder, and nothing else.
 
     Raises:
         AssetError: If something is missing or damaged.
@@ -195,17 +206,16 @@ def load_parts(source: Source, device: torch.device) -> Parts:
 
     Raises:
         AssetError: If something is missing or damaged.
-        ConfigError: If the network takes more than latents (inpainting, upscaling).
+        ConfigError: If the network needs more input than latents (inpainting, upscaling).
     """
     return _parts(_load(source, text_encoder=None, tokenizer=None).to(device), source)
 
 
-def on_meta(source: Source, device_type: str) -> MetaModel:
+def on_meta(source: Source) -> MetaModel:
     """Build the parts from a folder with unet/, vae/, text_encoder/ and scheduler/.
 
     Args:
         source: Its path is that folder; weights and tokenizer are not read.
-        device_type: The parts are the same on every device.
 
     Raises:
         AssetError: If a configuration is missing or damaged.
@@ -219,7 +229,7 @@ def on_meta(source: Source, device_type: str) -> MetaModel:
         vae: Any = AutoencoderKL.from_config(AutoencoderKL.load_config(folder, subfolder="vae"))
         text = CLIPTextConfig.from_pretrained(folder / "text_encoder")
         scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
-    # Their own `to` warns of modules kept in float32, of which there are none here.
+    # diffusers' own `to` warns about modules that stay in float32; there are none here.
     pipeline = StableDiffusionPipeline(
         vae=torch.nn.Module.to(vae, dtype),
         unet=torch.nn.Module.to(unet, dtype),
@@ -229,7 +239,7 @@ def on_meta(source: Source, device_type: str) -> MetaModel:
         **_NO_CHECKER,
     )
     factor = pipeline.vae_scale_factor
-    shape = (1, text.max_position_embeddings, text.hidden_size)
+    shape = (1, text.max_position_embeddings, text.hidden_size)  # (1, L, D)
     embeds = Embeds({"hidden": torch.empty(shape, dtype=dtype, device="meta")})
     return MetaModel(
         parts=_parts(pipeline, source),
@@ -239,7 +249,7 @@ def on_meta(source: Source, device_type: str) -> MetaModel:
 
 
 def _load(source: Source, **left_out: None) -> StableDiffusionPipeline:
-    """Load a pipeline without the parts that are named."""
+    """Load a pipeline without the parts that are passed as None."""
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     path, config = source.path, source.config
@@ -249,13 +259,15 @@ def _load(source: Source, **left_out: None) -> StableDiffusionPipeline:
             return StableDiffusionPipeline.from_pretrained(
                 str(path), variant=config.variant, image_encoder=None, **options
             )
+        # A single file has no configuration. Without a folder for it diffusers guesses one from the
+        # names of the tensors and downloads it.
         if config.config is not None:
             options["config"] = config.config
         return StableDiffusionPipeline.from_single_file(str(path), **options)
 
 
 def _parts(pipeline: StableDiffusionPipeline, source: Source) -> Parts:
-    """Return network and decoder of a pipeline that has both."""
+    """Return the network and the decoder of a pipeline."""
     config = source.config
     channels = pipeline.unet.config.in_channels
     latent_channels = pipeline.vae.config.latent_channels
@@ -276,10 +288,9 @@ def _freeze(module: Any) -> Any:
 
 
 def _recompute(block: torch.nn.Module, hidden_states: Tensor, *others: Any) -> Any:
-    """Run a block of the network so that backward recomputes it.
-
-    Reentrant where it can be, for the same reason as whole calls are in `sampling.backprop`.
-    """
+    """Run a block of the network with activation checkpointing."""
+    # Reentrant where there is a gradient into the block, for the reason given in `sampling._call`.
+    # In the first call of a path the first block has none.
     reentrant = hidden_states.requires_grad
     return checkpoint(
         block, hidden_states, *others, use_reentrant=reentrant, preserve_rng_state=False

@@ -1,5 +1,6 @@
 """What fits the memory, and how a step is divided.
 
-Read meter (what a piece of work needs), footprint (each part of a step), estimate (the whole step),
-plan (the choice), probe (the choice tried on the device), request (all that from a configuration).
+Read meter.py (what a piece of work needs), footprint.py (every part of a step), estimate.py (the
+whole step), plan.py (the choice), probe.py (the choice tried on the device), then request.py (all
+of it from a configuration).
 """

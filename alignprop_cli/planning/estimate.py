@@ -1,4 +1,4 @@
-"""What a step is expected to need, put together from its parts: memory and operations."""
+"""The memory and the operations that a step is expected to need, put together from its parts."""
 
 from __future__ import annotations
 
@@ -6,27 +6,25 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Literal
 
 from alignprop_cli.estimators import Estimator
 
 Level = Literal["none", "block", "call"]
-"""What backward recomputes of the network: nothing, its blocks, its whole call."""
-
-LEVELS: tuple[Level, ...] = get_args(Level)
+"""What is recomputed of the network in backward: nothing, its blocks, or whole calls."""
 
 GIB = 2**30
 
-# Memory that no tensor takes: CUDA's own context; what libraries load in the first step.
+# Memory outside any tensor: CUDA's context, and what libraries load in the first step.
 _CONTEXT = {"cuda": GIB // 2, "cpu": GIB // 4}
-# The share left free for gaps between tensors and for what the estimate does not see. glibc leaves
-# more gaps: tests/benchmarks/results/heap_epyc-2-cores_202611.md.
+# The share that is left free, for gaps between tensors and whatever the estimate does not see. On
+# the CPU glibc leaves larger gaps: tests/benchmarks/results/heap_epyc-2-cores_202611.md.
 _RESERVE, _CPU_RESERVE = 0.08, 0.25
 
 
 @dataclass(frozen=True)
 class Affine:
-    """Bytes that grow with the images of a batch: fixed + each x images."""
+    """Bytes as a function of the batch: fixed + each x images."""
 
     fixed: float
     each: float
@@ -38,9 +36,9 @@ class Affine:
 
 @dataclass(frozen=True)
 class Work:
-    """What one part of a step needs; the fields are explained at `meter.Cost`.
+    """What one part of a step needs; the fields mean the same as in `meter.Cost`.
 
-    Bytes are for a batch of any size, operations for one image.
+    Bytes are functions of the batch, operations are those of one image.
     """
 
     saved: Affine
@@ -59,12 +57,12 @@ class Footprint:
         trained: Number of LoRA parameters.
         latents: Bytes of one image's latents.
         rollout: A network call without gradient, both guidance branches.
-        first: A network call with gradient whose input carries none, by level: the first one of a
-            path, or all where the estimator detaches their input.
+        first: A network call with gradient whose input carries none, by level: the first call of a
+            path, or every call where the estimator detaches their input.
         call: A network call with gradient whose input carries gradient, by level.
         decoder: From latents to images, by whether its blocks are recomputed.
-        reward: From images to the loss, likewise.
-        uncounted: Rewards that could not be counted.
+        reward: From images to the loss, by whether its blocks are recomputed.
+        uncounted: Names of the rewards whose need is unknown.
     """
 
     weights: Mapping[str, int]
@@ -83,7 +81,7 @@ class Budget:
     """The memory of one process.
 
     Args:
-        bytes: What may be used.
+        bytes: The memory that may be used.
         device_type: `cuda`, `cpu`, ...
         source: Where the number comes from, for people.
     """
@@ -94,11 +92,11 @@ class Budget:
 
     @property
     def usable(self) -> int:
-        """Return what the estimate may reach."""
+        """Return the largest estimate, in bytes, that fits."""
         return int((self.bytes - self._context) * (1.0 - self._reserve))
 
     def least(self, peak: int) -> int:
-        """Return the bytes that would do for an estimate."""
+        """Return the smallest budget, in bytes, that an estimate would fit: `usable` inverted."""
         return math.ceil(peak / (1.0 - self._reserve)) + self._context
 
     @property
@@ -112,21 +110,21 @@ class Budget:
 
 @dataclass(frozen=True)
 class Correction:
-    """What a device needs, by what it was estimated to need: fixed + factor x estimate."""
+    """The line from estimated to measured bytes: fixed + factor x estimate."""
 
     fixed: float = 0.0
     factor: float = 1.0
 
     def __call__(self, size: float) -> float:
-        """Return the bytes that are needed where this many were estimated."""
+        """Return the bytes that a device is expected to need for this estimate."""
         return self.fixed + self.factor * size
 
     @staticmethod
     def through(points: Sequence[tuple[float, float]]) -> Correction:
-        """Return the line through (estimated, measured) points, one or two of them.
+        """Return the line through one or two points (estimated, measured).
 
-        One point alone, or two that would mean less for more, give a line of slope 1 through the
-        worst of them.
+        One point alone, or two points on a falling line, give a line of slope 1 through the point
+        that needs most beyond its estimate.
         """
         if len(points) == 2 and points[0][0] != points[1][0]:
             (x, y), (other_x, other_y) = points
@@ -146,7 +144,8 @@ class Chain:
     Args:
         num_inference_steps: T, network calls of one chain.
         estimator: Which of them carry gradient.
-        rollout_steps: Calls instead of those before the first with gradient; None: one for each.
+        rollout_steps: Number of calls that replace those before the first with gradient; None keeps
+            them all.
     """
 
     num_inference_steps: int
@@ -155,12 +154,12 @@ class Chain:
 
     @property
     def ends(self) -> int:
-        """Return how many clean latents one image has: one, or one for each copy."""
+        """Return how many clean latents one image has: one, or one per copy."""
         return max(self.estimator.copies, 1)
 
     @cached_property
     def longest(self) -> int:
-        """Return the most calls with gradient that one image has; every copy is one more."""
+        """Return the most calls with gradient that one image can have, copies included."""
         return self.ends * self.estimator.longest(self.num_inference_steps)
 
     @cached_property
@@ -171,22 +170,24 @@ class Chain:
     @property
     def is_attached(self) -> bool:
         """Return whether gradient flows into a call through its input."""
+        # A copy starts from clean latents that were rolled out without gradient.
         return self.estimator.input_grad > 0.0 and not self.estimator.copies
 
 
 @dataclass(frozen=True, kw_only=True)
 class Division:
-    """How one process works through its images: three batch sizes and what backward recomputes.
+    """How one process works through its images: three batch sizes and what is recomputed.
 
     Args:
         rollout_batch: Images rolled out together, without gradient.
-        micro_batch: Images that go through the calls with gradient, and back, together. What is
-            left over at the end is a smaller micro-batch.
+        micro_batch: Images that go through the calls with gradient, and back, together. The last
+            micro-batch may be smaller.
         decode_batch: Images decoded, scored and differentiated together; at most `micro_batch`.
         checkpoint_network: What is recomputed of each network call with gradient.
-        stored_calls: With the level `call`: how many calls, the last ones, are stored all the same.
+        stored_calls: With the level `call`: the number of calls, counted from the last, that are
+            stored nevertheless.
         checkpoint_decoder: Whether the decoder's blocks are recomputed.
-        checkpoint_reward: Whether the blocks of the rewards' networks are.
+        checkpoint_reward: Whether the blocks of the rewards' networks are recomputed.
     """
 
     rollout_batch: int
@@ -208,8 +209,8 @@ class Estimate:
     Args:
         parts: Bytes by part at the moment of the peak.
         flops: Operations of one step of one process.
-        floor: The same with nothing recomputed.
-        correction: What a measurement says of the sum of the parts.
+        floor: Operations of the same step with nothing recomputed.
+        correction: From the sum of the parts to what was measured.
     """
 
     parts: Mapping[str, int]
@@ -219,12 +220,12 @@ class Estimate:
 
     @property
     def uncorrected(self) -> int:
-        """Return the bytes at the peak as they were before anything was measured."""
+        """Return the estimated bytes at the peak, without the correction."""
         return sum(self.parts.values())
 
     @property
     def peak(self) -> int:
-        """Return the bytes at the peak."""
+        """Return the bytes at the peak, corrected by what was measured."""
         return math.ceil(self.correction(self.uncorrected))
 
 
@@ -241,9 +242,9 @@ def estimate(
     Args:
         footprint: What the parts need.
         chain: What each image goes through.
-        division: How they are worked through.
-        images: Of the step in one process.
-        correction: What was measured of such estimates on the device.
+        division: How the images are worked through.
+        images: Images of one step in one process.
+        correction: From such estimates to what was measured on the device.
     """
     return Estimate(
         parts=peak_parts(footprint, chain, division, images),
@@ -265,13 +266,14 @@ def peak_parts(
     m, d = division.micro_batch, division.decode_batch
     decoder = footprint.decoder[division.checkpoint_decoder]
     reward = footprint.reward[division.checkpoint_reward]
-    # Any path can be drawn, so memory is planned for the longest.
+    # Every step may draw the longest path, so memory is planned for that one.
     window = _Window(footprint, chain, division)
     longest = chain.longest
 
     stored, before_last = window.stored(longest), window.stored(longest - 1)
     last = window.call(longest - 1)
-    # Each moment with what lives then only.
+    # Each moment that can be the peak, with what lives then besides the parts that always do. A
+    # call's own activations are part of its `forward` and `backward`, so "before_last" goes there.
     phases = {
         "roll-out": {"roll-out": footprint.rollout.forward(division.rollout_batch)},
         "last call": {"stored calls": before_last, "network": last.forward(m)},
@@ -285,19 +287,19 @@ def peak_parts(
         "network back": {"stored calls": before_last, "network": last.backward(m)},
     }
     if 0 < window.kept < longest:
-        # Back at the last of the recomputed calls, when all those kept are gone.
-        again = longest - window.kept - 1
+        # Backward has reached the last of the recomputed calls; the stored ones are freed by then.
+        i = longest - window.kept - 1
         phases["recomputed back"] = {
-            "stored calls": window.stored(again),
-            "network": window.call(again).backward(m),
+            "stored calls": window.stored(i),
+            "network": window.call(i).backward(m),
         }
     phase = max(phases.values(), key=lambda parts: sum(parts.values()))
-    # What is there throughout.
+    # What lives during the whole step, and the largest of the moments.
     parts = {
         **footprint.weights,
-        # float32 weights, gradients and AdamW's two moments.
+        # float32: weights, gradients and AdamW's two moments, 4 bytes each.
         "LoRA and optimiser": 16 * footprint.trained,
-        # All that were rolled out; the clean ones of a micro-batch and their gradient.
+        # Those of all images from the roll-out; the clean ones of a micro-batch and their gradient.
         "latents": footprint.latents * (images + 2 * m * chain.ends),
         **phase,
     }
@@ -305,56 +307,59 @@ def peak_parts(
 
 
 class _Window:
-    """The calls of the longest path, of which the last `kept` are stored whatever the level."""
+    """The calls of the longest path; the last `kept` of them are stored whatever the level."""
 
     def __init__(self, footprint: Footprint, chain: Chain, division: Division) -> None:
         self.level: Level = division.checkpoint_network
         self.images = division.micro_batch
         self.kept = min(division.stored_calls, chain.longest) if self.level == "call" else 0
-        self.again = chain.longest - self.kept
+        self.recomputed = chain.longest - self.kept
         self.first = footprint.first
         self.later = footprint.call if chain.is_attached else footprint.first
 
     def call(self, i: int) -> Work:
-        """Return call i of the path."""
-        level: Level = "none" if i >= self.again else self.level
+        """Return what call i of the path needs."""
+        level: Level = "none" if i >= self.recomputed else self.level
         return self.later[level] if i else self.first[level]
 
     def stored(self, i: int) -> float:
         """Return the bytes that the calls before call i store."""
         if i == 0:
             return 0.0
-        # The first call, the recomputed ones after it, and those that are kept.
-        again = max(min(i, self.again), 1)
-        recomputed = self.later[self.level].saved(self.images)
+        # The first call has a cost of its own; then come the recomputed ones, then the kept ones.
+        recomputed = max(min(i, self.recomputed), 1)
+        part = self.later[self.level].saved(self.images)
         whole = self.later["none"].saved(self.images)
-        return self.call(0).saved(self.images) + (again - 1) * recomputed + (i - again) * whole
+        return self.call(0).saved(self.images) + (recomputed - 1) * part + (i - recomputed) * whole
 
 
 def operations(footprint: Footprint, chain: Chain, division: Division) -> float:
-    """Return the operations of one image, on the average over the estimator's draws.
+    """Return the operations of one image, averaged over the estimator's draws.
 
-    Of the division only what is recomputed matters.
+    The batch sizes of the division make no difference, only what is recomputed does.
     """
     steps, estimator = chain.num_inference_steps, chain.estimator
     level, kept = division.checkpoint_network, division.stored_calls
     mean = chain.mean
 
-    # 1. Forward through the chain. Copies come on top of it; some calls before the first one with
-    # gradient may be left out: max(beyond - k, 0) of them, for k with gradient.
+    # 1. Forward through the chain, and through the copies where there are any. `rollout_steps`
+    #    saves the calls before the path that exceed it: E max(T - k - rollout_steps, 0), with k
+    #    calls on the path. With beyond = T - rollout_steps and max(x, 0) = x + max(-x, 0), this is
+    #    beyond - E k + E max(k - beyond, 0).
     calls = steps + estimator.copies * mean
     if chain.rollout_steps is not None:
         beyond = max(steps - chain.rollout_steps, 0)
         calls -= beyond - mean + estimator.mean_beyond(steps, beyond)
 
-    # 2. Back through the calls with gradient, some of which are recomputed.
+    # 2. Backward through the calls with gradient. The first of them is cheaper, as its input needs
+    #    no gradient; the stored ones are not recomputed.
     first, later = footprint.first, footprint.call if chain.is_attached else footprint.first
     back = first[level].backward_flops + (chain.ends * mean - 1.0) * later[level].backward_flops
     if level == "call" and kept:
         stored = mean - estimator.mean_beyond(steps, kept)
         back -= stored * (later[level].backward_flops - later["none"].backward_flops)
 
-    # 3. Decoder and reward, both ways.
+    # 3. Decoder and reward, forward and backward, once per clean latents.
     decoder = footprint.decoder[division.checkpoint_decoder]
     reward = footprint.reward[division.checkpoint_reward]
     tail = sum(part.forward_flops + part.backward_flops for part in (decoder, reward))

@@ -1,7 +1,7 @@
-"""What each part of a step needs, counted on the real code with one image.
+"""What each part of a step needs, counted by running the real code on one image.
 
-Everything but the gradients of the LoRA grows with the batch. On the meta device this takes seconds
-and neither weights nor a GPU.
+It runs on the meta device: seconds, without weights and without a GPU. Everything but the LoRA's
+gradients is proportional to the batch, so one image is enough.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ def measure(
     reward: Mapping[bool, Work],
     uncounted: tuple[str, ...] = (),
 ) -> Footprint:
-    """Count a model with its LoRA.
+    """Count the parts of a step of a model with its LoRA.
 
     Args:
         model: With a LoRA in its network, on the meta device.
         sampler: Guidance and size of the images.
-        device_type: Whose attention kernel is counted.
+        device_type: Device whose attention kernel is counted.
         weights: Bytes of frozen weights, by part.
         reward: What the rewards need, by whether their blocks are recomputed.
-        uncounted: Rewards that are missing there.
+        uncounted: Names of the rewards that are not in `reward`.
     """
     network, decoder = model.parts.network, model.parts.decoder
     shape = network.latent_shape(sampler.height, sampler.width)
@@ -47,13 +47,13 @@ def measure(
     there = [*network.module.parameters(), *(t for e in embeds for t in e.tensors.values())]
     trained = sum(parameter.numel() for parameter in lora.trainable(network.module))
 
-    # 1. Calls without gradient run on weights that have the LoRA added to them.
+    # 1. Calls without gradient, with the LoRA merged into the weights as in training.
     merged = lora.Merged(network.module)
     plain = torch.no_grad()(merged.around(denoise))
     rollout = count(plain, shape, there=there, device_type=device_type, has_grad=False)
 
-    # 2. Calls with gradient, whose input carries it or not, by what is recomputed. The LoRA's
-    #    gradients are made in backward and are as large for any batch.
+    # 2. Calls with gradient, with and without gradient in their input, by what is recomputed. The
+    #    LoRA's float32 gradients are the one thing whose size does not depend on the batch.
     fixed = 4 * trained
     counted = functools.partial(count, denoise, shape, there=there, device_type=device_type)
 
@@ -85,7 +85,7 @@ def measure(
 def _decode(
     decoder: Decoder, shape: tuple[int, int, int], device_type: str, recompute: bool
 ) -> Work:
-    """Count the decoder, whose blocks are recomputed or not."""
+    """Count the decoder, with or without activation checkpointing of its blocks."""
     return count(
         lambda latents: decoder.decode(latents, recompute=recompute),
         shape,
@@ -97,7 +97,8 @@ def _decode(
 def _guided_call(
     model: MetaModel, sampler: Sampler, shape: tuple[int, int, int]
 ) -> Callable[[Tensor], Tensor]:
-    """Return a network call at a noise level where guidance applies, if there is one."""
+    """Return a network call with both branches, if guidance applies at any noise level."""
+    # The costliest kind of call there is in the chain; all calls are planned like it.
     network = model.parts.network
     steps = network.schedule(sampler.num_inference_steps, shape).steps
     step = next((step for step in steps if sampler.guidance.applies(step.sigma)), steps[0])
@@ -106,11 +107,9 @@ def _guided_call(
 
 
 def _recomputed_call(plain: Work, rollout: Work, latents: int) -> Work:
-    """Return a network call that backward recomputes as a whole.
-
-    It is not run but put together: it stores its input alone, and in backward it is a call that
-    stores everything.
-    """
+    """Return what a network call needs that is recomputed as a whole, from its two halves."""
+    # Forward it is a call without gradient and stores its input alone. Backward it is run again as
+    # a call that stores everything, and differentiated.
     stored = Affine(0.0, latents)
     return Work(
         saved=stored,
@@ -133,10 +132,10 @@ def count(
     """Count a part of a step on the meta device, with one image.
 
     Args:
-        run: From a float32 tensor (1, *shape) to another tensor.
-        shape: Of the latents or of the image.
-        there: Tensors that are there anyway: weights, embeddings.
-        device_type: Whose attention kernel is counted.
+        run: The part: a float32 tensor (1, *shape) to another tensor.
+        shape: Shape of the latents or of the image, without the batch.
+        there: Tensors that exist anyway and are not counted: weights, embeddings.
+        device_type: Device whose attention kernel is counted.
         has_grad: Whether the input carries gradient.
         fixed_backward: Bytes of backward that do not grow with the batch.
     """
@@ -152,7 +151,7 @@ def count(
 
 
 def add(*parts: Work) -> Work:
-    """Return what several parts need that live at the same time."""
+    """Return what several parts need together, all alive at the same time."""
     return Work(
         saved=_sum([part.saved for part in parts]),
         forward=_sum([part.forward for part in parts]),

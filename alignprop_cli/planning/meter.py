@@ -1,14 +1,14 @@
-"""What a part of the chain keeps and needs: counted in bytes and FLOPs, without doing it.
+"""Count the bytes and the floating point operations of a piece of work, on any device.
 
-A network on the meta device has shapes and no numbers. Running it there shows, in about a second
-and without a GPU, which tensors autograd keeps for backward, how much lives at once, and how many
-floating point operations it takes. The same functions count a real run, which is how the tests
-know that the prediction is right.
+On the meta device tensors have shapes and no values. Running a network there shows, in about a
+second and without a GPU, which tensors autograd saves for backward, how many bytes live at the same
+time, and how many operations it takes. The same functions count a real run, which is how the tests
+compare the prediction with reality.
 
 Of torch's own tools (2.14), FlopCounterMode counts no bytes and has no formula for the CPU's
 attention kernel, and MemTracker counts neither operations nor what autograd keeps between forward
-and backward. Neither makes the meta device take the attention kernel of the real one. The formulas
-here are torch's wherever it has one.
+and backward. Neither makes the meta device take the attention kernel of the real device. Where
+torch has a formula for operations, it is used here.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Cost:
     """Bytes and operations of one piece of work, forward and backward.
 
     Args:
-        saved: Bytes of tensors that autograd keeps between forward and backward.
-        forward: Largest number of bytes made by the forward that live at once; contains `saved`.
-        backward: The same during backward, what is recomputed included; contains `saved`.
-        forward_flops: Floating point operations, a multiply-add counting two.
-        backward_flops: The same for backward, recomputation included.
+        saved: Bytes of the tensors that autograd saves between forward and backward.
+        forward: Peak of the bytes allocated in forward; contains `saved`.
+        backward: Peak of the bytes in backward, recomputation included; contains `saved`.
+        forward_flops: Floating point operations of forward; a multiply-add counts as two.
+        backward_flops: Floating point operations of backward, recomputation included.
     """
 
     saved: int
@@ -49,10 +49,10 @@ class Cost:
 
 
 class SavedBytes:
-    """Counts the tensors that autograd keeps while it is entered; each storage once.
+    """Counts the bytes that autograd saves inside the block; each storage once.
 
     Args:
-        exclude: Tensors that are there anyway: weights, inputs.
+        exclude: Tensors that exist anyway and are not counted: weights, inputs.
     """
 
     def __init__(self, exclude: Iterable[Tensor] = ()) -> None:
@@ -69,30 +69,30 @@ class SavedBytes:
 
     @property
     def total(self) -> int:
-        """Return the bytes kept so far."""
+        """Return the bytes saved so far."""
         return sum(size for size, _ in self._seen.values())
 
     def release(self) -> None:
-        """Hold the tensors no longer."""
+        """Let the saved tensors go; `total` is 0 afterwards."""
         self._seen.clear()
 
     def _pack(self, tensor: Tensor) -> Tensor:
         number = _storage(tensor)
         if number not in self._excluded:
             storage = tensor.untyped_storage()
-            # Held, so that its number is not given to another one.
+            # Held, since the number is an address: a freed storage's may be given to another one.
             self._seen[number] = (storage.nbytes(), storage)
-        # Without its node: an output kept by the node that made it would never be freed.
+        # Detached: an output saved by its own node would keep that node, and so itself, alive.
         return tensor.detach()
 
 
 class Meter(TorchDispatchMode):
-    """Follows the bytes that are made while it is entered, and counts floating point operations.
+    """Follows the bytes allocated inside the block, and counts floating point operations.
 
     Attributes:
-        now: Bytes that live.
-        peak: The most that lived at once.
-        flops: Operations, by torch's own formulas; a multiply-add counts two.
+        now: Bytes that are alive.
+        peak: The largest value of `now` so far.
+        flops: Operations by torch's own formulas; a multiply-add counts as two.
     """
 
     def __init__(self) -> None:
@@ -111,14 +111,17 @@ class Meter(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         packet = func._overloadpacket
-        # Looked up now: operators of our own register theirs when they are imported.
+        # 1. The formula, looked up at every call: custom operators may register theirs later.
         formula = _FORMULAS.get(packet) or flop_registry.get(packet)
         if formula is None:
-            # Without autograd, operators made of others arrive whole.
+            # Without autograd a composite operator arrives whole. Taken apart, its pieces come here
+            # again and have formulas.
             with self:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
+        # 2. The operator itself. Views and in-place results share a storage with an input and are
+        #    no new memory.
         inputs = {_storage(t) for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
         result = func(*args, **kwargs)
         if formula is not None:
@@ -137,6 +140,7 @@ class Meter(TorchDispatchMode):
         self._known[number] = size
         self.now += size
         self.peak = max(self.peak, self.now)
+        # The end of the storage, not of the tensor: several tensors may share it.
         weakref.finalize(storage, self._remove, number)
 
     def _remove(self, number: int) -> None:
@@ -154,7 +158,7 @@ def _attention_backward(
 
 
 _FORMULAS: dict[Any, Any] = {
-    # Torch has none for the CPU's attention kernel.
+    # Torch has no formula for the CPU's attention kernel.
     _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention,
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
@@ -162,14 +166,15 @@ _FORMULAS: dict[Any, Any] = {
 
 @contextmanager
 def fused_attention(device_type: str) -> Iterator[None]:
-    """Make attention on the meta device take the fused kernel that the real device takes.
+    """Make attention on the meta device use the fused kernel of the real device.
 
-    Without a device torch falls back to the plain formula, which keeps the whole attention matrix.
-    A function mode would not do: it is off while backward recomputes.
+    On the meta device torch falls back to the plain formula and saves the whole attention matrix.
 
     Args:
-        device_type: `cuda` or `cpu`: whose kernel.
+        device_type: `cuda` or `cpu`: the device whose kernel is used.
     """
+    # The function itself is replaced: a TorchFunctionMode would be off during recomputation, which
+    # runs in backward.
     functional: Any = torch.nn.functional
     original = functional.scaled_dot_product_attention
 
@@ -178,6 +183,7 @@ def fused_attention(device_type: str) -> Iterator[None]:
             return original(query, key, value, *args, **kwargs)
         causal = bool(kwargs.get("is_causal", False))
         if device_type == "cuda":
+            # Arguments: no mask; the logsumexp is wanted, which backward needs.
             kernel = _ATEN._scaled_dot_product_efficient_attention
             return kernel(query, key, value, None, True, is_causal=causal)[0]
         kernel = _ATEN._scaled_dot_product_flash_attention_for_cpu
@@ -196,25 +202,27 @@ def count(
     """Count one piece of work, forward and, where its result carries gradient, backward.
 
     Args:
-        run: The work; called once, and gone back through.
-        exclude: Tensors that are there anyway: weights, inputs.
-        device_type: Whose attention kernel is counted where the work is on the meta device.
+        run: The work; called once, and its result differentiated.
+        exclude: Tensors that exist anyway and are not counted: weights, inputs.
+        device_type: Device whose attention kernel is counted where the work is on the meta device.
     """
     excluded = list(exclude)
     with fused_attention(device_type):
         with Meter() as meter, SavedBytes(excluded) as kept:
             result = run()
         saved, forward, forward_flops = kept.total, meter.peak, meter.flops
-        # It holds what autograd holds, which backward is about to let go.
+        # SavedBytes holds the storages too; backward frees them step by step, and must be seen to.
         kept.release()
         meter.peak, meter.flops = meter.now, 0
         if result.requires_grad:
             with meter:
                 result.backward(torch.empty_like(result))
+    # Gradients of weights and input were counted, and must not stay for the next count.
     for tensor in excluded:
         tensor.grad = None
     return Cost(saved, forward, meter.peak, forward_flops, meter.flops)
 
 
 def _storage(tensor: Tensor) -> int:
+    # The address of the storage; data_ptr() is 0 for every tensor on the meta device.
     return tensor.untyped_storage()._cdata

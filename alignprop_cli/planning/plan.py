@@ -1,7 +1,7 @@
-"""How a global batch is worked through: three batch sizes and what backward recomputes.
+"""How a global batch is worked through: three batch sizes and what is recomputed in backward.
 
-A plan changes how fast and in how much memory a step runs, never what it computes. Among the plans
-that fit the memory the one with the fewest operations is chosen.
+A plan decides how fast and in how much memory a step runs, never what it computes. Of the plans
+that fit the memory, the one with the fewest operations is chosen.
 """
 
 from __future__ import annotations
@@ -32,20 +32,22 @@ from alignprop_cli.planning.estimate import (
 
 Auto = Literal["auto"]
 
-# Beyond this nothing gets faster on a CPU. An H200 is still 1.19 x as fast an image at 16 as at 8;
-# larger batches were not tried.
+# The largest micro-batch worth trying. A CPU is no faster per image beyond 8. An H200 is 1.19 x as
+# fast per image with 16 as with 8; larger batches were not measured.
 _LARGEST = {"cuda": 16, "cpu": 8}
-# Where the roll-out is worth a larger batch than the calls with gradient, whose memory bounds it.
+# The same for the roll-out, which stores nothing and so may have a larger batch than the calls with
+# gradient. Not listed: it takes the micro-batch.
 _LARGEST_ROLLOUT = {"cuda": 16}
 
 
 @dataclass(frozen=True)
 class PlanRequest(Chain):
-    """What a plan is wanted for, and what of it is given.
+    """What a plan is needed for, and which parts of it the user has fixed.
 
     Args:
         batch_size: Images of one step over all processes.
         processes: Number of processes that work on one step.
+<<<<<<< HEAD
         rollout_batch: As in `Plan`, and so are the others; `auto` is to be chosen.
         micro_batch: In images.
         decode_batch: In images; more than the micro-batch means all of it.
@@ -55,6 +57,15 @@ class PlanRequest(Chain):
         group: Images of the batch whose calls with gradient are the same, and so can go together;
             None: all of them.
         advice: What the user can change, by the part of the estimate that it makes smaller.
+=======
+        rollout_batch: As in `Plan`; `auto` leaves it to the plan, here and below.
+        micro_batch: As in `Plan`.
+        decode_batch: As in `Plan`; more than the micro-batch means the whole micro-batch.
+        checkpoint_network: As in `Plan`.
+        checkpoint_decoder: As in `Plan`.
+        checkpoint_reward: As in `Plan`.
+        advice: What the user can change, by the part of the estimate that gets smaller by it.
+>>>>>>> words2
     """
 
     batch_size: int
@@ -77,7 +88,7 @@ class PlanRequest(Chain):
     def is_open(self) -> bool:
         """Return whether there is a choice that needs a footprint.
 
-        Without one, the roll-out and the decoder take the whole micro-batch.
+        The roll-out's and the decoder's batch need none: they can take the whole micro-batch.
         """
         network = (self.checkpoint_network, self.checkpoint_decoder, self.checkpoint_reward)
         return "auto" in (self.micro_batch, *network)
@@ -90,7 +101,7 @@ class Plan(Division):
     Args:
         batch_size: Images of one step over all processes.
         processes: Number of processes; they have equal shares of the batch.
-        estimate: What it is expected to need; None where nothing was counted.
+        estimate: What the step is expected to need; None where nothing was counted.
     """
 
     batch_size: int
@@ -104,22 +115,22 @@ class Plan(Division):
 
     @property
     def accumulation(self) -> int:
-        """Return the micro-batches of one step in one process."""
+        """Return the number of micro-batches of one step in one process."""
         return math.ceil(self.share / self.micro_batch)
 
     def recomputed_calls(self, path: GradPath) -> tuple[int, ...]:
-        """Return the calls of a path that backward recomputes as a whole."""
+        """Return the calls of a path that are recomputed as a whole: all but the stored ones."""
         if self.checkpoint_network != "call":
             return ()
         return path.calls[: max(len(path.calls) - self.stored_calls, 0)]
 
     def halved(self) -> Plan:
-        """Return the plan with half of each batch size, rounded down, for when memory ran out.
+        """Return the plan with half of each batch size, rounded down, to use when memory ran out.
 
         Raises:
             ValueError: If all three are 1.
         """
-        # All three, since it is not known which of them needed too much.
+        # All three, since the error does not say which of them needed too much.
         if max(self.rollout_batch, self.micro_batch, self.decode_batch) == 1:
             raise ValueError("batches of one image cannot be halved")
         return replace(
@@ -132,7 +143,7 @@ class Plan(Division):
 
     def describe(self) -> str:
         """Return the plan in one line for people."""
-        # 1. The batches; those that are as large as the micro-batch go without saying.
+        # 1. The batches; the roll-out's and the decoder's only where they are not the micro-batch.
         text = f"{self.batch_size} images a step = "
         text += f"{self.processes} processes x " if self.processes > 1 else ""
         text += f"{self.accumulation} micro-batch{'es' if self.accumulation > 1 else ''} of "
@@ -146,9 +157,9 @@ class Plan(Division):
         calls = "the network's calls"
         calls += f" but the last {self.stored_calls}" if self.stored_calls else ""
         network = {"none": [], "block": ["the network by block"], "call": [calls]}
-        again = network[self.checkpoint_network]
-        again += ["decoder"] * self.checkpoint_decoder + ["reward"] * self.checkpoint_reward
-        text += f"; recomputed in backward: {', '.join(again) or 'nothing'}"
+        recomputed = network[self.checkpoint_network]
+        recomputed += ["decoder"] * self.checkpoint_decoder + ["reward"] * self.checkpoint_reward
+        text += f"; recomputed in backward: {', '.join(recomputed) or 'nothing'}"
         if self.estimate is not None:
             text += f"; about {self.estimate.peak / GIB:.2f} GiB"
         return text
@@ -164,24 +175,25 @@ def make_plan(
 ) -> Plan:
     """Choose what the request leaves open.
 
-    Operations count first. Of plans that differ by less than a hundredth in them, the one with the
-    largest micro-batch is taken. The roll-out's and the decoder's batch then take what memory is
-    left, so that neither makes anything be recomputed.
+    The fewest operations come first. Among plans whose operations are equal to within 1 %, the
+    largest micro-batch is taken. The roll-out's and the decoder's batch then fill what memory is
+    left, so they are never the reason that something is recomputed.
 
     Args:
-        request: What is wanted.
-        footprint: What the parts need; None only where nothing is left to choose.
-        budget: The memory of a process; None is without limit.
-        correction: What was measured of such estimates on the device.
-        below: An estimate, in bytes, at which memory ran out on the device.
+        request: What the plan is for, and what the user has fixed.
+        footprint: What the parts of a step need; None only where nothing is left to choose.
+        budget: The memory of one process; None is unlimited.
+        correction: From estimates to what was measured on the device.
+        below: Only plans with a smaller estimate, in bytes: at this one memory ran out.
 
     Raises:
         ConfigError: If the batch cannot be divided; names numbers that would do.
-        RunError: If no plan fits the budget; names the smallest that would do.
-        ValueError: If something is to be chosen and there is no footprint.
+        RunError: If no plan fits the budget; names the memory that would do.
+        ValueError: If there is something to choose and no footprint.
     """
     _check(request)
     device_type = budget.device_type if budget else "cpu"
+    # 1. Nothing to choose: no footprint is needed, and no device has to be counted for.
     if footprint is None:
         if request.is_open:
             raise ValueError("there is a choice of plans and no footprint to choose by")
@@ -189,6 +201,8 @@ def make_plan(
         plan = _with_micro_batch(next(_choices(request)), request, micro, device_type)
         return replace(plan, decode_batch=_decode_batches(request, micro)[0])
 
+    # 2. What is recomputed and the micro-batch; then the other two batches. If nothing fits, the
+    #    error explains the smallest plan.
     search = _Search(request, footprint, device_type, budget, correction, below)
     best = search.least_work()
     if best is None:
@@ -217,8 +231,8 @@ class _Search:
 
     def least_work(self) -> Plan | None:
         """Return the plan with the fewest operations that fits, None where none does."""
-        # 1. Every choice of what is recomputed, with the largest micro-batch that fits beside the
-        # smallest roll-out and decoder batch. Batches do not change the work.
+        # 1. For every choice of what is recomputed, the largest micro-batch that fits together with
+        #    the smallest roll-out and decoder batch. Batch sizes do not change the operations.
         found: list[tuple[float, Plan]] = []
         floor = operations(self.footprint, self.request, NOTHING_RECOMPUTED)
         for choice in _choices(self.request):
@@ -226,14 +240,14 @@ class _Search:
                 _with_micro_batch(choice, self.request, micro, self.device_type)
                 for micro in _micro_batches(self.request, self.device_type)
             )
-            # Smallest first, since most choices hold few images or none.
+            # Smallest first: `takewhile` then ends early, as most choices hold few images or none.
             fitting = list(takewhile(self.fits, plans))
             if fitting:
                 work = operations(self.footprint, self.request, choice) / floor
                 found.append((work, fitting[-1]))
 
-        # 2. Rounded first, since a few operations do not outweigh a larger micro-batch; then to the
-        # last one, then the least memory.
+        # 2. Operations rounded to 1 %, since a few more are worth a larger micro-batch; ties go to
+        #    the exact number, then to the least memory.
         def rank(pair: tuple[float, Plan]) -> tuple[int, int, float, int]:
             work, plan = pair
             return round(100.0 * work), -plan.micro_batch, work, self.peak(plan)
@@ -241,7 +255,8 @@ class _Search:
         return min(found, key=rank)[1] if found else None
 
     def enlarged(self, plan: Plan) -> Plan:
-        """Return the plan with the largest roll-out and decoder batch that fit beside the rest."""
+        """Return the plan with the largest roll-out and decoder batch that still fit."""
+        # The roll-out first: most network calls are there.
         for name, sizes in (
             ("rollout_batch", _rollout_batches(self.request, plan.micro_batch, self.device_type)),
             ("decode_batch", _decode_batches(self.request, plan.micro_batch)),
@@ -269,13 +284,13 @@ class _Search:
 
 
 def _choices(request: PlanRequest) -> Iterator[Plan]:
-    """Yield a plan of the smallest batches for all that may be recomputed."""
+    """Yield every choice of what is recomputed, as a plan with batches of one image."""
 
     def either(value: bool | Auto) -> tuple[bool, ...]:
         return (False, True) if value == "auto" else (value,)
 
     wanted = request.checkpoint_network
-    # Storing all calls is the level `none`, so of those recomputed one at least is not stored.
+    # With the level `call` at least one call is recomputed: storing all of them is `none`.
     longest = request.estimator.longest(request.num_inference_steps)
     networks: list[tuple[Level, int]] = [("none", 0), ("block", 0)]
     networks.extend(("call", kept) for kept in range(longest))
@@ -298,7 +313,7 @@ def _choices(request: PlanRequest) -> Iterator[Plan]:
 
 
 def _with_micro_batch(choice: Plan, request: PlanRequest, micro: int, device_type: str) -> Plan:
-    """Return a choice with a micro-batch, and the smallest other batches that go with it."""
+    """Return a choice with a micro-batch and the smallest other batches that fit to it."""
     return replace(
         choice,
         rollout_batch=_rollout_batches(request, micro, device_type)[-1],
@@ -313,15 +328,16 @@ def _micro_batches(request: PlanRequest, device_type: str) -> list[int]:
     together = math.ceil((request.group or request.batch_size) / request.processes)
     if request.micro_batch != "auto":
         return [min(request.micro_batch, together)]
+    # Divisors of the share: equal micro-batches waste no memory on a smaller last one.
     limit = min(_LARGEST.get(device_type, 1), together)
     return [m for m in _divisors(request.share)[::-1] if m <= limit]
 
 
 def _rollout_batches(request: PlanRequest, micro: int, device_type: str) -> list[int]:
-    """Return the roll-out's batches to choose from, largest first: whole micro-batches."""
+    """Return the roll-out's batches to choose from, largest first: multiples of `micro`."""
     if request.rollout_batch != "auto":
         return [request.rollout_batch]
-    # A part of a micro-batch would leave a small one over after every roll-out.
+    # Each roll-out then ends where a micro-batch ends.
     limit = min(request.share, _LARGEST_ROLLOUT.get(device_type, 0))
     return list(range(micro, limit + 1, micro))[::-1] or [micro]
 
@@ -330,7 +346,7 @@ def _decode_batches(request: PlanRequest, micro: int) -> list[int]:
     """Return the decoder's batches to choose from, largest first."""
     if request.decode_batch != "auto":
         return [min(request.decode_batch, micro)]
-    # Equal parts: a smaller last one would save no memory and cost a decoding of its own.
+    # Equal parts: a smaller last part would save no memory and cost one more decoding.
     return _divisors(micro)
 
 
@@ -350,6 +366,7 @@ def _check(request: PlanRequest) -> None:
         nearest = max(processes, round(size / processes) * processes)
         message = f"{size} is not a multiple of {processes} processes; nearest that is: {nearest}"
         raise ConfigError("the batch cannot be divided", [Problem("train.batch_size", message)])
+    # These three are told together; what a share is was only known once the batch divides.
     for name in ("rollout_batch", "micro_batch", "decode_batch"):
         wanted: int | Auto = getattr(request, name)
         if wanted != "auto" and wanted > share:
@@ -363,13 +380,14 @@ def _check(request: PlanRequest) -> None:
 
 
 def _too_small(smallest: Plan, request: PlanRequest, budget: Budget) -> RunError:
-    """Say how much memory would do, where it goes, and what to change."""
+    """Return the error that says how much memory is needed, for what, and what to change."""
     assert smallest.estimate is not None
     needed = budget.least(smallest.estimate.peak)
     largest = sorted(smallest.estimate.parts.items(), key=lambda item: -item[1])[:3]
     where = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in largest)
 
-    # What was given and would be smaller if it were left to the plan; then what else would help.
+    # First what the user fixed and the plan would choose smaller; then what makes the largest parts
+    # smaller at the cost of something else.
     given = {
         "train.micro_batch": request.micro_batch not in ("auto", 1),
         "train.decode_batch": request.decode_batch not in ("auto", 1),

@@ -1,4 +1,4 @@
-"""Whether a device needs what was estimated: micro-batches are tried on it before training."""
+"""Try the plan on the device before training, and correct the estimate by what it really needs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from alignprop_cli.planning.estimate import UNCORRECTED, Budget, Correction, Foo
 from alignprop_cli.planning.plan import Plan, PlanRequest, make_plan
 
 MeasurePeak = Callable[[Callable[[], object]], int]
-"""Runs something and returns the most bytes that were in use on the device meanwhile."""
+"""Runs something and returns the peak of the bytes in use on the device meanwhile."""
 
+# Each try takes seconds. The correction mostly settles after two; the others are for devices on
+# which memory runs out.
 _PLANS_TRIED = 6
-# Where memory ran out it is not known by how much: the next plan is this much smaller.
+# Running out of memory does not say how much was lacking. The next plan has at most this share of
+# the estimate, or if there is none, any smaller estimate.
 _SMALLER = 0.8
 
 
@@ -26,7 +29,7 @@ class Rewards(Protocol):
     """What the probe needs of a mixture of rewards."""
 
     def recompute(self) -> None:
-        """Recompute the blocks of the rewards' networks from now on."""
+        """Switch on activation checkpointing of the rewards' networks, for good."""
         ...
 
 
@@ -35,7 +38,7 @@ class Trial(Protocol):
 
     @property
     def plan(self) -> Plan:
-        """Return the plan in force."""
+        """Return the present plan."""
         ...
 
     @property
@@ -45,24 +48,25 @@ class Trial(Protocol):
 
     @property
     def missing_bytes(self) -> int:
-        """Return what a step needs beside what `run_micro_batch` does."""
+        """Return the bytes that a step needs on top of `run_micro_batch`."""
         ...
 
     def apply_plan(self, plan: Plan) -> None:
-        """Divide the same batch in another way from now on."""
+        """Work by another plan from now on."""
         ...
 
     def run_micro_batch(self) -> object:
-        """Run a roll-out batch and a micro-batch with the longest path there can be."""
+        """Run one roll-out batch and one micro-batch with the longest possible path."""
         ...
 
     def largest(self, value: int | None) -> int | None:
-        """Return the largest value of all processes; None if one has none."""
+        """Return the largest value over all processes; None if any of them has None."""
         ...
 
 
 def cuda_peak(run: Callable[[], object]) -> int:
-    """Return the most bytes that torch had allocated on the current GPU while something ran."""
+    """Return the peak of the bytes that torch allocated on the current GPU while something ran."""
+    # Emptied, so that memory cached for other sizes does not make this run out.
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     run()
@@ -77,18 +81,18 @@ def settle(
     budget: Budget,
     measure_peak: MeasurePeak = cuda_peak,
 ) -> None:
-    """Apply the cheapest plan that the device is measured to hold.
+    """Apply the cheapest plan that was measured to fit the device.
 
-    The plan is tried with the longest path there can be, and so are batches of half its size. What
-    they need corrects the estimate, which may choose another plan, which is tried in turn. One that
-    runs out of memory is replaced by a smaller one. Of several processes the one that needs most
-    counts, so that all of them settle on the same.
+    The plan is run with the longest possible path, and once more with batches of half the size.
+    What both need corrects the estimate. If the corrected estimate chooses another plan, that one
+    is tried next; a plan that runs out of memory is replaced by a smaller one. With several
+    processes the largest need counts, so that all settle on the same plan.
 
     Args:
-        trial: Of a trainer before its first step, with a plan that was chosen by estimates.
+        trial: A trainer before its first step, with a plan that was chosen by estimates.
         request: What that plan was made for.
         footprint: What it was chosen by.
-        budget: The memory of a process.
+        budget: The memory of one process.
         measure_peak: Measures the device.
 
     Raises:
@@ -100,25 +104,26 @@ def settle(
     for _ in range(_PLANS_TRIED):
         if plan is None or plan == held:
             break
-        # 1. Try it.
+        # 1. Try it. Checkpointing of the rewards cannot be switched off again: from then on every
+        #    plan has it, and so does the request.
         if plan.checkpoint_reward and not trial.plan.checkpoint_reward:
             trial.mixture.recompute()
         trial.apply_plan(plan)
         if plan.checkpoint_reward:
-            # Switched on for good.
             request = replace(request, checkpoint_reward=True)
         points = _measure(trial, request, footprint, measure_peak)
 
-        # 2. Learn from it: what such estimates are worth, or where memory ends. Then choose again.
+        # 2. Learn from it: the correction of the estimates, or the estimate at which memory ends.
         if points:
             correction = Correction.through(points)
             expected = estimate(footprint, request, plan, images=plan.share, correction=correction)
             held = replace(plan, estimate=expected)
         else:
             below = _estimated(plan, request, footprint)
+        # 3. Choose again. If by the corrected estimate no plan fits, the last one that was measured
+        #    to fit is kept: it did run.
         plan = None
         for limit in [below] if held is not None else [_SMALLER * below, below]:
-            # There may be none by the estimate; what was measured to fit does, nevertheless.
             with suppress(RunError):
                 plan = make_plan(
                     request, footprint=footprint, budget=budget, correction=correction, below=limit
@@ -132,20 +137,21 @@ def settle(
 def _measure(
     trial: Trial, request: PlanRequest, footprint: Footprint, measure_peak: MeasurePeak
 ) -> list[tuple[float, float]]:
-    """Return what was estimated and what was needed, for the plan in force and half of it.
+    """Return (estimated, measured) bytes for the present plan and for half of it.
 
-    Empty where memory ran out. Leaves the plan in force.
+    Empty if memory ran out with the plan itself. The plan is in force again afterwards.
     """
-    # Two sizes tell what is needed once from what grows with the batches.
+    # Two sizes separate what is needed once from what grows with the batches.
     points: list[tuple[float, float]] = []
     plan, missing = trial.plan, trial.missing_bytes
     for tried in [plan, plan.halved()] if plan.micro_batch > 1 else [plan]:
         trial.apply_plan(tried)
         try:
-            own = measure_peak(trial.run_micro_batch) + missing
+            size = measure_peak(trial.run_micro_batch) + missing
         except torch.OutOfMemoryError:
-            own = None
-        found = trial.largest(own)
+            size = None
+        # All processes come here, also those that ran out of memory: none waits for another.
+        found = trial.largest(size)
         if found is None:
             break
         points.append((_estimated(tried, request, footprint), found))
@@ -154,5 +160,5 @@ def _measure(
 
 
 def _estimated(plan: Plan, request: PlanRequest, footprint: Footprint) -> float:
-    """Return the peak that a plan is estimated to have."""
+    """Return the estimated peak of a plan in bytes, without any correction."""
     return estimate(footprint, request, plan, images=plan.share).peak

@@ -1,4 +1,4 @@
-"""From a configuration to what the plan is made of; below this module nobody sees a `Config`."""
+"""From a configuration to the values that a plan is made from, which the rest of planning takes."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ from alignprop_cli.planning.estimate import GIB, Budget, Footprint, Work
 from alignprop_cli.planning.plan import Plan, PlanRequest
 from alignprop_cli.rewards import registry
 
+# The estimator that each value of `gradient.method` means.
 _ESTIMATORS: Mapping[str, Callable[[GradientConfig], Estimator]] = {
     "full": lambda gradient: full(),
     "last_k": lambda gradient: last_k(gradient.k),
     "random_k": lambda gradient: random_k(gradient.k_min, gradient.k_max),
     "gaussian_k": lambda gradient: gaussian_k(gradient.mean, gradient.std),
 }
-"""The values of `gradient.method`."""
 
+# The option that shortens the longest path, for the hint when no plan fits.
 _FEWER_CALLS = {"last_k": "a smaller gradient.k", "random_k": "a smaller gradient.k_max"}
 
 
@@ -45,12 +46,12 @@ def make_estimator(gradient: GradientConfig) -> Estimator:
 
 
 def plan_request(config: Config, processes: int, estimator: Estimator | None = None) -> PlanRequest:
-    """Return what a plan has to be made for.
+    """Return the request for a plan.
 
     Args:
         config: The complete configuration.
-        processes: That work on one step.
-        estimator: Where the gradient flows; None is what the configuration names.
+        processes: Number of processes that work on one step.
+        estimator: Where the gradient flows; None takes the one that the configuration names.
     """
     train, gradient = config.train, config.gradient
     estimator = estimator or make_estimator(gradient)
@@ -73,7 +74,8 @@ def plan_request(config: Config, processes: int, estimator: Estimator | None = N
 
 
 def _advice(config: Config) -> dict[str, str]:
-    """Return which other options make a part of the estimate smaller."""
+    """Return the options that make a part of the estimate smaller, by the name of the part."""
+    # Only options that change something else than the plan: the plan itself has been searched.
     advice: dict[str, str] = {}
     if make_estimator(config.gradient).longest(config.sample.num_inference_steps) > 1:
         fewer = _FEWER_CALLS.get(config.gradient.method, "gradient.method: last_k")
@@ -86,23 +88,24 @@ def _advice(config: Config) -> dict[str, str]:
 
 
 def measure(config: Config, device_type: str) -> Footprint:
-    """Count what the parts of a run need, on the meta device.
+    """Count what the parts of a step need, on the meta device.
 
     Args:
         config: The complete configuration.
-        device_type: Where it will run: `cuda` or `cpu`.
+        device_type: Device that it will run on: `cuda` or `cpu`.
 
     Raises:
-        AssetError: If the configuration of the model or of a reward's network cannot be had.
-        ConfigError: If the model is not supported or cannot have images of this size.
+        AssetError: If the configuration of the model or of a reward's network cannot be read or
+            downloaded.
+        ConfigError: If the model is not supported or cannot sample images of this size.
     """
-    # 1. The model, with the LoRA that will be trained. Its text encoders are not counted: they are
-    # gone before the network is loaded.
+    # 1. The model with the LoRA that will be trained, whose values (and so the seed) do not matter.
+    #    The text encoders are not counted: they are dropped before the network is loaded.
     family, _ = families.find(config.model)
     sampler = families.sampler(config.sample, family)
-    model = meta_model(config.model, _dtype(config.model.dtype, device_type), device_type)
+    model = meta_model(config.model, _dtype(config.model.dtype, device_type))
     network, decoder = model.parts.network.module, model.parts.decoder.module
-    network_bytes = _bytes(network)
+    network_bytes = _bytes(network)  # before the LoRA, whose weights are counted with the optimiser
     lora.inject(
         network,
         rank=config.lora.rank,
@@ -111,7 +114,7 @@ def measure(config: Config, device_type: str) -> Footprint:
         seed=0,
     )
 
-    # 2. The rewards, for images of its size.
+    # 2. The rewards, for images of this size.
     shape = model.parts.network.latent_shape(sampler.height, sampler.width)
     reward, weights, uncounted = _rewards(config.reward, model.image_size(shape), device_type)
     return footprint.measure(
@@ -129,8 +132,8 @@ def measure(config: Config, device_type: str) -> Footprint:
 
 
 def _dtype(name: str, device_type: str) -> torch.dtype:
-    """Return the precision of the frozen weights on a device that may not be here."""
-    # All cards of the last years have bfloat16.
+    """Return the precision of the frozen weights on a device that this machine may not have."""
+    # The card cannot be asked; every card since Ampere (2020) has bfloat16.
     if device_type == "cuda" and not torch.cuda.is_available():
         return torch.bfloat16 if name == "auto" else getattr(torch, name)
     return resolve_dtype(name, torch.device(device_type))
@@ -143,37 +146,41 @@ def _bytes(module: torch.nn.Module) -> int:
 def _rewards(
     rewards: Mapping[str, RewardConfig], image_size: tuple[int, int], device_type: str
 ) -> tuple[dict[bool, Work], int, tuple[str, ...]]:
-    """Return what the rewards need without and with recomputation, their weights, and the rest."""
+    """Return what the rewards need, the bytes of their weights, and the names of uncounted ones.
+
+    What they need is by whether their blocks are recomputed.
+    """
     parts: dict[bool, list[Work]] = {False: [], True: []}
     weights = 0
     uncounted: list[str] = []
     for name, config in rewards.items():
         dtype: torch.dtype = getattr(torch, config.dtype)
-        for again in (False, True):
-            # A new one each time: recomputation is switched on for good.
+        for recompute in (False, True):
+            # Built twice, since recomputation cannot be switched off again.
             reward = registry.on_meta(name, config.options, dtype)
             if reward is None:
                 uncounted.append(name)
                 break
-            if again:
+            if recompute:
                 reward.recompute()
             else:
                 weights += reward.parameters * dtype.itemsize
             shape = (3, *image_size)
             work = footprint.count(reward, shape, there=reward.tensors, device_type=device_type)
-            parts[again].append(work)
-    total = {again: footprint.add(*works) for again, works in parts.items()}
+            parts[recompute].append(work)
+    # Their graphs are all alive until the mixture's loss goes back, so their needs add up.
+    total = {recompute: footprint.add(*works) for recompute, works in parts.items()}
     return total, weights, tuple(uncounted)
 
 
 def parse_memory(text: str) -> int:
-    """Return the bytes that a text such as 12GB, 800MiB or 6.5 GiB names.
+    """Return the bytes that a text such as 12GB, 800MiB or 6.5 GiB means.
 
     Raises:
-        ConfigError: If it names none.
+        ConfigError: If it is no size, or 0.
     """
-    # Cards are sold in GB and hold GiB. What follows a number and a unit is ignored by ByteSize,
-    # which would take 1.2.3GB for one byte.
+    # The pattern is needed: ByteSize ignores what follows a number, so 1.2.3GB would be one byte.
+    # Cards are sold in GB and hold GiB.
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text, re.IGNORECASE)
     size = 0
     if match is not None:
@@ -186,7 +193,7 @@ def parse_memory(text: str) -> int:
 
 
 def describe(plan: Plan, budget: Budget) -> list[str]:
-    """Return the plan and where its memory goes, a line each."""
+    """Return the lines that show the plan, where its memory goes, and how much work it is."""
     lines = [f"plan: {plan.describe()}"]
     if plan.estimate is not None:
         parts = sorted(plan.estimate.parts.items(), key=lambda item: -item[1])

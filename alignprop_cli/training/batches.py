@@ -24,11 +24,11 @@ class Settings:
     Args:
         sampler: How images are sampled.
         estimator: Where the gradient flows.
-        optimizer: What AdamW is told.
+        optimizer: Settings of AdamW.
         batch_size: Images of one step over all processes.
-        window_group: Consecutive images that share one path of the gradient.
-        rollout_steps: Calls that replace those before the path; None replaces nothing.
-        seed: Of everything random.
+        window_group: Number of consecutive images that share one path of the gradient.
+        rollout_steps: Number of calls that replace those before the path; None replaces nothing.
+        seed: Seed of everything random.
     """
 
     sampler: Sampler
@@ -45,8 +45,8 @@ class StepImage:
     """One image of a step.
 
     Args:
-        number: Within the global batch.
-        prompt: What is asked for.
+        number: Its index in the global batch.
+        prompt: Its prompt.
         path: Where its gradient flows.
         schedule: The noise levels of its chain.
     """
@@ -71,34 +71,41 @@ def images_of_step(
 ) -> list[StepImage]:
     """Return a process's share of the images of a step, those with the longest roll-out first.
 
-    Every process takes each n-th image, so it has the same number of them as the others and a part
-    of every group. Images whose paths are equal follow each other, whatever their group.
+    Of n processes each takes every n-th image, so all have equally many and a part of every group.
+    Images with equal paths follow each other, whatever their group.
 
     Args:
         settings: What the step computes.
-        stream: Of the training prompts.
+        stream: The training prompts, in the order of the images.
         schedule: Noise levels of the whole chain.
         step: Counted from 0.
-        process: Which one, counted from 0, and how many there are.
+        process: (index of the process, number of processes).
     """
+    # 1. One path per group. Every process draws all of them, so that none has to be sent.
     groups = settings.batch_size // settings.window_group
     generator = rng.generator(settings.seed, "window", step)
     paths = settings.estimator.draw(len(schedule), generator, groups)
+
+    # 2. This process's images, each with the path of its group.
     first = step * settings.batch_size
     found: list[StepImage] = []
     for number in range(process[0], settings.batch_size, process[1]):
         path, levels = paths[number // settings.window_group], schedule
         before, calls = path.rollout_calls(len(schedule)), settings.rollout_steps
         if calls is not None and calls < before:
-            # A shorter way to where the path begins; its calls are the same, earlier in the list.
+            # Fewer, larger steps to where the path begins. Its calls are the same ones and only
+            # have smaller indices in the shorter chain.
             levels = schedule.shortened(before, calls)
             path = path.earlier(before - calls)
         found.append(StepImage(number, stream.prompt(first + number), path, levels))
+
+    # 3. In the order that `rollout` and `batches` want: equal schedules together, stops descending,
+    #    equal paths together. The sort is stable, so within a path images stay in their order.
     return sorted(found, key=lambda i: (len(i.schedule), -i.rollout_calls, i.path.calls))
 
 
 def batches(items: Sequence[T], size: int, key: Callable[[T], object]) -> Iterator[list[T]]:
-    """Yield the items in their order, at most so many at once, and never of two keys at once."""
+    """Yield the items in their order, in batches of at most `size` that share one key."""
     for _, group in itertools.groupby(items, key=key):
         members = list(group)
         for start in range(0, len(members), size):

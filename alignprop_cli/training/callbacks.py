@@ -1,7 +1,7 @@
 """What happens around the steps of a run: metrics, samples, checkpoints, progress.
 
-Each is a callback: an object that is told of the start, of every step and of the end, and may ask
-the run to stop. `run_training` takes more of them.
+Each is a callback: an object whose methods are called before training, after every step and after
+training, and that may ask the run to stop. `run_training` takes further ones.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from alignprop_cli.training import checkpoint
 from alignprop_cli.training.record import StepRecord
 from alignprop_cli.training.trainer import Trainer
 
+# Weight of the past in the smoothed rewards of the progress bar; the new value has the rest.
 _SMOOTHING = 0.8
-"""Share of the past in the smoothed reward beside the progress bar."""
 
 
 @dataclass
@@ -36,11 +36,11 @@ class Run:
     Args:
         config: The complete configuration.
         folder: The run folder.
-        trainer: Its model, rewards and counters.
+        trainer: Holds the model, the rewards and the counters.
         accelerator: Device and processes.
         console: For people.
-        held_out: What is sampled before and after training.
-        samples: What is sampled during training.
+        held_out: Samples taken before and after training.
+        samples: Samples taken during training.
     """
 
     config: Config
@@ -53,20 +53,23 @@ class Run:
 
 
 class Callback:
-    """Does nothing; override what is needed. In order of the list, on every process."""
+    """Base class that does nothing; override what is needed.
+
+    Callbacks are called in the order of their list, on every process.
+    """
 
     def before_training(self, run: Run) -> None:
-        """Be told of the run, before its first step."""
+        """Do something before the first step."""
 
     def after_step(self, record: StepRecord) -> None:
-        """Be told what a step did."""
+        """Do something after every step; the record says what the step did."""
 
     def should_stop(self) -> bool:
-        """Return whether to end after this step. All processes must say the same."""
+        """Return whether to end after this step. All processes must return the same."""
         return False
 
     def after_training(self) -> None:
-        """Be told that no step follows; also after an interruption or an error."""
+        """Do something after the last step, also after an interruption or an error."""
 
 
 class Samples(Callback):
@@ -78,42 +81,45 @@ class Samples(Callback):
     def before_training(self, run: Run) -> None:
         """Sample before the first step of a new run."""
         self._run = run
+        # A resumed run has done this already.
         if run.trainer.step_number == 0 and run.config.eval.every:
-            self._draw()
+            self._sample()
 
     def after_step(self, record: StepRecord) -> None:
-        """Sample if it is time."""
+        """Sample every `eval.every` steps."""
         every = self._run.config.eval.every
         if every and record.step % every == 0:
-            record.held_out = self._draw()
+            record.held_out = self._sample()
 
-    def _draw(self) -> dict[str, float]:
+    def _sample(self) -> dict[str, float]:
+        """Sample on all processes, write the sheet on the main one, and return the mean rewards."""
         run, step = self._run, self._run.trainer.step_number
-        # No bar of its own: it would push the training's aside.
+        # A second progress bar would push the training's aside.
         quiet = Console(quiet=True)
-        drawn = draw_shared(run.trainer.model, run.samples, run.trainer.mixture, run.config, quiet)
+        found = draw_shared(run.trainer.model, run.samples, run.trainer.mixture, run.config, quiet)
         if run.accelerator.is_main_process:
             cells = [
-                sheet.Cell(sample.prompt, (image,), (drawn.caption(i),))
-                for i, (sample, image) in enumerate(zip(drawn.samples, drawn.images, strict=True))
+                sheet.Cell(sample.prompt, (image,), (found.caption(i),))
+                for i, (sample, image) in enumerate(zip(found.samples, found.images, strict=True))
             ]
             path = run.folder / "samples" / f"step-{step:06d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             sheet.contact_sheet(cells, path, titles=(f"step {step}",))
-        return {name: float(values.mean()) for name, values in drawn.rewards.items()}
+        return {name: float(values.mean()) for name, values in found.rewards.items()}
 
 
 class MetricsFile(Callback):
     """Appends every step to metrics.jsonl."""
 
     def before_training(self, run: Run) -> None:
-        """Note the file; the main process writes it."""
+        """Choose the file; only the main process writes it."""
         self._path = run.folder / "metrics.jsonl" if run.accelerator.is_main_process else None
 
     def after_step(self, record: StepRecord) -> None:
         """Write one line."""
         if self._path is None:
             return
+        # Opened for every line: a run that is killed leaves whole lines, and half a line at most.
         line = asdict(record)
         if not record.held_out:
             del line["held_out"]
@@ -125,23 +131,25 @@ class Checkpoints(Callback):
     """Saves every so many steps, after the last one, and when the run is stopped."""
 
     def before_training(self, run: Run) -> None:
-        """Count what is saved from here on."""
+        """Remember the step at which the run begins: it needs no checkpoint."""
         self._run, self._saved = run, run.trainer.step_number
 
     def after_step(self, record: StepRecord) -> None:
-        """Save if it is time."""
+        """Save every `output.save_every` steps and after the last one."""
         every, last = self._run.config.output.save_every, self._run.config.train.steps
         if record.step == last or (every and record.step % every == 0):
             self.save()
 
     def save(self) -> None:
-        """Write a checkpoint of the present step, on the main process; once only."""
+        """Write a checkpoint of the present step, unless there is one; on the main process."""
         run, trainer = self._run, self._run.trainer
         if self._saved == trainer.step_number:
             return
         self._saved = trainer.step_number
+        # LoRA and optimiser are the same in all processes, so one can write for all.
         if not run.accelerator.is_main_process:
             return
+        # The LoRA file alone tells what it was trained on, how, and on which rewards.
         header = {
             "alignprop.version": __version__,
             "alignprop.base_model": run.config.model.id,
@@ -168,10 +176,10 @@ class Checkpoints(Callback):
 
 
 class Progress(Callback):
-    """Moves the progress bar, with the smoothed rewards beside it."""
+    """Moves the progress bar and shows the smoothed rewards next to it."""
 
     def before_training(self, run: Run) -> None:
-        """Show the bar where the run begins."""
+        """Show the bar, at the step where the run begins."""
         self._console = run.console
         self._smoothed: dict[str, float] = {}
         self._stack = ExitStack()
@@ -179,11 +187,13 @@ class Progress(Callback):
         self._bar.advance(run.trainer.step_number)
 
     def after_step(self, record: StepRecord) -> None:
-        """Move it by one; warn of a gradient that is exactly zero at first."""
+        """Advance the bar; warn if the gradient of the first step is exactly zero."""
+        # Single steps differ by their prompts more than by what was learned: an exponential mean.
         for name, stats in record.rewards.items():
             past = self._smoothed.get(name, stats.mean)
             self._smoothed[name] = _SMOOTHING * past + (1.0 - _SMOOTHING) * stats.mean
         self._bar.advance(1, "  ".join(f"{n} {value:.4f}" for n, value in self._smoothed.items()))
+        # B is zero at first, A is not: B's gradient is zero only if the rewards pass none on.
         if record.step == 1 and record.grad_norm == 0.0:
             self._console.warn(
                 "the gradient of the first step is exactly 0: the rewards do not change with the "
@@ -191,5 +201,5 @@ class Progress(Callback):
             )
 
     def after_training(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         self._stack.close()

@@ -1,6 +1,6 @@
-"""The run folder: what is in it, written whole or not at all, and read back.
+"""The run folder: make it, and write and read its checkpoints, whole or not at all.
 
-runs/<name>/config.yaml            resolved; `train --config` on it repeats the run
+runs/<name>/config.yaml            complete; `train --config` on it repeats the run
             metrics.jsonl          one line per optimiser step
             checkpoints/step-000020/pytorch_lora_weights.safetensors   the adapter, for everyone
                                     optimizer.safetensors              AdamW's moments
@@ -30,12 +30,12 @@ from alignprop_cli.storage import write_whole
 
 @dataclass(frozen=True)
 class State:
-    """What a run is resumed from, besides its LoRA weights.
+    """What a checkpoint holds besides the LoRA weights.
 
     Args:
         step: Optimiser steps done.
         images_seen: Images sampled for training so far.
-        optimizer: Its tensors, as `Optimizer.state` names them.
+        optimizer: The optimiser's tensors, as `Optimizer.state` names them.
     """
 
     step: int
@@ -44,31 +44,34 @@ class State:
 
 
 def sweep(run: Path) -> None:
-    """Remove what a killed run left half-written among its checkpoints."""
+    """Remove half-written checkpoints, which a killed run leaves behind."""
+    # `write_whole` fills a folder whose name starts with a dot before it renames it.
     for folder in (run / "checkpoints").glob(".step-*"):
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def save(run: Path, state: State, save_lora: Callable[[Path], object], *, keep: int | None) -> Path:
-    """Write the checkpoint of a step and drop the oldest beyond `keep`.
+    """Write the checkpoint of a step and delete the oldest ones beyond `keep`.
 
     Args:
         run: The run folder.
         state: Counters and optimiser.
         save_lora: Writes the adapter into a folder.
-        keep: How many checkpoints stay; None keeps them all.
+        keep: Number of checkpoints to keep; None keeps them all.
 
     Returns:
         The checkpoint's folder.
     """
     path = run / "checkpoints" / f"step-{state.step:06d}"
 
+    # The LoRA file is for everyone; the other two are only needed to resume.
     def write(folder: Path) -> None:
         save_lora(folder)
         save_file(state.optimizer, folder / "optimizer.safetensors")
         counters = {"step": state.step, "images_seen": state.images_seen}
         (folder / "state.json").write_text(json.dumps(counters) + "\n", encoding="utf-8")
 
+    # The new one first: at no moment is there none.
     write_whole(path, write)
     if keep is not None:
         for old in checkpoints(run)[:-keep]:
@@ -94,11 +97,11 @@ def load(path: Path) -> State:
 
 
 def load_lora(path: Path, prefix: str) -> dict[str, Tensor]:
-    """Read the adapter of a checkpoint, named as `lora.weights` names it.
+    """Read the LoRA weights of a checkpoint, by the names that `layers.weights` uses.
 
     Args:
         path: The checkpoint.
-        prefix: What the file has before these names: that of the model's family.
+        prefix: What the file has before these names: the family's `lora_prefix`.
 
     Raises:
         RunError: If the file is damaged or missing.
@@ -111,7 +114,7 @@ def load_lora(path: Path, prefix: str) -> dict[str, Tensor]:
 
 
 def header(path: Path) -> dict[str, str]:
-    """Return the texts in the header of a checkpoint's adapter: what made it, and on what base.
+    """Return the texts in the header of a checkpoint's LoRA file: its configuration and base model.
 
     Raises:
         RunError: If the file is damaged or missing.
@@ -127,18 +130,20 @@ def new_run(wanted: str | None, name: str) -> Path:
     """Choose the folder of a new run; `make_run` makes it.
 
     Args:
-        wanted: What the user asked for; None is runs/<name>, numbered where it exists.
-        name: Of the preset or the config file.
+        wanted: The folder that the user asked for; None is runs/<name>, or runs/<name>-2 and so on
+            if that exists.
+        name: Name of the preset or the config file.
 
     Raises:
         ConfigError: If the wanted folder exists and is not empty.
     """
+    # An empty folder is fine: it may have been made for this run.
     if wanted is not None:
         run = Path(wanted).expanduser()
         if run.exists() and (not run.is_dir() or any(run.iterdir())):
             raise ConfigError(
                 f"--output: {run} exists and is not empty",
-                hint="choose another folder, remove it, or go on with it by --resume",
+                hint="choose another folder, remove it, or resume the run with --resume",
             )
         return run
     number = 1
@@ -161,11 +166,11 @@ def make_run(run: Path) -> None:
 
 @contextmanager
 def removed_if_empty(run: Path) -> Iterator[None]:
-    """Do what is inside the block; if that fails before it wrote a file, remove the folder."""
+    """Remove the folder if the block fails before anything is written into it."""
     try:
         yield
     except BaseException:
-        # Refused for a folder that holds anything.
+        # rmdir fails, and should, if the folder is not empty.
         with suppress(OSError):
             run.rmdir()
         raise

@@ -1,4 +1,4 @@
-"""Compile the blocks that the network repeats, where it is measured to pay for itself."""
+"""Compile the repeated blocks of the network, if a measurement shows that it pays off."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from alignprop_cli.errors import first_line
 from alignprop_cli.models.compiled import take_back
 from alignprop_cli.training.trial import Trial
 
-# Compiling takes about a minute, and what it wins is not known before: too much for a short run.
+# Compiling takes about a minute, and its gain is unknown before: too much for a short run.
 _WORTH_TRYING_SECONDS = 1200.0
-# Below this it is within what two timings differ by.
+# Two timings of the same code differ by up to this factor.
 _LEAST_GAIN = 1.03
+# Dynamo's limit of compiled versions of one function; its default of 8 is too few, see below.
 _FORMS = 64
 
 
@@ -29,26 +30,26 @@ def compile_network(
 ) -> None:
     """Compile the repeated blocks of the network if that makes the rest of the run shorter.
 
-    A micro-batch is timed before and after; what is not faster is taken back, and so is what cannot
-    be compiled, or needs more memory then. Values and gradients are the same up to rounding.
+    A micro-batch is timed before and after. The compilation is undone if it is not faster, fails,
+    or runs out of memory. Values and gradients are the same up to rounding.
 
     Args:
-        trial: Of a trainer before its first step; nothing else of it changes.
-        steps: That are still to do.
-        wanted: True compiles and keeps it, whatever it wins; `auto` tries on a GPU, in a run that
-            takes more than 20 minutes with one call in the window. Not on the CPU, where runs
-            repeat bit for bit and a timing must not decide how they round; there it won 1 to 3 %
-            (34 million weights, torch 2.15) and 15 % (the embedded model, torch 2.14).
-        note: Told what became of it.
-        backend: Of torch.compile.
+        trial: A trainer before its first step; nothing else of it changes.
+        steps: Steps that are left to do.
+        wanted: True compiles in any case; `auto` tries it on a GPU, if the run takes more than 20
+            minutes with one call in the window.
+        note: Called with the outcome, for people.
+        backend: Backend of torch.compile.
     """
     model = trial.trainer.model
     network: Any = model.network.module
+    # Not on the CPU: there runs repeat bit for bit, and a timing must not decide how they round. It
+    # gained 1 to 3 % (34 million weights, torch 2.15) and 15 % (the embedded model, torch 2.14).
     unlikely = wanted == "auto" and model.device.type != "cuda"
     if wanted is False or unlikely or steps <= 0:
         return
     try:
-        _timed(trial)  # warms up
+        _timed(trial)  # warm-up
         plain = _timed(trial)
     except torch.OutOfMemoryError:
         note("the network's blocks are not compiled: memory ran out before that")
@@ -56,12 +57,12 @@ def compile_network(
     if wanted == "auto" and plain * trial.plan.accumulation * steps < _WORTH_TRYING_SECONDS:
         return
     started = time.perf_counter()
-    # All blocks share one count: levels of the network, with and without gradient, batch sizes.
+    # A version for each level of the network, with and without gradient, for each batch size.
     dynamo = torch._dynamo.config
     dynamo.recompile_limit = max(_FORMS, dynamo.recompile_limit)
     try:
         network.compile_repeated_blocks(dynamic=False, backend=backend)
-        # With the most that can be stored, which is not what was stored before.
+        # The longest path first: compiled blocks may store more, and memory must not run out later.
         trial.run_micro_batch()
         _timed(trial)
         took = time.perf_counter() - started
@@ -82,7 +83,7 @@ def compile_network(
 
 
 def _timed(trial: Trial) -> float:
-    """Return the seconds of one micro-batch of the plan, with one call in the window."""
+    """Return the seconds of one micro-batch of the plan with one call in the window."""
     started = time.perf_counter()
     trial.run_micro_batch(calls=1)
     if trial.trainer.model.device.type == "cuda":

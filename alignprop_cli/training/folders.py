@@ -1,4 +1,4 @@
-"""Which folder a run is resumed in, and what a new run is called."""
+"""Find the folder of the run to resume, and the name of a new run."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 from alignprop_cli.errors import AssetError, ConfigError
 
 RUNS = Path("runs")
-"""Where runs go that have no folder of their own."""
+"""The parent folder of runs without `--output`."""
 
 
 def run_name(preset: str | None, config: str | None) -> str:
-    """Return what a run is called: after its preset or configuration file.
+    """Return the name of a run, which is that of its preset or configuration file.
 
-    The configuration of another run has the name of that run.
+    For the configuration of another run it is the name of that run.
     """
     if config is None:
         return preset or "run"
@@ -28,21 +28,20 @@ def run_to_resume(
     """Return the run that `--resume` means; None where a new one is to be started.
 
     Args:
-        resume: A run's folder, or auto: the newest run, and a new one where there is none.
-        preset: What a new run would be made of.
-        config: Likewise.
-        output: With auto the only folder that counts; None is any in runs/.
+        resume: A run's folder, or `auto`: the newest run, or a new one if there is none.
+        preset: The preset of a new run.
+        config: The configuration file of a new run.
+        output: With `auto` the only folder that is looked at; None looks at all in runs/.
 
     Raises:
         AssetError: If the folder is no run, or there is none and nothing says how to start one.
-        ConfigError: If a run is named together with what would start another one.
+        ConfigError: If options for a new run are given together with the run to resume.
     """
-    # A new run.
     if resume is None:
         return None
     if resume == "auto":
         return _newest_run(preset, config, output)
-    # A run that is named is resumed as it was; only some settings may change, by --set and flags.
+    # A named run has its own configuration. Some settings may change, by --set and single flags.
     for flag, value in (("--preset", preset), ("--config", config)):
         if value is not None:
             raise ConfigError(
@@ -60,7 +59,7 @@ def run_to_resume(
 
 
 def _newest_run(preset: str | None, config: str | None, output: str | None) -> Path | None:
-    # With auto the same command line starts a run and, after a crash, resumes it.
+    # With `auto` one command line starts a run and, after a crash, resumes it: for job schedulers.
     startable = preset is not None or config is not None
     if output is not None:
         run = Path(output).expanduser()
@@ -68,7 +67,7 @@ def _newest_run(preset: str | None, config: str | None, output: str | None) -> P
     else:
         runs = _with_checkpoints(RUNS)
         if startable:
-            # As new runs of this name are called.
+            # The names that `checkpoint.new_run` gives: name, name-2, name-3 ...
             name = re.escape(run_name(preset, config))
             runs = [run for run in runs if re.fullmatch(rf"{name}(-\d+)?", run.name)]
     if not runs and not startable:
@@ -81,8 +80,8 @@ def _newest_run(preset: str | None, config: str | None, output: str | None) -> P
 
 def _with_checkpoints(parent: Path) -> list[Path]:
     """Return the runs in a folder that have a checkpoint, newest first."""
-    # A run without a checkpoint has nothing to resume; its folder's time says nothing, since
-    # evaluations are written there too.
+    # A run without a checkpoint has nothing to resume. The time is that of checkpoints/, since
+    # evaluations change that of the run's folder.
     found = [
         folder
         for folder in parent.glob("*")

@@ -16,17 +16,17 @@ from alignprop_cli.errors import RunError
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """What AdamW is told.
+    """Settings of AdamW and of its learning rate.
 
     Args:
-        learning_rate: Its largest value.
+        learning_rate: The largest learning rate.
         warmup_steps: Steps over which it rises linearly.
-        decay_steps: N, steps after the warmup over which it falls linearly to 1 / N of itself;
-            None keeps it.
+        decay_steps: N, steps after the warmup over which it falls linearly to 1 / N of the largest;
+            None keeps it constant.
         betas: Decay of the two moments.
         epsilon: Offset of the denominator.
-        weight_decay: On the LoRA's weights.
-        max_grad_norm: L2 norm to which the gradient is scaled down; None leaves it.
+        weight_decay: Weight decay of the LoRA's weights.
+        max_grad_norm: A gradient with a larger L2 norm is scaled down to it; None leaves all.
     """
 
     learning_rate: float
@@ -38,11 +38,9 @@ class OptimizerSettings:
     max_grad_norm: float | None = 1.0
 
     def learning_rate_at(self, step: int) -> float:
-        """Return the learning rate of a step, counted from 0.
-
-        It does not look at the number of steps of the run, so a run that is resumed with more steps
-        is the run that had them from the start.
-        """
+        """Return the learning rate of a step, counted from 0."""
+        # The number of steps of the run is not part of it: resumed with more steps, a run is the
+        # same as one that had them from the start.
         if step < self.warmup_steps:
             return self.learning_rate * (step + 1) / (self.warmup_steps + 1)
         if self.decay_steps is None:
@@ -55,10 +53,10 @@ class Optimizer:
     """AdamW over named parameters, with loss scaling where the network is in float16.
 
     Args:
-        parameters: The LoRA's, by name, float32.
-        settings: What AdamW is told.
-        scaled: Whether the loss is scaled: gradients of a mean over many images are near 1e-7,
-            below what float16 can hold.
+        parameters: The LoRA's parameters by name, float32.
+        settings: Settings of AdamW.
+        scaled: Whether the loss is scaled: the gradient of a mean over many images is near 1e-7,
+            too small for float16.
     """
 
     def __init__(
@@ -77,6 +75,7 @@ class Optimizer:
             betas=settings.betas,
             eps=settings.epsilon,
             weight_decay=settings.weight_decay,
+            # One kernel for all parameters: a LoRA has hundreds of small ones.
             fused=True,
         )
         self.scaler = torch.amp.GradScaler(listed[0].device.type, enabled=scaled)
@@ -86,11 +85,13 @@ class Optimizer:
         self.adamw.zero_grad(set_to_none=True)
 
     def reduce_and_clip(self, accelerator: Accelerator) -> float:
-        """Finish the gradient: sum over processes, undo the loss scale, clip to the largest norm.
+        """Finish the gradient: sum over processes, undo the loss scale, clip the norm.
 
         Returns:
-            The L2 norm before clipping; infinite or NaN where it overflowed.
+            The L2 norm before clipping; infinite or NaN if the gradient overflowed.
         """
+        # A sum: the loss was divided by the global batch already. A parameter without gradient gets
+        # zeros, since all processes have to take part in each reduction.
         for parameter in self.parameters.values():
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             if accelerator.num_processes > 1:
@@ -101,19 +102,20 @@ class Optimizer:
         return float(torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), limit))
 
     def can_use(self, norm: float, step: int, seed: int) -> bool:
-        """Return whether a gradient is finite, or the step is to be repeated with a smaller scale.
+        """Return whether the gradient is finite; if not, the step has to be repeated.
 
         Args:
-            norm: Of the gradient.
+            norm: Norm of the gradient.
             step: Counted from 0, for the message.
-            seed: Of the run, for the message.
+            seed: Seed of the run, for the message.
 
         Raises:
-            RunError: If it is not finite and the loss scale is not to blame.
+            RunError: If it is not finite and a smaller loss scale cannot help.
         """
         if math.isfinite(norm):
             return True
         if self.scaler.is_enabled() and self.scaler.get_scale() > 1.0:
+            # `unscale_` has found the overflow; `update` halves the scale.
             self.scaler.update()
             return False
         raise RunError(
@@ -124,7 +126,7 @@ class Optimizer:
         )
 
     def step(self, number: int) -> float:
-        """Update the parameters in a step, counted from 0, and return its learning rate."""
+        """Update the parameters; return the learning rate of this step, counted from 0."""
         rate = self.settings.learning_rate_at(number)
         for group in self.adamw.param_groups:
             group["lr"] = rate
@@ -135,9 +137,10 @@ class Optimizer:
     def state(self) -> dict[str, Tensor]:
         """Return a copy of everything that the next step depends on, on the CPU.
 
-        Named `<parameter>.<step, exp_avg or exp_avg_sq>`, and `loss_scale` and `loss_scale_age`
-        where the loss is scaled.
+        The names are `<parameter>.<step, exp_avg or exp_avg_sq>`, and with loss scaling also
+        `loss_scale` and `loss_scale_age`.
         """
+        # By name rather than by index, as AdamW's own state_dict has it: independent of the order.
         tensors = {
             f"{name}.{key}": value.detach().cpu().clone()
             for name, parameter in self.parameters.items()
@@ -155,6 +158,7 @@ class Optimizer:
         Raises:
             RunError: If it belongs to other parameters.
         """
+        # 1. Exactly the tensors of these parameters, in their shapes; nothing is loaded otherwise.
         keys = ("step", "exp_avg", "exp_avg_sq")
         wanted = {f"{name}.{key}" for name in self.parameters for key in keys}
         found = state.keys() - {"loss_scale", "loss_scale_age"}
@@ -166,12 +170,12 @@ class Optimizer:
         )
         if found != wanted or not shapes:
             raise RunError("the checkpoint's optimiser does not fit the LoRA of this run")
+        # 2. The moments. Fused AdamW needs the step count on the device of the parameter as well.
         for name, parameter in self.parameters.items():
             self.adamw.state[parameter] = {
-                # AdamW in one kernel wants even its step count beside the parameter.
-                key: state[f"{name}.{key}"].clone().to(parameter.device)
-                for key in keys
+                key: state[f"{name}.{key}"].clone().to(parameter.device) for key in keys
             }
+        # 3. The loss scale, which a run in another precision has not saved.
         if self.scaler.is_enabled() and "loss_scale" in state:
             scaler = self.scaler.state_dict()
             scaler["scale"] = float(state["loss_scale"])

@@ -1,4 +1,4 @@
-"""What one optimiser step did: summed up batch by batch, then a line of metrics.jsonl."""
+"""What one optimiser step did: collected batch by batch, then one line of metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ class RewardStats:
 
 @dataclass
 class StepRecord:
-    """What one optimiser step did; a line of metrics.jsonl.
+    """What one optimiser step did; one line of metrics.jsonl.
 
     Args:
         step: Counted from 1.
         images_seen: Images sampled for training so far.
         loss: Mean over the global batch.
-        rewards: By member of the mixture, and the extra metrics of members, over the global batch.
-        grad_norm: L2 norm before clipping.
+        rewards: Rewards and extra metrics by name, over the global batch.
+        grad_norm: L2 norm of the gradient before clipping.
         lora_norm: L2 norm of the LoRA's weights after the step.
-        learning_rate: Used in this step.
+        learning_rate: Learning rate of this step.
         backprop_steps: Mean number of network calls that carried gradient.
-        seconds: Wall-clock time.
-        peak_memory_gib: Largest so far: allocated on CUDA, resident otherwise.
-        held_out: Mean rewards of the fixed sample prompts, where they were sampled after this step.
+        seconds: Wall-clock time of this step.
+        peak_memory_gib: Peak so far, in GiB: allocated on CUDA, resident otherwise.
+        held_out: Mean rewards of the fixed sample prompts, if they were sampled after this step.
     """
 
     step: int
@@ -51,19 +51,20 @@ class StepRecord:
 
 
 class Totals:
-    """Adds up what the batches of one step measured.
+    """Collects what the batches of one step measured.
 
     Args:
-        metrics: Names of all that the mixture measures.
+        metrics: Names of the rewards and extra metrics of the mixture.
     """
 
     def __init__(self, metrics: Iterable[str]) -> None:
+        # Tensors, not numbers: reading a value would make the CPU wait for the GPU in every batch.
         self._losses: list[Tensor] = []
         self._scores: dict[str, list[Tensor]] = {name: [] for name in metrics}
         self._calls: list[Tensor] = []
 
     def add(self, losses: Tensor, scores: Mapping[str, Tensor], calls: int) -> None:
-        """Add some images: losses and scores (B,), and how many calls of theirs carry gradient."""
+        """Add a batch: losses and scores (B,), and the number of calls that carried gradient."""
         self._losses.append(losses.detach())
         self._calls.append(torch.full_like(losses.detach(), float(calls)))
         for name, values in scores.items():
@@ -73,10 +74,11 @@ class Totals:
         """Return the record of the step, over the images of all processes.
 
         Args:
-            accelerator: Of these processes.
+            accelerator: Gathers from all processes.
             **others: The fields of the record that are not measured image by image.
         """
 
+        # Float64: the order of the images, and so the division of the batch, leaves the mean alone.
         def joined(parts: list[Tensor]) -> Tensor:
             return cast(Tensor, accelerator.gather(torch.cat(parts))).double().cpu()
 

@@ -1,4 +1,4 @@
-"""Resuming a run: what may change, what is restored, and where its metrics are cut."""
+"""Resume a run: refuse changes, restore the state, and cut the metrics to the checkpoint."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from alignprop_cli.storage import write_text
 from alignprop_cli.training import checkpoint
 from alignprop_cli.training.trainer import Trainer
 
+# Settings, or beginnings of them, that may change when a run is resumed: the number of steps, on
+# which no step depends; the plan, which changes no step; what is sampled and kept besides.
 _MAY_CHANGE = (
     "train.steps",
     "train.rollout_batch",
@@ -26,24 +28,23 @@ _MAY_CHANGE = (
     "eval.",
     "output.",
 )
-"""Settings, or beginnings of them, with which a run may be resumed differently: the plan, and what
-is drawn and kept. The learning rate does not look at the number of steps.
-"""
 
 
 def newest(run: Path) -> Path | None:
-    """Return the newest checkpoint; a run that was stopped before its first one has none."""
+    """Return the newest checkpoint of a run; None if it was stopped before its first one."""
     found = checkpoints(run)
     return found[-1] if found else None
 
 
 def refuse_changes(found: Path, config: Config) -> None:
-    """Refuse to go on with a run in a way that would make it another run.
+    """Refuse settings that differ from those of the checkpoint, except those that may change.
 
     Raises:
-        ConfigError: With every setting that differs from those of the checkpoint.
-        RunError: If the checkpoint does not say what they were.
+        ConfigError: With every such setting.
+        RunError: If the checkpoint does not record its settings.
     """
+    # Those in the checkpoint's header, not config.yaml: that file can be edited, and a resumed run
+    # writes it before its first step.
     try:
         stored = json.loads(checkpoint.header(found)["alignprop.config"])
         before = parse(stored, source=str(found)).model_dump(mode="json")
@@ -64,18 +65,19 @@ def refuse_changes(found: Path, config: Config) -> None:
 
 
 def restore(trainer: Trainer, found: Path, run: Path, steps: int) -> None:
-    """Continue from a checkpoint.
+    """Load a checkpoint into a trainer.
 
     Args:
         trainer: Before its first step; gets weights, optimiser and counters.
         found: The checkpoint.
         run: The run folder.
-        steps: At which the run is to end.
+        steps: The step at which the run is to end.
 
     Raises:
         ConfigError: If it was trained on another network, or nothing is left to do.
         RunError: If the checkpoint is damaged.
     """
+    # 1. The same base model: a folder or a branch of the hub may hold another one by now.
     state = checkpoint.load(found)
     fingerprint = checkpoint.header(found).get("alignprop.base_fingerprint")
     if fingerprint != trainer.model.fingerprint:
@@ -83,12 +85,14 @@ def restore(trainer: Trainer, found: Path, run: Path, steps: int) -> None:
             f"--resume: {found} was trained on another network than {trainer.model.id} is now: "
             f"fingerprint {fingerprint}, here {trainer.model.fingerprint}"
         )
-    # A run that was killed after its last step has no summary of it yet and can still be finished.
+    # 2. Something left to do. A run that was killed after its last step lacks its summary, and is
+    #    resumed to write it.
     if state.step > steps or (state.step == steps and _summarised(run) == steps):
         raise ConfigError(
             f"--resume: {found} is at step {state.step} and train.steps is {steps}: nothing to do",
             hint=f"give a larger number, for instance --steps {state.step + steps}",
         )
+    # 3. Weights, optimiser and counter. Random numbers are keyed by it: no generator to restore.
     prefix = trainer.model.family.lora_prefix
     lora.set_weights(trainer.model.network.module, checkpoint.load_lora(found, prefix))
     trainer.optimizer.load_state(state.optimizer)
@@ -96,7 +100,7 @@ def restore(trainer: Trainer, found: Path, run: Path, steps: int) -> None:
 
 
 def _summarised(run: Path) -> int | None:
-    """Return the step that the run's summary is about; None where there is no whole one."""
+    """Return the step of the run's summary; None if there is no summary, or a damaged one."""
     try:
         return int(json.loads((run / "summary.json").read_text(encoding="utf-8"))["steps"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -104,10 +108,10 @@ def _summarised(run: Path) -> int | None:
 
 
 def cut_metrics(run: Path, done: int) -> bool:
-    """Drop the lines of steps after `done` from the run's metrics, and half a line at its end.
+    """Remove the lines of steps after `done` from the run's metrics, and half a line at the end.
 
     Returns:
-        Whether there was any line.
+        Whether there was any line before.
 
     Raises:
         RunError: If a line in the middle is damaged.
@@ -115,7 +119,7 @@ def cut_metrics(run: Path, done: int) -> bool:
     metrics = run / "metrics.jsonl"
     lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
     if lines and not lines[-1].endswith("}"):
-        # Half a line, from a run that was killed while writing it.
+        # The run was killed while it wrote this line.
         lines.pop()
     try:
         kept = [line for line in lines if json.loads(line)["step"] <= done]

@@ -1,7 +1,7 @@
 """What `alignprop train` does once the configuration is known.
 
-This is the door of training: here the sections of the configuration become values (a sampler, an
-estimator, a plan), and nothing below takes a `Config` but the callbacks.
+Here the sections of the configuration become values (a sampler, an estimator, a plan). Of what is
+called from here only the callbacks and the evaluation still see a `Config`.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ from alignprop_cli.console import Console
 from alignprop_cli.device import available, keep_memory, make_accelerator
 from alignprop_cli.errors import InterruptedRun
 from alignprop_cli.estimators import Estimator
-from alignprop_cli.evaluation.draw import Samples as Drawn
-from alignprop_cli.evaluation.draw import choose_samples, draw_shared
+from alignprop_cli.evaluation import draw
 from alignprop_cli.lora import layers as lora
 from alignprop_cli.models.families import open_model
 from alignprop_cli.planning import request as planning
@@ -65,22 +64,24 @@ def describe(
 ) -> None:
     """Print the plan and the complete configuration of a run without doing it.
 
-    Runs the same checks as a real run, short of loading weights.
+    Makes the same checks as a real run, except those that need the weights.
 
     Args:
         config: The complete configuration.
         console: For the result.
-        name: Of the run, where no folder was asked for.
-        resume: The run to resume.
-        gpu_memory: Of cards that need not be here, such as 12GB; None plans for this machine.
-        gpus: How many of them.
+        name: Name of the run, used if `output.dir` is not set.
+        resume: The run to resume; None plans a new one.
+        gpu_memory: Memory of the cards to plan for, such as 12GB; None plans for this machine.
+        gpus: Number of these cards.
     """
+    # 1. The checks, with nothing written.
     accelerator = make_accelerator()
     setup.check(config)
     if resume is None:
         checkpoint.new_run(config.output.dir, name)
     elif (found := newest(resume)) is not None:
         refuse_changes(found, setup.settled(config))
+    # 2. The plan, from shapes alone: neither the weights nor the cards have to be here.
     budget = _budget(accelerator, gpu_memory)
     footprint = planning.measure(config, budget.device_type)
     request = planning.plan_request(config, gpus or accelerator.num_processes)
@@ -110,10 +111,10 @@ def run_training(
     Args:
         config: The complete configuration.
         console: For people and for the result.
-        name: Of the run, where no folder was asked for.
+        name: Name of the run, used if `output.dir` is not set.
         resume: The run to resume; None starts a new one.
-        callbacks: Of your own, told after the built-in ones.
-        estimator: Of your own, instead of what `gradient` names.
+        callbacks: Your own callbacks, called after the built-in ones that record and save.
+        estimator: Your own estimator, instead of the one that `gradient` names.
 
     Raises:
         AlignPropError: Whatever is wrong with the configuration, the files or the run.
@@ -127,7 +128,7 @@ def run_training(
     if not accelerator.is_main_process:
         console = Console(quiet=True)
 
-    # 2. Plan: how a step is divided so that it fits.
+    # 2. Plan: divide a step so that it fits the memory.
     request = planning.plan_request(config, accelerator.num_processes, estimator)
     budget = _budget(accelerator)
     plan, footprint = _plan(config, request, budget)
@@ -158,7 +159,7 @@ def run_training(
 
 
 def _checked(config: Config, resume: Path | None) -> tuple[Config, Path | None]:
-    """Return the configuration as it is kept, and the checkpoint to resume from, if any."""
+    """Return the configuration as it is stored, and the checkpoint to resume from, if any."""
     setup.check(config)
     config = setup.settled(config)
     found = None if resume is None else newest(resume)
@@ -168,7 +169,8 @@ def _checked(config: Config, resume: Path | None) -> tuple[Config, Path | None]:
 
 
 def _try_out(run: Run, request: PlanRequest, footprint: Footprint | None, budget: Budget) -> None:
-    """Let the device itself say whether the plan fits, and whether compiling pays."""
+    """Measure on the device whether the plan fits, and whether compiling pays off."""
+    # Only on CUDA, where torch counts what it allocates and running out of memory can be caught.
     trial = Trial(run.trainer)
     if footprint is not None and run.accelerator.device.type == "cuda":
         settle(trial, request, footprint, budget)
@@ -201,17 +203,19 @@ def _build(
             f"{len(both)} of the {len(set(eval_prompts))} prompts of eval.prompts are trained "
             "on: the evaluation says nothing about new ones"
         )
-    held_out = choose_samples(eval_prompts, config.eval.images, config.eval.images_per_prompt)
-    samples = choose_samples(eval_prompts, min(config.eval.sample_images, config.eval.images))
-    # The text encoders are gone once the network is loaded, so all prompts are encoded now: of a
-    # set larger than two epochs of this run only those that it comes to.
+    held_out = draw.choose_samples(eval_prompts, config.eval.images, config.eval.images_per_prompt)
+    samples = draw.choose_samples(eval_prompts, min(config.eval.sample_images, config.eval.images))
+    # 1. All prompts that will be needed, since the text encoders are dropped before the network is
+    #    loaded. Of a set that the run goes through less than twice, only those that it reaches.
     used = range(done * config.train.batch_size, config.train.steps * config.train.batch_size)
     coming = set(train_prompts)
     if len(used) < 2 * len(train_prompts):
         stream = PromptStream(train_prompts, config.train.seed)
         coming = {stream.prompt(i) for i in used}
-    asked = [*coming, *(s.prompt for s in (*held_out, *samples)), config.sample.negative_prompt]
-    model = open_model(config.model, asked, accelerator.device)
+    needed = [*coming, *(s.prompt for s in (*held_out, *samples)), config.sample.negative_prompt]
+    model = open_model(config.model, needed, accelerator.device)
+
+    # 2. Rewards, LoRA and trainer. The LoRA's rank and layers become part of the configuration.
     mixture = build_mixture(config.reward, config.loss, accelerator.device)
     if plan.checkpoint_reward:
         mixture.recompute()
@@ -231,18 +235,17 @@ def _build(
 
 
 def _budget(accelerator: Accelerator, gpu_memory: str | None = None) -> Budget:
-    """Return the memory that each process may use, the same for all: they share one plan.
-
-    On the CPU those of one machine share its RAM.
+    """Return the memory that each process may use; the same for all, since they share one plan.
 
     Args:
-        accelerator: Where it runs.
-        gpu_memory: What may be used of a card, which need not be here.
+        accelerator: Device and processes.
+        gpu_memory: Memory of a card that this machine need not have; None asks the device.
     """
     if gpu_memory is not None:
         return Budget(planning.parse_memory(gpu_memory), "cuda", "--gpu-memory")
     here = accelerator.device
     size, source = available(here)
+    # The processes of one machine share its RAM.
     if here.type == "cpu":
         size //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     sizes = cast(Tensor, accelerator.gather(torch.tensor([size], device=here)))
@@ -250,7 +253,8 @@ def _budget(accelerator: Accelerator, gpu_memory: str | None = None) -> Budget:
 
 
 def _deterministic() -> None:
-    """Ask for the same numbers every time, where there is a choice."""
+    """Prefer deterministic kernels, so that a run can be repeated."""
+    # Only a warning where there is none: some backward kernels on CUDA have no such version.
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(mode=True, warn_only=True)
 
@@ -267,14 +271,19 @@ def _open_folder(run: Run, found: Path | None) -> None:
         run.console.note(f"{run.folder} has no checkpoint yet: starting it again")
 
 
-def _sample(run: Run, label: str) -> Drawn:
+def _sample(run: Run, label: str) -> draw.Samples:
     """Sample the held-out prompts with the LoRA as it is."""
     trainer = run.trainer
-    return draw_shared(trainer.model, run.held_out, trainer.mixture, run.config, run.console, label)
+    return draw.draw_shared(
+        trainer.model, run.held_out, trainer.mixture, run.config, run.console, label
+    )
 
 
-def _standardise(run: Run, base: Drawn) -> None:
-    """Measure the rewards that are to be standardised on the base model, once for the run."""
+def _standardise(run: Run, base: draw.Samples) -> None:
+    """Take mean and deviation of rewards to standardise from the base model's samples.
+
+    They become part of the configuration, so that a resumed run uses the same numbers.
+    """
     rewards = dict(run.config.reward)
     for name, reward in rewards.items():
         if reward.standardise and reward.base_mean is None:
@@ -294,6 +303,7 @@ def _train(run: Run, others: Sequence[Callback]) -> None:
     Raises:
         InterruptedRun: After a signal, when everything is saved.
     """
+    # The order counts: Samples adds its rewards to the record before MetricsFile writes it.
     checkpoints, interruption = Checkpoints(), Interruption()
     callbacks = [Samples(), MetricsFile(), checkpoints, *others, Progress(), interruption]
     begun: list[Callback] = []
@@ -306,6 +316,7 @@ def _train(run: Run, others: Sequence[Callback]) -> None:
             record = run.trainer.step()
             for callback in callbacks:
                 callback.after_step(record)
+            # A list, so that every callback is asked: processes may meet in `should_stop`.
             stopped = any([callback.should_stop() for callback in callbacks])
         checkpoints.save()
     finally:
@@ -313,7 +324,7 @@ def _train(run: Run, others: Sequence[Callback]) -> None:
             callback.after_training()
     step = run.trainer.step_number
     if interruption.number is not None and step < run.config.train.steps:
-        # What the run's own configuration may not name by itself has to be typed again.
+        # What config.yaml names must be typed again where it is not shipped with alignprop.
         command = next_command(
             f"alignprop train --resume {run.folder}", run.config, trust.TO_RESUME
         )

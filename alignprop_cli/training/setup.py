@@ -1,4 +1,4 @@
-"""From the sections of a configuration to the values and the LoRA that a run starts with."""
+"""Turn the sections of a configuration into the values and the LoRA that a run starts with."""
 
 from __future__ import annotations
 
@@ -24,7 +24,12 @@ from alignprop_cli.training.optimizer import OptimizerSettings
 
 
 def check(config: Config) -> None:
-    """Refuse unknown rewards, prompt sets and LoRA files before anything heavy."""
+    """Refuse unknown rewards, prompt sets and LoRA files before anything heavy is loaded.
+
+    Raises:
+        AssetError: If a file is missing.
+        ConfigError: If a name is unknown or an option is wrong.
+    """
     for name, reward in config.reward.items():
         registry.check(name, reward.options)
         if name in registry.SHIPPED and not registry.SHIPPED[name].trainable:
@@ -36,11 +41,9 @@ def check(config: Config) -> None:
 
 
 def settled(config: Config) -> Config:
-    """Return the configuration as it is kept with the run.
-
-    The window group is written out, so that a later version with another default computes the same;
-    the folder is left out, since the run may be moved or repeated.
-    """
+    """Return the configuration as it is stored with the run."""
+    # The window group is written out: a later version may have another default and must compute the
+    # same. The folder is left out: the run may be moved, or repeated in another one.
     group = config.gradient.window_group or window_group(config.train.batch_size)
     gradient = config.gradient.model_copy(update={"window_group": group})
     output = config.output.model_copy(update={"dir": None})
@@ -51,8 +54,8 @@ def settings(config: Config, family: Family, estimator: Estimator) -> Settings:
     """Return what a step computes.
 
     Args:
-        config: Settled, so that it has a window group.
-        family: Of the model.
+        config: The complete configuration.
+        family: The model's family.
         estimator: Where the gradient flows.
     """
     train = config.train
@@ -77,7 +80,7 @@ def settings(config: Config, family: Family, estimator: Estimator) -> Settings:
 
 
 def new_folder(wanted: str | None, name: str, accelerator: Accelerator) -> Path:
-    """Choose the run folder once for all processes: the first one makes it."""
+    """Choose the run folder: the main process makes it and tells the others."""
     chosen: list[Any] = [None]
     if accelerator.is_main_process:
         try:
@@ -85,7 +88,7 @@ def new_folder(wanted: str | None, name: str, accelerator: Accelerator) -> Path:
             checkpoint.make_run(run)
             chosen = [str(run)]
         except ConfigError as error:
-            # Told to the others too, who would wait for the folder forever.
+            # Sent as well: the others would wait for the folder forever.
             chosen = [error]
     chosen = broadcast_object_list(chosen)
     if isinstance(chosen[0], ConfigError):
@@ -94,24 +97,26 @@ def new_folder(wanted: str | None, name: str, accelerator: Accelerator) -> Path:
 
 
 def prepare_lora(config: Config, model: Model, found: Path | None, console: Console) -> Config:
-    """Put a fresh LoRA, the one to start from, or the checkpoint's into the network.
+    """Put a LoRA into the network: a fresh one, or that of `lora.init`.
 
     Returns:
         The configuration with the rank, alpha and layers that the LoRA has.
     """
-    module, own = model.network.module, config.lora
-    if own.init is None:
-        targets = own.target_modules or model.family.target_modules
+    module, wanted = model.network.module, config.lora
+    # A resumed run gets its weights later, by `resume.restore`; here only the shapes must be right.
+    if wanted.init is None:
+        targets = wanted.target_modules or model.family.target_modules
         lora.inject(
             module,
-            rank=own.rank,
-            alpha=own.alpha or own.rank,
+            rank=wanted.rank,
+            alpha=wanted.alpha or wanted.rank,
             target_modules=targets,
             seed=config.train.seed,
         )
         have: dict[str, Any] = {"target_modules": targets}
     else:
-        start = files.read(found / files.LORA_FILE if found else _initial(own.init))
+        # From the checkpoint, where there is one: the file of lora.init may be gone by now.
+        start = files.read(found / files.LORA_FILE if found else _initial(wanted.init))
         lora.load(module, start, model.id)
         lora.make_trainable(module)
         if start.left_out:
@@ -123,11 +128,11 @@ def prepare_lora(config: Config, model: Model, found: Path | None, console: Cons
             "target_modules": metadata["target_modules"],
         }
         console.note(f"lora.init: rank {have['rank']}, alpha {have['alpha']:g}, as in its file")
-    return config.model_copy(update={"lora": own.model_copy(update=have)})
+    return config.model_copy(update={"lora": wanted.model_copy(update=have)})
 
 
 def _initial(name: str) -> Path:
-    """Return the file of the LoRA to start from: a file, a LoRA folder, a checkpoint or a run.
+    """Return the LoRA file that `lora.init` names: a file, a LoRA folder, a checkpoint or a run.
 
     Raises:
         AssetError: If there is none.

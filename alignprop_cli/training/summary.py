@@ -1,4 +1,4 @@
-"""What a run leaves when it is done: the before/after sheet, summary.json and the last table."""
+"""The end of a run: the before/after sheet, summary.json and the table that is printed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ from alignprop_cli.training.callbacks import Run
 
 
 def finish(run: Run, base: Samples, tuned: Samples, seconds: float) -> None:
-    """Write the before/after sheet and the summary, and print where everything is."""
+    """Write the before/after sheet and the summary, and print the result."""
+    # 1. The comparison: the same samples of the base and the tuned model, pair by pair.
     folder, config, trainer = run.folder, run.config, run.trainer
     images_seen = trainer.step_number * config.train.batch_size
     peak = peak_gib(trainer.model.device)
@@ -31,6 +32,7 @@ def finish(run: Run, base: Samples, tuned: Samples, seconds: float) -> None:
         part: compare(base.samples, right["base"], right["tuned"])
         for part, right in checks({"base": base, "tuned": tuned}).items()
     }
+    # 2. Files.
     sheet = folder / "before_after.png"
     _write_sheet(sheet, base, tuned)
     last = latest(folder)
@@ -52,6 +54,7 @@ def finish(run: Run, base: Samples, tuned: Samples, seconds: float) -> None:
         "next": command,
     }
     write_text(folder / "summary.json", json.dumps(values, indent=2) + "\n")
+    # 3. The same for people.
     console = run.console
     title = f"{len(base.samples)} held-out samples ({config.eval.prompts}), base and tuned"
     console.result(
@@ -77,7 +80,7 @@ def finish(run: Run, base: Samples, tuned: Samples, seconds: float) -> None:
 
 
 def _write_sheet(path: Path, base: Samples, tuned: Samples) -> None:
-    """Write every image of the base model beside that of the tuned one."""
+    """Write a sheet with each image of the base model next to that of the tuned model."""
     cells = [
         Cell(sample.prompt, (before, after), (base.caption(i), tuned.caption(i)))
         for i, (sample, before, after) in enumerate(

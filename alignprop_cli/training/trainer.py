@@ -1,6 +1,6 @@
 """One training step on one page: roll out, run the calls with gradient, decode, score, go back.
 
-Everything random in a step is a function of (seed, step, image number within the step), so a
+Everything random in a step is a function of (seed, step, index of the image in the step), so a
 step is the same however it is divided into batches and processes, and resuming is exact.
 """
 
@@ -33,12 +33,12 @@ class Trainer:
 
     Args:
         settings: What a step computes.
-        plan: How it is divided.
+        plan: How a step is divided.
         model: With a trainable LoRA in its network, and all prompts encoded.
         mixture: The rewards.
         prompts: Training prompts.
         accelerator: Device and processes.
-        note: Told what a person should know.
+        note: Called with messages for people.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Trainer:
         self.apply_plan(plan)
 
     def apply_plan(self, plan: Plan) -> None:
-        """Divide the same batch in another way from now on."""
+        """Divide a step by another plan from now on."""
         self.plan = plan
         self.model.network.recompute_blocks(plan.checkpoint_network == "block")
 
@@ -78,12 +78,12 @@ class Trainer:
         while True:
             # 1. Sample the batch, score it and go back.
             totals = self._accumulate()
-            # 2. Sum over processes and clip. float16 may overflow: nothing was updated then, and
+            # 2. Sum over processes and clip. If float16 overflowed, nothing has been updated yet:
             #    the step is repeated with a smaller loss scale.
             norm = self.optimizer.reduce_and_clip(self.accelerator)
             if self.optimizer.can_use(norm, self.step_number, self.settings.seed):
                 break
-        # 3. Update.
+        # 3. Update, and record what the step did.
         rate = self.optimizer.step(self.step_number)
         self.step_number += 1
         return totals.record(
@@ -98,12 +98,12 @@ class Trainer:
         )
 
     def images(self) -> list[StepImage]:
-        """Return this process's images of the coming step."""
+        """Return this process's images of the next step."""
         process = (self.accelerator.process_index, self.plan.processes)
         return images_of_step(self.settings, self._stream, self.schedule, self.step_number, process)
 
     def _accumulate(self) -> Totals:
-        """Leave the gradient of this process's images; in smaller parts if memory runs out."""
+        """Compute the gradient of this process's images, in smaller parts if memory runs out."""
         while True:
             try:
                 self.optimizer.zero_grad()
@@ -111,18 +111,18 @@ class Trainer:
                 images = self.images()
                 return self.go_back(images, self.roll_out(images, merged), merged)
             except torch.OutOfMemoryError:
-                # Other processes would wait for this one, which cannot tell them.
+                # With several processes the others would wait: this one cannot tell them.
                 if self.plan.micro_batch == 1 or self.plan.processes > 1:
                     raise
-            # Here the failed attempt's tensors are no longer held by the error.
+            # Outside `except`, where the error no longer holds the tensors of the failed attempt.
             self.apply_plan(self.plan.halved())
             self.note(f"out of memory: repeating this step with {self.plan.describe()}")
-            torch.cuda.empty_cache()  # nothing where there is no GPU
+            torch.cuda.empty_cache()  # does nothing without a GPU
 
     def roll_out(self, images: Sequence[StepImage], merged: lora.Merged) -> dict[int, Tensor]:
-        """Phase 1: the latents (C, h, w) where each image's path begins, by its number.
+        """Phase 1: the latents (C, h, w) where each image's path begins, by the image's number.
 
-        Most calls are here. Without gradient they take little memory, so many images go at once.
+        Most network calls are here. They store nothing, so batches can be large.
         """
         starts: dict[int, Tensor] = {}
         for batch in batches(images, self.plan.rollout_batch, key=lambda i: i.schedule):
@@ -135,26 +135,26 @@ class Trainer:
                 eta=self.settings.sampler.eta,
                 draw_noise=draw_noise,
             )
-            starts |= {image.number: own for image, own in zip(batch, latents, strict=True)}
+            starts |= {image.number: row for image, row in zip(batch, latents, strict=True)}
         return starts
 
     def go_back(
         self, images: Sequence[StepImage], starts: dict[int, Tensor], merged: lora.Merged
     ) -> Totals:
-        """Phase 2: along the paths and back, which adds the gradient of the mean loss.
+        """Phase 2: along the paths and back, which accumulates the gradient of the mean loss.
 
-        The tail (decode and score) goes back by itself, in chunks, and hands over its gradient in
-        the latents, so that its memory does not add up with that of the network's calls.
+        The tail (decode and score) is differentiated first, in chunks, down to the latents. Its
+        memory is small for any micro-batch, and free again when backward enters the network.
         """
         totals = Totals(self.mixture.metrics)
         for batch in batches(images, self.plan.micro_batch, key=lambda i: (i.schedule, i.path)):
-            latents = torch.stack([starts[image.number] for image in batch])
-            ends = self.run_path(batch, latents, merged)
+            latents = torch.stack([starts[image.number] for image in batch])  # (B, C, h, w)
+            ends = self.run_path(batch, latents, merged)  # (B, C, h, w), or n copies of each
             ends.backward(self.score(batch, ends.detach(), totals))
         return totals
 
     def run_path(self, batch: Sequence[StepImage], starts: Tensor, merged: lora.Merged) -> Tensor:
-        """Return clean latents with their graph, from where a batch's common path begins."""
+        """Run a batch along its common path; return the clean latents with their graph."""
         denoise, draw_noise = self._chain(batch)
         return backprop(
             denoise,
@@ -169,25 +169,25 @@ class Trainer:
 
     def score(self, batch: Sequence[StepImage], latents: Tensor, totals: Totals) -> Tensor:
         """Decode and score clean latents in chunks, and return the gradient of the loss in them."""
-        # The mean over the global batch, so that dividing it changes nothing. Paths with copies end
-        # in several latents an image.
+        # The weights make it the mean over the global batch, however that is divided. With n copies
+        # there are n clean latents per image, each with 1 / n of its weight.
         prompts = [image.prompt for image in batch] * (len(latents) // len(batch))
         weight = len(batch) / (len(latents) * self.settings.batch_size)
         gradients, scale = list[Tensor](), self.optimizer.scaler.scale
         for start in range(0, len(latents), self.plan.decode_batch):
             part = slice(start, start + self.plan.decode_batch)
-            ends = latents[part].requires_grad_()
+            ends = latents[part].requires_grad_()  # (b, C, h, w), a leaf
             images = self.model.decoder.decode(ends, recompute=self.plan.checkpoint_decoder)
             gradient, losses, scores = self.mixture.differentiate(
                 images, prompts[part], lambda losses: scale(losses.sum() * weight)
             )
-            images.backward(gradient)
+            images.backward(gradient)  # (b, 3, H, W), on through the decoder to `ends`
             gradients.append(cast(Tensor, ends.grad))
             totals.add(losses, scores, len(batch[0].path))
         return torch.cat(gradients)
 
     def _chain(self, batch: Sequence[StepImage]) -> tuple[Denoise, DrawNoise]:
-        """Return the guided network and the fresh noise of a batch."""
+        """Return the guided network call of a batch and its fresh noise by step."""
         sampler, prompts = self.settings.sampler, [image.prompt for image in batch]
         negative = sampler.negative_prompt if sampler.guidance.enabled else None
         embeds = self.model.conditioning(prompts, negative)
@@ -196,5 +196,5 @@ class Trainer:
 
     def _noise(self, purpose: rng.Purpose, batch: Sequence[StepImage], *counters: int) -> Tensor:
         keys = [(self.step_number, image.number) for image in batch]
-        drawn = rng.image_noise(self.settings.seed, purpose, keys, self.shape, *counters)
-        return drawn.to(self.model.device)
+        noise = rng.image_noise(self.settings.seed, purpose, keys, self.shape, *counters)
+        return noise.to(self.model.device)  # (B, C, h, w)

@@ -1,4 +1,4 @@
-"""Micro-batches that are run to see what they take, and forgotten: for the probe and compiling."""
+"""Run micro-batches without training on them, to measure memory and time before the first step."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from alignprop_cli.training.trainer import Trainer
 
 
 class Trial:
-    """A trainer as the probe sees it; nothing that runs here changes the training.
+    """A trainer as the probe and `compile_network` see it; nothing here changes the training.
 
     Args:
-        trainer: Before its first step.
+        trainer: A trainer before its first step.
     """
 
     def __init__(self, trainer: Trainer) -> None:
@@ -26,7 +26,7 @@ class Trial:
 
     @property
     def plan(self) -> Plan:
-        """Return the plan that is in force."""
+        """Return the present plan."""
         return self.trainer.plan
 
     @property
@@ -36,30 +36,31 @@ class Trial:
 
     @property
     def missing_bytes(self) -> int:
-        """Return what a step needs beside a lone micro-batch.
-
-        AdamW's two moments come with the first update; the gradients stay when there is more than
-        one micro-batch.
-        """
+        """Return the bytes that a step needs on top of a single micro-batch."""
+        # AdamW's two float32 moments, 8 bytes per parameter, exist from the first update on. With
+        # several micro-batches the gradients of the first, 4 bytes, live through the second.
         parameters = sum(p.numel() for p in self.trainer.optimizer.parameters.values())
         moments = 0 if self.trainer.optimizer.adamw.state else 8
         return (moments + 4 * (self.plan.accumulation > 1)) * parameters
 
     def apply_plan(self, plan: Plan) -> None:
-        """Divide the batch in another way from now on."""
+        """Work by another plan from now on."""
         self.trainer.apply_plan(plan)
 
     def run_micro_batch(self, calls: int | None = None) -> None:
-        """Run a roll-out batch, and of it a micro-batch there and back; drop the gradient.
+        """Run one roll-out batch and one micro-batch of it, and drop the gradient.
 
         Args:
-            calls: How many, the last ones, carry gradient; None is the most that can be drawn.
+            calls: Number of calls with gradient, counted from the last; None is the largest that
+                the estimator can draw.
         """
+        # 1. The images of the coming step, all with the same path, so that they form full batches.
         trainer, estimator = self.trainer, self.trainer.settings.estimator
         steps = len(trainer.schedule)
         calls = calls or estimator.longest(steps)
         path = estimator.path(tuple(range(steps - calls, steps)))
         images = [replace(i, path=path, schedule=trainer.schedule) for i in trainer.images()]
+        # 2. A roll-out batch, and where it is smaller than the micro-batch, the rest of that.
         try:
             merged = lora.Merged(trainer.model.network.module)
             starts = trainer.roll_out(images[: self.plan.rollout_batch], merged)
@@ -69,8 +70,9 @@ class Trial:
             trainer.optimizer.zero_grad()
 
     def largest(self, value: int | None) -> int | None:
-        """Return the largest value of all processes; None if one has none."""
+        """Return the largest value over all processes; None if any of them has None."""
+        # -1 stands for None, which a tensor cannot hold; sizes are never negative.
         accelerator = self.trainer.accelerator
-        own = torch.tensor([-1 if value is None else value], device=accelerator.device)
-        values = cast(Tensor, accelerator.gather(own))
+        mine = torch.tensor([-1 if value is None else value], device=accelerator.device)
+        values = cast(Tensor, accelerator.gather(mine))
         return None if int(values.min()) < 0 else int(values.max())

@@ -506,7 +506,7 @@ def test_an_alpha_that_is_said_twice_must_be_the_same(tmp_path: Path) -> None:
     file = tmp_path / LORA_FILE
     state = PAIR | {f"{X}.alpha": torch.tensor(4.0)}
     save_file(state, file, metadata=header({"r": 2, "lora_alpha": 2}))
-    with pytest.raises(AssetError, match="alpha 4 beside its tensors, 2 in its configuration"):
+    with pytest.raises(AssetError, match="alpha 4 among its tensors, 2 in its configuration"):
         files.read(file)
 
 

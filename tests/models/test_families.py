@@ -87,7 +87,7 @@ def toy_parts(source: Source, device: torch.device) -> Parts:
     return Parts(ToyNetwork(torch.tensor(weight, dtype=source.dtype, device=device)), ToyDecoder())
 
 
-def toy_on_meta(source: Source, device_type: str) -> MetaModel:
+def toy_on_meta(source: Source) -> MetaModel:
     embeds = Embeds({"length": torch.empty(1, 1, device="meta")})
     parts = Parts(ToyNetwork(torch.empty(2, 2, device="meta")), ToyDecoder())
     return MetaModel(parts, Conditioning(embeds, embeds), lambda shape: (shape[1], shape[2]))
@@ -97,7 +97,6 @@ TOY = Family(
     name="Toy",
     pipeline_class="ToyPipeline",
     lora_prefix="network.",
-    kohya_prefix="lora_network_",
     target_modules=("weight",),
     load_text_encoders=lambda source, device: ToyText(),
     load_parts=toy_parts,
@@ -141,7 +140,7 @@ def test_a_registered_family_is_found_opened_and_sampled(toy: Path) -> None:
     expected = (noise - (noise @ weight.T + length)).sigmoid().expand(-1, 3, -1, -1)
     torch.testing.assert_close(images, expected)
 
-    made = meta_model(config, torch.float32, "cpu")
+    made = meta_model(config, torch.float32)
     assert made.parts.network.module.weight.is_meta
     assert made.image_size((1, 4, 6)) == (4, 6)
 
@@ -226,7 +225,7 @@ def test_a_model_in_the_cache_of_the_hub_is_opened_offline(
     model = open_model(config, ["cat"], CPU)
     expected = open_model(ModelConfig(id=str(folder)), ["cat"], CPU)
     assert draw(model).equal(draw(expected))
-    assert meta_model(config, torch.float32, "cpu").parts.network.latent_shape(16, 24) == (4, 8, 12)
+    assert meta_model(config, torch.float32).parts.network.latent_shape(16, 24) == (4, 8, 12)
     with pytest.raises(AssetError, match=r"model\.id: other/model: it is not in the cache"):
         open_model(ModelConfig(id="other/model"), ["cat"], CPU)
 
@@ -265,7 +264,7 @@ def test_published_models_are_planned_without_the_hub(name: str) -> None:
     config = ModelConfig(id=name)
     family, path = find(config)
     assert (family.pipeline_class, path) == ("StableDiffusionPipeline", None)
-    made = meta_model(config, torch.bfloat16, "cuda")
+    made = meta_model(config, torch.bfloat16)
     size = 768 if name == "stabilityai/stable-diffusion-2-1" else 512
     assert made.image_size(made.parts.network.latent_shape(None, None)) == (size, size)
     negative = made.conditioning.negative
@@ -283,7 +282,7 @@ def test_published_models_are_planned_without_the_hub(name: str) -> None:
 
 def test_on_meta_the_network_is_the_loaded_one_without_its_numbers() -> None:
     config = ModelConfig(id="tiny")
-    made = meta_model(config, torch.float32, "cpu").parts
+    made = meta_model(config, torch.float32).parts
     model = open_model(config, [], CPU)
     for empty, loaded in ((made.network, model.network), (made.decoder, model.decoder)):
         shapes = [

@@ -308,14 +308,14 @@ def test_the_size_of_tiles_is_an_option_of_the_model(folder: Path) -> None:
     config = ModelConfig(id=str(folder), vae_tile_size=8)
     decoders = (
         open_model(config, [], CPU).decoder,
-        meta_model(config, torch.float32, "cpu").parts.decoder,
+        meta_model(config, torch.float32).parts.decoder,
     )
     for decoder in decoders:
         assert decoder.module.use_tiling
         assert decoder.module.tile_latent_min_size == 4
     for refused in (
         lambda config: open_model(config, [], CPU),
-        lambda config: meta_model(config, torch.float32, "cpu"),
+        lambda config: meta_model(config, torch.float32),
     ):
         with pytest.raises(ConfigError, match="vae_tile_size: 12 is not a multiple of 8"):
             refused(ModelConfig(id=str(folder), vae_tile_size=12))
@@ -626,7 +626,7 @@ def test_an_inpainting_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="takes 9 channels, its latents have 4"):
         load(path)
     with pytest.raises(ConfigError, match="takes 9 channels, its latents have 4"):
-        meta_model(ModelConfig(id=str(path)), torch.float32, "cpu")
+        meta_model(ModelConfig(id=str(path)), torch.float32)
 
 
 # What the hub's errors read of a response; its class depends on the version of the hub's client.

@@ -260,7 +260,7 @@ def test_the_published_architectures_have_their_known_sizes() -> None:
         "stabilityai/stable-diffusion-2-1": (865_910_724, 1024, (4, 96, 96)),
     }
     for name, (weights, width, shape) in sizes.items():
-        model = meta_model(ModelConfig(id=name), torch.bfloat16, "cuda")
+        model = meta_model(ModelConfig(id=name), torch.bfloat16)
         network, decoder = model.parts.network, model.parts.decoder
         parameters = list(network.module.parameters())
         assert {(p.device.type, p.dtype) for p in parameters} == {("meta", torch.bfloat16)}

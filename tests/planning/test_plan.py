@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -18,19 +18,20 @@ from alignprop_cli.errors import ConfigError, RunError
 from alignprop_cli.estimators import Estimator, GradPath, LastCalls, window
 from alignprop_cli.planning.estimate import (
     GIB,
-    LEVELS,
     Affine,
     Budget,
     Chain,
     Division,
     Estimate,
     Footprint,
+    Level,
     Work,
     estimate,
 )
 from alignprop_cli.planning.plan import Plan, PlanRequest, make_plan
 from alignprop_cli.planning.request import make_estimator, plan_request
 
+LEVELS: tuple[Level, ...] = get_args(Level)
 MIB = 2**20
 LATENTS = 64 * 2**10
 

@@ -85,7 +85,7 @@ def load_parts(source: Source, device: torch.device) -> Parts:
     return Parts(ToyNetwork(module.to(device)), ToyDecoder())
 
 
-def on_meta(source: Source, device_type: str) -> MetaModel:
+def on_meta(source: Source) -> MetaModel:
     with torch.device("meta"):
         parts = Parts(ToyNetwork(ToyModule().requires_grad_(False)), ToyDecoder())
         prompt = Embeds({"prompt": torch.empty(1, WIDTH)})
@@ -96,7 +96,6 @@ TOY = Family(
     name="Toy",
     pipeline_class="ToyPipeline",
     lora_prefix="transformer.",
-    kohya_prefix="lora_transformer_",
     target_modules=("into", "out"),
     load_text_encoders=lambda source, device: ToyEncoders(),
     load_parts=load_parts,
