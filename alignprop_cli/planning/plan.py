@@ -47,25 +47,14 @@ class PlanRequest(Chain):
     Args:
         batch_size: Images of one step over all processes.
         processes: Number of processes that work on one step.
-<<<<<<< HEAD
-        rollout_batch: As in `Plan`, and so are the others; `auto` is to be chosen.
-        micro_batch: In images.
-        decode_batch: In images; more than the micro-batch means all of it.
-        checkpoint_network: What backward recomputes.
-        checkpoint_decoder: Likewise.
-        checkpoint_reward: Likewise.
-        group: Images of the batch whose calls with gradient are the same, and so can go together;
-            None: all of them.
-        advice: What the user can change, by the part of the estimate that it makes smaller.
-=======
         rollout_batch: As in `Plan`; `auto` leaves it to the plan, here and below.
         micro_batch: As in `Plan`.
         decode_batch: As in `Plan`; more than the micro-batch means the whole micro-batch.
         checkpoint_network: As in `Plan`.
         checkpoint_decoder: As in `Plan`.
         checkpoint_reward: As in `Plan`.
+        group: Images of the batch whose calls with gradient are the same; None: all of them.
         advice: What the user can change, by the part of the estimate that gets smaller by it.
->>>>>>> words2
     """
 
     batch_size: int
