@@ -118,6 +118,7 @@ class LastCalls:
         return 0 if self.k_min == self.k_max else 1
 
     def _range(self, num_inference_steps: int) -> range:
+        # An impossible range is returned as it is: `problems` describes it.
         least = num_inference_steps if self.k_min is None else self.k_min
         most = num_inference_steps if self.k_max is None else self.k_max
         return range(least, most + 1)

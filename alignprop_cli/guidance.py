@@ -1,4 +1,4 @@
-"""Classifier-free guidance: what the network is told, and how its two branches are combined.
+"""Classifier-free guidance: the network's two branches, and how they are combined.
 
 This is the only place where the branches meet. A family's `Guidance` says what its scale means.
 """
@@ -46,7 +46,7 @@ class Embeds:
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the network is told about the prompts of a batch.
+    """The embeddings that condition the network on the prompts of a batch.
 
     Args:
         text: Embeddings of the prompts, batched.

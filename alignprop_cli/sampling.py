@@ -119,7 +119,7 @@ def rollout(
     eta: float = 0.0,
     draw_noise: DrawNoise | None = None,
 ) -> Tensor:
-    """Run the chain without any gradient, each image up to a call of its own.
+    """Run the chain without any gradient; images may stop at different calls.
 
     Args:
         denoise: (latents, step) -> noise_pred with guidance applied. Once images have stopped it

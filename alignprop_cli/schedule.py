@@ -23,7 +23,7 @@ class Step:
     """One step of the chain.
 
     Args:
-        timestep: What the network is told, in the units of the scheduler (0 to 999 for diffusion).
+        timestep: Input of the network, in the units of the scheduler (0 to 999 for diffusion).
         alpha: Scale of the signal before the step, in [0, 1].
         sigma: Scale of the noise before the step, in [0, 1].
         alpha_next: Scale of the signal after the step, in (0, 1].

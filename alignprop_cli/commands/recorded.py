@@ -141,7 +141,7 @@ def _refuse_untyped(
     found: Config, given: Mapping[str, Any], source: str, keys: Sequence[str]
 ) -> None:
     """Refuse a configuration that names anything that is neither shipped nor typed."""
-    # Imports torch, so only now: mistakes in the configuration have been told without it.
+    # Imports torch, so only now: mistakes in the configuration are reported without it.
     from alignprop_cli.shipped import shipped_names
 
     # The command line by itself, so that no recorded value can pass for a typed one.

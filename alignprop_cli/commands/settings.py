@@ -118,7 +118,7 @@ def for_evaluation(
         flags=flags,
         source=target if run is None else str(run / "config.yaml"),
     )
-    # Wrong names and options are told now, before anything is loaded.
+    # Wrong names and options are reported now, before anything is loaded.
     for name, member in resolved.reward.items():
         registry.check(name, member.options)
     return resolved

@@ -145,7 +145,7 @@ def override(layers: Layers, assignments: Iterable[str]) -> None:
         ConfigError: If one is not of the form key=value, or its value is not YAML.
     """
     problems: list[Problem] = []
-    # All unreadable texts are told in one message.
+    # All unreadable texts go into one message.
     for text in assignments:
         key, equals, raw = text.partition("=")
         if not equals or not key.strip():

@@ -36,8 +36,8 @@ def parse(
     """
     origins = origins or {}
     problems = list(extra_problems)
-    # Both what the schema refuses and what cannot work together goes into one message: a user who
-    # is told one mistake at a time has to start the program once for each.
+    # Both what the schema refuses and what cannot work together goes into one message: with one
+    # mistake at a time, a user would have to start the program once for each.
     config, wrong = _validate(values)
     problems += [_problem(details, origins) for details in wrong]
     if config is not None:

@@ -156,6 +156,7 @@ def _write_csv(result: Evaluation, path: Path) -> None:
     rewards = tuple(result.sampled["base"].rewards)
     columns = ("model", "file", "prompt_index", "image_index", "seed", "group", "prompt", *rewards)
     with path.open("w", encoding="utf-8", newline="") as file:
+        # Line ends as on Unix on every system; the csv module's own are those of Windows.
         rows = csv.writer(file, lineterminator="\n")
         rows.writerow(columns)
         for name, sampled in result.sampled.items():

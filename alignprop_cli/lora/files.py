@@ -31,7 +31,7 @@ PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 """The file next to `PEFT_FILE` that holds rank and alpha."""
 
-# Six digits, so that names sort by step; more where a run has more steps.
+# At least six digits, so that names sort by step in a listing of the folder.
 _STEP = re.compile(r"step-(\d{6,})")
 _METADATA = "lora_adapter_metadata"
 
@@ -117,6 +117,7 @@ def locate(name: str) -> Located:
 def checkpoints(run: Path) -> list[Path]:
     """Return the checkpoints of a run, oldest first."""
     found = [p for p in (run / "checkpoints").glob("step-*") if _STEP.fullmatch(p.name)]
+    # By number: as texts step-1000000 would come before step-999999.
     return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
 
 

@@ -170,7 +170,7 @@ def read_layers(
         ConfigError: If it is another kind of adapter, or a LoRA of text encoders alone.
         RunError: If a number is not finite.
     """
-    # 1. No command uses a LoRA in a text encoder. Its layers are counted, so that the user is told.
+    # 1. No command uses a LoRA in a text encoder. Its layers are counted, for a warning.
     texts = {_TEXT_TENSOR.sub("", name) for name in state if _TEXT.match(name)}
     names = sorted(name for name in state if not _TEXT.match(name))
     if texts and not names:

@@ -145,7 +145,7 @@ def prepare(
     """
     if all(name == BASE for name in names):
         raise ConfigError("soup: all members are the base model: there is nothing to mix")
-    # 1. The members. All are found before any is read, so that a mistyped name is told quickly.
+    # 1. The members. All are found before any is read, so that a mistyped name fails quickly.
     located = [None if name == BASE else files.locate(name) for name in names]
     members = [
         Member(name, found.label, files.read(found.file)) if found else Member(name, "base", None)

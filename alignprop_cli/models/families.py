@@ -88,7 +88,7 @@ def find(config: ModelConfig) -> tuple[Family, Path | None]:
         return FAMILIES["StableDiffusionPipeline"], path
     if path.is_dir():
         return _family(path / "model_index.json", str(path)), path
-    # 2. A mistyped path is told here; the hub would only say that it has no such repository.
+    # 2. A mistyped path is reported here; the hub would only say that it has no such repository.
     if _looks_like_a_path(config.id):
         raise AssetError(
             f"model.id: no such file or folder: {config.id}",
@@ -142,7 +142,7 @@ def open_model(config: ModelConfig, prompts: Iterable[str], device: torch.device
         ConfigError: If the model is of a family that is not supported, or cannot be trained.
     """
     family, path = find(config)
-    # 1. All files are fetched first, so that what is missing is told before any work is done.
+    # 1. All files are fetched first, so that missing ones are reported before any work is done.
     path = path or loading.download(config)
     source = Source(config, path, resolve_dtype(config.dtype, device))
     allow_tf32(source.dtype)

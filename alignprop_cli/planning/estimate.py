@@ -184,8 +184,8 @@ class Division:
             micro-batch may be smaller.
         decode_batch: Images decoded, scored and differentiated together; at most `micro_batch`.
         checkpoint_network: What is recomputed of each network call with gradient.
-        stored_calls: With the level `call`: the number of calls, counted from the last, that are
-            stored nevertheless.
+        stored_calls: With the level `call`: how many calls, counted from the last, are stored
+            instead of recomputed.
         checkpoint_decoder: Whether the decoder's blocks are recomputed.
         checkpoint_reward: Whether the blocks of the rewards' networks are recomputed.
     """
@@ -293,6 +293,7 @@ def peak_parts(
             "stored calls": window.stored(i),
             "network": window.call(i).backward(m),
         }
+    # The moments exclude each other, so the parts of the largest one alone are added.
     phase = max(phases.values(), key=lambda parts: sum(parts.values()))
     # What lives during the whole step, and the largest of the moments.
     parts = {

@@ -355,7 +355,7 @@ def _check(request: PlanRequest) -> None:
         nearest = max(processes, round(size / processes) * processes)
         message = f"{size} is not a multiple of {processes} processes; nearest that is: {nearest}"
         raise ConfigError("the batch cannot be divided", [Problem("train.batch_size", message)])
-    # These three are told together; what a share is was only known once the batch divides.
+    # These three go into one message; the share they are compared with needs a batch that divides.
     for name in ("rollout_batch", "micro_batch", "decode_batch"):
         wanted: int | Auto = getattr(request, name)
         if wanted != "auto" and wanted > share:

@@ -139,7 +139,7 @@ def _measure(
 ) -> list[tuple[float, float]]:
     """Return (estimated, measured) bytes for the present plan and for half of it.
 
-    Empty if memory ran out with the plan itself. The plan is in force again afterwards.
+    Empty if memory ran out with the plan itself. Afterwards the plan is the present one again.
     """
     # Two sizes separate what is needed once from what grows with the batches.
     points: list[tuple[float, float]] = []

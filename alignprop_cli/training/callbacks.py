@@ -73,7 +73,7 @@ class Callback:
 
 
 class Samples(Callback):
-    """Samples fixed prompts every so many steps: a sheet of images, and their mean rewards.
+    """Samples fixed prompts every `eval.every` steps: a sheet of images, and their mean rewards.
 
     The rewards go into the record, so `MetricsFile` comes later in the list.
     """
@@ -128,7 +128,7 @@ class MetricsFile(Callback):
 
 
 class Checkpoints(Callback):
-    """Saves every so many steps, after the last one, and when the run is stopped."""
+    """Saves every `output.save_every` steps, after the last one, and when the run is stopped."""
 
     def before_training(self, run: Run) -> None:
         """Remember the step at which the run begins: it needs no checkpoint."""

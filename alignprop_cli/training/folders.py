@@ -25,7 +25,7 @@ def run_name(preset: str | None, config: str | None) -> str:
 def run_to_resume(
     resume: str | None, preset: str | None, config: str | None, output: str | None
 ) -> Path | None:
-    """Return the run that `--resume` means; None where a new one is to be started.
+    """Return the run that `--resume` means; None to start a new one.
 
     Args:
         resume: A run's folder, or `auto`: the newest run, or a new one if there is none.

@@ -121,6 +121,7 @@ def prepare_lora(config: Config, model: Model, found: Path | None, console: Cons
         lora.make_trainable(module)
         if start.left_out:
             console.warn(f"{start.file}: its layers of the text encoder are left out")
+        # The file's rank and alpha win over lora.rank and lora.alpha.
         metadata = lora.adapter_metadata(module)
         have = {
             "rank": metadata["r"],

@@ -36,6 +36,7 @@ def finish(run: Run, base: Samples, tuned: Samples, seconds: float) -> None:
     sheet = folder / "before_after.png"
     _write_sheet(sheet, base, tuned)
     last = latest(folder)
+    # It repeats the options that config.yaml may not set by itself (config/trust.py).
     command = next_command(f"alignprop evaluate {folder}", config)
     values: dict[str, Any] = {
         "run": str(folder.resolve()),
