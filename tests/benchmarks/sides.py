@@ -135,6 +135,7 @@ class Side:
     def __init__(
         self, python: str, script: Path, arguments: list[str], environment: dict[str, str]
     ) -> None:
+        self._script = script.name
         self._process = subprocess.Popen(
             [python, str(script), *arguments],
             stdin=subprocess.PIPE,
@@ -153,7 +154,8 @@ class Side:
         for line in stdout:
             if line.startswith("answer "):
                 return json.loads(line.removeprefix("answer "))
-        raise RuntimeError("the other side ended; see what it printed above")
+        code = self._process.wait()
+        raise RuntimeError(f"{self._script} ended with status {code}; see what it printed above")
 
     def close(self) -> None:
         """End the process."""
