@@ -103,7 +103,9 @@ def test_the_report_of_an_evaluation_sorts_and_shows_its_pictures(tmp_path, show
     }
     (tmp_path / "config.yaml").write_text(json.dumps(config))
     run("train", "--config", tmp_path / "config.yaml", "-o", tmp_path / "run", "-q")
-    run("evaluate", tmp_path / "run", "--scale", "0,1", "-o", tmp_path / "out", "-q")
+    # What a run's configuration names from outside the package has to be typed again.
+    typed = ("--model", base, "--prompts", prompts)
+    run("evaluate", tmp_path / "run", *typed, "--scale", "0,1", "-o", tmp_path / "out", "-q")
     page, faults = show(tmp_path / "out" / "report.html")
     first = page.locator("article").evaluate_all("a => a.map((b) => b.dataset.number)")
     assert first == ["0", "1", "2"]
