@@ -124,6 +124,18 @@ def test_dividing_the_batch_into_micro_batches_does_not_change_the_gradient() ->
         assert relative_difference(gradient(micro_batch), whole) < 1e-5
 
 
+def test_dividing_the_batch_does_not_change_the_gradient_of_a_network_as_reward() -> None:
+    # The same with `clip`, and the last two calls, which no draw decides.
+    gradient = {"method": "last_k", "k": 2}
+    train = {"max_grad_norm": None, "micro_batch": "auto"}
+    config = small_config(sample={"eta": 0.0}, gradient=gradient, train=train)
+    whole = gradient_of_a_step(config, division(8, 8, 8))
+    assert float(whole.norm()) > 1e-4
+    for micro_batch in (4, 1):
+        divided = gradient_of_a_step(config, division(micro_batch, micro_batch, micro_batch))
+        assert relative_difference(divided, whole) < 1e-5
+
+
 def double_gradient_of_a_step(config: Config, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
     """As `gradient_of_a_step`, with the whole chain in float64."""
     draw = rng.image_noise
