@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import os
+import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Sequence
-from typing import Annotated
+from types import FrameType
+from typing import Annotated, NoReturn
 
 import typer
 
 from alignprop_cli import __version__
 from alignprop_cli.commands import evaluate, score, soup, train
 from alignprop_cli.console import Console
-from alignprop_cli.errors import AlignPropError, RunError, first_line
+from alignprop_cli.errors import AlignPropError, Terminated, explained
 
 ISSUES = "please report it with the output of --debug"
 
@@ -60,9 +65,16 @@ def main(args: Sequence[str] | None = None) -> None:
     debug = "--debug" in arguments
     if not debug:
         _quieten_libraries()
+    _prepare_streams()
+    _catch_signals()
     console = Console()
     try:
         app(arguments)
+    except SystemExit as end:
+        # Typer turns a closed pipe into exit code 1 by itself.
+        if isinstance(end.__context__, OSError) and end.__context__.errno == errno.EPIPE:
+            _end_at_closed_pipe(end.__context__)
+        raise
     except AlignPropError as error:
         if debug:
             traceback.print_exc()
@@ -70,35 +82,48 @@ def main(args: Sequence[str] | None = None) -> None:
         raise SystemExit(error.exit_code) from error
     # Training catches signals itself, to save first; elsewhere there is nothing to save.
     except KeyboardInterrupt as error:
-        console.error(AlignPropError("interrupted"))
-        raise SystemExit(130) from error
+        number = error.number if isinstance(error, Terminated) else signal.SIGINT
+        console.error(AlignPropError(f"interrupted by {signal.Signals(number).name}"))
+        raise SystemExit(128 + number) from error
+    except BrokenPipeError as error:
+        _end_at_closed_pipe(error)
     # The last resort: a bug, or a shortage that may come anywhere.
     except Exception as error:
         if debug:
             traceback.print_exc()
-        known = _known(error)
+        known = explained(error) or AlignPropError(
+            f"unexpected {type(error).__name__}: {error}", hint=f"this is a bug; {ISSUES}"
+        )
         console.error(known)
         raise SystemExit(known.exit_code) from error
 
 
-def _known(error: Exception) -> AlignPropError:
-    """Return the error to show for an exception that nothing else has caught."""
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        where = f" while writing {error.filename}" if error.filename else ""
-        return RunError(
-            f"the disk is full{where}",
-            hint="checkpoints already written are whole; free some space and use --resume auto",
-        )
-    # By name: naming torch's own class would import torch.
-    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
-        return RunError(
-            f"out of memory: {first_line(error)}",
-            hint="set train.micro_batch=1, gradient.checkpoint_network=call and "
-            "gradient.checkpoint_decoder=true, or a smaller sample.height and width",
-        )
-    return AlignPropError(
-        f"unexpected {type(error).__name__}: {error}", hint=f"this is a bug; {ISSUES}"
-    )
+def _prepare_streams() -> None:
+    """Let any text be printed, whatever the encoding of the terminal or the pipe."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _catch_signals() -> None:
+    """Let the signals that end a program do so as Ctrl+C does, so that it cleans up."""
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        raise Terminated(number)
+
+    # Handlers belong to the main thread, and `nohup` asks to ignore SIGHUP.
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) == signal.SIG_DFL:
+                signal.signal(number, end)
+
+
+def _end_at_closed_pipe(error: OSError) -> NoReturn:
+    """End as a program that SIGPIPE has ended: who read the output wants no more of it."""
+    # Python flushes standard output at exit, and would complain about the pipe again.
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(128 + signal.SIGPIPE) from error
 
 
 def _quieten_libraries() -> None:

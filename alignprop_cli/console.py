@@ -6,7 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, cast
 
 from rich.console import Console as RichConsole
@@ -50,8 +50,7 @@ class Bar:
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, advance=count)
             if note is not None:
-                # Escaped, here and below: names and prompts may hold [brackets], rich's markup.
-                self._progress.update(self._task, note=escape(note))
+                self._progress.update(self._task, note=_safe(note))
 
 
 class Console:
@@ -75,21 +74,23 @@ class Console:
     def note(self, text: str) -> None:
         """Print a message on standard error, unless quiet."""
         if not self.quiet:
-            self._err.print(escape(text))
+            self._err.print(_safe(text))
 
     def warn(self, text: str) -> None:
         """Print a warning on standard error."""
-        self._err.print(f"[yellow]warning:[/] {escape(text)}")
+        self._err.print(f"[yellow]warning:[/] {_safe(text)}")
 
     def error(self, error: AlignPropError) -> None:
         """Print an error and its hint on standard error."""
-        self._err.print(f"[red]error:[/] {escape(error.message)}")
-        if error.hint:
-            self._err.print(f"[cyan]hint:[/] {escape(error.hint)}")
+        # Where standard error is full or closed, the exit code still tells.
+        with suppress(OSError):
+            self._err.print(f"[red]error:[/] {_safe(error.message)}")
+            if error.hint:
+                self._err.print(f"[cyan]hint:[/] {_safe(error.hint)}")
 
     def text(self, text: str) -> None:
         """Print a text result on standard output."""
-        self._out.print(escape(text))
+        self._out.print(_safe(text))
 
     def result(self, schema: str, values: Mapping[str, Any], human: Sequence[Any] = ()) -> None:
         """Print the result of a command: one JSON object, or tables and lines for people.
@@ -106,7 +107,7 @@ class Console:
             self._out.file.write(text.encode("utf-8", "replace").decode("utf-8") + "\n")
             return
         for part in human:
-            self._out.print(escape(part) if isinstance(part, str) else part)
+            self._out.print(_safe(part) if isinstance(part, str) else part)
 
     @contextmanager
     def bar(self, total: int, label: str) -> Iterator[Bar]:
@@ -137,6 +138,12 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+def _safe(text: str) -> str:
+    """Return a text of several lines that neither the terminal nor rich takes for a command."""
+    # Names and prompts may hold [brackets], which are rich's markup.
+    return escape("\n".join(map(printable, text.split("\n"))))
+
+
 def write_bytes(data: bytes) -> None:
     """Write bytes to standard output unchanged: file names need not be UTF-8."""
     # Flushed, so that the reader of a pipe gets each row when it is ready.
@@ -148,11 +155,11 @@ def table(
     title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = True
 ) -> Table:
     """Return a table without borders; `numbers` aligns all columns but the first to the right."""
-    made = Table(title=escape(title), title_justify="left", box=None, pad_edge=False)
+    made = Table(title=_safe(title), title_justify="left", box=None, pad_edge=False)
     for index, column in enumerate(columns):
-        made.add_column(escape(column), justify="right" if numbers and index else "left")
+        made.add_column(_safe(column), justify="right" if numbers and index else "left")
     for row in rows:
-        made.add_row(*map(escape, row))
+        made.add_row(*map(_safe, row))
     return made
 
 

@@ -1,12 +1,14 @@
 """The errors that a user can cause or meet, each with the exit code of the program.
 
 Exit codes: 0 done, 1 unexpected (a bug), 2 usage or configuration, 3 something missing,
-4 the run failed, 130 and 143 interrupted by a signal after saving.
+4 the run failed, 128 + N ended by signal N: 130 by Ctrl+C, 143 by SIGTERM, 141 by a closed pipe.
 """
 
 from __future__ import annotations
 
 import difflib
+import errno
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -84,6 +86,73 @@ class InterruptedRun(AlignPropError):
         super().__init__(message, hint)
         # The convention of shells: 130 for SIGINT, 143 for SIGTERM.
         self.exit_code = 128 + signal_number
+
+
+class Terminated(KeyboardInterrupt):
+    """A signal that ends the program as Ctrl+C does.
+
+    Args:
+        number: Number of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+# safetensors reports the operating system's errors in its own class, as a text.
+_OS_ERROR = re.compile(r"os error (\d+)")
+# PyTorch has no class for running out of the CPU's memory, and none for a lost process of gloo's.
+_NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|Cannot allocate memory|bad_alloc")
+_LOST_PROCESS = re.compile(r"gloo|Connection closed by peer|Connection reset by peer|NCCL|nccl")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory ran out, of a GPU or of the machine."""
+    # By name: naming torch's own class would import torch.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and bool(_NO_MEMORY.search(str(error)))
+
+
+def explained(error: Exception) -> AlignPropError | None:
+    """Return the error to show for what an operating system or a library reports.
+
+    Returns:
+        None for anything else, which is a bug of this program.
+    """
+    # 1. Files and disks.
+    if isinstance(error, OSError) and error.errno is not None:
+        return _of_the_system(error.errno, error.strerror or str(error), error.filename)
+    if type(error).__name__ == "SafetensorError" and (found := _OS_ERROR.search(str(error))):
+        return _of_the_system(int(found[1]), first_line(error), None)
+    # 2. Memory.
+    if is_out_of_memory(error):
+        return RunError(
+            f"out of memory: {first_line(error)}",
+            hint="set train.micro_batch=1, gradient.checkpoint_network=call and "
+            "gradient.checkpoint_decoder=true, or a smaller sample.height and width",
+        )
+    # 3. Another process of the same run.
+    if type(error).__name__ == "DistBackendError" or (
+        isinstance(error, RuntimeError) and _LOST_PROCESS.search(str(error))
+    ):
+        return RunError("another process of this run has ended; its own message says why")
+    return None
+
+
+def _of_the_system(number: int, text: str, file: object) -> AlignPropError:
+    """Return the error for one of the operating system's."""
+    where = f" {file}" if file else ""
+    if number == errno.ENOSPC:
+        return RunError(
+            f"the disk is full: cannot write{where}", hint="what was written before is whole"
+        )
+    if number in (errno.EDQUOT, errno.EFBIG):
+        return RunError(
+            f"a limit on the size of files or of all files: cannot write{where}: {text}"
+        )
+    return RunError(f"cannot read or write{where}: {text}")
 
 
 def first_line(error: BaseException) -> str:

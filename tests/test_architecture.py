@@ -33,6 +33,7 @@ STORY = ("schedule", "guidance", "sampling", "estimators", "losses", "images", "
 LAYER = {
     **{name: name for name in ("errors", "console", "config", "evaluation", "training", "scoring")},
     **dict.fromkeys(STORY, "story"),
+    **dict.fromkeys(("paths", "parsing"), "outside"),
     **dict.fromkeys(("device", "storage", "hub", "prompts"), "ground"),
     **dict.fromkeys(("models", "rewards", "lora", "planning", "shipped"), "parts"),
     "tiny": "tiny",
@@ -44,14 +45,15 @@ LAYER = {
 
 # What each layer may import of the package, besides itself; downwards alone. Nobody imports tiny:
 # what is wanted of it is named in a registry (prompts.BUILT_IN, models/families.py).
-_PARTS = {"errors", "story", "config", "ground", "parts"}
+_PARTS = {"errors", "outside", "story", "config", "ground", "parts"}
 MAY_IMPORT = {
     "root": set[str](),
     "errors": set[str](),
     "console": {"errors"},
     "story": {"errors"},
-    "config": {"errors"},
-    "ground": {"errors", "story", "config"},
+    "outside": {"errors"},
+    "config": {"errors", "outside"},
+    "ground": {"errors", "outside", "story", "config"},
     "tiny": set[str](),
     "parts": _PARTS,
     "evaluation": {*_PARTS, "console"},
@@ -78,12 +80,12 @@ ONLY_IMPORTERS = {
     "rich": {"console"},
     "transformers": {"models", "rewards", "tiny"},
     "typer": {"cli", "commands"},
-    "yaml": {"config"},
+    "yaml": {"parsing"},
 }
 
 # All that these layers may import from outside the standard library.
 THIRD_PARTY = {"root": set[str](), "errors": set[str](), "story": {"torch"}}
-NO_TORCH = {"root", "errors", "config", "console", "cli", "main"}
+NO_TORCH = {"root", "errors", "outside", "config", "console", "cli", "main"}
 
 # Words that only models/ and the reader and writer of LoRA files know (and who trained tiny).
 FAMILY_WORDS = re.compile(r"StableDiffusion|\b[Uu]net\b|UNet|U-Net|\w+Pipeline\b|Transformer2D")

@@ -9,19 +9,23 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
-
 from alignprop_cli.config.schema import Config
 from alignprop_cli.config.validation import parse
-from alignprop_cli.errors import AssetError, ConfigError, Problem, did_you_mean
+from alignprop_cli.errors import ConfigError, Problem, did_you_mean
+from alignprop_cli.parsing import ParseError, read_yaml, read_yaml_lines, write_yaml
+from alignprop_cli.paths import read_text, user_path
 
 Tree = dict[str, Any]
+
+# Bytes of a configuration file.
+_MOST_TEXT = 2**20
+# Files that may extend one another; real ones are two or three.
+_MOST_PARENTS = 20
 
 
 @dataclass
@@ -108,15 +112,12 @@ def read(
         AssetError: If the file cannot be read.
         ConfigError: If it is not a YAML mapping, repeats a key, or extends itself.
     """
-    # 1. Text, then nodes, which know their lines, then values.
-    if path in seen:
+    # 1. Text, then values and their lines.
+    if path.resolve() in seen:
         raise ConfigError(f"{path}: extends itself through {' -> '.join(p.name for p in seen)}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise AssetError(f"{path}: cannot read this configuration: {error}") from error
-    root = _compose(text, path)
-    tree, lines = ({}, {}) if root is None else _convert(root, path)
+    if len(seen) > _MOST_PARENTS:
+        raise ConfigError(f"{path}: extends more than {_MOST_PARENTS} files, one after the other")
+    tree, lines = _parse(read_text(path, "configuration", most=_MOST_TEXT), path)
     # 2. What it extends goes into the layers first, so that this file wins.
     parent = tree.pop("extends", None)
     if parent is not None and complete:
@@ -128,8 +129,8 @@ def read(
         if not isinstance(parent, str):
             raise ConfigError(f"{path}: extends: expected the name of a preset, got {parent!r}")
         # A file in the same folder comes before a shipped preset of the same name.
-        sibling = path.parent / parent
-        read(sibling if sibling.is_file() else preset_path(parent), layers, (*seen, path))
+        sibling = user_path(str(path.parent / parent), f"{path}: extends")
+        read(sibling if sibling.is_file() else preset_path(parent), layers, (*seen, path.resolve()))
     # 3. This file.
     if "reward" in tree:
         # Not merged: the rewards of the parent would stay in the mixture.
@@ -152,9 +153,9 @@ def override(layers: Layers, assignments: Iterable[str]) -> None:
             problems.append(Problem(text, "expected key=value, for instance train.steps=40"))
             continue
         try:
-            layers.set(key.strip(), yaml.safe_load(raw), "--set")
-        except (yaml.YAMLError, ValueError):
-            problems.append(Problem(key, f"cannot read the value {raw!r}; quote it"))
+            layers.set(key.strip(), read_yaml(raw), "--set")
+        except ValueError as error:
+            problems.append(Problem(key, f"cannot read the value {raw[:100]!r}: {error}; quote it"))
     if problems:
         raise ConfigError("--set: cannot be read", problems)
 
@@ -162,14 +163,14 @@ def override(layers: Layers, assignments: Iterable[str]) -> None:
 def assignment(key: str, value: Any) -> str:
     """Return the text of a `--set` that sets a key to this value, on one line and printable."""
     # YAML in one line. A list around the value, since YAML adds lines to a bare scalar.
-    flow = yaml.safe_dump([value], default_flow_style=True, allow_unicode=True, width=math.inf)
+    flow = write_yaml([value], flow=True)
     # The simplest text that is read back as the same value: a bare `no`, for instance, is false.
     bare = [value] if isinstance(value, str) else []
     for text in (*bare, flow.strip()[1:-1]):
         try:
-            if text.isprintable() and yaml.safe_load(text) == value:
+            if text.isprintable() and read_yaml(text) == value:
                 return f"{key}={text}"
-        except (yaml.YAMLError, ValueError):
+        except ValueError:
             continue
     # Unprintable texts: JSON, which is YAML except for surrogate pairs, escaped the way YAML wants.
     text = json.dumps(value, ensure_ascii=False, default=str)
@@ -302,41 +303,15 @@ def _merge(base: Tree, other: Mapping[str, Any]) -> None:
             base[key] = value
 
 
-def _compose(text: str, path: Path) -> yaml.MappingNode | None:
-    """Parse a text to YAML nodes, which know their lines; None for an empty file."""
+def _parse(text: str, path: Path) -> tuple[Tree, dict[str, int]]:
+    """Return the values of a configuration file, and the line of every dotted key."""
     try:
-        root = cast(Any, yaml).compose(text, Loader=yaml.SafeLoader)
-    except yaml.YAMLError as error:
-        place = " ".join(str(error).split())
-        raise ConfigError(f"{path}: not valid YAML: {place}") from error
-    if root is not None and not isinstance(root, yaml.MappingNode):
+        tree, lines = read_yaml_lines(text)
+    except ParseError as error:
+        place = f"{path}:{error.line}" if error.line else str(path)
+        raise ConfigError(f"{place}: not valid YAML: {error}") from error
+    if tree is None:
+        return {}, {}
+    if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected `key: value` lines at the top")
-    return root
-
-
-def _convert(root: yaml.MappingNode, path: Path) -> tuple[Tree, dict[str, int]]:
-    """Return the values and the line of every dotted key; repeated keys are refused."""
-    lines: dict[str, int] = {}
-
-    def walk(node: yaml.MappingNode, prefix: str) -> None:
-        # PyYAML's loader would silently keep the last of two equal keys.
-        for key_node, value_node in node.value:
-            key = prefix + str(key_node.value)
-            line = key_node.start_mark.line + 1
-            if key in lines:
-                raise ConfigError(
-                    f"{path}:{line}: {key} is given twice, first on line {lines[key]}"
-                )
-            lines[key] = line
-            if isinstance(value_node, yaml.MappingNode):
-                walk(value_node, f"{key}.")
-
-    walk(root, "")
-    # Values from the same nodes, so that the text is parsed once.
-    loader = yaml.SafeLoader("")
-    try:
-        tree = cast(Any, loader).construct_document(root)
-    except (yaml.YAMLError, ValueError) as error:
-        place = " ".join(str(error).split())
-        raise ConfigError(f"{path}: a value cannot be read: {place}") from error
     return cast(Tree, tree), lines

@@ -10,8 +10,9 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, cast, get_args
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+from alignprop_cli.parsing import write_yaml
 
 # Types of values, with their ranges, so that a range is written once.
 Text = Annotated[str, Field(min_length=1)]
@@ -359,4 +360,4 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tup
 
 def dump(config: Config) -> str:
     """Return the complete configuration as YAML that `validation.parse` reads back unchanged."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return write_yaml(config.model_dump(mode="json"))
