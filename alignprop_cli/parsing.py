@@ -65,7 +65,7 @@ def read_json(text: str) -> Any:
 def read_yaml(text: str) -> Any:
     """Return the value of a YAML text, by the rules of YAML 1.2.
 
-    `010` is ten, `no` and `1:30` are texts. PyYAML follows YAML 1.1, where they are 8, false and 90.
+    `010` is ten, `no` and `1:30` are texts. PyYAML follows YAML 1.1: 8, false, 90.
 
     Raises:
         ParseError: If it is not YAML, too deep or too large, repeats a key, or has a tag that asks
