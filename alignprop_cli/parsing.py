@@ -96,7 +96,8 @@ def read_yaml_lines(text: str) -> tuple[Any, dict[str, int]]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         what = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise ParseError(what, None if mark is None else mark.line + 1) from error
+        line = None if mark is None else mark.line + 1
+        raise ParseError(f"not valid YAML: {what}", line) from error
     return value, lines
 
 
