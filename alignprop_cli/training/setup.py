@@ -45,7 +45,7 @@ def check(config: Config, resume: Path | None) -> None:
             raise ConfigError(f"reward.{name}: it has no gradient, so it cannot be trained on")
     # A run with a checkpoint reads its own LoRA; the file it began with may be gone.
     if config.lora.init is not None and not (resume and files.checkpoints(resume)):
-        _initial(config.lora.init)
+        files.read(_initial(config.lora.init))
     for prompts in (config.train.prompts, config.eval.prompts):
         check_prompts(prompts)
 
@@ -185,6 +185,6 @@ def _initial(name: str) -> Path:
         AssetError: If there is none.
     """
     try:
-        return files.locate(name).file
+        return files.locate(name, "lora.init").file
     except AssetError as error:
         raise AssetError(f"lora.init: {error.message}", hint=error.hint) from error
