@@ -16,7 +16,7 @@ from tests.factories import picture
 
 def prompt_of(path, root=None, **options):
     texts = read_image(path).texts
-    return PromptFinder(**options).find(Found(path, root or path.parent), texts)
+    return PromptFinder(**options).find(Found(path, root or path.parent), texts)[:2]
 
 
 def test_prompts_come_from_the_first_source_that_has_one(tmp_path):
@@ -196,10 +196,11 @@ def test_the_folders_of_hpsv2_say_the_prompt_by_its_number(tmp_path, monkeypatch
     monkeypatch.setattr(captions, "load_prompts", load_prompts)
     finder = PromptFinder()
     paths = [picture(tmp_path / "anime" / f"0000{n}.jpg") for n in (0, 1, 2)]
-    found = [finder.find(Found(path, tmp_path), {}) for path in paths]
+    found = [finder.find(Found(path, tmp_path), {})[:2] for path in paths]
     assert found == [("first", "hpd"), ("second", "hpd"), (None, "none")]
     assert asked == ["hpd:anime"]
-    assert finder.find(Found(tmp_path / "anime" / "cover.jpg", tmp_path), {}) == (None, "none")
+    cover = finder.find(Found(tmp_path / "anime" / "cover.jpg", tmp_path), {})
+    assert cover == (None, "none", None)
 
 
 @pytest.mark.parametrize(
