@@ -213,7 +213,7 @@ def build(name: str, options: Mapping[str, Any]) -> Reward:
     target = _import(name)
     if not callable(target):
         kind = type(target).__name__
-        raise ConfigError(f"reward '{name}': it is a {kind}, expected a function or a class")
+        raise ConfigError(f"reward '{name}': its {kind} is not a function or a class")
     if not inspect.isclass(target):
         if options:
             raise ConfigError(

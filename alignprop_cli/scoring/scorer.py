@@ -30,8 +30,8 @@ from alignprop_cli.scoring.files import Decoded, Found, named, read_image
 CHUNK = 16
 """Consecutive files that are decoded together, and measured as one batch for each image size."""
 
-# A chunk of larger images is measured in parts, so that no more pixels than these and one image are
-# in memory: 16 images of 1024 x 1024, 48 MiB as bytes.
+# A chunk of larger images is measured in parts, so that no more pixels than these are in memory, or
+# one image: 16 images of 1024 x 1024, 48 MiB as bytes.
 _MOST_PIXELS = CHUNK * 1024**2
 
 # Images that each worker decodes ahead.
@@ -192,12 +192,14 @@ def score(
         prepared: list[_Ready | Skipped] = []
         pixels = 0
         for found in chunk:
-            prepared.append(each := _prepare(found, next(decoded), finder, needing))
-            pixels += each.pixels if isinstance(each, _Ready) else 0
+            each = _prepare(found, next(decoded), finder, needing)
+            more = each.pixels if isinstance(each, _Ready) else 0
             # Before decoded images fill the memory, measure those that there are.
-            if pixels >= _MOST_PIXELS:
+            if pixels and pixels + more > _MOST_PIXELS:
                 yield from _results(prepared, known, mixture, device)
                 prepared, pixels = [], 0
+            prepared.append(each)
+            pixels += more
         yield from _results(prepared, known, mixture, device)
 
 
