@@ -43,6 +43,7 @@ def check(config: Config, resume: Path | None) -> None:
         registry.check(name, reward.options)
         if name in registry.SHIPPED and not registry.SHIPPED[name].trainable:
             raise ConfigError(f"reward.{name}: it has no gradient, so it cannot be trained on")
+    registry.check_embedded(config.reward, config.model.id)
     # A run with a checkpoint reads its own LoRA; the file it began with may be gone.
     if config.lora.init is not None and not (resume and files.checkpoints(resume)):
         files.read(_initial(config.lora.init))
