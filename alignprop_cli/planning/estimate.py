@@ -38,7 +38,8 @@ class Affine:
 class Work:
     """What one part of a step needs; the fields mean the same as in `meter.Cost`.
 
-    Bytes are functions of the batch, operations are those of one image.
+    Bytes are functions of the batch, operations are those of one image, and launches are the same
+    for any batch.
     """
 
     saved: Affine
@@ -46,6 +47,18 @@ class Work:
     backward: Affine
     forward_flops: float
     backward_flops: float
+    forward_launches: int = 0
+    backward_launches: int = 0
+
+    @property
+    def flops(self) -> float:
+        """Return the operations of one image, forward and backward."""
+        return self.forward_flops + self.backward_flops
+
+    @property
+    def launches(self) -> int:
+        """Return the operators that are launched, forward and backward."""
+        return self.forward_launches + self.backward_launches
 
 
 @dataclass(frozen=True)
@@ -166,6 +179,23 @@ class Chain:
     def mean(self) -> float:
         """Return the mean number of calls with gradient, copies not counted."""
         return self.estimator.mean(self.num_inference_steps)
+
+    @cached_property
+    def calls(self) -> float:
+        """Return the mean number of network calls of one image, without recomputation."""
+        # `rollout_steps` saves the calls before the path that exceed it: E max(T - k -
+        # rollout_steps, 0), with k calls on the path. With beyond = T - rollout_steps and max(x, 0)
+        # = x + max(-x, 0), this is beyond - E k + E max(k - beyond, 0).
+        steps = self.num_inference_steps
+        calls = steps + self.estimator.copies * self.mean
+        if self.rollout_steps is not None:
+            beyond = max(steps - self.rollout_steps, 0)
+            calls -= beyond - self.mean + self.estimator.mean_beyond(steps, beyond)
+        return calls
+
+    def stored(self, most: int) -> float:
+        """Return the mean number of calls on a path of which the last `most` are counted."""
+        return self.mean - self.estimator.mean_beyond(self.num_inference_steps, most)
 
     @property
     def is_attached(self) -> bool:
@@ -339,29 +369,16 @@ def operations(footprint: Footprint, chain: Chain, division: Division) -> float:
 
     The batch sizes of the division make no difference, only what is recomputed does.
     """
-    steps, estimator = chain.num_inference_steps, chain.estimator
-    level, kept = division.checkpoint_network, division.stored_calls
-    mean = chain.mean
-
-    # 1. Forward through the chain, and through the copies where there are any. `rollout_steps`
-    #    saves the calls before the path that exceed it: E max(T - k - rollout_steps, 0), with k
-    #    calls on the path. With beyond = T - rollout_steps and max(x, 0) = x + max(-x, 0), this is
-    #    beyond - E k + E max(k - beyond, 0).
-    calls = steps + estimator.copies * mean
-    if chain.rollout_steps is not None:
-        beyond = max(steps - chain.rollout_steps, 0)
-        calls -= beyond - mean + estimator.mean_beyond(steps, beyond)
-
-    # 2. Backward through the calls with gradient. The first of them is cheaper, as its input needs
+    # 1. Backward through the calls with gradient. The first of them is cheaper, as its input needs
     #    no gradient; the stored ones are not recomputed.
+    level, kept, mean = division.checkpoint_network, division.stored_calls, chain.mean
     first, later = footprint.first, footprint.call if chain.is_attached else footprint.first
     back = first[level].backward_flops + (chain.ends * mean - 1.0) * later[level].backward_flops
     if level == "call" and kept:
-        stored = mean - estimator.mean_beyond(steps, kept)
-        back -= stored * (later[level].backward_flops - later["none"].backward_flops)
+        back -= chain.stored(kept) * (later[level].backward_flops - later["none"].backward_flops)
 
-    # 3. Decoder and reward, forward and backward, once per clean latents.
+    # 2. Decoder and reward, forward and backward, once per clean latents.
     decoder = footprint.decoder[division.checkpoint_decoder]
     reward = footprint.reward[division.checkpoint_reward]
-    tail = sum(part.forward_flops + part.backward_flops for part in (decoder, reward))
-    return calls * footprint.rollout.forward_flops + back + chain.ends * tail
+    tail = decoder.flops + reward.flops
+    return chain.calls * footprint.rollout.forward_flops + back + chain.ends * tail

@@ -117,6 +117,8 @@ def _recomputed_call(plain: Work, rollout: Work, latents: int) -> Work:
         backward=_sum([stored, plain.backward]),
         forward_flops=plain.forward_flops,
         backward_flops=plain.forward_flops + plain.backward_flops,
+        forward_launches=rollout.forward_launches,
+        backward_launches=plain.forward_launches + plain.backward_launches,
     )
 
 
@@ -147,6 +149,8 @@ def count(
         backward=Affine(fixed_backward, cost.backward - fixed_backward),
         forward_flops=cost.forward_flops,
         backward_flops=cost.backward_flops,
+        forward_launches=cost.forward_launches,
+        backward_launches=cost.backward_launches,
     )
 
 
@@ -158,6 +162,8 @@ def add(*parts: Work) -> Work:
         backward=_sum([part.backward for part in parts]),
         forward_flops=sum(part.forward_flops for part in parts),
         backward_flops=sum(part.backward_flops for part in parts),
+        forward_launches=sum(part.forward_launches for part in parts),
+        backward_launches=sum(part.backward_launches for part in parts),
     )
 
 

@@ -39,6 +39,8 @@ class Cost:
         backward: Peak of the bytes in backward, recomputation included; contains `saved`.
         forward_flops: Floating point operations of forward; a multiply-add counts as two.
         backward_flops: Floating point operations of backward, recomputation included.
+        forward_launches: Operators of forward that start work on a device; views start none.
+        backward_launches: The same of backward.
     """
 
     saved: int
@@ -46,6 +48,8 @@ class Cost:
     backward: int
     forward_flops: int
     backward_flops: int
+    forward_launches: int = 0
+    backward_launches: int = 0
 
 
 class SavedBytes:
@@ -93,6 +97,7 @@ class Meter(TorchDispatchMode):
         now: Bytes that are alive.
         peak: The largest value of `now` so far.
         flops: Operations by torch's own formulas; a multiply-add counts as two.
+        launches: Operators that start work on a device: all but views and empty allocations.
     """
 
     def __init__(self) -> None:
@@ -100,6 +105,7 @@ class Meter(TorchDispatchMode):
         self.now = 0
         self.peak = 0
         self.flops = 0
+        self.launches = 0
         self._known: dict[int, int] = {}
 
     def __torch_dispatch__(
@@ -126,6 +132,7 @@ class Meter(TorchDispatchMode):
         result = func(*args, **kwargs)
         if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=result)
+        self.launches += not (func.is_view or packet in _NO_WORK)
         for tensor in tree_iter(result):
             if isinstance(tensor, Tensor):
                 self._add(tensor, inputs)
@@ -162,6 +169,10 @@ _FORMULAS: dict[Any, Any] = {
     _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention,
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
+
+
+# Operators without a kernel, besides views.
+_NO_WORK = {_ATEN.empty, _ATEN.empty_like, _ATEN.empty_strided, _ATEN.detach, _ATEN._unsafe_view}
 
 
 @contextmanager
@@ -211,6 +222,7 @@ def count(
         with Meter() as meter, SavedBytes(excluded) as kept:
             result = run()
         saved, forward, forward_flops = kept.total, meter.peak, meter.flops
+        forward_launches, meter.launches = meter.launches, 0
         # SavedBytes holds the storages too; backward frees them step by step, and must be seen to.
         kept.release()
         meter.peak, meter.flops = meter.now, 0
@@ -220,7 +232,15 @@ def count(
     # Gradients of weights and input were counted, and must not stay for the next count.
     for tensor in excluded:
         tensor.grad = None
-    return Cost(saved, forward, meter.peak, forward_flops, meter.flops)
+    return Cost(
+        saved,
+        forward,
+        meter.peak,
+        forward_flops,
+        meter.flops,
+        forward_launches,
+        meter.launches,
+    )
 
 
 def _storage(tensor: Tensor) -> int:

@@ -1,43 +1,20 @@
 """How a global batch is worked through: three batch sizes and what is recomputed in backward.
 
-A plan decides how fast and in how much memory a step runs, never what it computes. Of the plans
-that fit the memory, the one with the fewest operations is chosen.
+A plan decides how fast and in how much memory a step runs, never what it computes. choose.py
+chooses it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from itertools import takewhile
 from typing import Literal
 
-from alignprop_cli.errors import ConfigError, Problem, RunError
 from alignprop_cli.estimators import GradPath
-from alignprop_cli.planning.estimate import (
-    GIB,
-    NOTHING_RECOMPUTED,
-    UNCORRECTED,
-    Budget,
-    Chain,
-    Correction,
-    Division,
-    Estimate,
-    Footprint,
-    Level,
-    estimate,
-    operations,
-    peak_parts,
-)
+from alignprop_cli.planning.estimate import GIB, Chain, Division, Estimate, Level
 
 Auto = Literal["auto"]
-
-# The largest micro-batch worth trying. A CPU is no faster per image beyond 8. An H200 is 1.19 x as
-# fast per image with 16 as with 8; larger batches were not measured.
-_LARGEST = {"cuda": 16, "cpu": 8}
-# The same for the roll-out, which stores nothing and so may have a larger batch than the calls with
-# gradient. Not listed: it takes the micro-batch.
-_LARGEST_ROLLOUT = {"cuda": 16}
 
 
 @dataclass(frozen=True)
@@ -91,11 +68,13 @@ class Plan(Division):
         batch_size: Images of one step over all processes.
         processes: Number of processes; they have equal shares of the batch.
         estimate: What the step is expected to need; None where nothing was counted.
+        seconds: What the step is expected to take; None where no pace of the device is known.
     """
 
     batch_size: int
     processes: int
     estimate: Estimate | None = None
+    seconds: float | None = None
 
     @property
     def share(self) -> int:
@@ -106,6 +85,11 @@ class Plan(Division):
     def accumulation(self) -> int:
         """Return the number of micro-batches of one step in one process."""
         return math.ceil(self.share / self.micro_batch)
+
+    @property
+    def images_per_hour(self) -> float | None:
+        """Return the images of all processes in an hour; None where `seconds` is."""
+        return None if self.seconds is None else 3600.0 * self.batch_size / self.seconds
 
     def recomputed_calls(self, path: GradPath) -> tuple[int, ...]:
         """Return the calls of a path that are recomputed as a whole: all but the stored ones."""
@@ -131,6 +115,7 @@ class Plan(Division):
             micro_batch=max(self.micro_batch // 2, 1),
             decode_batch=max(self.decode_batch // 2, 1),
             estimate=None,
+            seconds=None,
         )
 
     def describe(self) -> str:
@@ -154,244 +139,6 @@ class Plan(Division):
         text += f"; recomputed in backward: {', '.join(recomputed) or 'nothing'}"
         if self.estimate is not None:
             text += f"; about {self.estimate.peak / GIB:.2f} GiB"
+        if self.images_per_hour is not None:
+            text += f", {self.images_per_hour:,.0f} images an hour"
         return text
-
-
-def make_plan(
-    request: PlanRequest,
-    *,
-    footprint: Footprint | None = None,
-    budget: Budget | None = None,
-    correction: Correction = UNCORRECTED,
-    below: float = math.inf,
-) -> Plan:
-    """Choose what the request leaves open.
-
-    The fewest operations come first. Among plans whose operations are equal to within 1 %, the
-    largest micro-batch is taken. The roll-out's and the decoder's batch then fill what memory is
-    left, so they are never the reason that something is recomputed.
-
-    Args:
-        request: What the plan is for, and what the user has fixed.
-        footprint: What the parts of a step need; None only where nothing is left to choose.
-        budget: The memory of one process; None is unlimited.
-        correction: From estimates to what was measured on the device.
-        below: Only plans with a smaller estimate, in bytes: at this one memory ran out.
-
-    Raises:
-        ConfigError: If the batch cannot be divided; names numbers that would do.
-        RunError: If no plan fits the budget; names the memory that would do.
-        ValueError: If there is something to choose and no footprint.
-    """
-    _check(request)
-    device_type = budget.device_type if budget else "cpu"
-    # 1. Nothing to choose: no footprint is needed, and no device has to be counted for.
-    if footprint is None:
-        if request.is_open:
-            raise ValueError("there is a choice of plans and no footprint to choose by")
-        (micro,) = _micro_batches(request, device_type)
-        plan = _with_micro_batch(next(_choices(request)), request, micro, device_type)
-        return replace(plan, decode_batch=_decode_batches(request, micro)[0])
-
-    # 2. What is recomputed and the micro-batch; then the other two batches. If nothing fits, the
-    #    error explains the smallest plan.
-    search = _Search(request, footprint, device_type, budget, correction, below)
-    best = search.least_work()
-    if best is None:
-        assert budget is not None
-        raise _too_small(search.with_estimate(search.smallest()), request, budget)
-    return search.with_estimate(search.enlarged(best))
-
-
-@dataclass(frozen=True)
-class _Search:
-    """The plans that a request allows, and which of them fit; fields are those of `make_plan`."""
-
-    request: PlanRequest
-    footprint: Footprint
-    device_type: str
-    budget: Budget | None
-    correction: Correction
-    below: float
-
-    def peak(self, plan: Plan) -> int:
-        return sum(peak_parts(self.footprint, self.request, plan, plan.share).values())
-
-    def fits(self, plan: Plan) -> bool:
-        size, usable = self.peak(plan), math.inf if self.budget is None else self.budget.usable
-        return size < self.below and self.correction(size) <= usable
-
-    def least_work(self) -> Plan | None:
-        """Return the plan with the fewest operations that fits, None where none does."""
-        # 1. For every choice of what is recomputed, the largest micro-batch that fits together with
-        #    the smallest roll-out and decoder batch. Batch sizes do not change the operations.
-        found: list[tuple[float, Plan]] = []
-        floor = operations(self.footprint, self.request, NOTHING_RECOMPUTED)
-        for choice in _choices(self.request):
-            plans = (
-                _with_micro_batch(choice, self.request, micro, self.device_type)
-                for micro in _micro_batches(self.request, self.device_type)
-            )
-            # Smallest first: `takewhile` then ends early, as most choices hold few images or none.
-            fitting = list(takewhile(self.fits, plans))
-            if fitting:
-                work = operations(self.footprint, self.request, choice) / floor
-                found.append((work, fitting[-1]))
-
-        # 2. Operations rounded to 1 %, since a few more are worth a larger micro-batch; ties go to
-        #    the exact number, then to the least memory.
-        def rank(pair: tuple[float, Plan]) -> tuple[int, int, float, int]:
-            work, plan = pair
-            return round(100.0 * work), -plan.micro_batch, work, self.peak(plan)
-
-        return min(found, key=rank)[1] if found else None
-
-    def enlarged(self, plan: Plan) -> Plan:
-        """Return the plan with the largest roll-out and decoder batch that still fit."""
-        # The roll-out first: most network calls are there.
-        for name, sizes in (
-            ("rollout_batch", _rollout_batches(self.request, plan.micro_batch, self.device_type)),
-            ("decode_batch", _decode_batches(self.request, plan.micro_batch)),
-        ):
-            larger = (replace(plan, **{name: size}) for size in sizes)
-            plan = next(filter(self.fits, larger), plan)
-        return plan
-
-    def smallest(self) -> Plan:
-        """Return the plan that needs the least memory."""
-        micro = _micro_batches(self.request, self.device_type)[0]
-        return min(
-            (
-                _with_micro_batch(c, self.request, micro, self.device_type)
-                for c in _choices(self.request)
-            ),
-            key=self.peak,
-        )
-
-    def with_estimate(self, plan: Plan) -> Plan:
-        expected = estimate(
-            self.footprint, self.request, plan, images=plan.share, correction=self.correction
-        )
-        return replace(plan, estimate=expected)
-
-
-def _choices(request: PlanRequest) -> Iterator[Plan]:
-    """Yield every choice of what is recomputed, as a plan with batches of one image."""
-
-    def either(value: bool | Auto) -> tuple[bool, ...]:
-        return (False, True) if value == "auto" else (value,)
-
-    wanted = request.checkpoint_network
-    # With the level `call` at least one call is recomputed: storing all of them is `none`.
-    longest = request.estimator.longest(request.num_inference_steps)
-    networks: list[tuple[Level, int]] = [("none", 0), ("block", 0)]
-    networks.extend(("call", kept) for kept in range(longest))
-    if wanted != "auto":
-        networks = [(wanted, 0)]
-    for network, kept in networks:
-        for decoder in either(request.checkpoint_decoder):
-            for reward in either(request.checkpoint_reward):
-                yield Plan(
-                    batch_size=request.batch_size,
-                    processes=request.processes,
-                    rollout_batch=1,
-                    micro_batch=1,
-                    decode_batch=1,
-                    checkpoint_network=network,
-                    stored_calls=kept,
-                    checkpoint_decoder=decoder,
-                    checkpoint_reward=reward,
-                )
-
-
-def _with_micro_batch(choice: Plan, request: PlanRequest, micro: int, device_type: str) -> Plan:
-    """Return a choice with a micro-batch and the smallest other batches that fit to it."""
-    return replace(
-        choice,
-        rollout_batch=_rollout_batches(request, micro, device_type)[-1],
-        micro_batch=micro,
-        decode_batch=_decode_batches(request, micro)[-1],
-    )
-
-
-def _micro_batches(request: PlanRequest, device_type: str) -> list[int]:
-    """Return the micro-batches to choose from, smallest first."""
-    # Only images of one path go back together.
-    together = math.ceil((request.group or request.batch_size) / request.processes)
-    if request.micro_batch != "auto":
-        return [min(request.micro_batch, together)]
-    # Divisors of the share: equal micro-batches waste no memory on a smaller last one.
-    limit = min(_LARGEST.get(device_type, 1), together)
-    return [m for m in _divisors(request.share)[::-1] if m <= limit]
-
-
-def _rollout_batches(request: PlanRequest, micro: int, device_type: str) -> list[int]:
-    """Return the roll-out's batches to choose from, largest first: multiples of `micro`."""
-    if request.rollout_batch != "auto":
-        return [request.rollout_batch]
-    # Each roll-out then ends where a micro-batch ends.
-    limit = min(request.share, _LARGEST_ROLLOUT.get(device_type, 0))
-    return list(range(micro, limit + 1, micro))[::-1] or [micro]
-
-
-def _decode_batches(request: PlanRequest, micro: int) -> list[int]:
-    """Return the decoder's batches to choose from, largest first."""
-    if request.decode_batch != "auto":
-        return [min(request.decode_batch, micro)]
-    # Equal parts: a smaller last part would save no memory and cost one more decoding.
-    return _divisors(micro)
-
-
-def _divisors(number: int) -> list[int]:
-    return [d for d in range(number, 0, -1) if number % d == 0]
-
-
-def _check(request: PlanRequest) -> None:
-    """Refuse a batch that the processes cannot share, and batches larger than a share.
-
-    Raises:
-        ConfigError: With numbers that would do.
-    """
-    size, processes, share = request.batch_size, request.processes, request.share
-    problems = list[Problem]()
-    if size % processes:
-        nearest = max(processes, round(size / processes) * processes)
-        message = f"{size} is not a multiple of {processes} processes; nearest that is: {nearest}"
-        raise ConfigError("the batch cannot be divided", [Problem("train.batch_size", message)])
-    # These three go into one message; the share they are compared with needs a batch that divides.
-    for name in ("rollout_batch", "micro_batch", "decode_batch"):
-        wanted: int | Auto = getattr(request, name)
-        if wanted != "auto" and wanted > share:
-            message = (
-                f"{wanted} is more than the {share} images of a process (train.batch_size {size}, "
-                f"processes: {processes}); at most {share}"
-            )
-            problems.append(Problem(f"train.{name}", message))
-    if problems:
-        raise ConfigError("the batch cannot be divided", problems)
-
-
-def _too_small(smallest: Plan, request: PlanRequest, budget: Budget) -> RunError:
-    """Return the error that says how much memory is needed, for what, and what to change."""
-    assert smallest.estimate is not None
-    needed = budget.least(smallest.estimate.peak)
-    largest = sorted(smallest.estimate.parts.items(), key=lambda item: -item[1])[:3]
-    where = ", ".join(f"{name} {size / GIB:.2f} GiB" for name, size in largest)
-
-    # First what the user fixed and the plan would choose smaller; then what makes the largest parts
-    # smaller at the cost of something else.
-    given = {
-        "train.micro_batch": request.micro_batch not in ("auto", 1),
-        "train.decode_batch": request.decode_batch not in ("auto", 1),
-        "gradient.checkpoint_network": request.checkpoint_network in ("none", "block"),
-        "gradient.checkpoint_decoder": request.checkpoint_decoder is False,
-        "gradient.checkpoint_reward": request.checkpoint_reward is False,
-    }
-    advice = [f"{key}: auto" for key, is_large in given.items() if is_large]
-    advice += [request.advice[name] for name, _ in largest if name in request.advice]
-    advice.append("a smaller sample.height and width")
-    return RunError(
-        f"no plan fits {budget.bytes / GIB:.2f} GiB ({budget.source}): the smallest needs "
-        f"{needed / GIB:.2f} GiB, most of it for {where}",
-        hint=f"try {', '.join(advice)}",
-    )

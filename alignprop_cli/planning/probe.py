@@ -11,8 +11,9 @@ from typing import Protocol
 import torch
 
 from alignprop_cli.errors import RunError
+from alignprop_cli.planning.choose import make_plan
 from alignprop_cli.planning.estimate import UNCORRECTED, Budget, Correction, Footprint, estimate
-from alignprop_cli.planning.plan import Plan, PlanRequest, make_plan
+from alignprop_cli.planning.plan import Plan, PlanRequest
 
 MeasurePeak = Callable[[Callable[[], object]], int]
 """Runs something and returns the peak of the bytes in use on the device meanwhile."""

@@ -30,8 +30,9 @@ from alignprop_cli.evaluation import draw
 from alignprop_cli.lora import layers as lora
 from alignprop_cli.models.families import open_model
 from alignprop_cli.planning import request as planning
+from alignprop_cli.planning.choose import make_plan
 from alignprop_cli.planning.estimate import Budget, Footprint
-from alignprop_cli.planning.plan import Plan, PlanRequest, make_plan
+from alignprop_cli.planning.plan import Plan, PlanRequest
 from alignprop_cli.planning.probe import settle
 from alignprop_cli.prompts import PromptStream, load_prompts
 from alignprop_cli.rewards.mixture import build_mixture

@@ -15,8 +15,8 @@ from alignprop_cli.device import available, keep_memory, make_accelerator
 from alignprop_cli.models.base import Model
 from alignprop_cli.models.families import open_model
 from alignprop_cli.planning import request as planning
+from alignprop_cli.planning.choose import make_plan
 from alignprop_cli.planning.estimate import Budget
-from alignprop_cli.planning.plan import make_plan
 from alignprop_cli.planning.probe import settle
 from alignprop_cli.rewards.mixture import Mixture, build_mixture
 from alignprop_cli.training import setup

@@ -29,8 +29,9 @@ from alignprop_cli.config.validation import parse
 from alignprop_cli.device import peak_gib
 from alignprop_cli.lora import layers as lora
 from alignprop_cli.planning import request as planning
+from alignprop_cli.planning.choose import make_plan
 from alignprop_cli.planning.meter import Meter, SavedBytes
-from alignprop_cli.planning.plan import Plan, make_plan
+from alignprop_cli.planning.plan import Plan
 from alignprop_cli.training.trainer import Trainer
 
 Division = list[int] | None

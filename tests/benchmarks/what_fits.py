@@ -10,8 +10,8 @@ from typing import Any
 from alignprop_cli.config import presets
 from alignprop_cli.errors import RunError
 from alignprop_cli.planning import request as planning
+from alignprop_cli.planning.choose import make_plan
 from alignprop_cli.planning.estimate import GIB, Budget
-from alignprop_cli.planning.plan import make_plan
 
 MODELS = {
     "SD 1.5, 512": "stable-diffusion-v1-5/stable-diffusion-v1-5",

@@ -16,6 +16,7 @@ from alignprop_cli.config.schema import Config
 from alignprop_cli.config.validation import parse
 from alignprop_cli.errors import ConfigError, RunError
 from alignprop_cli.estimators import Estimator, GradPath, LastCalls, window
+from alignprop_cli.planning.choose import make_plan
 from alignprop_cli.planning.estimate import (
     GIB,
     Affine,
@@ -28,7 +29,7 @@ from alignprop_cli.planning.estimate import (
     Work,
     estimate,
 )
-from alignprop_cli.planning.plan import Plan, PlanRequest, make_plan
+from alignprop_cli.planning.plan import Plan, PlanRequest
 from alignprop_cli.planning.request import make_estimator, plan_request
 
 LEVELS: tuple[Level, ...] = get_args(Level)

@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from alignprop_cli.config.schema import Config
 from alignprop_cli.planning import meter, probe
 from alignprop_cli.planning import request as planning
+from alignprop_cli.planning.choose import make_plan
 from alignprop_cli.planning.estimate import GIB, Budget, Correction, Footprint, estimate
-from alignprop_cli.planning.plan import Plan, PlanRequest, make_plan
+from alignprop_cli.planning.plan import Plan, PlanRequest
 from alignprop_cli.training.trainer import Trainer
 from alignprop_cli.training.trial import Trial
 from tests.planning import test_plan

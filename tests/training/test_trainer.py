@@ -15,7 +15,8 @@ from alignprop_cli.errors import RunError
 from alignprop_cli.guidance import Embeds
 from alignprop_cli.lora import layers as lora
 from alignprop_cli.models.families import open_model
-from alignprop_cli.planning.plan import Plan, make_plan
+from alignprop_cli.planning.choose import make_plan
+from alignprop_cli.planning.plan import Plan
 from alignprop_cli.planning.request import plan_request
 from alignprop_cli.prompts import load_prompts
 from alignprop_cli.rewards import pixel
