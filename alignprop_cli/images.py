@@ -145,6 +145,23 @@ def resize_and_crop(images: Tensor, size: int) -> Tensor:
 
 
 def _bicubic(images: Tensor, target: tuple[int, int]) -> Tensor:
+    if images.is_cuda and torch.are_deterministic_algorithms_enabled():
+        return _bicubic_by_products(images, target)
     return torch.nn.functional.interpolate(
         images, target, mode="bicubic", antialias=True, align_corners=False
     )
+
+
+def _bicubic_by_products(images: Tensor, target: tuple[int, int]) -> Tensor:
+    """Resize as two matrix products, whose backward repeats bit for bit; CUDA's own does not."""
+    # Resizing is linear, and separately so in rows and columns: the weights of an axis are what it
+    # makes of the unit matrix.
+    weights: list[Tensor] = []
+    for size, wanted in zip(images.shape[-2:], target, strict=True):
+        unit = torch.eye(size, dtype=images.dtype, device=images.device)[None, None]
+        weights.append(
+            torch.nn.functional.interpolate(
+                unit, (wanted, size), mode="bicubic", antialias=True, align_corners=False
+            )[0, 0]  # (wanted, size)
+        )
+    return weights[0] @ images @ weights[1].T

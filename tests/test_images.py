@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from alignprop_cli import images
 from alignprop_cli.images import (
     from_decoder,
     letterbox,
@@ -180,3 +181,15 @@ def test_normalising_gives_each_channel_its_mean_and_deviation() -> None:
     for channel in range(3):
         expected = (images[:, channel] - mean[channel]) / std[channel]
         torch.testing.assert_close(found[:, channel], expected)
+
+
+@pytest.mark.parametrize("target", [(7, 9), (31, 16), (16, 40)])
+def test_resizing_by_products_is_torchs_own_resizing(target: tuple[int, int]) -> None:
+    given = randn(0, 2, 3, 16, 20).requires_grad_()
+    weight = randn(1, 2, 3, *target)
+    own = images._bicubic_by_products(given, target)
+    (gradient,) = torch.autograd.grad((own * weight).sum(), given)
+    torchs = torch.nn.functional.interpolate(given, target, mode="bicubic", antialias=True)
+    (expected,) = torch.autograd.grad((torchs * weight).sum(), given)
+    torch.testing.assert_close(own, torchs, rtol=0.0, atol=1e-12)
+    torch.testing.assert_close(gradient, expected, rtol=0.0, atol=1e-12)

@@ -40,10 +40,13 @@ DryRunOption = Annotated[
 ]
 GpuMemoryOption = Annotated[
     str | None,
-    typer.Option("--gpu-memory", help="plan for a GPU of such a size: 12GB; with --dry-run only"),
+    typer.Option("--gpu-memory", help="use at most this: 12GB; with --dry-run of any GPU"),
+]
+GpuOption = Annotated[
+    str | None, typer.Option("--gpu", help="plan for this card: rtx4090, ...; with --dry-run only")
 ]
 GpusOption = Annotated[
-    int | None, typer.Option("--gpus", min=1, help="how many of these GPUs; with --gpu-memory only")
+    int | None, typer.Option("--gpus", min=1, help="plan for so many; with --dry-run only")
 ]
 ListOption = Annotated[
     bool, typer.Option("--list-presets", help="list the shipped presets and stop")
@@ -66,6 +69,7 @@ def train(
     resume: ResumeOption = None,
     dry_run: DryRunOption = False,
     gpu_memory: GpuMemoryOption = None,
+    gpu: GpuOption = None,
     gpus: GpusOption = None,
     list_presets: ListOption = False,
     show_preset: ShowOption = False,
@@ -94,11 +98,12 @@ def train(
     # 1. Without any configuration.
     if list_presets:
         return _list(console)
-    _check_cards(dry_run, gpu_memory, gpus)
+    _check_cards(dry_run, gpu_memory, gpu, gpus)
     # 2. The configuration of the run to resume, or of a new one.
     run = run_to_resume(resume, preset, config, output)
     flags = {"model.id": model, "train.steps": steps, "train.seed": seed, "output.dir": output}
     flags |= {"train.on_nonfinite": on_nonfinite}
+    flags |= {} if dry_run else {"train.memory_limit": gpu_memory}
     resolved = settings.for_training(run, preset, config, sets=sets, reward=reward, flags=flags)
     if show_preset:
         values = {"config": resolved.model_dump(mode="json")}
@@ -109,9 +114,9 @@ def train(
 
     name = run_name(preset, config) if run is None else run.name
     if dry_run:
-        describe(resolved, console, name=name, resume=run, gpu_memory=gpu_memory, gpus=gpus)
-    else:
-        run_training(resolved, console, name=name, resume=run)
+        cards = {"gpu_memory": gpu_memory, "gpu": gpu, "gpus": gpus}
+        return describe(resolved, console, name=name, resume=run, **cards)
+    run_training(resolved, console, name=name, resume=run)
 
 
 def _list(console: Console) -> None:
@@ -124,11 +129,13 @@ def _list(console: Console) -> None:
     console.result("alignprop.presets/1", {"presets": dict(rows)}, [listing])
 
 
-def _check_cards(dry_run: bool, gpu_memory: str | None, gpus: int | None) -> None:
+def _check_cards(dry_run: bool, gpu_memory: str | None, gpu: str | None, gpus: int | None) -> None:
     """Refuse a real run with options that describe GPUs of another machine."""
-    # Else a run would be planned for memory that this machine does not have.
-    elsewhere = "plans for GPUs that need not be here: it goes with --dry-run"
-    if gpu_memory is not None and not dry_run:
-        raise ConfigError(f"--gpu-memory {elsewhere}")
-    if gpus is not None and (gpu_memory is None or not dry_run):
-        raise ConfigError(f"--gpus {elsewhere} and --gpu-memory")
+    # Else a run would be planned for cards that this machine does not have.
+    for flag, value in (("--gpu", gpu), ("--gpus", gpus)):
+        if value is not None and not dry_run:
+            raise ConfigError(
+                f"{flag} plans for GPUs that need not be here: it goes with --dry-run"
+            )
+    if gpus is not None and gpu_memory is None and gpu is None:
+        raise ConfigError("--gpus needs to know which: give --gpu-memory or --gpu as well")

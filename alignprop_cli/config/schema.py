@@ -249,6 +249,10 @@ class TrainConfig(Section):
         description="Images of a micro-batch that are decoded, scored and differentiated together; "
         "auto is the largest that fits the memory.",
     )
+    memory_limit: Text | None = Field(
+        default=None,
+        description="The most memory that a process uses, such as 12GB; null is what is free.",
+    )
     # AdamW and its schedule, which does not depend on `steps`, so that a run can be made longer.
     learning_rate: PositiveFloat = Field(default=1.0e-3, description="AdamW's learning rate.")
     lr_decay_steps: PositiveInt | None = Field(
@@ -277,6 +281,11 @@ class TrainConfig(Section):
     )
     nonfinite_limit: PositiveInt = Field(
         default=5, description="With skip, steps in a row that are skipped before the run stops."
+    )
+    deterministic: bool = Field(
+        default=False,
+        description="On a GPU, use kernels that repeat bit for bit and are slower. On the CPU runs "
+        "always repeat, with the same number of threads.",
     )
     compile: bool | Literal["auto"] = Field(
         default="auto",

@@ -97,11 +97,14 @@ class Budget:
         bytes: The memory that may be used.
         device_type: `cuda`, `cpu`, ...
         source: Where the number comes from, for people.
+        has_context: Whether the memory outside any tensor is taken off already, as it is where a
+            driver says what is free.
     """
 
     bytes: int
     device_type: str
     source: str
+    has_context: bool = False
 
     @property
     def usable(self) -> int:
@@ -114,7 +117,7 @@ class Budget:
 
     @property
     def _context(self) -> int:
-        return _CONTEXT.get(self.device_type, 0)
+        return 0 if self.has_context else _CONTEXT.get(self.device_type, 0)
 
     @property
     def _reserve(self) -> float:

@@ -26,6 +26,7 @@ from alignprop_cli.models.meta import meta_model
 from alignprop_cli.planning import footprint
 from alignprop_cli.planning.estimate import GIB, Budget, Footprint, Work
 from alignprop_cli.planning.plan import Plan, PlanRequest
+from alignprop_cli.planning.speed import Times
 from alignprop_cli.rewards import registry
 
 # The estimator that each value of `gradient.method` means.
@@ -173,8 +174,12 @@ def _rewards(
     return total, weights, tuple(uncounted)
 
 
-def parse_memory(text: str) -> int:
+def parse_memory(text: str, where: str = "--gpu-memory") -> int:
     """Return the bytes that a text such as 12GB, 800MiB or 6.5 GiB means.
+
+    Args:
+        text: From the user.
+        where: The option or key that it is from, for the message.
 
     Raises:
         ConfigError: If it is no size, or 0.
@@ -188,12 +193,18 @@ def parse_memory(text: str) -> int:
         with suppress(ValidationError):  # an unknown unit
             size = TypeAdapter(ByteSize).validate_python(match[1] + unit)
     if size <= 0:
-        raise ConfigError(f"--gpu-memory: expected something like 12GB, got {text!r}")
+        raise ConfigError(f"{where}: expected something like 12GB, got {text!r}")
     return int(size)
 
 
-def describe(plan: Plan, budget: Budget) -> list[str]:
-    """Return the lines that show the plan, where its memory goes, and how much work it is."""
+def describe(plan: Plan, budget: Budget, times: Times | None = None) -> list[str]:
+    """Return the lines that show the plan, where its memory goes, and how much work it is.
+
+    Args:
+        plan: The plan.
+        budget: What it was made for.
+        times: By which it was chosen; None where it was by operations.
+    """
     lines = [f"plan: {plan.describe()}"]
     if plan.estimate is not None:
         parts = sorted(plan.estimate.parts.items(), key=lambda item: -item[1])
@@ -205,4 +216,9 @@ def describe(plan: Plan, budget: Budget) -> list[str]:
             f"work: {plan.estimate.flops / 1e12:.3g} TFLOP a step and process, "
             f"{over:.2f} x what it takes with nothing recomputed",
         ]
+    if plan.seconds is not None and times is not None:
+        lines.append(
+            f"time: {plan.seconds:.1f} s a step, {plan.images_per_hour:,.0f} images an hour "
+            f"({times.source})"
+        )
     return lines

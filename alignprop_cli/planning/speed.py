@@ -6,9 +6,11 @@ part takes max(launch, images x each), and fewer operations are not always less 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from alignprop_cli.errors import ConfigError, did_you_mean
 from alignprop_cli.planning.estimate import GIB, Chain, Division, Footprint, Work
 
 
@@ -89,6 +91,18 @@ _BY_MEMORY = ("rtx3060", "rtx4080", "rtx4090", "rtx5090", "l40s", "a100", "h200"
 _LAUNCH = 63.3e-3 / 1534
 _SHARE_OF_RATE = 0.44
 _BYTES_PER_OPERATION = 0.0167
+
+
+def find_card(name: str) -> str:
+    """Return the name of a card in `CARDS`, however it is written: RTX 4090, rtx-4090.
+
+    Raises:
+        ConfigError: If there is none.
+    """
+    found = re.sub(r"[^a-z0-9]|nvidia|geforce", "", name.lower())
+    if found not in CARDS:
+        raise ConfigError(f"--gpu: unknown card '{name}'.{did_you_mean(found, CARDS)}")
+    return found
 
 
 def card_for(memory: int) -> str:

@@ -23,7 +23,13 @@ from alignprop_cli import __version__
 from alignprop_cli.config import trust
 from alignprop_cli.config.schema import Config, dump
 from alignprop_cli.console import Console
-from alignprop_cli.device import available, keep_memory, make_accelerator
+from alignprop_cli.device import (
+    available,
+    hold_memory,
+    keep_memory,
+    make_accelerator,
+    set_deterministic,
+)
 from alignprop_cli.errors import InterruptedRun
 from alignprop_cli.estimators import Estimator
 from alignprop_cli.evaluation import draw
@@ -34,6 +40,7 @@ from alignprop_cli.planning.choose import make_plan
 from alignprop_cli.planning.estimate import Budget, Footprint
 from alignprop_cli.planning.plan import Plan, PlanRequest
 from alignprop_cli.planning.probe import settle
+from alignprop_cli.planning.speed import CARDS, Times, assumed, card_for, find_card
 from alignprop_cli.prompts import PromptStream, load_prompts
 from alignprop_cli.rewards.mixture import build_mixture
 from alignprop_cli.shipped import next_command
@@ -68,6 +75,7 @@ def describe(
     name: str,
     resume: Path | None,
     gpu_memory: str | None = None,
+    gpu: str | None = None,
     gpus: int | None = None,
 ) -> None:
     """Print the plan and the complete configuration of a run without doing it.
@@ -79,7 +87,9 @@ def describe(
         console: For the result.
         name: Name of the run, used if `output.dir` is not set.
         resume: The run to resume; None plans a new one.
-        gpu_memory: Memory of the cards to plan for, such as 12GB; None plans for this machine.
+        gpu_memory: Memory of the cards to plan for, such as 12GB; None is that of `gpu`, or of this
+            machine where that is None too.
+        gpu: Name of the cards, whose speed is assumed; None assumes one of that memory.
         gpus: Number of these cards.
     """
     # 1. The checks, with nothing written.
@@ -90,17 +100,26 @@ def describe(
     elif (found := newest(resume, console.warn)) is not None:
         refuse_changes(found, setup.settled(config))
     # 2. The plan, from shapes alone: neither the weights nor the cards have to be here.
-    budget = _budget(accelerator, gpu_memory)
+    card = None if gpu is None else find_card(gpu)
+    if card is not None and gpu_memory is None:
+        gpu_memory = f"{CARDS[card].memory}GB"
+    budget = _budget(accelerator, config, gpu_memory)
     footprint = planning.measure(config, budget.device_type)
     request = planning.plan_request(config, gpus or accelerator.num_processes)
-    plan = make_plan(request, footprint=footprint, budget=budget)
+    times = _assumed(footprint, budget, card)
+    plan = make_plan(request, footprint=footprint, budget=budget, times=times)
     values = {
-        "plan": {**asdict(plan), "accumulation": plan.accumulation},
+        "plan": {
+            **asdict(plan),
+            "accumulation": plan.accumulation,
+            "images_per_hour": plan.images_per_hour,
+        },
         "budget": asdict(budget),
+        "times": None if times is None else asdict(times),
         "uncounted": list(footprint.uncounted),
         "config": config.model_dump(mode="json"),
     }
-    lines = [dump(config).rstrip(), "", *planning.describe(plan, budget)]
+    lines = [dump(config).rstrip(), "", *planning.describe(plan, budget, times)]
     lines += [f"not counted: {', '.join(footprint.uncounted)}"] if footprint.uncounted else []
     console.result("alignprop.plan/1", values, [*lines, "nothing was done (--dry-run)"])
 
@@ -144,9 +163,9 @@ def run_training(
 
         # 2. Plan: divide a step so that it fits the memory.
         request = planning.plan_request(config, accelerator.num_processes, estimator)
-        budget = _budget(accelerator)
+        budget = _budget(accelerator, config)
         plan, footprint = _plan(config, request, budget)
-        _prepare_device(accelerator)
+        _prepare_device(accelerator, config)
         console.note(f"alignprop {__version__}: {config.model.id} on {accelerator.device}")
         console.note(f"plan: {plan.describe()}")
 
@@ -181,7 +200,16 @@ def _try_out(run: Run, request: PlanRequest, footprint: Footprint | None, budget
 def _plan(config: Config, request: PlanRequest, budget: Budget) -> tuple[Plan, Footprint | None]:
     """Return the plan, and what it was chosen by; where nothing is open nothing is counted."""
     footprint = planning.measure(config, budget.device_type) if request.is_open else None
-    return make_plan(request, footprint=footprint, budget=budget), footprint
+    times = None if footprint is None else _assumed(footprint, budget)
+    return make_plan(request, footprint=footprint, budget=budget, times=times), footprint
+
+
+def _assumed(footprint: Footprint, budget: Budget, card: str | None = None) -> Times | None:
+    """Return the pace that is assumed of a GPU before it is measured; None elsewhere."""
+    # On the CPU small batches lose nothing, and a plan must not depend on a timing: it rounds.
+    if budget.device_type != "cuda":
+        return None
+    return assumed(footprint, card or card_for(budget.bytes))
 
 
 def _build(
@@ -238,11 +266,12 @@ def _build(
     return Run(config, folder, trainer, accelerator, console, held_out, samples, inputs)
 
 
-def _budget(accelerator: Accelerator, gpu_memory: str | None = None) -> Budget:
+def _budget(accelerator: Accelerator, config: Config, gpu_memory: str | None = None) -> Budget:
     """Return the memory that each process may use; the same for all, since they share one plan.
 
     Args:
         accelerator: Device and processes.
+        config: Its `train.memory_limit` counts.
         gpu_memory: Memory of a card that this machine need not have; None asks the device.
     """
     if gpu_memory is not None:
@@ -252,17 +281,23 @@ def _budget(accelerator: Accelerator, gpu_memory: str | None = None) -> Budget:
     # The processes of one machine share its RAM.
     if here.type == "cpu":
         size //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if config.train.memory_limit is not None:
+        limit = planning.parse_memory(config.train.memory_limit, "train.memory_limit")
+        if limit < size:
+            size, source = limit, "train.memory_limit"
+            hold_memory(here, limit)
     sizes = cast(Tensor, accelerator.gather(torch.tensor([size], device=here)))
-    return Budget(int(sizes.min()), here.type, source)
+    # The driver's number is of a process that has its context already; a limit is not.
+    free = here.type == "cuda" and source != "train.memory_limit"
+    return Budget(int(sizes.min()), here.type, source, has_context=free)
 
 
-def _prepare_device(accelerator: Accelerator) -> None:
-    """Prefer deterministic kernels, so that a run can be repeated, and keep freed memory."""
-    if accelerator.device.type == "cpu":
+def _prepare_device(accelerator: Accelerator, config: Config) -> None:
+    """Keep freed memory on the CPU, and use kernels that repeat where that is wanted."""
+    device = accelerator.device
+    if device.type == "cpu":
         keep_memory()
-    # Only a warning where there is none: some backward kernels on CUDA have no such version.
-    torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(mode=True, warn_only=True)
+    set_deterministic(device, wanted=device.type == "cpu" or config.train.deterministic)
 
 
 def _open_folder(run: Run, found: Path | None) -> None:
