@@ -38,18 +38,23 @@ class ParseError(ValueError):
         self.line = line
 
 
-def read_json(text: str) -> Any:
+def read_json(text: str, *, finite: bool = True) -> Any:
     """Return the value of a JSON text.
 
+    Args:
+        text: The text.
+        finite: Whether NaN and infinity are refused, which are no JSON; some libraries write them.
+
     Raises:
-        ParseError: If it is not JSON (NaN and infinity are not), is nested too deeply, or has half
-            of a surrogate pair, which no encoding can write.
+        ParseError: If it is not JSON, is nested too deeply, or has half of a surrogate pair, which
+            no encoding can write.
     """
+    number = _finite if finite else float
     try:
         value = json.loads(
             text,
-            parse_constant=_finite,
-            parse_float=_finite,
+            parse_constant=number,
+            parse_float=number,
             object_pairs_hook=_unrepeated,
         )
     except RecursionError as error:
