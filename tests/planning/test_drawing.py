@@ -99,7 +99,7 @@ def test_the_largest_pictures_do_not_fit_here_and_it_takes_no_time(
         main(["evaluate", "base", "--preset", "tiny", *words, "-o", str(tmp_path / "out")])
     assert ended.value.code == 4
     err = " ".join(capsys.readouterr().err.split())
-    assert "drawing 8 images of 8184 x 8184 pixels together needs at least" in err
+    assert "drawing 16 images of 8184 x 8184 pixels together needs at least" in err
     assert "hint: " in err
     assert time.perf_counter() - started < 60.0
     assert not (tmp_path / "out").exists()
