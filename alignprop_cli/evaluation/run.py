@@ -99,8 +99,8 @@ def run_evaluation(
         console.note(said)
 
     # 2. The same samples with every model.
-    repeated = len({sample.prompt_index for sample in samples}) < len(samples)
     # For `compare.diversity`, which needs several images of a prompt.
+    repeated = len({sample.prompt_index for sample in samples}) < len(samples)
     features = mixture.features if repeated else None
 
     def draw(name: str) -> Samples:
@@ -109,7 +109,6 @@ def run_evaluation(
     sampled = _draw_all(draw, model, [(v, adapters[v.located.file]) for v in chosen])
     if not accelerator.is_main_process:
         return
-
     # 3. The comparison.
     result = Evaluation(
         model={"id": model.id, "fingerprint": model.fingerprint},
