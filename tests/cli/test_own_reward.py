@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from importlib.metadata import EntryPoint
 from pathlib import Path
 
 import pytest
 
+from alignprop_cli import images
 from alignprop_cli.cli import main
 from alignprop_cli.rewards import registry
 from tests.factories import picture
@@ -220,6 +219,10 @@ MISTAKES = [
     ("breaks.py:x", 3, "'breaks.py:x': cannot import breaks.py: KeyError: 'key'"),
     ("garbled.py:x", 2, "garbled.py:1: invalid syntax"),
     ("absent.py:x", 3, "no such file: absent.py"),
+]
+
+# Told by the same code in every command, so that one of them, the quickest, is asked.
+MORE = [
     ("wrong.py:complicated", 2, "'wrong.py:complicated': expected real numbers, got torch.complex"),
     ("wrong.py:through_data", 2, "'wrong.py:through_data' changes the images it is given"),
     ("wrong.py:odd", 4, "'wrong.py:odd' failed: Odd: as it likes"),
@@ -230,7 +233,7 @@ MISTAKES = [
     ("wrong.py:ExtraShape", 2, "'wrong.py:ExtraShape': extra metric 'area': expected a tensor"),
 ]
 
-# What no name may lead to but one message; each before any image is drawn.
+# What no name may lead to but one message.
 NAMES = [
     ("wrong.py:NUMBER", 2, "its int is not a function or a class"),
     ("wrong.py:", 2, "wrong.py has no ''"),
@@ -294,8 +297,10 @@ def test_an_option_that_it_does_not_take_is_refused(run) -> None:
     assert "'wrong.py:broken' is a function and takes no options" in " ".join(err.split())
 
 
-@pytest.mark.parametrize(("name", "code", "words"), NAMES, ids=[name[:20] for name, *_ in NAMES])
-def test_a_name_that_leads_nowhere_is_told(run, name, code, words) -> None:
+@pytest.mark.parametrize(
+    ("name", "code", "words"), MORE + NAMES, ids=[name[:20] for name, *_ in MORE + NAMES]
+)
+def test_a_mistake_is_told_before_anything_else_happens(run, name, code, words) -> None:
     found, out, err = run("score", "--reward", name)
     assert (found, out) == (code, "")
     assert words in " ".join(err.split())
@@ -335,7 +340,7 @@ def test_what_a_reward_does_to_its_inputs_reaches_nobody_else(run) -> None:
     assert found["mine.py:after"]["mean"] == pytest.approx(100 / 255)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", ["evaluate", "score"])
 def test_what_a_reward_prints_is_no_part_of_the_result(run, command) -> None:
     code, out, err = run(command, "--reward", "wrong.py:prints", "--json")
     assert code == 0, err
@@ -349,25 +354,13 @@ def test_of_several_rewards_the_one_with_the_infinite_gradient_is_named(run) -> 
     assert "the gradient of reward 'wrong.py:infinite' holds" in " ".join(err.split())
 
 
-def test_an_error_of_the_network_is_not_blamed_on_the_reward(tmp_path) -> None:
+def test_an_error_of_the_network_is_not_blamed_on_the_reward(run, monkeypatch) -> None:
+    def backward(ctx, gradient):
+        raise KeyError("network")
+
     # The backward pass of the chain is broken, that of the reward is whole.
-    (tmp_path / "own.py").write_text(OWN)
-    code = (
-        "import sys, torch\n"
-        "from alignprop_cli import images\n"
-        "def backward(ctx, gradient):\n"
-        "    raise KeyError('network')\n"
-        "images._Saturate.backward = staticmethod(backward)\n"
-        "from alignprop_cli.cli import main\n"
-        "main(['train', *sys.argv[1:]])\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *COMMANDS["train"], "--reward", "own.py:Blueness"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert "unexpected KeyError: 'network'" in done.stderr
-    assert "Blueness' failed" not in done.stderr
+    monkeypatch.setattr(images._Saturate, "backward", staticmethod(backward))
+    code, _, err = run("train", "--reward", "own.py:Blueness")
+    assert code == 1
+    assert "unexpected KeyError: 'network'" in err
+    assert "Blueness' failed" not in err
