@@ -15,7 +15,7 @@ from alignprop_cli.device import available
 from alignprop_cli.errors import RunError
 from alignprop_cli.guidance import guided
 from alignprop_cli.models.families import open_model, sampler
-from alignprop_cli.planning import meter
+from alignprop_cli.planning import meter, sampling
 from alignprop_cli.planning.sampling import check_memory, measure
 from alignprop_cli.rewards.clip import ClipReward
 from tests.factories import randn, small_pipeline
