@@ -71,9 +71,13 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         app(arguments)
     except SystemExit as end:
-        # Typer turns a closed pipe into exit code 1 by itself.
-        if isinstance(end.__context__, OSError) and end.__context__.errno == errno.EPIPE:
-            _end_at_closed_pipe(end.__context__)
+        # Typer turns a closed pipe into exit code 1 by itself, and Ctrl+C and all other signals
+        # into 130.
+        hidden = end.__context__
+        if isinstance(hidden, OSError) and hidden.errno == errno.EPIPE:
+            _end_at_closed_pipe(hidden)
+        if hidden is not None and isinstance(hidden.__cause__, KeyboardInterrupt):
+            _end_by_signal(console, hidden.__cause__)
         raise
     except AlignPropError as error:
         if debug:
@@ -82,9 +86,7 @@ def main(args: Sequence[str] | None = None) -> None:
         raise SystemExit(error.exit_code) from error
     # Training catches signals itself, to save first; elsewhere there is nothing to save.
     except KeyboardInterrupt as error:
-        number = error.number if isinstance(error, Terminated) else signal.SIGINT
-        console.error(AlignPropError(f"interrupted by {signal.Signals(number).name}"))
-        raise SystemExit(128 + number) from error
+        _end_by_signal(console, error)
     except BrokenPipeError as error:
         _end_at_closed_pipe(error)
     # The last resort: a bug, or a shortage that may come anywhere.
@@ -116,6 +118,13 @@ def _catch_signals() -> None:
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) == signal.SIG_DFL:
                 signal.signal(number, end)
+
+
+def _end_by_signal(console: Console, error: KeyboardInterrupt) -> NoReturn:
+    """End as a program that a signal has ended, with a word about it."""
+    number = error.number if isinstance(error, Terminated) else signal.SIGINT
+    console.error(AlignPropError(f"interrupted by {signal.Signals(number).name}"))
+    raise SystemExit(128 + number) from error
 
 
 def _end_at_closed_pipe(error: OSError) -> NoReturn:
