@@ -14,6 +14,7 @@ from alignprop_cli.errors import RunError
 from alignprop_cli.planning.choose import make_plan
 from alignprop_cli.planning.estimate import UNCORRECTED, Budget, Correction, Footprint, estimate
 from alignprop_cli.planning.plan import Plan, PlanRequest
+from alignprop_cli.planning.speed import Pace, Times, step_seconds
 
 MeasurePeak = Callable[[Callable[[], object]], int]
 """Runs something and returns the peak of the bytes in use on the device meanwhile."""
@@ -21,6 +22,8 @@ MeasurePeak = Callable[[Callable[[], object]], int]
 # Each try takes seconds. The correction mostly settles after two; the others are for devices on
 # which memory runs out.
 _PLANS_TRIED = 6
+# Images that fill a GPU, in every part of a step.
+_FILLS = 8
 # Running out of memory does not say how much was lacking. The next plan has at most this share of
 # the estimate, or if there is none, any smaller estimate.
 _SMALLER = 0.8
@@ -60,6 +63,10 @@ class Trial(Protocol):
         """Run one roll-out batch and one micro-batch with the longest possible path."""
         ...
 
+    def part_seconds(self, images: int) -> dict[str, float]:
+        """Return the seconds of each part of a step for a batch, by the fields of `Times`."""
+        ...
+
     def largest(self, value: int | None) -> int | None:
         """Return the largest value over all processes; None if any of them has None."""
         ...
@@ -75,14 +82,49 @@ def cuda_peak(run: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated()
 
 
+def measure_times(trial: Trial, share: int) -> Times:
+    """Return the pace of the parts of a step on this device.
+
+    Each part is timed with one image, which is what launching its kernels takes, and with a batch
+    large enough to fill a GPU, or the largest that the memory holds. With several processes the
+    slowest counts, so that all plan by the same times.
+
+    Args:
+        trial: A trainer before its first step, with nothing recomputed of its network.
+        share: Images of one step in one process; a batch has no more.
+    """
+    one, many, images = trial.part_seconds(1), None, min(_FILLS, share)
+    while images > 1 and many is None:
+        try:
+            many = trial.part_seconds(images)
+        except torch.OutOfMemoryError:
+            many = None
+        # All processes go on with the same batch.
+        if trial.largest(None if many is None else 1) is None:
+            many, images = None, images // 2
+
+    def pace(name: str) -> Pace:
+        launch = _slowest(trial, one[name])
+        return Pace(launch, launch if many is None else _slowest(trial, many[name]) / images)
+
+    names = ("rollout", "call", "decoder", "reward")
+    return Times(**{name: pace(name) for name in names}, source="measured")
+
+
+def _slowest(trial: Trial, seconds: float) -> float:
+    # Whole microseconds, since processes compare integers.
+    return (trial.largest(round(1e6 * seconds)) or 0) / 1e6
+
+
 def settle(
     trial: Trial,
     request: PlanRequest,
     footprint: Footprint,
     budget: Budget,
     measure_peak: MeasurePeak = cuda_peak,
+    times: Times | None = None,
 ) -> None:
-    """Apply the cheapest plan that was measured to fit the device.
+    """Apply the fastest plan that was measured to fit the device.
 
     The plan is run with the longest possible path, and once more with batches of half the size.
     What both need corrects the estimate. If the corrected estimate chooses another plan, that one
@@ -95,6 +137,7 @@ def settle(
         footprint: What it was chosen by.
         budget: The memory of one process.
         measure_peak: Measures the device.
+        times: Its pace, by which plans are compared; None compares their operations.
 
     Raises:
         torch.OutOfMemoryError: If not even the smallest plan fits.
@@ -118,7 +161,9 @@ def settle(
         if points:
             correction = Correction.through(points)
             expected = estimate(footprint, request, plan, images=plan.share, correction=correction)
-            held = replace(plan, estimate=expected)
+            held = replace(
+                plan, estimate=expected, seconds=_seconds(plan, request, footprint, times)
+            )
         else:
             below = _estimated(plan, request, footprint)
         # 3. Choose again. If by the corrected estimate no plan fits, the last one that was measured
@@ -127,7 +172,12 @@ def settle(
         for limit in [below] if held is not None else [_SMALLER * below, below]:
             with suppress(RunError):
                 plan = make_plan(
-                    request, footprint=footprint, budget=budget, correction=correction, below=limit
+                    request,
+                    footprint=footprint,
+                    budget=budget,
+                    correction=correction,
+                    below=limit,
+                    times=times,
                 )
                 break
     if held is None:
@@ -158,6 +208,12 @@ def _measure(
         points.append((_estimated(tried, request, footprint), found))
     trial.apply_plan(plan)
     return points
+
+
+def _seconds(
+    plan: Plan, request: PlanRequest, footprint: Footprint, times: Times | None
+) -> float | None:
+    return None if times is None else step_seconds(times, footprint, request, plan, plan.share)
 
 
 def _estimated(plan: Plan, request: PlanRequest, footprint: Footprint) -> float:

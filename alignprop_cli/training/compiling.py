@@ -48,6 +48,10 @@ def compile_network(
     unlikely = wanted == "auto" and model.device.type != "cuda"
     if wanted is False or unlikely or steps <= 0:
         return
+    # The probe's prediction tells without a timing that a run is short, by a wide margin.
+    expected = trial.plan.seconds
+    if wanted == "auto" and expected is not None and 2.0 * expected * steps < _WORTH_TRYING_SECONDS:
+        return
     try:
         _timed(trial)  # warm-up
         plain = _timed(trial)

@@ -10,7 +10,7 @@ import os
 import signal
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import cast
 
@@ -39,7 +39,7 @@ from alignprop_cli.planning import request as planning
 from alignprop_cli.planning.choose import make_plan
 from alignprop_cli.planning.estimate import Budget, Footprint
 from alignprop_cli.planning.plan import Plan, PlanRequest
-from alignprop_cli.planning.probe import settle
+from alignprop_cli.planning.probe import measure_times, settle
 from alignprop_cli.planning.speed import CARDS, Times, assumed, card_for, find_card
 from alignprop_cli.prompts import PromptStream, load_prompts
 from alignprop_cli.rewards.mixture import build_mixture
@@ -187,12 +187,22 @@ def run_training(
 
 
 def _try_out(run: Run, request: PlanRequest, footprint: Footprint | None, budget: Budget) -> None:
-    """Measure on the device whether the plan fits, and whether compiling pays off."""
+    """Measure on the device how fast it is, whether the plan fits, and whether compiling pays."""
     # Only on CUDA, where torch counts what it allocates and running out of memory can be caught.
     trial = Trial(run.trainer)
     if footprint is not None and run.accelerator.device.type == "cuda":
-        settle(trial, request, footprint, budget)
-        run.console.note(f"measured: {run.trainer.plan.describe()}")
+        started, plan = time.perf_counter(), run.trainer.plan
+        # Timed with everything stored; recomputation is added up from the parts.
+        trial.apply_plan(replace(plan, checkpoint_network="none", stored_calls=0))
+        times = measure_times(trial, plan.share)
+        if plan.checkpoint_reward:  # it cannot be switched off again
+            request = replace(request, checkpoint_reward=True)
+        trial.apply_plan(make_plan(request, footprint=footprint, budget=budget, times=times))
+        settle(trial, request, footprint, budget, times=times)
+        torch.cuda.empty_cache()
+        run.console.note(
+            f"measured in {time.perf_counter() - started:.0f} s: {run.trainer.plan.describe()}"
+        )
     steps = run.config.train.steps - run.trainer.step_number
     compile_network(trial, steps, run.config.train.compile, run.console.note)
 

@@ -125,7 +125,7 @@ class Trainer:
         """
         starts: dict[int, Tensor] = {}
         for batch in batches(images, self.plan.rollout_batch, key=lambda i: i.schedule):
-            denoise, draw_noise = self._chain(batch)
+            denoise, draw_noise = self.chain(batch)
             latents = rollout(
                 merged.around(denoise),
                 self._noise("noise", batch),
@@ -154,7 +154,7 @@ class Trainer:
 
     def run_path(self, batch: Sequence[StepImage], starts: Tensor, merged: lora.Merged) -> Tensor:
         """Run a batch along its common path; return the clean latents with their graph."""
-        denoise, draw_noise = self._chain(batch)
+        denoise, draw_noise = self.chain(batch)
         return backprop(
             denoise,
             starts,
@@ -185,7 +185,7 @@ class Trainer:
             totals.add(losses, scores, len(batch[0].path))
         return torch.cat(gradients)
 
-    def _chain(self, batch: Sequence[StepImage]) -> tuple[Denoise, DrawNoise]:
+    def chain(self, batch: Sequence[StepImage]) -> tuple[Denoise, DrawNoise]:
         """Return the guided network call of a batch and its fresh noise by step."""
         sampler, prompts = self.settings.sampler, [image.prompt for image in batch]
         negative = sampler.negative_prompt if sampler.guidance.enabled else None

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import statistics
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from typing import cast
 
@@ -68,6 +71,65 @@ class Trial:
             trainer.go_back(images[: self.plan.micro_batch], starts, merged)
         finally:
             trainer.optimizer.zero_grad()
+
+    def part_seconds(self, images: int) -> dict[str, float]:
+        """Return the seconds of each part of a step for a batch; nothing is learned.
+
+        Args:
+            images: Size of the batch.
+
+        Returns:
+            The fields of `speed.Times`: a call without gradient; a call with gradient, decoder and
+            reward, each forward and backward with nothing recomputed.
+        """
+        # 1. A batch with one call in the window, from noise: what it shows makes no difference.
+        trainer = self.trainer
+        steps, found = len(trainer.schedule), list(trainer.images())
+        path = trainer.settings.estimator.path((steps - 1,))
+        batch = [replace(found[i % len(found)], path=path, number=i) for i in range(images)]
+        prompts = [image.prompt for image in batch]
+        denoise = trainer.chain(batch)[0]
+        latents = torch.randn(images, *trainer.shape, device=trainer.model.device)
+        merged = lora.Merged(trainer.model.network.module)
+        pictures = self._decoded(latents)
+        upstream = torch.ones_like(pictures)
+
+        # 2. The four parts, as a step runs them.
+        @torch.no_grad()
+        def rollout() -> None:
+            merged.around(denoise)(latents, trainer.schedule.steps[-1])
+
+        def call() -> None:
+            ends = trainer.run_path(batch, latents, merged)
+            ends.backward(torch.ones_like(ends))
+
+        def decoder() -> None:
+            leaf = latents.detach().requires_grad_()
+            trainer.model.decoder.decode(leaf, recompute=False).backward(upstream)
+
+        def reward() -> None:
+            trainer.mixture.differentiate(pictures, prompts, lambda losses: losses.sum())
+
+        try:
+            parts = {"rollout": rollout, "call": call, "decoder": decoder, "reward": reward}
+            return {name: self._timed(part) for name, part in parts.items()}
+        finally:
+            trainer.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def _decoded(self, latents: Tensor) -> Tensor:
+        return self.trainer.model.decoder.decode(latents, recompute=False)
+
+    def _timed(self, part: Callable[[], object]) -> float:
+        """Return the seconds of a part: the median of three, after one that is not timed."""
+        seconds: list[float] = []
+        for _ in range(4):
+            started = time.perf_counter()
+            part()
+            if self.trainer.model.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - started)
+        return statistics.median(seconds[1:])
 
     def largest(self, value: int | None) -> int | None:
         """Return the largest value over all processes; None if any of them has None."""
