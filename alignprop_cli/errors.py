@@ -73,6 +73,10 @@ class RunError(AlignPropError):
     exit_code = 4
 
 
+class NonFinite(RunError):
+    """Images or rewards are NaN or infinite."""
+
+
 class InterruptedRun(AlignPropError):
     """The run was ended by a signal, after it had saved.
 

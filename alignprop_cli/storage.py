@@ -23,6 +23,8 @@ _SUFFIX = ".unfinished"
 _LONGEST = 100
 # Seconds after which a temporary file counts as left behind.
 _OLD = 60.0
+# Of a fingerprint: bytes of a block, and blocks of a file.
+_BLOCK, _SAMPLED = 2**16, 256
 # Of Linux's renameat2.
 _NO_REPLACE, _EXCHANGE = 1, 2
 _HERE = -100  # AT_FDCWD
@@ -129,6 +131,25 @@ def sha256(file: Path) -> str:
     """Return the hexadecimal SHA-256 of a file."""
     with file.open("rb") as opened:
         return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def fingerprint(path: Path) -> str:
+    """Return a hash that tells whether a file, or any file in a folder, is another one now.
+
+    Large files are sampled: weights of many gigabytes that were trained on differ everywhere.
+    """
+    hashed = hashlib.sha256()
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    for file in files:
+        size = file.stat().st_size
+        hashed.update(f"{'' if file == path else file.relative_to(path)} {size}\n".encode())
+        with file.open("rb") as opened:
+            # The whole file, or blocks at equal distances and the last one.
+            stride = max(size // _SAMPLED, _BLOCK)
+            for start in (*range(0, size, stride), max(size - _BLOCK, 0)):
+                opened.seek(start)
+                hashed.update(opened.read(_BLOCK))
+    return hashed.hexdigest()
 
 
 def _lock(file: Path, what: str) -> int | None:

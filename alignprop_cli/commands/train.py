@@ -27,6 +27,10 @@ WeightedRewardOption = Annotated[
     typer.Option("--reward", "-r", help="NAME or NAME:WEIGHT, repeatable or with commas"),
 ]
 StepsOption = Annotated[int | None, typer.Option("--steps", help="optimiser steps")]
+NonfiniteOption = Annotated[
+    str | None,
+    typer.Option("--on-nonfinite", help="at NaN or infinity: stop, or skip the step's update"),
+]
 ResumeOption = Annotated[
     str | None,
     typer.Option("--resume", help="run folder to resume, or auto: the newest, else a new one"),
@@ -58,6 +62,7 @@ def train(
     output: OutputOption = None,
     steps: StepsOption = None,
     seed: SeedOption = None,
+    on_nonfinite: NonfiniteOption = None,
     resume: ResumeOption = None,
     dry_run: DryRunOption = False,
     gpu_memory: GpuMemoryOption = None,
@@ -94,6 +99,7 @@ def train(
     # 2. The configuration of the run to resume, or of a new one.
     run = run_to_resume(resume, preset, config, output)
     flags = {"model.id": model, "train.steps": steps, "train.seed": seed, "output.dir": output}
+    flags["train.on_nonfinite"] = on_nonfinite
     resolved = settings.for_training(run, preset, config, sets=sets, reward=reward, flags=flags)
     if show_preset:
         values = {"config": resolved.model_dump(mode="json")}

@@ -270,6 +270,14 @@ class TrainConfig(Section):
     max_grad_norm: PositiveFloat | None = Field(
         default=1.0, description="The gradient is scaled down to this L2 norm; null leaves it."
     )
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="What happens where images, rewards or a gradient are NaN or infinite: the run "
+        "stops, or the step updates nothing.",
+    )
+    nonfinite_limit: PositiveInt = Field(
+        default=5, description="With skip, steps in a row that are skipped before the run stops."
+    )
     compile: bool | Literal["auto"] = Field(
         default="auto",
         description="Compile the blocks that the network repeats; auto tries it on a GPU, in a run "

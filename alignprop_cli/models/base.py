@@ -209,6 +209,7 @@ class Model:
         embeds: Embeddings by prompt, without a batch dimension, on the CPU.
         fingerprint: Hash of the architecture (names and shapes of the network's weights before a
             LoRA is added): models with the same fingerprint can exchange LoRAs.
+        path: The folder or file it was loaded from; None where there is none.
     """
 
     id: str
@@ -217,6 +218,7 @@ class Model:
     decoder: Decoder
     embeds: Mapping[str, Embeds] = field(default_factory=dict[str, Embeds])
     fingerprint: str = ""
+    path: Path | None = None
 
     @property
     def device(self) -> torch.device:

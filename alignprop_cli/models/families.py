@@ -163,6 +163,7 @@ def open_model(config: ModelConfig, prompts: Iterable[str], device: torch.device
         decoder=parts.decoder,
         embeds=embeds,
         fingerprint=_fingerprint(parts.network.module),
+        path=path,
     )
 
 

@@ -113,6 +113,13 @@ class Plan(Division):
             return ()
         return path.calls[: max(len(path.calls) - self.stored_calls, 0)]
 
+    @property
+    def can_be_halved(self) -> bool:
+        """Return whether smaller batches are left to try when memory ran out."""
+        # Several processes would have to do it together, and one cannot tell the others.
+        largest = max(self.rollout_batch, self.micro_batch, self.decode_batch)
+        return self.processes == 1 and largest > 1
+
     def halved(self) -> Plan:
         """Return the plan with half of each batch size, rounded down, to use when memory ran out.
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from alignprop_cli.errors import ConfigError, RunError
+from alignprop_cli.errors import ConfigError, NonFinite
 
 
 class Reward(Protocol):
@@ -53,7 +53,7 @@ def check_inputs(name: str, images: Tensor, prompts: Sequence[str]) -> None:
 
     Raises:
         ConfigError: If the shape is not (B, 3, H, W) with B > 0 or the prompts are not B.
-        RunError: If an image holds NaN or infinity.
+        NonFinite: If an image holds NaN or infinity.
     """
     if images.ndim != 4 or images.shape[1] != 3 or not len(images):
         raise ConfigError(
@@ -65,7 +65,7 @@ def check_inputs(name: str, images: Tensor, prompts: Sequence[str]) -> None:
     bad = ~torch.isfinite(images.detach()).flatten(1).all(dim=1)  # (B,)
     if bool(bad.any()):
         index = int(bad.nonzero()[0])
-        raise RunError(
+        raise NonFinite(
             f"reward '{name}': image {index} of the batch holds NaN or infinity, "
             f"prompt {prompts[index]!r}"
         )
@@ -76,7 +76,7 @@ def check_rewards(name: str, rewards: object, prompts: Sequence[str]) -> Tensor:
 
     Raises:
         ConfigError: If rewards are not a tensor of shape (B,).
-        RunError: If a value is NaN or infinite; names the prompt.
+        NonFinite: If a value is NaN or infinite; names the prompt.
     """
     if not isinstance(rewards, Tensor) or tuple(rewards.shape) != (len(prompts),):
         got = tuple(rewards.shape) if isinstance(rewards, Tensor) else type(rewards).__name__
@@ -88,7 +88,7 @@ def check_rewards(name: str, rewards: object, prompts: Sequence[str]) -> Tensor:
     finite = torch.isfinite(rewards.detach())
     if not bool(finite.all()):
         index = int((~finite).nonzero()[0])
-        raise RunError(
+        raise NonFinite(
             f"reward '{name}' returned {float(rewards.detach()[index])} for image {index} of the "
             f"batch, prompt {prompts[index]!r}"
         )

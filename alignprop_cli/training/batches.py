@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from alignprop_cli import rng
 from alignprop_cli.estimators import Estimator, GradPath
@@ -29,6 +29,8 @@ class Settings:
         window_group: Number of consecutive images that share one path of the gradient.
         rollout_steps: Number of calls that replace those before the path; None replaces nothing.
         seed: Seed of everything random.
+        on_nonfinite: What a step does that is not finite; see `nonfinite.Guard`.
+        nonfinite_limit: Steps in a row that may be skipped for that.
     """
 
     sampler: Sampler
@@ -38,6 +40,8 @@ class Settings:
     window_group: int
     rollout_steps: int | None = None
     seed: int = 0
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    nonfinite_limit: int = 5
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ training, and that may ask the run to stop. `run_training` takes further ones.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -23,6 +23,7 @@ from alignprop_cli.lora import files
 from alignprop_cli.lora import layers as lora
 from alignprop_cli.training import checkpoint
 from alignprop_cli.training.record import StepRecord
+from alignprop_cli.training.resume import metrics_hash
 from alignprop_cli.training.trainer import Trainer
 
 # Weight of the past in the smoothed rewards of the progress bar; the new value has the rest.
@@ -41,6 +42,7 @@ class Run:
         console: For people.
         held_out: Samples taken before and after training.
         samples: Samples taken during training.
+        inputs: Hashes of the files that the run reads; see `setup.inputs`.
     """
 
     config: Config
@@ -50,6 +52,7 @@ class Run:
     console: Console
     held_out: Sequence[Sample]
     samples: Sequence[Sample]
+    inputs: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 class Callback:
@@ -120,15 +123,16 @@ class MetricsFile(Callback):
         if self._path is None:
             return
         # Opened for every line: a run that is killed leaves whole lines, and half a line at most.
-        line = asdict(record)
-        if not record.held_out:
-            del line["held_out"]
         with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(record.line()) + "\n")
 
 
 class Checkpoints(Callback):
-    """Saves every `output.save_every` steps, after the last one, and when the run is stopped."""
+    """Saves every `output.save_every` steps, after the last one, and when the run is stopped.
+
+    Finite weights may still sample images of NaN. So a checkpoint counts as good when a step, or
+    the samples at the end, came after it; before that, the one before it is not dropped for it.
+    """
 
     def before_training(self, run: Run) -> None:
         """Remember the step at which the run begins: it needs no checkpoint."""
@@ -136,6 +140,8 @@ class Checkpoints(Callback):
 
     def after_step(self, record: StepRecord) -> None:
         """Save every `output.save_every` steps and after the last one."""
+        if record.skipped is None:
+            self.drop_old()
         every, last = self._run.config.output.save_every, self._run.config.train.steps
         if record.step == last or (every and record.step % every == 0):
             self.save()
@@ -171,8 +177,20 @@ class Checkpoints(Callback):
             )
 
         seen = trainer.step_number * trainer.settings.batch_size
-        state = checkpoint.State(trainer.step_number, seen, trainer.optimizer.state())
-        checkpoint.save(run.folder, state, save_lora, keep=run.config.output.keep_last)
+        state = checkpoint.State(
+            trainer.step_number,
+            seen,
+            trainer.optimizer.state(),
+            skipped_in_row=trainer.guard.skipped_in_row,
+            metrics=metrics_hash(run.folder, trainer.step_number),
+            inputs=run.inputs,
+        )
+        checkpoint.save(run.folder, state, save_lora)
+
+    def drop_old(self) -> None:
+        """Delete the oldest checkpoints beyond `output.keep_last`; the newest has proven good."""
+        if self._run.accelerator.is_main_process:
+            checkpoint.drop_old(self._run.folder, self._run.config.output.keep_last)
 
 
 class Progress(Callback):
@@ -188,6 +206,8 @@ class Progress(Callback):
 
     def after_step(self, record: StepRecord) -> None:
         """Advance the bar; warn if the gradient of the first step is exactly zero."""
+        if record.skipped is not None:
+            self._console.warn(f"step {record.step} is skipped: {record.skipped}")
         # Single steps differ by their prompts more than by what was learned: an exponential mean.
         for name, stats in record.rewards.items():
             past = self._smoothed.get(name, stats.mean)

@@ -1,21 +1,21 @@
-"""The run folder: make it, and write and read its checkpoints, whole or not at all.
+"""The run folder: write and read its checkpoints, whole or not at all.
 
 runs/<name>/config.yaml            complete; `train --config` on it repeats the run
             metrics.jsonl          one line per optimiser step
             checkpoints/step-000020/pytorch_lora_weights.safetensors   the adapter, for everyone
                                     optimizer.safetensors              AdamW's moments
-                                    state.json                         counters
+                                    state.json                         counters and hashes
             samples/               fixed prompts and seeds over time
             before_after.png  summary.json
+            .lock                  held by the process that writes here, gone afterwards
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from alignprop_cli.errors import ConfigError, RunError
+from alignprop_cli.errors import RunError
 from alignprop_cli.lora.files import LORA_FILE, checkpoints
-from alignprop_cli.storage import write_whole
+from alignprop_cli.parsing import read_json
+from alignprop_cli.storage import sha256, write_whole
+
+_OPTIMIZER = "optimizer.safetensors"
+_STATE = "state.json"
 
 
 @dataclass(frozen=True)
@@ -36,28 +40,26 @@ class State:
         step: Optimiser steps done.
         images_seen: Images sampled for training so far.
         optimizer: The optimiser's tensors, as `Optimizer.state` names them.
+        skipped_in_row: Steps before this one, without a gap, that were skipped.
+        metrics: Hash of the lines of metrics.jsonl up to this step.
+        inputs: Hashes of the files that the run reads, by key; see `setup.inputs`.
     """
 
     step: int
     images_seen: int
     optimizer: dict[str, Tensor]
+    skipped_in_row: int = 0
+    metrics: str = ""
+    inputs: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
-def sweep(run: Path) -> None:
-    """Remove half-written checkpoints, which a killed run leaves behind."""
-    # `write_whole` fills a folder whose name starts with a dot before it renames it.
-    for folder in (run / "checkpoints").glob(".step-*"):
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def save(run: Path, state: State, save_lora: Callable[[Path], object], *, keep: int | None) -> Path:
-    """Write the checkpoint of a step and delete the oldest ones beyond `keep`.
+def save(run: Path, state: State, save_lora: Callable[[Path], object]) -> Path:
+    """Write the checkpoint of a step.
 
     Args:
         run: The run folder.
         state: Counters and optimiser.
         save_lora: Writes the adapter into a folder.
-        keep: Number of checkpoints to keep; None keeps them all.
 
     Returns:
         The checkpoint's folder.
@@ -67,16 +69,49 @@ def save(run: Path, state: State, save_lora: Callable[[Path], object], *, keep: 
     # The LoRA file is for everyone; the other two are only needed to resume.
     def write(folder: Path) -> None:
         save_lora(folder)
-        save_file(state.optimizer, folder / "optimizer.safetensors")
-        counters = {"step": state.step, "images_seen": state.images_seen}
-        (folder / "state.json").write_text(json.dumps(counters) + "\n", encoding="utf-8")
+        save_file(state.optimizer, folder / _OPTIMIZER)
+        values = {
+            "step": state.step,
+            "images_seen": state.images_seen,
+            "skipped_in_row": state.skipped_in_row,
+            "metrics": state.metrics,
+            "inputs": dict(state.inputs),
+            "sha256": {name: sha256(folder / name) for name in (LORA_FILE, _OPTIMIZER)},
+        }
+        text = json.dumps(values, indent=2)
+        (folder / _STATE).write_text(text + "\n", encoding="utf-8")
 
-    # The new one first: at no moment is there none.
     write_whole(path, write)
-    if keep is not None:
-        for old in checkpoints(run)[:-keep]:
-            shutil.rmtree(old)
     return path
+
+
+def drop_old(run: Path, keep: int | None) -> None:
+    """Delete the oldest checkpoints beyond `keep`; None keeps them all."""
+    for old in checkpoints(run)[:-keep] if keep is not None else []:
+        # A link is somebody's own; only its name is removed.
+        if old.is_symlink():
+            old.unlink()
+        else:
+            shutil.rmtree(old)
+
+
+def damage(path: Path) -> str | None:
+    """Return what is wrong with a checkpoint, in words; None if it is as it was written."""
+    try:
+        values = _counters(path)
+        for name, wanted in values["sha256"].items():
+            if sha256(path / name) != wanted:
+                return f"{name} is not as it was written (its SHA-256 differs)"
+        # The names too: hashes of no file would always agree.
+        if {LORA_FILE, _OPTIMIZER} - values["sha256"].keys():
+            return f"{_STATE} lacks a hash"
+        if path.name != f"step-{values['step']:06d}":
+            return f"{_STATE} is of step {values['step']}"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{_STATE} cannot be read: {type(error).__name__}: {error}"
+    return None
 
 
 def load(path: Path) -> State:
@@ -84,16 +119,35 @@ def load(path: Path) -> State:
 
     Raises:
         RunError: If it is damaged.
+        OSError: If a file is there and cannot be read.
     """
+    wrong = damage(path)
+    if wrong is not None:
+        raise damaged(path, wrong)
+    values = _counters(path)
     try:
-        counters: Mapping[str, Any] = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        optimizer = load_file(path / "optimizer.safetensors")
-        return State(int(counters["step"]), int(counters["images_seen"]), optimizer)
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise RunError(
-            f"{path}: damaged checkpoint: {type(error).__name__}: {error}",
-            hint="remove this folder to resume from the checkpoint before it",
-        ) from error
+        return State(
+            int(values["step"]),
+            int(values["images_seen"]),
+            load_file(path / _OPTIMIZER),
+            int(values["skipped_in_row"]),
+            str(values["metrics"]),
+            dict(values["inputs"]),
+        )
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise damaged(path, f"{type(error).__name__}: {error}") from error
+
+
+def damaged(path: Path, what: str) -> RunError:
+    """Return the error for a damaged checkpoint."""
+    return RunError(
+        f"{path}: damaged checkpoint: {what}",
+        hint="remove this folder to resume from the checkpoint before it",
+    )
+
+
+def _counters(path: Path) -> Mapping[str, Any]:
+    return read_json((path / _STATE).read_text(encoding="utf-8"))
 
 
 def load_lora(path: Path, prefix: str) -> dict[str, Tensor]:
@@ -108,8 +162,8 @@ def load_lora(path: Path, prefix: str) -> dict[str, Tensor]:
     """
     try:
         state = load_file(path / LORA_FILE)
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{path / LORA_FILE}: damaged checkpoint: {error}") from error
+    except (FileNotFoundError, SafetensorError) as error:
+        raise damaged(path, f"{LORA_FILE}: {error}") from error
     return {name.removeprefix(prefix): value for name, value in state.items()}
 
 
@@ -122,55 +176,5 @@ def header(path: Path) -> dict[str, str]:
     try:
         with safe_open(path / LORA_FILE, "pt") as file:
             return dict(file.metadata() or {})
-    except (OSError, SafetensorError) as error:
-        raise RunError(f"{path / LORA_FILE}: damaged checkpoint: {error}") from error
-
-
-def new_run(wanted: str | None, name: str) -> Path:
-    """Choose the folder of a new run; `make_run` makes it.
-
-    Args:
-        wanted: The folder that the user asked for; None is runs/<name>, or runs/<name>-2 and so on
-            if that exists.
-        name: Name of the preset or the config file.
-
-    Raises:
-        ConfigError: If the wanted folder exists and is not empty.
-    """
-    # An empty folder is fine: it may have been made for this run.
-    if wanted is not None:
-        run = Path(wanted).expanduser()
-        if run.exists() and (not run.is_dir() or any(run.iterdir())):
-            raise ConfigError(
-                f"--output: {run} exists and is not empty",
-                hint="choose another folder, remove it, or resume the run with --resume",
-            )
-        return run
-    number = 1
-    while (run := Path("runs") / (name if number == 1 else f"{name}-{number}")).exists():
-        number += 1
-    return run
-
-
-def make_run(run: Path) -> None:
-    """Make the folder of a new run.
-
-    Raises:
-        ConfigError: If it cannot be made.
-    """
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"--output: cannot make the folder {run}: {error}") from error
-
-
-@contextmanager
-def removed_if_empty(run: Path) -> Iterator[None]:
-    """Remove the folder if the block fails before anything is written into it."""
-    try:
-        yield
-    except BaseException:
-        # rmdir fails, and should, if the folder is not empty.
-        with suppress(OSError):
-            run.rmdir()
-        raise
+    except (FileNotFoundError, SafetensorError) as error:
+        raise damaged(path, f"{LORA_FILE}: {error}") from error

@@ -1,14 +1,20 @@
-"""Find the folder of the run to resume, and the name of a new run."""
+"""Find the folder of the run to resume, and name and make that of a new run."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from alignprop_cli.errors import AssetError, ConfigError
+from alignprop_cli.paths import user_path
 
 RUNS = Path("runs")
 """The parent folder of runs without `--output`."""
+
+LOCK = ".lock"
+"""The file in a run folder that its process holds."""
 
 
 def run_name(preset: str | None, config: str | None) -> str:
@@ -49,7 +55,7 @@ def run_to_resume(
             )
     if output is not None:
         raise ConfigError("--resume and --output exclude each other: a run stays where it is")
-    run = Path(resume).expanduser()
+    run = user_path(resume, "--resume")
     if not (run / "config.yaml").is_file():
         raise AssetError(
             f"--resume: {run} is not a run: config.yaml is missing",
@@ -62,7 +68,7 @@ def _newest_run(preset: str | None, config: str | None, output: str | None) -> P
     # With `auto` one command line starts a run and, after a crash, resumes it: for job schedulers.
     startable = preset is not None or config is not None
     if output is not None:
-        run = Path(output).expanduser()
+        run = user_path(output, "--output")
         runs = [run] if (run / "config.yaml").is_file() else []
     else:
         runs = _with_checkpoints(RUNS)
@@ -88,3 +94,62 @@ def _with_checkpoints(parent: Path) -> list[Path]:
         if (folder / "config.yaml").is_file() and any((folder / "checkpoints").glob("step-*"))
     ]
     return sorted(found, key=lambda run: (run / "checkpoints").stat().st_mtime, reverse=True)
+
+
+def new_run(wanted: str | None, name: str) -> Path:
+    """Choose the folder of a new run; `make_run` makes it.
+
+    Args:
+        wanted: The folder that the user asked for; None is runs/<name>, or runs/<name>-2 and so on
+            if that exists.
+        name: Name of the preset or the config file.
+
+    Raises:
+        AssetError, ConfigError: If the wanted folder is no path, or exists and is not empty.
+    """
+    if wanted is not None:
+        run = user_path(wanted, "--output")
+        # An empty folder is fine: it may have been made for this run. So is one of hidden files
+        # alone, which a run leaves that is killed at its beginning.
+        full = run.is_dir() and any(not path.name.startswith(".") for path in run.iterdir())
+        if full or (run.exists() and not run.is_dir()):
+            raise ConfigError(
+                f"--output: {run} exists and is not empty",
+                hint="choose another folder, remove it, or resume the run with --resume",
+            )
+        return run
+    number = 1
+    while (run := RUNS / (name if number == 1 else f"{name}-{number}")).exists():
+        number += 1
+    return run
+
+
+def make_run(wanted: str | None, name: str) -> Path:
+    """Make the folder of a new run, which `new_run` chooses.
+
+    Raises:
+        AssetError, ConfigError: As `new_run`; also if it cannot be made.
+    """
+    while True:
+        run = new_run(wanted, name)
+        try:
+            run.mkdir(parents=True, exist_ok=wanted is not None)
+            return run
+        except FileExistsError:
+            # Another run has taken the number since.
+            if wanted is not None:
+                raise ConfigError(f"--output: {run} is a file, expected a folder") from None
+        except OSError as error:
+            raise ConfigError(f"--output: cannot make the folder {run}: {error}") from error
+
+
+@contextmanager
+def removed_if_empty(run: Path) -> Iterator[None]:
+    """Remove the folder if the block fails before anything is written into it."""
+    try:
+        yield
+    except BaseException:
+        # rmdir fails, and should, if the folder is not empty.
+        with suppress(OSError):
+            run.rmdir()
+        raise

@@ -101,29 +101,30 @@ class Optimizer:
         limit = self.settings.max_grad_norm or math.inf
         return float(torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), limit))
 
-    def can_use(self, norm: float, step: int, seed: int) -> bool:
-        """Return whether the gradient is finite; if not, the step has to be repeated.
+    def overflowed(self, norm: float) -> bool:
+        """Return whether float16 overflowed, so that the step has to be repeated.
 
         Args:
             norm: Norm of the gradient.
-            step: Counted from 0, for the message.
-            seed: Seed of the run, for the message.
-
-        Raises:
-            RunError: If it is not finite and a smaller loss scale cannot help.
         """
-        if math.isfinite(norm):
-            return True
-        if self.scaler.is_enabled() and self.scaler.get_scale() > 1.0:
-            # `unscale_` has found the overflow; `update` halves the scale.
-            self.scaler.update()
+        if math.isfinite(norm) or not self.scaler.is_enabled() or self.scaler.get_scale() <= 1.0:
             return False
-        raise RunError(
-            f"step {step + 1}: the gradient is not finite (train.seed {seed}); nothing was updated "
-            "in this step",
-            hint="try fewer backpropagated steps, a lower train.learning_rate, or model.dtype "
-            "bfloat16 or float32",
-        )
+        # `unscale_` has found the overflow; `update` halves the scale.
+        self.scaler.update()
+        return True
+
+    def skip(self) -> None:
+        """Leave the parameters as they are: this step's gradient is not used."""
+        if self.scaler.is_enabled():
+            self.scaler.update()
+        self.zero_grad()
+
+    def is_finite(self) -> bool:
+        """Return whether the parameters and both moments are finite; a sync point."""
+        tensors = [p.detach() for p in self.parameters.values()]
+        tensors += [v for state in self.adamw.state.values() for v in state.values()]
+        # The largest magnitude: NaN and infinity stay what they are, and squares cannot overflow.
+        return bool(torch.stack([t.abs().max().float() for t in tensors]).isfinite().all())
 
     def step(self, number: int) -> float:
         """Update the parameters; return the learning rate of this step, counted from 0."""

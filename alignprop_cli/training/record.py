@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+
+from alignprop_cli.device import peak_gib
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class StepRecord:
         seconds: Wall-clock time of this step.
         peak_memory_gib: Peak so far, in GiB: allocated on CUDA, resident otherwise.
         held_out: Mean rewards of the fixed sample prompts, if they were sampled after this step.
+        skipped: Why the step updated nothing; None for all other steps.
     """
 
     step: int
@@ -48,6 +53,40 @@ class StepRecord:
     seconds: float
     peak_memory_gib: float
     held_out: dict[str, float] = field(default_factory=dict[str, float])
+    skipped: str | None = None
+
+    def line(self) -> dict[str, Any]:
+        """Return the record as plain values, without what there is none of."""
+        if self.skipped is not None:
+            names = ("step", "images_seen", "seconds", "skipped", "held_out")
+        else:
+            names = tuple(f.name for f in fields(self) if f.name != "skipped")
+        values = asdict(self)
+        return {name: values[name] for name in names if name != "held_out" or self.held_out}
+
+
+def skipped_step(step: int, batch_size: int, started: float, why: str) -> StepRecord:
+    """Return the record of a step that was skipped because something was not finite.
+
+    Args:
+        step: Counted from 1.
+        batch_size: Images of a step.
+        started: What `time.perf_counter` said when it began.
+        why: In words.
+    """
+    return StepRecord(
+        step=step,
+        images_seen=step * batch_size,
+        loss=math.nan,
+        rewards={},
+        grad_norm=math.nan,
+        lora_norm=math.nan,
+        learning_rate=0.0,
+        backprop_steps=0.0,
+        seconds=time.perf_counter() - started,
+        peak_memory_gib=math.nan,
+        skipped=why,
+    )
 
 
 class Totals:
@@ -70,12 +109,26 @@ class Totals:
         for name, values in scores.items():
             self._scores[name].append(values.detach())
 
-    def record(self, accelerator: Accelerator, **others: Any) -> StepRecord:
+    def record(
+        self,
+        accelerator: Accelerator,
+        step: int,
+        batch_size: int,
+        started: float,
+        grad_norm: float,
+        lora_norm: float,
+        learning_rate: float,
+    ) -> StepRecord:
         """Return the record of the step, over the images of all processes.
 
         Args:
             accelerator: Gathers from all processes.
-            **others: The fields of the record that are not measured image by image.
+            step: Counted from 1.
+            batch_size: Images of a step.
+            started: What `time.perf_counter` said when the step began.
+            grad_norm: As in the record, and so are the others.
+            lora_norm: Of the weights after the step.
+            learning_rate: Of the step.
         """
 
         # Float64: the order of the images, and so the division of the batch, leaves the mean alone.
@@ -84,11 +137,17 @@ class Totals:
 
         scores = {name: joined(parts) for name, parts in self._scores.items()}
         return StepRecord(
+            step=step,
+            images_seen=step * batch_size,
             loss=float(joined(self._losses).mean()),
             rewards={
                 name: RewardStats(float(v.mean()), float(v.std(correction=0)))
                 for name, v in scores.items()
             },
+            grad_norm=grad_norm,
+            lora_norm=lora_norm,
+            learning_rate=learning_rate,
             backprop_steps=float(joined(self._calls).mean()),
-            **others,
+            seconds=time.perf_counter() - started,
+            peak_memory_gib=peak_gib(accelerator.device),
         )

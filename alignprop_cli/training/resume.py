@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import hashlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from alignprop_cli.config.schema import Config, differences
@@ -10,6 +11,7 @@ from alignprop_cli.config.validation import parse
 from alignprop_cli.errors import ConfigError, Problem, RunError
 from alignprop_cli.lora import layers as lora
 from alignprop_cli.lora.files import checkpoints
+from alignprop_cli.parsing import read_json
 from alignprop_cli.storage import write_text
 from alignprop_cli.training import checkpoint
 from alignprop_cli.training.trainer import Trainer
@@ -25,15 +27,37 @@ _MAY_CHANGE = (
     "gradient.checkpoint_decoder",
     "gradient.checkpoint_reward",
     "train.compile",
+    "train.on_nonfinite",
+    "train.nonfinite_limit",
     "eval.",
     "output.",
 )
 
 
-def newest(run: Path) -> Path | None:
-    """Return the newest checkpoint of a run; None if it was stopped before its first one."""
-    found = checkpoints(run)
-    return found[-1] if found else None
+def newest(run: Path, warn: Callable[[str], object] = lambda text: None) -> Path | None:
+    """Return the newest checkpoint of a run that is as it was written.
+
+    Args:
+        run: The run folder.
+        warn: Called with a message about every newer one, which is damaged.
+
+    Returns:
+        None if the run was stopped before its first checkpoint.
+
+    Raises:
+        RunError: If all are damaged.
+    """
+    wrong: dict[Path, str] = {}
+    for path in reversed(checkpoints(run)):
+        damage = checkpoint.damage(path)
+        if damage is None:
+            for other, what in wrong.items():
+                warn(f"{other}: damaged checkpoint: {what}; resuming from {path.name} instead")
+            return path
+        wrong[path] = damage
+    if wrong:
+        raise checkpoint.damaged(*next(iter(wrong.items())))
+    return None
 
 
 def refuse_changes(found: Path, config: Config) -> None:
@@ -46,7 +70,7 @@ def refuse_changes(found: Path, config: Config) -> None:
     # Those in the checkpoint's header, not config.yaml: that file can be edited, and a resumed run
     # writes it before its first step.
     try:
-        stored = json.loads(checkpoint.header(found)["alignprop.config"])
+        stored = read_json(checkpoint.header(found)["alignprop.config"])
         before = parse(stored, source=str(found)).model_dump(mode="json")
     except (KeyError, ValueError) as error:
         raise RunError(f"{found}: damaged checkpoint: it does not say how it was made") from error
@@ -61,6 +85,27 @@ def refuse_changes(found: Path, config: Config) -> None:
             f"--resume: {found.parent.parent}: these settings cannot change within a run",
             problems,
             hint=f"a new run from its weights: --set lora.init={found}",
+        )
+
+
+def refuse_other_inputs(found: Path, inputs: Mapping[str, str]) -> None:
+    """Refuse to resume where a file that the run reads is not what it was.
+
+    Args:
+        found: The checkpoint.
+        inputs: Hashes as of now; see `setup.inputs`.
+
+    Raises:
+        ConfigError: With every such file.
+        RunError: If the checkpoint is damaged.
+    """
+    before = checkpoint.load(found).inputs
+    changed = sorted(k for k in before.keys() | inputs.keys() if before.get(k) != inputs.get(k))
+    if changed:
+        raise ConfigError(
+            f"--resume: {found.parent.parent}: what these settings name is not what it was",
+            [Problem(key, "its content has changed since the checkpoint") for key in changed],
+            hint=f"put it back, or start a new run from its weights: --set lora.init={found}",
         )
 
 
@@ -92,38 +137,74 @@ def restore(trainer: Trainer, found: Path, run: Path, steps: int) -> None:
             f"--resume: {found} is at step {state.step} and train.steps is {steps}: nothing to do",
             hint=f"give a larger number, for instance --steps {state.step + steps}",
         )
-    # 3. Weights, optimiser and counter. Random numbers are keyed by it: no generator to restore.
+    # 3. Weights, optimiser and counters. Random numbers are keyed by the step: no generator to
+    #    restore.
     prefix = trainer.model.family.lora_prefix
     lora.set_weights(trainer.model.network.module, checkpoint.load_lora(found, prefix))
     trainer.optimizer.load_state(state.optimizer)
-    trainer.step_number = state.step
+    trainer.step_number, trainer.guard.skipped_in_row = state.step, state.skipped_in_row
 
 
 def _summarised(run: Path) -> int | None:
     """Return the step of the run's summary; None if there is no summary, or a damaged one."""
     try:
-        return int(json.loads((run / "summary.json").read_text(encoding="utf-8"))["steps"])
+        return int(read_json((run / "summary.json").read_text(encoding="utf-8"))["steps"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
-def cut_metrics(run: Path, done: int) -> bool:
-    """Remove the lines of steps after `done` from the run's metrics, and half a line at the end.
+def metrics_hash(run: Path, step: int) -> str:
+    """Return the hash of the lines of metrics.jsonl up to a step."""
+    lines, _ = _metrics(run / "metrics.jsonl")
+    return _hash(lines, step)
+
+
+def cut_metrics(run: Path, found: Path | None, warn: Callable[[str], object]) -> bool:
+    """Remove the lines of metrics.jsonl after a checkpoint's step, and half a line at the end.
+
+    Args:
+        run: The run folder.
+        found: The checkpoint; None where the run begins again.
+        warn: Called with a message if the lines before it are not those that were written. The file
+            is kept under another name then, and the run goes on with the lines that can be read.
 
     Returns:
         Whether there was any line before.
-
-    Raises:
-        RunError: If a line in the middle is damaged.
     """
-    metrics = run / "metrics.jsonl"
-    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.is_file() else []
-    if lines and not lines[-1].endswith("}"):
-        # The run was killed while it wrote this line.
-        lines.pop()
-    try:
-        kept = [line for line in lines if json.loads(line)["step"] <= done]
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{metrics}: damaged: {error}", hint="remove the damaged line") from error
-    write_text(metrics, "".join(f"{line}\n" for line in kept))
+    file = run / "metrics.jsonl"
+    lines, whole = _metrics(file)
+    state = None if found is None else checkpoint.load(found)
+    step = 0 if state is None else state.step
+    kept = [line for number, line in lines.items() if number <= step]
+    if state is not None and not (whole and _hash(lines, step) == state.metrics):
+        aside = file.with_name("metrics.damaged.jsonl")
+        if file.exists():
+            file.replace(aside)
+        warn(
+            f"{file}: is not as it was written: {len(kept)} of its lines up to step {step} can be "
+            f"read and are kept{f'; all of it is in {aside.name}' if aside.exists() else ''}"
+        )
+    write_text(file, "".join(f"{line}\n" for line in kept))
     return bool(lines)
+
+
+def _metrics(file: Path) -> tuple[dict[int, str], bool]:
+    """Return the lines of a metrics file by their steps, and whether all could be read.
+
+    Half a line at the end counts as read: there a run was killed.
+    """
+    if not file.is_file():
+        return {}, not file.exists()
+    lines: dict[int, str] = {}
+    whole = True
+    for line in file.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]:
+        try:
+            lines[int(read_json(line)["step"])] = line
+        except (ValueError, KeyError, TypeError):
+            whole = False
+    return lines, whole
+
+
+def _hash(lines: Mapping[int, str], step: int) -> str:
+    kept = [line for number, line in lines.items() if number <= step]
+    return hashlib.sha256("\n".join(kept).encode()).hexdigest()

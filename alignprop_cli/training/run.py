@@ -35,8 +35,8 @@ from alignprop_cli.planning.probe import settle
 from alignprop_cli.prompts import PromptStream, load_prompts
 from alignprop_cli.rewards.mixture import build_mixture
 from alignprop_cli.shipped import next_command
-from alignprop_cli.storage import write_text
-from alignprop_cli.training import checkpoint, setup
+from alignprop_cli.storage import sweep, write_text
+from alignprop_cli.training import checkpoint, folders, setup
 from alignprop_cli.training.callbacks import (
     Callback,
     Checkpoints,
@@ -46,7 +46,13 @@ from alignprop_cli.training.callbacks import (
     Samples,
 )
 from alignprop_cli.training.compiling import compile_network
-from alignprop_cli.training.resume import cut_metrics, newest, refuse_changes, restore
+from alignprop_cli.training.resume import (
+    cut_metrics,
+    newest,
+    refuse_changes,
+    refuse_other_inputs,
+    restore,
+)
 from alignprop_cli.training.signals import Interruption
 from alignprop_cli.training.summary import finish
 from alignprop_cli.training.trainer import Trainer
@@ -78,8 +84,8 @@ def describe(
     accelerator = make_accelerator()
     setup.check(config)
     if resume is None:
-        checkpoint.new_run(config.output.dir, name)
-    elif (found := newest(resume)) is not None:
+        folders.new_run(config.output.dir, name)
+    elif (found := newest(resume, console.warn)) is not None:
         refuse_changes(found, setup.settled(config))
     # 2. The plan, from shapes alone: neither the weights nor the cards have to be here.
     budget = _budget(accelerator, gpu_memory)
@@ -123,27 +129,29 @@ def run_training(
     started = time.perf_counter()
     # 1. Refuse what cannot work before anything heavy is loaded.
     wanted = config.output.dir
-    config, found = _checked(config, resume)
+    setup.check(config)
+    config = setup.settled(config)
     accelerator = make_accelerator()
     if not accelerator.is_main_process:
         console = Console(quiet=True)
 
-    # 2. Plan: divide a step so that it fits the memory.
-    request = planning.plan_request(config, accelerator.num_processes, estimator)
-    budget = _budget(accelerator)
-    plan, footprint = _plan(config, request, budget)
-    if accelerator.device.type == "cpu":
-        keep_memory()
-    _deterministic()
+    with setup.claimed(resume, wanted, name, accelerator) as folder:
+        found = None if resume is None else newest(resume, console.warn)
+        if found is not None:
+            refuse_changes(found, config)
 
-    folder = resume or setup.new_folder(wanted, name, accelerator)
-    with checkpoint.removed_if_empty(folder):
+        # 2. Plan: divide a step so that it fits the memory.
+        request = planning.plan_request(config, accelerator.num_processes, estimator)
+        budget = _budget(accelerator)
+        plan, footprint = _plan(config, request, budget)
+        if accelerator.device.type == "cpu":
+            keep_memory()
+        _deterministic()
         console.note(f"alignprop {__version__}: {config.model.id} on {accelerator.device}")
         console.note(f"plan: {plan.describe()}")
 
         # 3. Build: model, rewards, LoRA, trainer.
-        done = 0 if found is None else checkpoint.load(found).step
-        run = _build(config, folder, plan, request, accelerator, console, found, done)
+        run = _build(config, folder, plan, request, accelerator, console, found)
         _try_out(run, request, footprint, budget)
         if accelerator.is_main_process:
             _open_folder(run, found)
@@ -152,20 +160,11 @@ def run_training(
         with lora.disabled(run.trainer.model.network.module):
             base = _sample(run, "base model")
         _standardise(run, base)
-        _train(run, callbacks)
+        checkpoints = _train(run, callbacks)
         tuned = _sample(run, "tuned model")
+        checkpoints.drop_old()
         if accelerator.is_main_process:
             finish(run, base, tuned, time.perf_counter() - started)
-
-
-def _checked(config: Config, resume: Path | None) -> tuple[Config, Path | None]:
-    """Return the configuration as it is stored, and the checkpoint to resume from, if any."""
-    setup.check(config)
-    config = setup.settled(config)
-    found = None if resume is None else newest(resume)
-    if found is not None:
-        refuse_changes(found, config)
-    return config, found
 
 
 def _try_out(run: Run, request: PlanRequest, footprint: Footprint | None, budget: Budget) -> None:
@@ -193,7 +192,6 @@ def _build(
     accelerator: Accelerator,
     console: Console,
     found: Path | None,
-    done: int,
 ) -> Run:
     """Load the model and the rewards, put the LoRA in, and resume from a checkpoint."""
     train_prompts = load_prompts(config.train.prompts)
@@ -207,6 +205,7 @@ def _build(
     samples = draw.choose_samples(eval_prompts, min(config.eval.sample_images, config.eval.images))
     # 1. All prompts that will be needed, since the text encoders are dropped before the network is
     #    loaded. Of a set that the run goes through less than twice, only those that it reaches.
+    done = 0 if found is None else checkpoint.load(found).step
     used = range(done * config.train.batch_size, config.train.steps * config.train.batch_size)
     coming = set(train_prompts)
     if len(used) < 2 * len(train_prompts):
@@ -214,6 +213,9 @@ def _build(
         coming = {stream.prompt(i) for i in used}
     needed = [*coming, *(s.prompt for s in (*held_out, *samples)), config.sample.negative_prompt]
     model = open_model(config.model, needed, accelerator.device)
+    inputs = setup.inputs(config, model)
+    if found is not None:
+        refuse_other_inputs(found, inputs)
 
     # 2. Rewards, LoRA and trainer. The LoRA's rank and layers become part of the configuration.
     mixture = build_mixture(config.reward, config.loss, accelerator.device)
@@ -231,7 +233,7 @@ def _build(
     )
     if found is not None:
         restore(trainer, found, folder, config.train.steps)
-    return Run(config, folder, trainer, accelerator, console, held_out, samples)
+    return Run(config, folder, trainer, accelerator, console, held_out, samples, inputs)
 
 
 def _budget(accelerator: Accelerator, gpu_memory: str | None = None) -> Budget:
@@ -261,13 +263,14 @@ def _deterministic() -> None:
 
 def _open_folder(run: Run, found: Path | None) -> None:
     """Write the configuration, and cut the metrics to where the run is resumed."""
-    checkpoint.sweep(run.folder)
-    done = run.trainer.step_number
-    began = cut_metrics(run.folder, done)
+    for folder in (run.folder, run.folder / "checkpoints"):
+        sweep(folder)
+    # First of all: with it the run can be resumed, without it the folder can be begun again.
     write_text(run.folder / "config.yaml", dump(run.config))
+    began = cut_metrics(run.folder, found, run.console.warn)
     if found is not None:
         run.console.note(f"resuming from {found}")
-    elif done == 0 and began:
+    elif began:
         run.console.note(f"{run.folder} has no checkpoint yet: starting it again")
 
 
@@ -297,14 +300,15 @@ def _standardise(run: Run, base: draw.Samples) -> None:
         write_text(run.folder / "config.yaml", dump(run.config))
 
 
-def _train(run: Run, others: Sequence[Callback]) -> None:
-    """Step until all steps are done or a callback asks to stop.
+def _train(run: Run, others: Sequence[Callback]) -> Checkpoints:
+    """Step until all steps are done or a callback asks to stop; return the callback that saves.
 
     Raises:
         InterruptedRun: After a signal, when everything is saved.
     """
     # The order counts: Samples adds its rewards to the record before MetricsFile writes it.
-    checkpoints, interruption = Checkpoints(), Interruption()
+    checkpoints = Checkpoints()
+    interruption = Interruption(checkpoints.save)
     callbacks = [Samples(), MetricsFile(), checkpoints, *others, Progress(), interruption]
     begun: list[Callback] = []
     try:
@@ -333,3 +337,4 @@ def _train(run: Run, others: Sequence[Callback]) -> None:
             interruption.number,
             hint=f"resume with: {command}",
         )
+    return checkpoints

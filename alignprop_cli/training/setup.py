@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +14,16 @@ from accelerate.utils import broadcast_object_list
 
 from alignprop_cli.config.schema import Config
 from alignprop_cli.console import Console
-from alignprop_cli.errors import AssetError, ConfigError
+from alignprop_cli.errors import AlignPropError, AssetError, ConfigError, explained
 from alignprop_cli.estimators import Estimator, window_group
 from alignprop_cli.lora import files
 from alignprop_cli.lora import layers as lora
 from alignprop_cli.models.base import Family, Model
 from alignprop_cli.models.families import sampler
-from alignprop_cli.prompts import check_prompts
+from alignprop_cli.prompts import check_prompts, load_prompts
 from alignprop_cli.rewards import registry
-from alignprop_cli.training import checkpoint
+from alignprop_cli.storage import fingerprint, locked
+from alignprop_cli.training import folders
 from alignprop_cli.training.batches import Settings
 from alignprop_cli.training.optimizer import OptimizerSettings
 
@@ -76,24 +81,60 @@ def settings(config: Config, family: Family, estimator: Estimator) -> Settings:
         window_group=config.gradient.window_group or window_group(train.batch_size),
         rollout_steps=config.gradient.rollout_steps,
         seed=train.seed,
+        on_nonfinite=train.on_nonfinite,
+        nonfinite_limit=train.nonfinite_limit,
     )
 
 
-def new_folder(wanted: str | None, name: str, accelerator: Accelerator) -> Path:
-    """Choose the run folder: the main process makes it and tells the others."""
-    chosen: list[Any] = [None]
-    if accelerator.is_main_process:
-        try:
-            run = checkpoint.new_run(wanted, name)
-            checkpoint.make_run(run)
-            chosen = [str(run)]
-        except ConfigError as error:
-            # Sent as well: the others would wait for the folder forever.
-            chosen = [error]
-    chosen = broadcast_object_list(chosen)
-    if isinstance(chosen[0], ConfigError):
-        raise chosen[0]
-    return Path(chosen[0])
+@contextmanager
+def claimed(
+    resume: Path | None, wanted: str | None, name: str, accelerator: Accelerator
+) -> Iterator[Path]:
+    """Yield the run folder, which no other run writes while the block runs.
+
+    The main process makes it, where the run is new, and tells the others which it is.
+
+    Raises:
+        AssetError, ConfigError: As `folders.make_run`; also if another process writes the folder.
+    """
+    with ExitStack() as held:
+        chosen: list[Any] = [None]
+        if accelerator.is_main_process:
+            try:
+                run = folders.make_run(wanted, name) if resume is None else resume
+                held.enter_context(folders.removed_if_empty(run))
+                held.enter_context(locked(run / folders.LOCK, str(run)))
+                # Nothing may have come into it before the lock was held.
+                if resume is None:
+                    folders.new_run(str(run), name)
+                chosen = [str(run)]
+            except (AlignPropError, OSError) as error:
+                # Sent as well: the others would wait for the folder forever.
+                chosen = [explained(error) if isinstance(error, OSError) else error]
+        chosen = broadcast_object_list(chosen)
+        if isinstance(chosen[0], AlignPropError):
+            raise chosen[0]
+        yield Path(chosen[0])
+
+
+def inputs(config: Config, model: Model) -> dict[str, str]:
+    """Return hashes of the files on which the steps of a run depend, by the keys that name them.
+
+    A set of prompts counts as its prompts. Of rewards it is the file of their code, where that is
+    the user's, and files that their options name.
+    """
+    prompts = "\n".join(load_prompts(config.train.prompts))
+    found = {"train.prompts": hashlib.sha256(prompts.encode()).hexdigest()}
+    if model.path is not None:
+        found["model.id"] = fingerprint(model.path)
+    for name, reward in config.reward.items():
+        named = {f"reward.{name}": name.rpartition(":")[0]}
+        named |= {f"reward.{name}.{option}": value for option, value in reward.options.items()}
+        for key, value in named.items():
+            # os.path, since an option may be any text: it answers False where Path would raise.
+            if isinstance(value, str) and os.path.isfile(place := os.path.expanduser(value)):  # noqa: PTH111, PTH113
+                found[key] = fingerprint(Path(place))
+    return found
 
 
 def prepare_lora(config: Config, model: Model, found: Path | None, console: Console) -> Config:

@@ -1,8 +1,9 @@
-"""Stop after the present step when a signal asks for it, in all processes together."""
+"""Stop or save after the present step when a signal asks for it, in all processes together."""
 
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, cast
 
@@ -11,9 +12,16 @@ from torch import Tensor
 
 from alignprop_cli.training.callbacks import Callback, Run
 
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 class Interruption(Callback):
-    """Stops the run after the present step on the first SIGINT or SIGTERM, immediately on a second.
+    """Stops the run after the present step on a signal that ends programs, at once on a second.
+
+    On SIGUSR1 the run saves after the present step, and goes on.
+
+    Args:
+        save: Writes a checkpoint of the present step; called in all processes.
 
     Attributes:
         number: The signal that stopped the run; None if none did.
@@ -21,22 +29,32 @@ class Interruption(Callback):
 
     number: int | None = None
 
+    def __init__(self, save: Callable[[], object]) -> None:
+        self._save, self._wants_save = save, False
+
     def before_training(self, run: Run) -> None:
-        """Install handlers for both signals."""
+        """Install the handlers."""
         self._accelerator, self._console = run.accelerator, run.console
-        self._old: dict[int, Any] = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._old[number] = signal.signal(number, self._handle)
+        self._run, self._old = run, dict[int, Any]()
+        for number in (*_STOPPING, signal.SIGUSR1):
+            # `nohup` asks to ignore SIGHUP, and so it is.
+            if signal.getsignal(number) != signal.SIG_IGN:
+                self._old[number] = signal.signal(number, self._handle)
 
     def should_stop(self) -> bool:
-        """Return whether any process got a signal."""
+        """Save if any process was asked to; return whether any got a signal that stops."""
         # All must leave the loop after the same step: one that went on would wait for the others.
-        said = torch.tensor([float(self.number is not None)], device=self._accelerator.device)
-        if float(cast(Tensor, self._accelerator.reduce(said, "sum"))) == 0.0:
-            return False
+        asked = [float(self.number is not None), float(self._wants_save)]
+        said = torch.tensor(asked, device=self._accelerator.device)
+        stop, save = cast(Tensor, self._accelerator.reduce(said, "sum")).tolist()
+        if save and not stop:
+            self._wants_save = False
+            self._save()
+            self._console.note(f"step {self._run.trainer.step_number} is saved (SIGUSR1)")
         # The signal may have reached another process only.
-        self.number = self.number or signal.SIGTERM
-        return True
+        if stop:
+            self.number = self.number or signal.SIGTERM
+        return bool(stop)
 
     def after_training(self) -> None:
         """Restore the old handlers."""
@@ -44,6 +62,9 @@ class Interruption(Callback):
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGUSR1:
+            self._wants_save = True
+            return
         self.number = number
         self._console.warn("finishing this step, then saving; a second signal stops immediately")
         # With the old handlers back a second signal does what it always does.

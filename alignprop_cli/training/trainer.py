@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from alignprop_cli import rng
-from alignprop_cli.device import peak_gib
+from alignprop_cli.errors import is_out_of_memory
 from alignprop_cli.guidance import Denoise, guided
 from alignprop_cli.lora import layers as lora
 from alignprop_cli.models.base import Model
@@ -24,8 +24,9 @@ from alignprop_cli.prompts import PromptStream
 from alignprop_cli.rewards.mixture import Mixture
 from alignprop_cli.sampling import DrawNoise, backprop, rollout
 from alignprop_cli.training.batches import Settings, StepImage, batches, images_of_step
+from alignprop_cli.training.nonfinite import Guard
 from alignprop_cli.training.optimizer import Optimizer
-from alignprop_cli.training.record import StepRecord, Totals
+from alignprop_cli.training.record import StepRecord, Totals, skipped_step
 
 
 class Trainer:
@@ -55,9 +56,10 @@ class Trainer:
         self.accelerator, self.note = accelerator, note
         self.step_number = 0
         network, sampler = model.network, settings.sampler
-        parameters = lora.named_trainable(network.module)
         half = any(p.dtype == torch.float16 for p in network.module.parameters())
-        self.optimizer = Optimizer(parameters, settings.optimizer, scaled=half)
+        trainable = lora.named_trainable(network.module)
+        self.optimizer = Optimizer(trainable, settings.optimizer, scaled=half)
+        self.guard = Guard(settings.on_nonfinite, settings.nonfinite_limit, self.optimizer)
         self.shape = network.latent_shape(sampler.height, sampler.width)
         self.schedule = network.schedule(sampler.num_inference_steps, self.shape)
         self._stream = PromptStream(list(prompts), settings.seed)
@@ -72,30 +74,28 @@ class Trainer:
         """Do one optimiser step over the global batch.
 
         Raises:
-            RunError: If images, rewards or the gradient are not finite; nothing is updated then.
+            RunError: If something is not finite and the guard does not skip the step for that.
         """
-        started = time.perf_counter()
+        started, totals = time.perf_counter(), Totals(self.mixture.metrics)
         while True:
             # 1. Sample the batch, score it and go back.
-            totals = self._accumulate()
-            # 2. Sum over processes and clip. If float16 overflowed, nothing has been updated yet:
-            #    the step is repeated with a smaller loss scale.
+            with self.guard.caught():
+                totals = self._accumulate()
+            # 2. Sum over processes and clip. Where float16 overflowed, the step is repeated with a
+            #    smaller loss scale.
             norm = self.optimizer.reduce_and_clip(self.accelerator)
-            if self.optimizer.can_use(norm, self.step_number, self.settings.seed):
+            if not self.optimizer.overflowed(norm):
                 break
         # 3. Update, and record what the step did.
+        size, number = self.settings.batch_size, self.step_number + 1
+        if why := self.guard.reason_to_skip(norm, number, self.settings.seed):
+            self.step_number = number
+            return skipped_step(number, size, started, why)
         rate = self.optimizer.step(self.step_number)
-        self.step_number += 1
-        return totals.record(
-            self.accelerator,
-            step=self.step_number,
-            images_seen=self.step_number * self.settings.batch_size,
-            grad_norm=norm,
-            lora_norm=lora.norm(self.model.network.module),
-            learning_rate=rate,
-            seconds=time.perf_counter() - started,
-            peak_memory_gib=peak_gib(self.model.device),
-        )
+        self.guard.check_update(number)
+        self.step_number = number
+        weights = lora.norm(self.model.network.module)
+        return totals.record(self.accelerator, number, size, started, norm, weights, rate)
 
     def images(self) -> list[StepImage]:
         """Return this process's images of the next step."""
@@ -110,9 +110,8 @@ class Trainer:
                 merged = lora.Merged(self.model.network.module)
                 images = self.images()
                 return self.go_back(images, self.roll_out(images, merged), merged)
-            except torch.OutOfMemoryError:
-                # With several processes the others would wait: this one cannot tell them.
-                if self.plan.micro_batch == 1 or self.plan.processes > 1:
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) or not self.plan.can_be_halved:
                     raise
             # Outside `except`, where the error no longer holds the tensors of the failed attempt.
             self.apply_plan(self.plan.halved())
