@@ -35,6 +35,7 @@ SMALL = (
     "--images=1",
     "--batch-size=1",
     "--set=sample.num_inference_steps=2",
+    "--set=gradient.k_max=1",
     "--set=sample.height=null",
     "--set=sample.width=null",
 )
@@ -74,7 +75,7 @@ def _trick(rng: Random, place: Path) -> str:
         f"a{n}: &a{n} {{" + ", ".join(f"k{i}: *a{n - 1}" for i in range(9)) + "}\n"
         for n in range(1, levels)
     )
-    if rng.random() < 0.3:
+    if rng.random() < 0.3 and not (place / "pipe.yaml").exists():
         os.mkfifo(place / "pipe.yaml")
         (place / "loop.yaml").symlink_to("loop.yaml")
         (place / "self.yaml").write_text("extends: self.yaml\n")
@@ -649,7 +650,10 @@ def _spoil(run: Path, rng: Random) -> None:
     kind = rng.randrange(8)
     if kind < 3 and file.suffix in (".yaml", ".json", ".jsonl"):
         many = file.suffix == ".jsonl"
-        parsed = [json.loads(x) for x in data.splitlines()] if many else yaml.safe_load(data)
+        try:
+            parsed = [json.loads(x) for x in data.splitlines()] if many else yaml.safe_load(data)
+        except (ValueError, yaml.YAMLError):
+            return  # damaged before
         changed = strange.mutate(parsed, rng, rng.choice((1, 2)))
         with contextlib.suppress(RecursionError):
             lines = changed if many and isinstance(changed, list) else [changed]

@@ -114,9 +114,11 @@ def _keep(result: Result, place: Path, target: Path) -> None:
 
 
 def _in_process(queue: object, *arguments: object) -> None:
-    for result in _work(*arguments):  # type: ignore[arg-type]
-        queue.put(result)  # type: ignore[attr-defined]
-    queue.put(None)  # type: ignore[attr-defined]
+    try:
+        for result in _work(*arguments):  # type: ignore[arg-type]
+            queue.put(result)  # type: ignore[attr-defined]
+    finally:
+        queue.put(None)  # type: ignore[attr-defined]
 
 
 def main() -> int:

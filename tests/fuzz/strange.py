@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import sys
 from random import Random
 from typing import Any
+
+# To build what is nested more deeply than programs read.
+sys.setrecursionlimit(20_000)
 
 NUMBERS: tuple[Any, ...] = (
     0, -1, 1, 2, 7, 0.5, -0.0, 1e-320, 1e308, -1e308, 2**31, 2**63, -(2**63) - 1, 10**30, 10**300,
