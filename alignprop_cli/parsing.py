@@ -96,7 +96,8 @@ def read_yaml_lines(text: str) -> tuple[Any, dict[str, int]]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         what = getattr(error, "problem", None) or " ".join(str(error).split())
-        raise ParseError(what, None if mark is None else mark.line + 1) from error
+        line = None if mark is None else mark.line + 1
+        raise ParseError(f"not valid YAML: {what}", line) from error
     return value, lines
 
 
@@ -246,10 +247,14 @@ def _add_core_schema() -> None:
         try:
             return _scalar(node.tag.rpartition(":")[2], loader.construct_scalar(node))
         except ValueError as error:
-            raise ParseError(str(error), node.start_mark.line + 1) from error
+            raise ParseError(
+                f"a value cannot be read: {error}", node.start_mark.line + 1
+            ) from error
 
     def refuse(loader: Any, node: yaml.Node) -> NoReturn:
-        raise ParseError(f"{node.tag} is no plain data", node.start_mark.line + 1)
+        raise ParseError(
+            f"a value cannot be read: {node.tag} is no plain data", node.start_mark.line + 1
+        )
 
     for kind, (pattern, first) in _CORE.items():
         tag = f"tag:yaml.org,2002:{kind}"

@@ -23,7 +23,8 @@ _SUFFIX = ".unfinished"
 _LONGEST = 100
 # Seconds after which a temporary file counts as left behind.
 _OLD = 60.0
-# Of a fingerprint: bytes of a block, and blocks of a file.
+# Of a fingerprint: what belongs to a model, bytes of a block, and blocks of a file.
+_MODEL_FILES = {".safetensors", ".bin", ".json", ".txt", ".model"}
 _BLOCK, _SAMPLED = 2**16, 256
 # Of Linux's renameat2.
 _NO_REPLACE, _EXCHANGE = 1, 2
@@ -134,12 +135,13 @@ def sha256(file: Path) -> str:
 
 
 def fingerprint(path: Path) -> str:
-    """Return a hash that tells whether a file, or any file in a folder, is another one now.
+    """Return a hash that tells whether a file, or a model's file in a folder, is another one now.
 
     Large files are sampled: weights of many gigabytes that were trained on differ everywhere.
     """
     hashed = hashlib.sha256()
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    below = (p for p in path.rglob("*") if p.suffix in _MODEL_FILES and p.is_file())
+    files = [path] if path.is_file() else sorted(below)
     for file in files:
         size = file.stat().st_size
         hashed.update(f"{'' if file == path else file.relative_to(path)} {size}\n".encode())

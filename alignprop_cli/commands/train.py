@@ -93,18 +93,16 @@ def train(
     console = Console(as_json=as_json, quiet=quiet)
     # 1. Without any configuration.
     if list_presets:
-        _list(console)
-        return
+        return _list(console)
     _check_cards(dry_run, gpu_memory, gpus)
     # 2. The configuration of the run to resume, or of a new one.
     run = run_to_resume(resume, preset, config, output)
     flags = {"model.id": model, "train.steps": steps, "train.seed": seed, "output.dir": output}
-    flags["train.on_nonfinite"] = on_nonfinite
+    flags |= {"train.on_nonfinite": on_nonfinite}
     resolved = settings.for_training(run, preset, config, sets=sets, reward=reward, flags=flags)
     if show_preset:
         values = {"config": resolved.model_dump(mode="json")}
-        console.result("alignprop.config/1", values, [dump(resolved).rstrip()])
-        return
+        return console.result("alignprop.config/1", values, [dump(resolved).rstrip()])
 
     # 3. From here on torch and diffusers are needed.
     from alignprop_cli.training.run import describe, run_training

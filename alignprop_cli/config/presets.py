@@ -309,7 +309,7 @@ def _parse(text: str, path: Path) -> tuple[Tree, dict[str, int]]:
         tree, lines = read_yaml_lines(text)
     except ParseError as error:
         place = f"{path}:{error.line}" if error.line else str(path)
-        raise ConfigError(f"{place}: not valid YAML: {error}") from error
+        raise ConfigError(f"{place}: {error}") from error
     if tree is None:
         return {}, {}
     if not isinstance(tree, dict):

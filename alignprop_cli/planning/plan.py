@@ -117,15 +117,11 @@ class Plan(Division):
     def can_be_halved(self) -> bool:
         """Return whether smaller batches are left to try when memory ran out."""
         # Several processes would have to do it together, and one cannot tell the others.
-        largest = max(self.rollout_batch, self.micro_batch, self.decode_batch)
-        return self.processes == 1 and largest > 1
+        batches = self.rollout_batch, self.micro_batch, self.decode_batch
+        return self.processes == 1 and max(batches) > 1
 
     def halved(self) -> Plan:
-        """Return the plan with half of each batch size, rounded down, to use when memory ran out.
-
-        Raises:
-            ValueError: If all three are 1.
-        """
+        """Return the plan with half of each batch size, rounded down; a ValueError if all are 1."""
         # All three, since the error does not say which of them needed too much.
         if max(self.rollout_batch, self.micro_batch, self.decode_batch) == 1:
             raise ValueError("batches of one image cannot be halved")

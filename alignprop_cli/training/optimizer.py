@@ -169,10 +169,11 @@ class Optimizer:
             for key in keys[1:]
             if f"{name}.{key}" in found
         )
-        if found != wanted or not shapes:
+        # There are none before the first update, as where all steps were skipped.
+        if found and (found != wanted or not shapes):
             raise RunError("the checkpoint's optimiser does not fit the LoRA of this run")
         # 2. The moments. Fused AdamW needs the step count on the device of the parameter as well.
-        for name, parameter in self.parameters.items():
+        for name, parameter in self.parameters.items() if found else ():
             self.adamw.state[parameter] = {
                 key: state[f"{name}.{key}"].clone().to(parameter.device) for key in keys
             }

@@ -144,9 +144,7 @@ def run_training(
         request = planning.plan_request(config, accelerator.num_processes, estimator)
         budget = _budget(accelerator)
         plan, footprint = _plan(config, request, budget)
-        if accelerator.device.type == "cpu":
-            keep_memory()
-        _deterministic()
+        _prepare_device(accelerator)
         console.note(f"alignprop {__version__}: {config.model.id} on {accelerator.device}")
         console.note(f"plan: {plan.describe()}")
 
@@ -254,8 +252,10 @@ def _budget(accelerator: Accelerator, gpu_memory: str | None = None) -> Budget:
     return Budget(int(sizes.min()), here.type, source)
 
 
-def _deterministic() -> None:
-    """Prefer deterministic kernels, so that a run can be repeated."""
+def _prepare_device(accelerator: Accelerator) -> None:
+    """Prefer deterministic kernels, so that a run can be repeated, and keep freed memory."""
+    if accelerator.device.type == "cpu":
+        keep_memory()
     # Only a warning where there is none: some backward kernels on CUDA have no such version.
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(mode=True, warn_only=True)

@@ -27,6 +27,7 @@ from alignprop_cli.lora.files import LORA_FILE
 from alignprop_cli.models.families import PUBLISHED, open_model
 from alignprop_cli.rewards import registry
 from alignprop_cli.shipped import next_command
+from alignprop_cli.training import checkpoint
 
 EVIL = """
 from pathlib import Path
@@ -113,7 +114,8 @@ def lora_file(weights, config, name="evil.safetensors") -> Path:
 def run_folder(weights, config) -> Path:
     """Write a run folder here whose config.yaml and checkpoint agree."""
     config = {"gradient": {"window_group": 32}} | config  # what a run of 128 images a step keeps
-    lora_file(weights, config, f"r/checkpoints/step-000001/{LORA_FILE}")
+    state = checkpoint.State(1, 128, {"p.step": torch.zeros(())})
+    checkpoint.save(Path("r"), state, lambda made: lora_file(weights, config, made / LORA_FILE))
     Path("r/config.yaml").write_text(yaml.safe_dump(SHORT | config))
     return Path("r")
 

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from alignprop_cli.errors import AssetError, ConfigError, RunError
 from alignprop_cli.lora.files import LORA_FILE, checkpoints, latest
-from alignprop_cli.storage import write_whole
-from alignprop_cli.training import checkpoint
+from alignprop_cli.storage import sha256, sweep, write_whole
+from alignprop_cli.training import checkpoint, folders, resume
 from alignprop_cli.training.checkpoint import State
 
 
@@ -25,7 +25,7 @@ def state(step: int) -> State:
 
 
 def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
-    path = checkpoint.save(tmp_path, state(7), save_adapter, keep=None)
+    path = checkpoint.save(tmp_path, state(7), save_adapter)
     found = checkpoint.load(path)
     assert (found.step, found.images_seen) == (7, 28)
     assert torch.equal(found.optimizer["0.exp_avg"], torch.full((3,), 7.0))
@@ -35,13 +35,16 @@ def test_what_is_saved_is_read_back(tmp_path: Path) -> None:
 
 def test_only_the_newest_are_kept_and_steps_sort_by_number(tmp_path: Path) -> None:
     for step in (999_999, 2, 1_000_000):
-        checkpoint.save(tmp_path, state(step), save_adapter, keep=2)
+        checkpoint.save(tmp_path, state(step), save_adapter)
+    checkpoint.drop_old(tmp_path, None)
+    assert len(checkpoints(tmp_path)) == 3
+    checkpoint.drop_old(tmp_path, 2)
     assert [p.name for p in checkpoints(tmp_path)] == ["step-999999", "step-1000000"]
     assert latest(tmp_path).name == "step-1000000"
 
 
 def test_a_failure_while_writing_leaves_the_old_folder_and_nothing_else(tmp_path: Path) -> None:
-    path = checkpoint.save(tmp_path, state(1), save_adapter, keep=None)
+    path = checkpoint.save(tmp_path, state(1), save_adapter)
 
     def full_disk(folder: Path) -> None:
         (folder / "half").write_text("x")
@@ -62,17 +65,17 @@ def test_an_existing_folder_is_replaced_whole(tmp_path: Path) -> None:
 
 
 def test_what_a_killed_run_left_behind_is_no_checkpoint_and_is_swept(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path, state(1), save_adapter, keep=None)
-    (tmp_path / "checkpoints" / ".step-000002-abc").mkdir()
+    checkpoint.save(tmp_path, state(1), save_adapter)
+    (tmp_path / "checkpoints" / ".step-000002-abcdefgh.unfinished").mkdir()
     assert len(checkpoints(tmp_path)) == 1
-    checkpoint.sweep(tmp_path)
+    sweep(tmp_path / "checkpoints")
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000001"]
 
 
 @pytest.mark.parametrize("file", ["state.json", "optimizer.safetensors", LORA_FILE])
 @pytest.mark.parametrize("damage", ["cut", "gone"])
 def test_a_damaged_file_is_named(tmp_path: Path, file: str, damage: str) -> None:
-    path = checkpoint.save(tmp_path, state(1), save_adapter, keep=None)
+    path = checkpoint.save(tmp_path, state(1), save_adapter)
     if damage == "cut":
         (path / file).write_bytes((path / file).read_bytes()[:9])
     else:
@@ -88,20 +91,177 @@ def test_a_damaged_file_is_named(tmp_path: Path, file: str, damage: str) -> None
 
 def test_new_runs_are_numbered_and_foreign_folders_refused(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert checkpoint.new_run(None, "tiny") == Path("runs/tiny")
-    checkpoint.make_run(Path("runs/tiny"))
-    assert checkpoint.new_run(None, "tiny") == Path("runs/tiny-2")
+    assert folders.new_run(None, "tiny") == Path("runs/tiny")
+    assert folders.make_run(None, "tiny") == Path("runs/tiny")
+    assert folders.new_run(None, "tiny") == Path("runs/tiny-2")
     assert not Path("runs/tiny-2").exists()
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("x")
     with pytest.raises(ConfigError, match="full exists and is not empty"):
-        checkpoint.new_run("full", "tiny")
+        folders.new_run("full", "tiny")
     with pytest.raises(AssetError, match="runs/tiny: has no checkpoint"):
         latest(Path("runs/tiny"))
     with pytest.raises(AssetError, match="runs/none: does not exist"):
         latest(Path("runs/none"))
 
 
-def test_counters_are_plain_json(tmp_path: Path) -> None:
-    path = checkpoint.save(tmp_path, state(3), save_adapter, keep=None)
-    assert json.loads((path / "state.json").read_text()) == {"step": 3, "images_seen": 12}
+def test_counters_and_hashes_are_plain_json(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, state(3), save_adapter)
+    assert json.loads((path / "state.json").read_text()) == {
+        "step": 3,
+        "images_seen": 12,
+        "skipped_in_row": 0,
+        "metrics": "",
+        "inputs": {},
+        "sha256": {name: sha256(path / name) for name in (LORA_FILE, "optimizer.safetensors")},
+    }
+
+
+@pytest.mark.parametrize("file", ["optimizer.safetensors", LORA_FILE])
+def test_every_flipped_bit_is_noticed(tmp_path: Path, file: str) -> None:
+    path = checkpoint.save(tmp_path, state(1), save_adapter)
+    good = (path / file).read_bytes()
+    for position in range(0, len(good), 7):
+        bad = bytearray(good)
+        bad[position] ^= 1 << (position % 8)
+        (path / file).write_bytes(bad)
+        assert file in (checkpoint.damage(path) or "")
+    (path / file).write_bytes(good)
+    assert checkpoint.damage(path) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "cannot be read"),
+        ("[1]", "cannot be read"),
+        ("5", "cannot be read"),
+        ("[" * 5000, "nested too deeply"),
+        ('{"step": 1, "sha256": {}}', "lacks a hash"),
+        ('{"step": 1, "sha256": 5}', "cannot be read"),
+    ],
+)
+def test_damaged_counters_are_told(tmp_path: Path, text: str, message: str) -> None:
+    path = checkpoint.save(tmp_path, state(1), save_adapter)
+    (path / "state.json").write_text(text)
+    with pytest.raises(RunError, match=message):
+        checkpoint.load(path)
+
+
+def test_a_checkpoint_under_another_steps_name_is_refused(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, state(1), save_adapter)
+    path.rename(path.with_name("step-000002"))
+    with pytest.raises(RunError, match="is of step 1"):
+        checkpoint.load(path.with_name("step-000002"))
+
+
+def test_the_newest_whole_checkpoint_is_taken_and_the_others_are_told(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        checkpoint.save(tmp_path, state(step), save_adapter)
+    (tmp_path / "checkpoints" / "step-000003" / "state.json").unlink()
+    adapter = tmp_path / "checkpoints" / "step-000002" / LORA_FILE
+    adapter.write_bytes(adapter.read_bytes()[:-4] + bytes(4))
+    said: list[str] = []
+    assert resume.newest(tmp_path, said.append) == tmp_path / "checkpoints" / "step-000001"
+    assert ["step-000003" in said[0], "step-000002" in said[1]] == [True, True]
+    assert "state.json is missing" in said[0]
+    assert "SHA-256" in said[1]
+    for path in checkpoints(tmp_path):
+        (path / "state.json").unlink(missing_ok=True)
+    with pytest.raises(RunError, match="step-000003: damaged checkpoint"):
+        resume.newest(tmp_path)
+
+
+def test_a_hidden_folder_is_no_content_and_a_killed_beginning_can_be_begun_again(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "r" / ".step-000001-abcdefgh.unfinished").mkdir(parents=True)
+    (tmp_path / "r" / ".lock").write_text("1\n")
+    assert folders.new_run(str(tmp_path / "r"), "tiny") == tmp_path / "r"
+
+
+def test_a_link_to_a_checkpoint_is_dropped_and_what_it_points_to_stays(tmp_path: Path) -> None:
+    kept = checkpoint.save(tmp_path / "elsewhere", state(1), save_adapter)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step-000001").symlink_to(kept)
+    checkpoint.save(tmp_path, state(2), save_adapter)
+    checkpoint.drop_old(tmp_path, 1)
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-000002"]
+    assert checkpoint.damage(kept) is None
+
+
+def line(step: int) -> str:
+    return json.dumps({"step": step, "loss": 0.5 * step})
+
+
+def with_metrics(run: Path, done: int, text: str | None) -> Path:
+    """Return a checkpoint that was saved after whole lines, with other metrics written since."""
+    run.mkdir(exist_ok=True)
+    metrics = run / "metrics.jsonl"
+    metrics.write_text("".join(f"{line(i)}\n" for i in range(1, done + 1)))
+    saved = State(done, 4 * done, {}, metrics=resume.metrics_hash(run, done))
+    path = checkpoint.save(run, saved, save_adapter)
+    if text is None:
+        metrics.unlink()
+    else:
+        metrics.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("after", ["", f"{line(3)}\n", f"{line(3)}\n" + '{"step": 4, "lo'])
+def test_metrics_are_cut_to_the_checkpoint_without_a_word(tmp_path: Path, after: str) -> None:
+    path = with_metrics(tmp_path, 2, f"{line(1)}\n{line(2)}\n{after}")
+    said: list[str] = []
+    assert resume.cut_metrics(tmp_path, path, said.append)
+    assert said == []
+    assert (tmp_path / "metrics.jsonl").read_text() == f"{line(1)}\n{line(2)}\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        (None, []),
+        ("", []),
+        (f"{line(1)}\n", [1]),
+        (f"{line(1)}\n" + "\0" * 30 + "\n", [1]),
+        (f"{line(1)}\nnoise\n{line(2)}\n", [1, 2]),
+        (f"{line(1)}\n" + line(2).replace("1.0", "9.0") + "\n", [1, 2]),
+        ("[" * 5000 + f"\n{line(2)}\n", [2]),
+    ],
+)
+def test_damaged_metrics_are_told_kept_aside_and_do_not_stop_a_run(
+    tmp_path: Path, text: str | None, kept: list[int]
+) -> None:
+    path = with_metrics(tmp_path, 2, text)
+    said: list[str] = []
+    resume.cut_metrics(tmp_path, path, said.append)
+    assert len(said) == 1
+    assert "is not as it was written" in said[0]
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(each)["step"] for each in lines] == kept
+    if text is not None:
+        assert (tmp_path / "metrics.damaged.jsonl").read_text() == text
+    # The next checkpoint is of the file as it is now: resuming from it is silent.
+    saved = State(3, 12, {}, metrics=resume.metrics_hash(tmp_path, 3))
+    said.clear()
+    resume.cut_metrics(tmp_path, checkpoint.save(tmp_path, saved, save_adapter), said.append)
+    assert said == []
+
+
+def test_metrics_that_are_a_folder_are_put_aside(tmp_path: Path) -> None:
+    path = with_metrics(tmp_path, 1, None)
+    (tmp_path / "metrics.jsonl").mkdir()
+    said: list[str] = []
+    resume.cut_metrics(tmp_path, path, said.append)
+    assert len(said) == 1
+    assert (tmp_path / "metrics.damaged.jsonl").is_dir()
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_what_the_run_reads_must_be_what_it_was(tmp_path: Path) -> None:
+    before = {"train.prompts": "a", "model.id": "b"}
+    path = checkpoint.save(tmp_path, State(1, 4, {}, inputs=before), save_adapter)
+    resume.refuse_other_inputs(path, before)
+    with pytest.raises(ConfigError, match=r"model\.id: .*\n.*reward\.x: ") as refused:
+        resume.refuse_other_inputs(path, {"train.prompts": "a", "model.id": "c", "reward.x": "d"})
+    assert "train.prompts" not in refused.value.message
