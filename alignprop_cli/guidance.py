@@ -72,7 +72,8 @@ class Guidance:
     """How the two branches of classifier-free guidance are combined.
 
     Args:
-        scale: w, dimensionless, as diffusers counts it for the family.
+        scale: w, dimensionless, as diffusers counts it for the family; at most 1 (for the origin
+            "text" at most 0) means the text branch alone.
         interval: (low, high) in sigma: calls at other noise levels run the text branch alone.
         origin: What w (c - u) is added to: "uncond" is u + w (c - u), "text" is c + w (c - u), for
             the predictions u of the unconditional and c of the text branch.
@@ -89,8 +90,9 @@ class Guidance:
     @property
     def enabled(self) -> bool:
         """Return whether any call needs both branches."""
-        # At this scale the formula of the origin returns c, so one branch is enough.
-        return self.scale != (1.0 if self.origin == "uncond" else 0.0)
+        # As diffusers has it: up to the scale at which the formula returns c, there is no guidance.
+        # Models that were distilled without it, such as SD-Turbo, are published with scale 0.
+        return self.scale > (1.0 if self.origin == "uncond" else 0.0)
 
     def applies(self, sigma: float) -> bool:
         """Return whether a call at this noise level needs both branches."""

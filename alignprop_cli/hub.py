@@ -20,6 +20,7 @@ from huggingface_hub.errors import (
 from safetensors import SafetensorError
 
 from alignprop_cli.errors import AlignPropError, AssetError, first_line
+from alignprop_cli.paths import user_path
 
 _Value = TypeVar("_Value")
 
@@ -29,9 +30,12 @@ FAILURES = (
     OSError,
     ValueError,
     RuntimeError,
-    KeyError,
+    LookupError,
     TypeError,
     AttributeError,
+    ArithmeticError,
+    AssertionError,
+    ImportError,
     EOFError,
     SafetensorError,
     HfHubHTTPError,
@@ -109,7 +113,7 @@ def locate(place: str, filename: str, *, option: str) -> Path:
         AssetError: If there is no such file, or the hub cannot be reached or refuses.
     """
     # Local paths come first, so that a folder OWNER/NAME is never downloaded.
-    path = Path(place).expanduser()
+    path = user_path(place, option)
     if path.is_file():
         return path
     if path.is_dir():

@@ -446,7 +446,10 @@ STEP = Step(500.0, math.sqrt(1 - 0.6**2), 0.6, 0.9, math.sqrt(1 - 0.9**2))
     [
         (Guidance(1.0), 3.0),
         (Guidance(7.5), 1.0 + 7.5 * 2.0),
-        (Guidance(0.0), 1.0),
+        # At most 1 is no guidance, as in diffusers.
+        (Guidance(0.0), 3.0),
+        (Guidance(0.5), 3.0),
+        (Guidance(1.01), 1.0 + 1.01 * 2.0),
         (Guidance(7.5, interval=(0.5, 0.7)), 16.0),
         (Guidance(7.5, interval=(0.7, 1.0)), 3.0),
         (Guidance(7.5, interval=(0.0, 0.5)), 3.0),

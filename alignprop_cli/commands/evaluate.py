@@ -20,17 +20,16 @@ from alignprop_cli.commands.options import (
     RewardOption,
     SeedOption,
     SetOption,
-    check_output,
 )
+from alignprop_cli.commands.output import EVALUATION, check_output
 from alignprop_cli.errors import ConfigError
+from alignprop_cli.paths import user_path
 
 if TYPE_CHECKING:
     from alignprop_cli.lora.files import Located
 
 # The base model's name as a target; a folder of that name has to be written ./base.
 BASE = "base"
-# What an evaluation writes into its folder, and so may replace there.
-OURS = ("results.json", "results.csv", "report.html", "sheet.png", "curve.png", "images")
 
 Targets = Annotated[
     list[str],
@@ -87,14 +86,14 @@ def evaluate(
 
       alignprop evaluate my_lora.safetensors --preset tiny --scale 0,0.5,1,1.5
     """
-    from alignprop_cli.commands import settings
+    from alignprop_cli.commands.settings import for_evaluation
     from alignprop_cli.console import Console
 
     # 1. What the command line says, before a configuration is read or torch is imported.
     located = _locate(targets)
     strengths = _strengths(scale, located)
-    folder = Path(output).expanduser() if output else _default_folder(located)
-    check_output(folder, overwrite=overwrite, ours=OURS)
+    folder = _default_folder(located) if output is None else user_path(output, "--output")
+    check_output(folder, overwrite=overwrite, ours=EVALUATION, sign="results.json")
     # 2. The configuration. A flag sets one of its keys and wins over every other source.
     flags = {
         "model.id": model,
@@ -104,7 +103,7 @@ def evaluate(
         "eval.seed": seed,
         "eval.batch_size": batch_size,
     }
-    resolved = settings.for_evaluation(
+    resolved = for_evaluation(
         targets[0], next(iter(located), None), preset, config, sets=sets, reward=reward, flags=flags
     )
     # 3. From here on torch and diffusers are needed.
@@ -121,7 +120,7 @@ def _locate(targets: list[str]) -> list[Located]:
     # Everything is compared with the base model, so it cannot be one of several targets.
     if BASE in targets and len(targets) > 1:
         raise ConfigError("evaluate: the base model is always sampled: name the LoRAs alone")
-    return [] if targets == [BASE] else [files.locate(target) for target in targets]
+    return [] if targets == [BASE] else [files.locate(t, "evaluate") for t in targets]
 
 
 def _strengths(text: str | None, located: list[Located]) -> list[float] | None:

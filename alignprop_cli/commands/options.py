@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -69,34 +69,6 @@ def reward_weights(values: Sequence[str] | None) -> dict[str, float | None]:
             raise ConfigError(f"--reward: {name} is given twice")
         found[name] = weight
     return found
-
-
-def check_output(folder: Path, *, overwrite: bool, ours: Iterable[str]) -> None:
-    """Refuse to replace a folder, unless asked to and nothing in it is foreign.
-
-    Args:
-        folder: Where the result is to be written.
-        overwrite: Whether the user agreed to replace what is there.
-        ours: Names of what the command itself writes into such a folder.
-
-    Raises:
-        ConfigError: If it is a file, is not empty and `overwrite` is not given, or holds anything
-            but `ours`.
-    """
-    if not folder.exists():
-        return
-    if not folder.is_dir():
-        raise ConfigError(f"--output: {folder} is a file, expected a folder", hint=_HINT)
-    inside = sorted(path.name for path in folder.iterdir())
-    if inside and not overwrite:
-        raise ConfigError(f"--output: {folder} exists and is not empty", hint=_HINT)
-    foreign = [name for name in inside if name not in set(ours)]
-    if foreign:
-        # Replacing removes the folder, so it must not hold anything that is not ours.
-        raise ConfigError(
-            f"--output: {folder} holds {foreign[0]}, which --overwrite would remove",
-            hint="choose another folder with --output, or remove it yourself",
-        )
 
 
 def check_output_file(file: Path, *, overwrite: bool) -> None:

@@ -85,9 +85,8 @@ def build(
     """
     given: dict[str, Any] = {"preset": preset, "config": config, "assignments": assignments}
     given |= {"rewards": dict.fromkeys(rewards), "flags": flags}
-    found = presets.resolve(
-        recorded=header, run=run, default_reward=DEFAULT_REWARD, source=source, **given
-    )
+    given_once = {"default_reward": DEFAULT_REWARD, "source": source, "training": False}
+    found = presets.resolve(recorded=header, run=run, **given_once, **given)
     # Without recorded values everything was typed.
     if header or run is not None:
         _refuse_untyped(found, given, source, trust.TO_EVALUATE)

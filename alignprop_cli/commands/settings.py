@@ -11,6 +11,7 @@ from alignprop_cli.commands.options import reward_names, reward_weights
 from alignprop_cli.config import presets
 from alignprop_cli.config.schema import Config
 from alignprop_cli.errors import AlignPropError, ConfigError
+from alignprop_cli.paths import user_path
 
 if TYPE_CHECKING:
     from alignprop_cli.lora.files import Located
@@ -39,9 +40,8 @@ def for_training(
     Raises:
         AssetError, ConfigError: If something cannot be read, or the configuration is incomplete.
     """
-    # No default reward here: what a model is trained on must be said.
-    rewards = reward_weights(reward)
-    file = Path(config).expanduser() if config else None
+    rewards = reward_weights(reward)  # no default: what a model is trained on must be said
+    file = None if config is None else user_path(config, "--config")
     given: dict[str, Any] = {"preset": preset, "config": file, "assignments": sets or ()}
     if run is not None:
         # A run keeps its folder, wherever that has been moved to.
@@ -112,7 +112,7 @@ def for_evaluation(
         header=values,
         run=run,
         preset=preset,
-        config=Path(config).expanduser() if config else None,
+        config=None if config is None else user_path(config, "--config"),
         assignments=sets or (),
         rewards=reward_names(reward),
         flags=flags,

@@ -15,8 +15,8 @@ from alignprop_cli.commands.options import (
     QuietOption,
     RewardOption,
     SetOption,
-    check_output,
 )
+from alignprop_cli.commands.output import EVALUATION, check_output
 from alignprop_cli.lora.recipe import Method, Recipe, check_recipe, member_shares, sweep_shares
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def soup(
 
     # 2. The members are read and checked, and the configuration they record; nothing is written.
     made = prepare(names, coefficients, shares, output, recipe)
-    check_output(made.folder, overwrite=overwrite, ours=made.contents)
+    check_output(made.folder, overwrite=overwrite, ours=made.contents(EVALUATION))
     config, console = None, Console(as_json=as_json, quiet=quiet)
     if evaluate or shares is not None:
         flags = {"model.id": model, "eval.images": images}

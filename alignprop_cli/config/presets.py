@@ -217,6 +217,7 @@ def resolve(
     default_reward: str | None = None,
     flags: Mapping[str, Any] | None = None,
     source: str | None = None,
+    training: bool = True,
 ) -> Config:
     """Return the complete configuration from everything the command line was given.
 
@@ -230,6 +231,7 @@ def resolve(
         default_reward: Used if nothing names a reward.
         flags: Dotted key to value of the named flags; None values were not given.
         source: Name of the configuration in messages; None is the preset or the file.
+        training: As in `validation.parse`.
 
     Raises:
         ConfigError, AssetError: As `read`, `override` and `validation.parse`.
@@ -250,7 +252,7 @@ def resolve(
         layers.values["reward"] = {default_reward: None}
     if source is None:
         source = f"preset {preset}" if config is None and preset else str(config or "command line")
-    return parse(layers.values, layers.origins, source=source)
+    return parse(layers.values, layers.origins, source=source, training=training)
 
 
 def stack(

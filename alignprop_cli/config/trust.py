@@ -1,8 +1,9 @@
-"""What a configuration that came with weights may name: what is shipped, and what the user typed.
+"""What a configuration that came with weights may ask for: what is shipped, and what was typed.
 
-The header of a LoRA and the config.yaml of a run may be somebody else's. They may set numbers and
-choose among what is shipped. Code to import, files to read and hub ids to download are allowed only
-if the command line names them too, or a preset or file that the command line names.
+The header of a LoRA and the config.yaml of a run may be somebody else's. They may set numbers, up
+to a bound, and choose among what is shipped. Code to import, files to read and hub ids to download
+are allowed only if the command line names them too, or a preset or file that the command line
+names.
 """
 
 from __future__ import annotations
@@ -22,6 +23,16 @@ TO_EVALUATE = ("model.id", "model.revision", "model.variant", "model.config", "e
 
 TO_RESUME = (*TO_EVALUATE, "train.prompts")
 """Such keys that a resumed run reads; also `lora.init` if the run has no checkpoint yet."""
+
+LARGEST = {
+    "sample.num_inference_steps": 1000,
+    "sample.height": 2048,
+    "sample.width": 2048,
+    "eval.images": 10_000,
+    "eval.images_per_prompt": 1000,
+    "eval.batch_size": 256,
+}
+"""The largest numbers that are taken untyped: with larger ones an evaluation may take days."""
 
 # Characters of a foreign text that a message shows.
 _LONGEST = 200
@@ -128,6 +139,11 @@ def _places(config: Config, shipped: ShippedNames, keys: Sequence[str]) -> Itera
         allowed = free.get(key, shipped.prompts if path[-1] == "prompts" else ())
         if value != _at(defaults, path) and value not in allowed:
             yield _Named(path, value, f"{_shown(value)} is not shipped with alignprop")
+    for key, largest in LARGEST.items():
+        path = tuple(key.split("."))
+        value = _at(values, path)
+        if value is not None and value > largest:
+            yield _Named(path, value, f"{value} is more than {largest}, the most that goes untyped")
 
 
 def _rewards(config: Config, shipped: ShippedNames) -> Iterator[_Named]:

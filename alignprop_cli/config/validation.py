@@ -21,6 +21,7 @@ def parse(
     *,
     source: str = "configuration",
     extra_problems: Iterable[Problem] = (),
+    training: bool = True,
 ) -> Config:
     """Check nested values against the schema and return the complete configuration.
 
@@ -29,6 +30,8 @@ def parse(
         origins: The source of each dotted key (`file.yaml:12`, `--set`), for the messages.
         source: Name of the values in the first line of the message.
         extra_problems: Problems found elsewhere, to be reported together with these.
+        training: Whether it will be trained with. Otherwise the `gradient` section is not used, and
+            need not fit the others.
 
     Raises:
         ConfigError: With every problem: unknown keys (and the nearest known one), wrong types,
@@ -42,7 +45,9 @@ def parse(
     problems += [_problem(details, origins) for details in wrong]
     if config is not None:
         problems += [
-            Problem(p.key, p.message, origin_of(p.key, origins)) for p in _impossible(config)
+            Problem(p.key, p.message, origin_of(p.key, origins))
+            for p in _impossible(config)
+            if training or not p.key.startswith("gradient.")
         ]
     if problems or config is None:
         # pydantic complains once for each branch of a union; the first message is enough.

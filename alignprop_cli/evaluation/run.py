@@ -25,6 +25,7 @@ from alignprop_cli.lora import layers as lora
 from alignprop_cli.lora.files import Adapter, Located
 from alignprop_cli.models.base import Model
 from alignprop_cli.models.families import open_model
+from alignprop_cli.planning.drawing import check_memory
 from alignprop_cli.prompts import load_groups, load_prompts
 from alignprop_cli.rewards.jpeg import true_size
 from alignprop_cli.rewards.mixture import Mixture, build_mixture
@@ -87,6 +88,7 @@ def run_evaluation(
     prompts, group_of = load_prompts(settings.prompts), load_groups(settings.prompts)
     adapters = {file: files.read(file) for file in {v.located.file: None for v in chosen}}
     accelerator = make_accelerator()
+    check_memory(config, accelerator.device, models=1 + len(chosen))
     console = console if accelerator.is_main_process else Console(quiet=True)
     samples = choose_samples(prompts, settings.images, settings.images_per_prompt)
     wanted = [*(sample.prompt for sample in samples), config.sample.negative_prompt]

@@ -67,8 +67,10 @@ def scaling(alpha: float, rank: int, *, rank_stabilised: bool = False) -> float:
 def not_finite(layers: Layers) -> str | None:
     """Return which layer of a LoRA holds NaN or infinity, in words; None if none does."""
     for name, factors in layers.items():
-        finite = torch.isfinite(factors.down).all() and torch.isfinite(factors.up).all()
-        if not bool(finite) or not math.isfinite(factors.alpha):
+        # As float32, which every use of them is: a larger number in float64 would become infinite.
+        halves = (factors.down.float(), factors.up.float())
+        finite = all(bool(torch.isfinite(half).all()) for half in halves)
+        if not finite or not math.isfinite(factors.alpha):
             return f"layer {name} holds NaN or infinity"
     return None
 

@@ -7,6 +7,7 @@ formats.py knows what the tensors of a file mean. Files are written in diffusers
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,12 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save as serialise
 from torch import Tensor
 
 from alignprop_cli.errors import AssetError, first_line
 from alignprop_cli.lora import formats
 from alignprop_cli.lora.factors import Layers, adapter_settings
+from alignprop_cli.lora.settings import shown
+from alignprop_cli.parsing import ParseError, read_json
+from alignprop_cli.paths import read_text, user_path
 from alignprop_cli.storage import sha256
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -32,8 +36,10 @@ PEFT_CONFIG = "adapter_config.json"
 """The file next to `PEFT_FILE` that holds rank and alpha."""
 
 # At least six digits, so that names sort by step in a listing of the folder.
-_STEP = re.compile(r"step-(\d{6,})")
+_STEP = re.compile(r"step-[0-9]{6,}")
 _METADATA = "lora_adapter_metadata"
+# Most bytes of `PEFT_CONFIG`.
+_MOST_CONFIG = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -84,14 +90,19 @@ class Adapter:
     prefix: str = formats.NETWORKS[0]
 
 
-def locate(name: str) -> Located:
+def locate(name: str, where: str = "LoRA") -> Located:
     """Find the LoRA file of a run, a checkpoint, a LoRA folder or a file.
+
+    Args:
+        name: As the user or a configuration has it.
+        where: The option or key, for messages.
 
     Raises:
         AssetError: If there is none.
+        ConfigError: If it can be no path.
     """
     # 1. A file is taken as it is.
-    path = Path(name).expanduser()
+    path = user_path(name, where)
     if path.is_file():
         return Located(path)
     if not path.is_dir():
@@ -107,16 +118,20 @@ def locate(name: str) -> Located:
         if (path / PEFT_FILE).is_file():
             return Located(path / PEFT_FILE)
         raise AssetError(f"{name}: is no run and holds no LoRA ({LORA_FILE} or {PEFT_FILE})")
-    # 4. That folder may be a checkpoint, <run>/checkpoints/step-000020.
-    run = path.resolve().parent.parent
-    if path.resolve().parent.name == "checkpoints" and (run / "config.yaml").is_file():
-        return Located(path / LORA_FILE, run=run, step=path.resolve().name)
+    # 4. That folder may be a checkpoint, <run>/checkpoints/step-000020: by its own name, as it may
+    #    be a link to another disk, or by that of the folder it is a link to.
+    for place in (Path(os.path.abspath(path)), path.resolve()):  # noqa: PTH100
+        run = place.parent.parent
+        if place.parent.name == "checkpoints" and (run / "config.yaml").is_file():
+            return Located(path / LORA_FILE, run=run.resolve(), step=place.name)
     return Located(path / LORA_FILE)
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Return the checkpoints of a run, oldest first."""
-    found = [p for p in (run / "checkpoints").glob("step-*") if _STEP.fullmatch(p.name)]
+    """Return the checkpoints of a run, oldest first; links to folders are among them."""
+    inside = (run / "checkpoints").glob("step-*")
+    # Copies under other names are none, nor is a link whose target is gone.
+    found = [path for path in inside if _STEP.fullmatch(path.name) and path.is_dir()]
     # By number: as texts step-1000000 would come before step-999999.
     return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
 
@@ -157,12 +172,15 @@ def recorded_config(header: Mapping[str, str], file: Path) -> dict[str, Any] | N
     if "alignprop.config" not in header:
         return None
     try:
-        return dict(json.loads(header["alignprop.config"]))
-    except (ValueError, TypeError, RecursionError) as error:
+        found = read_json(header["alignprop.config"])
+        if not isinstance(found, dict):
+            raise ParseError("no object")
+    except ParseError as error:
         raise AssetError(
-            f"{file}: alignprop.config in its header is damaged",
+            f"{file}: alignprop.config in its header is damaged: {error}",
             hint="take the file from its run again",
         ) from error
+    return found
 
 
 def read(file: Path) -> Adapter:
@@ -220,10 +238,34 @@ def save(
     settings = {f"{prefix}{name}": value for name, value in adapter_metadata.items()}
     text = json.dumps(settings, indent=2, sort_keys=True)
     file = folder / LORA_FILE
-    save_file(state, file, metadata={"format": "pt", **header, _METADATA: text})
-    # safetensors creates files that only their owner can read.
-    file.chmod(0o644)
+    save_tensors(file, state, {"format": "pt", **header, _METADATA: text})
     return file
+
+
+def save_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file whose bytes depend on nothing but its content.
+
+    Args:
+        file: Replaced if it exists.
+        tensors: By name, contiguous, no two of which share memory.
+        metadata: Texts for the header.
+
+    Raises:
+        OSError: From the operating system.
+    """
+    # safetensors orders the texts of the header at random, and everything else always alike. So the
+    # header is written again: its length in 8 bytes, JSON, blanks up to a multiple of 8 bytes.
+    # Source: https://github.com/huggingface/safetensors, "Format".
+    data = serialise(dict(tensors), dict(metadata))
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    header["__metadata__"] = dict(sorted(metadata.items()))
+    # Offsets count from the end of the header, so its length is free.
+    text = json.dumps(header, separators=(",", ":")).encode("ascii")
+    text += b" " * (-len(text) % 8)
+    with file.open("wb") as opened:
+        opened.write(len(text).to_bytes(8, "little") + text)
+        opened.write(memoryview(data)[end:])
 
 
 def packed(layers: Layers) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -246,11 +288,11 @@ def _read_peft_config(file: Path) -> dict[str, Any]:
     """Return the configuration that PEFT writes next to its file; without it alpha is unknown."""
     place = file.parent / PEFT_CONFIG
     try:
-        text = place.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
+        text = read_text(place, "LoRA", most=_MOST_CONFIG)
+    except AssetError as error:
         raise AssetError(
             f"{file}: is in PEFT's format, whose rank and alpha are in {PEFT_CONFIG} next to it, "
-            f"which cannot be read: {first_line(error)}",
+            f"which cannot be read: {error.message.removeprefix('LoRA: ')}",
             hint=f"put {PEFT_CONFIG} of the same LoRA into {file.parent}",
         ) from error
     return formats.read_settings(text, str(place))
@@ -258,6 +300,6 @@ def _read_peft_config(file: Path) -> dict[str, Any]:
 
 def _unreadable(file: Path, error: Exception) -> AssetError:
     return AssetError(
-        f"{file}: cannot be read as a LoRA: {first_line(error)}",
+        f"{file}: cannot be read as a LoRA: {shown(first_line(error))}",
         hint="only .safetensors files are read",
     )

@@ -12,18 +12,20 @@ counted, or the file is refused: nothing is dropped silently.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from alignprop_cli.errors import AssetError, ConfigError, RunError
+from alignprop_cli.lora import settings
 from alignprop_cli.lora.factors import Factors, Layers, not_finite
+from alignprop_cli.lora.settings import shown
+from alignprop_cli.parsing import ParseError, read_json
 
 NETWORKS = ("unet.", "transformer.")
 """What diffusers puts before the names of the network's layers: its name in the pipeline."""
@@ -56,7 +58,7 @@ _FIRST_WORDS = {"down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out"}
 _FIRST_WORDS |= {"time_embedding", "add_embedding"}
 
 # Kinds of adapter that are not a plain LoRA, by a part of their tensors' names (a regular
-# expression) and, below, by an option of their configuration.
+# expression); settings.py knows them by an option of their configuration.
 _OTHER_KINDS = {
     r"dora_scale|lora_magnitude_vector": "a DoRA",
     r"hada_.*": "a LoHa",
@@ -68,20 +70,8 @@ _OTHER_KINDS = {
     r"diff|diff_b|w_norm|b_norm": "a file of whole weight differences",
     r"lora_embedding_[AB]": "a LoRA of embeddings",
 }
-_OTHER_SETTINGS = {
-    "use_dora": "a DoRA",
-    "lora_bias": "a LoRA with biases",
-    "use_qalora": "a QALoRA",
-    "use_bdlora": "a BD-LoRA",
-    "alora_invocation_tokens": "an activated LoRA",
-    "arrow_config": "a mixture of LoRAs (Arrow)",
-    "kasa_config": "a KaSA",
-    "monteclora_config": "a MonteCLoRA",
-    "layer_replication": "a LoRA of repeated layers",
-    "target_parameters": "a LoRA of parameters instead of layers",
-}
-# peft's initialisations that change the base weights as well.
-_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
+# Characters of a layer's name: a longer one is no layer's, and would make matching it slow.
+_LONGEST_LAYER = 200
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -106,28 +96,18 @@ def read_settings(text: str, where: str) -> dict[str, Any]:
         ConfigError: If it belongs to another kind of adapter.
     """
     try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise AssetError(f"{where} is not JSON") from error
+        found = read_json(text)
+    except ParseError as error:
+        raise AssetError(f"{where}: {error}") from error
     if not isinstance(found, dict):
-        raise AssetError(f"{where}: expected an object, got {text[:40]}")
-    settings: dict[str, Any] = {without_network(str(k)): v for k, v in found.items()}
-    # Anything that makes the update more than alpha / rank B A is refused, and named.
-    kind = settings.get("peft_type", "LORA")
-    if kind != "LORA":
-        _refuse(where, f"a {kind}")
-    for option, what in _OTHER_SETTINGS.items():
-        if settings.get(option):
-            _refuse(where, f"{what} ({option})")
-    start = settings.get("init_lora_weights")
-    if isinstance(start, str) and start.startswith(_CHANGE_THE_BASE):
-        raise ConfigError(
-            f"{where}: init_lora_weights {start} changes the base model's weights too, which are "
-            "not in the file",
-            hint="save it with PEFT's path_initial_model_for_weight_conversion",
-        )
-    _check_targets(settings.get("target_modules"), where)
-    return settings
+        raise AssetError(f"{where}: expected an object, got {shown(text)}")
+    # Those of a text encoder go with its layers, which are left out.
+    own = {key: value for key, value in found.items() if not _TEXT.match(key)}
+    options: dict[str, Any] = {without_network(key): value for key, value in own.items()}
+    if len(options) < len(own):
+        raise AssetError(f"{where}: an option is given twice, with the network's name and without")
+    settings.check(options, where)
+    return options
 
 
 def network_of(names: Iterable[str]) -> str:
@@ -140,29 +120,14 @@ def without_network(name: str) -> str:
     return name.removeprefix(network_of([name]))
 
 
-def _check_targets(targets: object, where: str) -> None:
-    """Refuse target modules that are neither a list of names nor one regular expression."""
-    if targets is None or (isinstance(targets, list) and all(isinstance(t, str) for t in targets)):
-        return
-    if isinstance(targets, str):
-        try:
-            re.compile(targets)
-            return
-        except re.error:
-            pass
-    raise AssetError(
-        f"{where}: target_modules: expected names or a regular expression, got {targets!r}"
-    )
-
-
 def read_layers(
-    state: Mapping[str, Tensor], settings: Mapping[str, Any], file: Path
+    state: Mapping[str, Tensor], options: Mapping[str, Any], file: Path
 ) -> tuple[Layers, int]:
     """Return the factors of every layer, and the number of layers of text encoders.
 
     Args:
         state: All tensors of the file, by name.
-        settings: The adapter's configuration; empty where there is none.
+        options: The adapter's configuration; empty where there is none.
         file: For messages.
 
     Raises:
@@ -179,14 +144,13 @@ def read_layers(
     for name in names:
         for pattern, what in _OTHER_KINDS.items():
             if any(re.fullmatch(pattern, part) for part in name.split(".")[1:]):
-                _refuse(str(file), f"{what} ({name})")
+                settings.refuse(str(file), f"{what} ({shown(name)})")
     if not any(_TENSOR.fullmatch(_present(name)) for name in names):
         raise AssetError(f"{file}: holds no LoRA weights")
     # 3. The tensors of every layer, and their factors once they are complete.
     grouped = _group(state, names, file)
     layers = {
-        layer: _factors(layer, tensors, settings, file)
-        for layer, tensors in sorted(grouped.items())
+        layer: _factors(layer, tensors, options, file) for layer, tensors in sorted(grouped.items())
     }
     damage = not_finite(layers)
     if damage:
@@ -212,7 +176,7 @@ def _group(state: Mapping[str, Tensor], names: list[str], file: Path) -> dict[st
         found = _TENSOR.fullmatch(_present(name))
         layer = _layer(found["layer"], file) if found else None
         if found is None or layer is None:
-            raise AssetError(f"{file}: cannot be read as a LoRA: unexpected tensor {name}")
+            raise AssetError(f"{file}: cannot be read as a LoRA: unexpected tensor {shown(name)}")
         tensors = grouped.setdefault(layer, _Tensors())
         half = _HALVES.get(found["half"] or "")
         if half is None:
@@ -221,17 +185,21 @@ def _group(state: Mapping[str, Tensor], names: list[str], file: Path) -> dict[st
         adapters.add(found["adapter"] or "")
         # Twice by two formats or two adapters in one file; which one is meant cannot be known.
         if half in tensors.halves:
+            first = tensors.halves[half][0]
             raise AssetError(
-                f"{file}: has two tensors for layer {layer}: {tensors.halves[half][0]} and {name}"
+                f"{file}: has two tensors for layer {layer}: {shown(first)} and {shown(name)}"
             )
         tensors.halves[half] = (name, state[name])
     if len(adapters) > 1:
-        raise AssetError(f"{file}: holds several adapters: {', '.join(sorted(adapters))}")
+        some = ", ".join(map(shown, sorted(adapters)[:3]))
+        raise AssetError(f"{file}: holds several adapters: {some}")
     return grouped
 
 
 def _layer(name: str, file: Path) -> str | None:
     """Return the layer's name in the network from its name in the file; None if it is unknown."""
+    if len(name) > _LONGEST_LAYER:
+        return None
     if name.startswith(NETWORKS):
         return without_network(name)
     if name.startswith(PEFT):
@@ -251,14 +219,15 @@ def _layer(name: str, file: Path) -> str | None:
     return None
 
 
-def _factors(layer: str, tensors: _Tensors, settings: Mapping[str, Any], file: Path) -> Factors:
+def _factors(layer: str, tensors: _Tensors, options: Mapping[str, Any], file: Path) -> Factors:
     """Return the factors of one layer, checking that its tensors and numbers fit together."""
     # 1. Both factors, of floats.
     if set(tensors.halves) != {"down", "up"}:
         odd = next(iter(tensors.halves.values()), tensors.alpha)
         assert odd is not None
         raise AssetError(
-            f"{file}: cannot be read as a LoRA: unexpected tensor {odd[0]}, which stands alone"
+            f"{file}: cannot be read as a LoRA: unexpected tensor {shown(odd[0])}, which stands "
+            "alone"
         )
     for name, value in tensors.halves.values():
         if value.dtype not in _DTYPES:
@@ -279,12 +248,14 @@ def _factors(layer: str, tensors: _Tensors, settings: Mapping[str, Any], file: P
     # 3. Rank and alpha as the configuration and the file have them. A foreign file may hold
     #    anything: wrong types, broken patterns, numbers that are too large.
     try:
-        recorded = _by_pattern(settings, "r", "rank_pattern", layer)
-        alpha = _by_pattern(settings, "lora_alpha", "alpha_pattern", layer)
-        stabilised = _flag(settings.get("use_rslora", False))
+        recorded = settings.number(options, "r", "rank_pattern", layer)
+        alpha = settings.number(options, "lora_alpha", "alpha_pattern", layer)
+        stabilised = settings.flag(options.get("use_rslora", False))
         stored = None if tensors.alpha is None else _scalar(tensors.alpha[1])
     except (AttributeError, TypeError, ValueError, OverflowError, re.error) as error:
-        raise AssetError(f"{file}: alpha of layer {layer} cannot be read: {error}") from error
+        raise AssetError(
+            f"{file}: alpha of layer {layer} cannot be read: {shown(str(error))}"
+        ) from error
     # 4. They must agree: otherwise it is unknown which rank or alpha the weights were trained with.
     if recorded is not None and recorded != rank:
         raise AssetError(f"{file}: layer {layer} has rank {rank}, its configuration {recorded:g}")
@@ -300,40 +271,7 @@ def _factors(layer: str, tensors: _Tensors, settings: Mapping[str, Any], file: P
     return Factors(down, up, float(rank) if known is None else known, stabilised)
 
 
-def _by_pattern(
-    settings: Mapping[str, Any], default: str, patterns: str, layer: str
-) -> float | None:
-    """Return the number that a configuration has for a layer; patterns match the end of its name.
-
-    Source: `peft.utils.other.get_pattern_key`.
-    """
-    value = settings.get(default)
-    for pattern, number in (settings.get(patterns) or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", layer):
-            value = number
-            break
-    if value is None:
-        return None
-    # In Python True is an int.
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"expected a number, got {value!r}")
-    return float(value)
-
-
 def _scalar(value: Tensor) -> float:
     if value.numel() != 1 or value.dtype not in (*_DTYPES, torch.int32, torch.int64):
         raise ValueError(f"expected one number, got {value.dtype} of shape {tuple(value.shape)}")
     return float(value)
-
-
-def _flag(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise TypeError(f"use_rslora: expected true or false, got {value!r}")
-    return value
-
-
-def _refuse(where: str, what: str) -> NoReturn:
-    raise ConfigError(
-        f"{where}: is {what}: its update of a weight is not alpha / rank B A",
-        hint="only plain LoRAs and rsLoRAs can be sampled with, trained further and mixed",
-    )

@@ -25,6 +25,7 @@ from alignprop_cli import rng
 from alignprop_cli.errors import ConfigError, first_line
 from alignprop_cli.lora.factors import adapter_settings, whole
 from alignprop_cli.lora.files import Adapter
+from alignprop_cli.lora.settings import is_quick
 
 ADAPTER = "default"
 """peft's name for the only adapter that a network has here."""
@@ -119,7 +120,8 @@ def load(network: torch.nn.Module, adapter: Adapter, model_id: str) -> None:
     # 1. Which layers. The file's own target modules are short and go into the header of the next
     #    file; they are kept only if in this network they mean exactly the layers of the file.
     targets = _as_peft_takes_it(adapter.target_modules or sorted(adapter.layers))
-    if _selected(network, targets) != adapter.layers.keys():
+    slow = isinstance(targets, str) and not is_quick(targets)
+    if slow or _selected(network, targets) != adapter.layers.keys():
         targets = sorted(adapter.layers)
     config = LoraConfig(**adapter_settings(adapter.layers), target_modules=targets)
     # 2. The injection. With `state_dict` peft changes the layers that it names and no others.

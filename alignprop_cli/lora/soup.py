@@ -6,6 +6,7 @@ mixing.py does the arithmetic, recipe.py reads what the user asks for.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from alignprop_cli.errors import ConfigError
 from alignprop_cli.lora import files, mixing
 from alignprop_cli.lora.files import LORA_FILE, Adapter
 from alignprop_cli.lora.recipe import RANKED, Recipe
+from alignprop_cli.paths import user_path
 from alignprop_cli.storage import sha256, write_whole
 
 BASE = "base"
@@ -68,12 +70,16 @@ class Soup:
     mixes: Sequence[Mix]
     recipe: Recipe
 
-    @property
-    def contents(self) -> list[str]:
-        """Return the names of what is written into the folder, and so may be replaced there."""
+    def contents(self, evaluation: Sequence[str]) -> list[str]:
+        """Return what is written into the folder, and may be replaced, as regular expressions.
+
+        Args:
+            evaluation: Those of the files of an evaluation, which goes into a folder inside.
+        """
         # Of a sweep only the folders of its own shares: another sweep's results are not replaced.
         parts = [mix.folder.name for mix in self.mixes if mix.share is not None]
-        return [LORA_FILE, "evaluation", *parts]
+        mixes = [re.escape(f"{part}/{LORA_FILE}") for part in parts]
+        return [re.escape(LORA_FILE), *(f"evaluation/({name})" for name in evaluation), *mixes]
 
     @property
     def source(self) -> files.Located:
@@ -116,8 +122,12 @@ class Soup:
 
         Raises:
             ConfigError: If the method cannot mix the members.
-            RunError: If a number of a mix is too large for float32.
+            RunError: If a number of a mix is too large for float32; nothing is written then.
         """
+        # Of a sweep each mix is computed twice: all of them before the first is written, and again
+        # for its file, as all together may not fit the memory.
+        for mix in self.mixes if len(self.mixes) > 1 else ():
+            _mixed(mix, self.members, self.recipe)
         made = [_make(mix, self.members, self.recipe) for mix in self.mixes]
         return made[0] if self.mixes[0].share is None else ({}, [])
 
@@ -146,7 +156,7 @@ def prepare(
     if all(name == BASE for name in names):
         raise ConfigError("soup: all members are the base model: there is nothing to mix")
     # 1. The members. All are found before any is read, so that a mistyped name fails quickly.
-    located = [None if name == BASE else files.locate(name) for name in names]
+    located = [None if name == BASE else files.locate(name, "soup") for name in names]
     members = [
         Member(name, found.label, files.read(found.file)) if found else Member(name, "base", None)
         for name, found in zip(names, located, strict=True)
@@ -155,7 +165,7 @@ def prepare(
     # 2. The folders: one for a single mix, for a sweep one per share inside it.
     labels = [member.label for member in members]
     default = _default_name(labels, None if shares is not None else coefficients)
-    folder = Path(output or default).expanduser()
+    folder = Path(default) if output is None else user_path(output, "--output")
     if shares is None:
         return Soup(members, folder, [Mix(folder, coefficients)], recipe)
     mixes = [Mix(folder / f"share-{share:g}", [share, 1.0 - share], share) for share in shares]
@@ -205,20 +215,10 @@ def _check_members(adapters: Sequence[Adapter], allow_missing: bool) -> None:
 
 def _make(mix: Mix, members: Sequence[Member], recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
     """Mix the members, write the folder whole or not at all, and return what was made."""
-    # 1. The arithmetic. The base model adds nothing, so its share only counts in the records.
+    # 1. The arithmetic.
+    mixed = _mixed(mix, members, recipe)
     pairs = list(zip(members, mix.coefficients, strict=True))
-    present = [(m.adapter, c) for m, c in pairs if m.adapter is not None]
-    try:
-        mixed = mixing.mix(
-            [adapter.layers for adapter, _ in present],
-            [c for _, c in present],
-            recipe.method,
-            rank=recipe.rank,
-            density=0.5 if recipe.density is None else recipe.density,
-            seed=recipe.seed,
-        )
-    except ValueError as error:
-        raise ConfigError(f"soup: {error}", hint="the default method, exact, mixes any") from error
+    adapters = [member.adapter for member in members if member.adapter is not None]
     # 2. The header says what the mix is made of, with hashes, since files are renamed.
     made_of: list[dict[str, Any]] = [
         {"name": m.name, "sha256": m.adapter.sha256 if m.adapter else None, "coefficient": c}
@@ -228,15 +228,32 @@ def _make(mix: Mix, members: Sequence[Member], recipe: Recipe) -> tuple[dict[str
         "alignprop.version": __version__,
         "alignprop.merged_from": json.dumps(made_of),
         "alignprop.merged_by": json.dumps(asdict(recipe)),
-        **_recorded([adapter for adapter, _ in present]),
+        **_recorded(adapters),
     }
     weights, metadata = files.packed(mixed.layers)
-    prefix = present[0][0].prefix
+    prefix = adapters[0].prefix
     write_whole(
         mix.folder,
         lambda made: files.save(made, weights, header, prefix=prefix, adapter_metadata=metadata),
     )
     return _describe(mix.folder, made_of, mixed, recipe)
+
+
+def _mixed(mix: Mix, members: Sequence[Member], recipe: Recipe) -> mixing.Mixed:
+    """Return the mix of the members. The base model adds nothing."""
+    pairs = zip(members, mix.coefficients, strict=True)
+    present = [(m.adapter, c) for m, c in pairs if m.adapter is not None]
+    try:
+        return mixing.mix(
+            [adapter.layers for adapter, _ in present],
+            [c for _, c in present],
+            recipe.method,
+            rank=recipe.rank,
+            density=0.5 if recipe.density is None else recipe.density,
+            seed=recipe.seed,
+        )
+    except ValueError as error:
+        raise ConfigError(f"soup: {error}", hint="the default method, exact, mixes any") from error
 
 
 def _recorded(adapters: Sequence[Adapter]) -> dict[str, str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import importlib
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,8 @@ from alignprop_cli.errors import AssetError, ConfigError
 from alignprop_cli.guidance import Embeds, Guidance
 from alignprop_cli.models import loading
 from alignprop_cli.models.base import Family, Model, Sampler, Source
+from alignprop_cli.parsing import ParseError, read_json
+from alignprop_cli.paths import read_text, user_path
 
 TINY = Path(__file__).parent.parent / "tiny" / "pipeline"
 """The embedded model, in diffusers format."""
@@ -83,7 +84,7 @@ def find(config: ModelConfig) -> tuple[Family, Path | None]:
         ConfigError: If the family is not supported.
     """
     # 1. Local files come first: a folder may have the same name as a hub id.
-    path = TINY if config.id == "tiny" else Path(config.id).expanduser()
+    path = TINY if config.id == "tiny" else user_path(config.id, "model.id")
     if path.is_file():
         return FAMILIES["StableDiffusionPipeline"], path
     if path.is_dir():
@@ -112,8 +113,8 @@ def _looks_like_a_path(name: str) -> bool:
 def _family(index: Path, place: str) -> Family:
     """Return the family that a model_index.json names."""
     try:
-        name = json.loads(index.read_text(encoding="utf-8"))["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        name = read_json(read_text(index, "model.id"))["_class_name"]
+    except (AssetError, ParseError, KeyError, TypeError) as error:
         raise AssetError(
             f"{place}: not a model in diffusers format: cannot read {index.name}",
             hint=f"the folder must hold {index.name} and a folder for each part that it names",
@@ -121,7 +122,7 @@ def _family(index: Path, place: str) -> Family:
     # A pipeline with its own code has a list [module, class] there.
     if not isinstance(name, str) or name not in FAMILIES:
         supported = ", ".join(f"{f.pipeline_class} ({f.name})" for f in FAMILIES.values())
-        raise ConfigError(f"model.id: {place} is a {name}; supported: {supported}")
+        raise ConfigError(f"model.id: {place} is a {str(name)[:100]}; supported: {supported}")
     return FAMILIES[name]
 
 

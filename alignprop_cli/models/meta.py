@@ -14,6 +14,7 @@ from alignprop_cli.config.schema import ModelConfig
 from alignprop_cli.models import loading
 from alignprop_cli.models.base import MetaModel, Source
 from alignprop_cli.models.families import ARCHITECTURES, PUBLISHED, find
+from alignprop_cli.paths import user_path
 
 
 def meta_model(config: ModelConfig, dtype: torch.dtype) -> MetaModel:
@@ -44,4 +45,6 @@ def _configurations(config: ModelConfig, path: Path | None) -> Path:
         return path
     # A single file holds no configuration, and most are fine-tuned from Stable Diffusion 1.5. A
     # wrong guess makes the estimate wrong, nothing else: the weights are loaded by other code.
-    return Path(config.config).expanduser() if config.config else ARCHITECTURES / "sd-1.5"
+    if config.config is not None:
+        return user_path(config.config, "model.config")
+    return ARCHITECTURES / "sd-1.5"

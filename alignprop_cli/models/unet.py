@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,13 +12,14 @@ import transformers
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import CLIPTextConfig
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from alignprop_cli import images
-from alignprop_cli.errors import ConfigError
+from alignprop_cli.errors import AssetError, ConfigError
 from alignprop_cli.guidance import Conditioning, Embeds
-from alignprop_cli.models import loading
+from alignprop_cli.models import configs, loading
 from alignprop_cli.models.base import MetaModel, Parts, Source
+from alignprop_cli.paths import user_path
 from alignprop_cli.schedule import NoiseSchedule, diffusion_schedule
 
 # The safety checker classifies images and is no part of the chain; it costs 1.2 GB.
@@ -196,9 +198,20 @@ def load_text_encoders(source: Source, device: torch.device) -> ClipText:
 
     Raises:
         AssetError: If something is missing or damaged.
+        ConfigError: If a setting is wrong or not obeyed, as `configs.check`.
     """
-    pipeline = _load(source, unet=None, vae=None, scheduler=None).to(device)
-    return ClipText(pipeline.tokenizer, pipeline.text_encoder)
+    pipeline = _load(source, "tokenizer", "text_encoder").to(device)
+    tokenizer, encoder = pipeline.tokenizer, pipeline.text_encoder
+    with loading.explained(source.config, source.path):
+        rows, positions = encoder.config.vocab_size, encoder.config.max_position_embeddings
+        if len(tokenizer) > rows:
+            raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the text encoder {rows}")
+        if tokenizer.model_max_length > positions:
+            raise ValueError(f"the tokenizer writes more tokens than the {positions} that are read")
+        made = ClipText(tokenizer, encoder)
+        # What is wrong with them shows in the first use.
+        made._encode("")
+    return made
 
 
 def load_parts(source: Source, device: torch.device) -> Parts:
@@ -206,9 +219,10 @@ def load_parts(source: Source, device: torch.device) -> Parts:
 
     Raises:
         AssetError: If something is missing or damaged.
-        ConfigError: If the network needs more input than latents (inpainting, upscaling).
+        ConfigError: If the network needs more input than latents (inpainting, upscaling), or a
+            setting is wrong or not obeyed, as `configs.check`.
     """
-    return _parts(_load(source, text_encoder=None, tokenizer=None).to(device), source)
+    return _parts(_load(source, "unet", "vae", "scheduler").to(device), source)
 
 
 def on_meta(source: Source) -> MetaModel:
@@ -222,13 +236,17 @@ def on_meta(source: Source) -> MetaModel:
         ConfigError: As `load_parts`.
     """
     folder, dtype = source.path, source.dtype
+    configs.check(folder)
+    scheduler_kind: Any = getattr(diffusers, configs.scheduler_class(folder))
     with loading.explained(source.config, folder), torch.device("meta"):
         unet: Any = UNet2DConditionModel.from_config(
             UNet2DConditionModel.load_config(folder, subfolder="unet")
         )
         vae: Any = AutoencoderKL.from_config(AutoencoderKL.load_config(folder, subfolder="vae"))
         text = CLIPTextConfig.from_pretrained(folder / "text_encoder")
-        scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
+    # Not on the meta device: the noise levels are numbers that are read.
+    with loading.explained(source.config, folder):
+        scheduler = scheduler_kind.from_pretrained(folder, subfolder="scheduler")
     # diffusers' own `to` warns about modules that stay in float32; there are none here.
     pipeline = StableDiffusionPipeline(
         vae=torch.nn.Module.to(vae, dtype),
@@ -248,33 +266,87 @@ def on_meta(source: Source) -> MetaModel:
     )
 
 
-def _load(source: Source, **left_out: None) -> StableDiffusionPipeline:
-    """Load a pipeline without the parts that are passed as None."""
+# The parts of a pipeline that are used, with the classes of those that have weights.
+_PARTS: dict[str, Any] = {
+    "unet": UNet2DConditionModel,
+    "vae": AutoencoderKL,
+    "text_encoder": CLIPTextModel,
+    "tokenizer": None,
+    "scheduler": None,
+}
+
+
+def _load(source: Source, *parts: str) -> StableDiffusionPipeline:
+    """Load a pipeline with these parts alone."""
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     path, config = source.path, source.config
-    options: dict[str, Any] = {"dtype": source.dtype, **_NO_CHECKER, **left_out}
-    with loading.explained(config, path):
-        if not path.is_file():
+    # A part that is passed as None is left out.
+    options: dict[str, Any] = dict.fromkeys(set(_PARTS) - set(parts))
+    options |= {"dtype": source.dtype, **_NO_CHECKER}
+    if path.is_dir():
+        configs.check(path)
+        options |= {name: _network(source, name) for name in parts if _PARTS[name] is not None}
+        with loading.explained(config, path):
             return StableDiffusionPipeline.from_pretrained(
                 str(path), variant=config.variant, image_encoder=None, **options
             )
-        # A single file has no configuration. Without a folder for it diffusers guesses one from the
-        # names of the tensors and downloads it.
-        if config.config is not None:
-            options["config"] = config.config
-        return StableDiffusionPipeline.from_single_file(str(path), **options)
+    # A single file has no configuration. Without a folder for it diffusers guesses one from the
+    # names of the tensors and downloads it.
+    if config.config is not None:
+        folder = user_path(config.config, "model.config")
+        configs.check(folder)
+        options["config"] = str(folder)
+    with loading.explained(config, path):
+        pipeline = StableDiffusionPipeline.from_single_file(str(path), **options)
+        # Tensors that the file lacks have no values.
+        for name in (name for name in parts if _PARTS[name] is not None):
+            named = getattr(pipeline, name).named_parameters()
+            empty = sorted(key for key, value in named if value.is_meta)
+            if empty:
+                raise ValueError(f"it lacks {name}.{empty[0]} ({len(empty)} tensors are missing)")
+    return pipeline
+
+
+def _network(source: Source, name: str) -> Any:
+    """Load one part of a folder; every tensor of it must be in the file."""
+    folder, variant = source.path / name, source.config.variant
+    if not folder.is_dir():
+        raise AssetError(f"model.id: cannot load {source.path}: it has no folder {name}")
+    # As the pipeline does: parts that have no such files are loaded from the plain ones.
+    has_variant = variant is not None and any(folder.glob(f"*.{glob.escape(variant)}*"))
+    with loading.explained(source.config, folder):
+        network, report = _PARTS[name].from_pretrained(
+            str(folder),
+            variant=variant if has_variant else None,
+            dtype=source.dtype,
+            output_loading_info=True,
+        )
+        # The libraries fill what is missing with random numbers, and pass over what is too much.
+        missing, more = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+        if missing:
+            raise ValueError(f"it lacks {missing[0]} ({len(missing)} tensors are missing)")
+        if more and name != "text_encoder":
+            raise ValueError(f"it has a tensor {more[0]} that the configuration knows no layer for")
+    return network
 
 
 def _parts(pipeline: StableDiffusionPipeline, source: Source) -> Parts:
     """Return the network and the decoder of a pipeline."""
     config = source.config
+    for name in ("unet", "vae", "scheduler"):
+        configs.check_part(name, getattr(pipeline, name).config, f"{source.path}: {name}")
     channels = pipeline.unet.config.in_channels
     latent_channels = pipeline.vae.config.latent_channels
     if channels != latent_channels:
         raise ConfigError(
             f"model.id: the network of {config.id} takes {channels} channels, its latents have "
             f"{latent_channels}: inpainting and upscaling models cannot be trained"
+        )
+    if pipeline.unet.config.out_channels != channels:
+        raise ConfigError(
+            f"model.id: the network of {config.id} gives {pipeline.unet.config.out_channels} "
+            f"channels for {channels}: a learned variance is not supported"
         )
     factor = pipeline.vae_scale_factor
     return Parts(

@@ -42,7 +42,7 @@ def measure(
     network, decoder = model.parts.network, model.parts.decoder
     shape = network.latent_shape(sampler.height, sampler.width)
     latents = 4 * math.prod(shape)  # bytes, in float32
-    denoise = _guided_call(model, sampler, shape)
+    denoise = guided_call(model, sampler, shape)
     embeds = [e for e in (model.conditioning.text, model.conditioning.negative) if e is not None]
     there = [*network.module.parameters(), *(t for e in embeds for t in e.tensors.values())]
     trained = sum(parameter.numel() for parameter in lora.trainable(network.module))
@@ -94,7 +94,7 @@ def _decode(
     )
 
 
-def _guided_call(
+def guided_call(
     model: MetaModel, sampler: Sampler, shape: tuple[int, int, int]
 ) -> Callable[[Tensor], Tensor]:
     """Return a network call with both branches, if guidance applies at any noise level."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,8 @@ from torch import Tensor
 from alignprop_cli.errors import AssetError, ConfigError, did_you_mean
 from alignprop_cli.hub import loading
 from alignprop_cli.images import CLIP_MEAN, CLIP_STD, normalise, resize_and_crop
+from alignprop_cli.parsing import read_json
+from alignprop_cli.paths import read_text, user_path
 from alignprop_cli.rewards.base import without_autocast
 from alignprop_cli.rewards.frozen import CosineReward, MetaReward, unit
 
@@ -98,6 +99,8 @@ def load_open_clip(reward: str, model: str, pretrained: str | None) -> tuple[Any
     """
     option = f"reward.{reward}.model"
     name = _model_name(model, option)
+    if ":" not in name and pretrained is not None:
+        pretrained = _weights(name, pretrained, f"reward.{reward}.pretrained")
     if ":" not in name and pretrained is None:
         raise ConfigError(
             f"reward.{reward}.pretrained: the model {model} needs a tag or a file of weights; "
@@ -108,6 +111,8 @@ def load_open_clip(reward: str, model: str, pretrained: str | None) -> tuple[Any
             name,
             pretrained=pretrained,
             precision="fp32",
+            # Without weights open_clip fills the network with random numbers, and logs it.
+            require_pretrained=True,
             # OpenAI's own weights were trained with it; open_clip only warns.
             force_quick_gelu=pretrained == "openai",
         )
@@ -131,26 +136,53 @@ def open_clip_on_meta(
     """
     # 1. Its configuration, from a folder or from open_clip's own list.
     config: Any = None
-    path = TINY if model == "tiny" else Path(model).expanduser()
+    path = TINY if model == "tiny" else user_path(model, "reward.clip.model")
     if path.is_dir():
         with loading("reward.clip.model", model):
-            text = (path / "open_clip_config.json").read_text(encoding="utf-8")
-            config = json.loads(text)["model_cfg"]
+            config = read_json(read_text(path / "open_clip_config.json", "reward.clip.model"))
+            config = config["model_cfg"]
     elif model in open_clip.list_models():  # for any other name open_clip would ask the hub
         config = open_clip.get_model_config(model)
     if config is None:
         return None
-    # 2. The network. A configuration may also hold keys that the constructor does not know, such as
-    # `custom_text`, so only the known ones are passed.
-    known = inspect.signature(open_clip.CLIP).parameters
-    with torch.device("meta"):
-        network = open_clip.CLIP(**{key: value for key, value in config.items() if key in known})
+    # 2. The network.
+    with loading("reward.clip.model", model):
+        network = _meta_network(config)
     size = _size(network.visual)
 
     def see(images: Tensor) -> Tensor:
         return _features(network, normalise(fit(images, size), CLIP_MEAN, CLIP_STD), dtype)
 
     return MetaReward(see, network, dtype=dtype)
+
+
+def meta_open_clip(name: str) -> torch.nn.Module:
+    """Return one of open_clip's own models on the meta device."""
+    return _meta_network(open_clip.get_model_config(name))
+
+
+def _meta_network(config: Any) -> Any:
+    """Return the network of a configuration on the meta device."""
+    # A configuration may also hold keys that the constructor does not know, such as `custom_text`,
+    # so only the known ones are passed.
+    known = inspect.signature(open_clip.CLIP).parameters
+    with torch.device("meta"):
+        return open_clip.CLIP(**{key: value for key, value in config.items() if key in known})
+
+
+def _weights(name: str, pretrained: str, option: str) -> str:
+    """Return open_clip's tag, or the path of a file that exists."""
+    # Before a network of gigabytes is built for it.
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    if pretrained in tags:
+        return pretrained
+    path = user_path(pretrained, option)
+    if not path.is_file():
+        raise AssetError(
+            f"{option}: {pretrained} is neither a file nor a tag of {name}",
+            hint=f"tags: {', '.join(tags)}",
+        )
+    return str(path)
 
 
 def _features(model: Any, inputs: Tensor, dtype: torch.dtype) -> Tensor:
@@ -168,7 +200,7 @@ def _size(visual: Any) -> int:
 def _model_name(model: str, option: str) -> str:
     """Return the name in open_clip's own notation."""
     # A folder comes first, since its name could also be that of a model.
-    path = TINY if model == "tiny" else Path(model).expanduser()
+    path = TINY if model == "tiny" else user_path(model, option)
     if path.is_dir():
         return f"local-dir:{path}"
     # What looks like a path but is none must not reach open_clip, which would call it a model name.

@@ -83,7 +83,9 @@ class Detector:
                     f"{model} is a '{config.model_type}'"
                 )
             # YOLOS has fixed classes; OWLv2 compares boxes with text features, computed once.
-            if config.model_type == "yolos":
+            yolos = config.model_type == "yolos"
+            self._label = _label(config, object, reward, model) if yolos else 0
+            if yolos:
                 self.network: Any = from_pretrained(YolosForObjectDetection, model, option=option)
                 self._words = None
             else:
@@ -92,7 +94,6 @@ class Detector:
                 self._words = _words(
                     self.network.owlv2, CLIPTokenizer.from_pretrained(model), object, length
                 )
-        self._label = _label(config, object, reward, model) if self._words is None else 0
         threshold = _THRESHOLD[config.model_type]
         self._threshold = math.log(threshold / (1.0 - threshold))
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Self
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from alignprop_cli.hub import loading
+from alignprop_cli.paths import user_path
 
 # Prompts whose features are kept: 16 MiB with 1024 features in float32.
 _TEXTS_KEPT = 4096
@@ -152,7 +152,7 @@ def known_config(kind: Any, place: str, published: Mapping[str, Any], *, option:
     Raises:
         AssetError: If the folder's configuration is missing or damaged.
     """
-    if Path(place).expanduser().is_dir():
+    if user_path(place, option).is_dir():
         with loading(option, place):
             return kind.from_pretrained(place)
     return published.get(place)
@@ -169,6 +169,19 @@ def refuse_other_tensors(state: Iterable[str], expected: Iterable[str]) -> None:
     if wrong:
         kind = "lacks" if wrong[0] in known else "has an unknown"
         raise ValueError(f"it {kind} {wrong[0]} ({len(wrong)} names differ)")
+
+
+def refuse_other_shapes(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Refuse a state dict whose tensors differ from those of a network in name or shape.
+
+    Raises:
+        ValueError: With the first tensor that is missing, unknown or of another shape.
+    """
+    refuse_other_tensors(state, expected)
+    for name, tensor in state.items():
+        have, want = tuple(tensor.shape), tuple(expected[name].shape)
+        if have != want:
+            raise ValueError(f"its {name} is {have}, expected {want}")
 
 
 def exact(dtype: torch.dtype) -> torch.dtype:

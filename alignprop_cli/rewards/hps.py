@@ -10,8 +10,8 @@ import torch
 from alignprop_cli.errors import ConfigError, did_you_mean
 from alignprop_cli.hub import loading, locate
 from alignprop_cli.images import letterbox
-from alignprop_cli.rewards.clip import OpenClipReward, open_clip_on_meta
-from alignprop_cli.rewards.frozen import MetaReward
+from alignprop_cli.rewards.clip import OpenClipReward, meta_open_clip, open_clip_on_meta
+from alignprop_cli.rewards.frozen import MetaReward, refuse_other_shapes
 
 ARCHITECTURE = "ViT-H-14"
 
@@ -46,11 +46,16 @@ class HpsReward(OpenClipReward):
                 hint=f"known: {', '.join(FILES)}",
             )
         file = locate(weights, FILES[version], option="reward.hps.weights")
-        # pretrained=None: LAION's weights, a download of 4 GB, would all be overwritten.
+        # 1. The file, before a network of 4 GB is built for it: its tensors must be those of the
+        #    network, which on the meta device costs nothing.
+        with loading("reward.hps.weights", str(file)):
+            state = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
+            refuse_other_shapes(state, meta_open_clip(ARCHITECTURE).state_dict())
+        # 2. The network. pretrained=None: LAION's weights, a download of 4 GB, would all be
+        #    overwritten.
         model: Any = open_clip.create_model(ARCHITECTURE, pretrained=None, precision="fp32")
         with loading("reward.hps.weights", str(file)):
-            state = torch.load(file, map_location="cpu", weights_only=True)
-            model.load_state_dict(state["state_dict"], strict=True)
+            model.load_state_dict(state, strict=True)
         tokenizer = open_clip.get_tokenizer(ARCHITECTURE)
         super().__init__(model.eval().requires_grad_(False), tokenizer, letterbox)
 

@@ -57,12 +57,13 @@ class OfficialHps:
             ) from error
         # 2. The network, which `hpsv2.score` would build again in every call.
         file = locate(weights, FILES[version], option="reward.hps-official.weights")
+        with loading("reward.hps-official.weights", str(file)):
+            state = torch.load(file, map_location="cpu", weights_only=True)
         self._model: Any
         self._model, _, self._prepare = open_clip.create_model_and_transforms(
             ARCHITECTURE, precision="fp32", light_augmentation=True, output_dict=True
         )
         with loading("reward.hps-official.weights", str(file)):
-            state = torch.load(file, map_location="cpu", weights_only=True)
             self._model.load_state_dict(state["state_dict"])
         self._model.eval()
         self._tokenizer: Any = open_clip.get_tokenizer(ARCHITECTURE)

@@ -7,11 +7,9 @@ size is read from the shapes of the tensors and from med_config.json.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +25,8 @@ from transformers import (
 from alignprop_cli.errors import AssetError
 from alignprop_cli.hub import loading, locate
 from alignprop_cli.images import CLIP_MEAN, CLIP_STD, normalise, resize_and_crop
+from alignprop_cli.parsing import read_json
+from alignprop_cli.paths import read_text, user_path
 from alignprop_cli.rewards.base import without_autocast
 from alignprop_cli.rewards.frozen import (
     FrozenReward,
@@ -66,12 +66,12 @@ class ImageReward(FrozenReward):
     ) -> None:
         # 1. The files. med_config.json is looked for where the weights are.
         file = locate(weights, "ImageReward.pt", option=_OPTION)
-        place = str(file.parent) if Path(weights).expanduser().is_file() else weights
+        place = str(file.parent) if user_path(weights, _OPTION).is_file() else weights
         config_file = locate(place, "med_config.json", option=_OPTION)
         with loading(_OPTION, str(file)):
             state = torch.load(file, map_location="cpu", weights_only=True)
         with loading(_OPTION, str(config_file)):
-            config = json.loads(config_file.read_text(encoding="utf-8"))
+            config = read_json(read_text(config_file, _OPTION))
             sizes = {name: config[name] for name in _TEXT_SIZES}
         # 2. The networks. Sizes come from the shapes of the tensors, so that smaller models load as
         # well, such as those of the tests.

@@ -60,9 +60,10 @@ class PickScore(CosineReward):
         tokenizer: str = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
     ) -> None:
         super().__init__()
-        self._model: Any = from_pretrained(CLIPModel, model, option="reward.pickscore.model")
+        # The small part first, as the model has 4 GB.
         with loading("reward.pickscore.tokenizer", tokenizer):
             self._tokenizer: Any = CLIPTokenizer.from_pretrained(tokenizer)
+        self._model: Any = from_pretrained(CLIPModel, model, option="reward.pickscore.model")
         self.networks = (self._model,)
 
     @classmethod

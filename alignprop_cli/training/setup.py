@@ -40,7 +40,7 @@ def check(config: Config) -> None:
         if name in registry.SHIPPED and not registry.SHIPPED[name].trainable:
             raise ConfigError(f"reward.{name}: it has no gradient, so it cannot be trained on")
     if config.lora.init is not None:
-        _initial(config.lora.init)
+        files.read(_initial(config.lora.init))
     for prompts in (config.train.prompts, config.eval.prompts):
         check_prompts(prompts)
 
@@ -180,6 +180,6 @@ def _initial(name: str) -> Path:
         AssetError: If there is none.
     """
     try:
-        return files.locate(name).file
+        return files.locate(name, "lora.init").file
     except AssetError as error:
         raise AssetError(f"lora.init: {error.message}", hint=error.hint) from error

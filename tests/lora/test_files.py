@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from alignprop_cli.errors import AssetError
 from alignprop_cli.lora import files as adapter
@@ -139,3 +143,58 @@ def test_kohyas_format_is_read_with_its_alphas_and_without_the_text_encoder(tmp_
     # alpha / rank B A = 1/4 x 4 x 2.0 x 0.5
     torch.testing.assert_close(found.layers[name].delta(), torch.ones(5, 6, dtype=torch.float64))
     assert found.left_out == 1
+
+
+WRITE = """
+import sys
+from pathlib import Path
+import torch
+from alignprop_cli.lora.files import save_tensors
+
+tensors = {f"b.{n}": torch.full((n, 2), n, dtype=torch.bfloat16) for n in range(1, 9)}
+tensors |= {f"a.{n}": torch.arange(3.0) + n for n in range(9)} | {"i": torch.arange(3)}
+texts = {f"key {n}": "text " + chr(0x1F600 + n) for n in range(30)}
+save_tensors(Path(sys.argv[1]), tensors, {"format": "pt", **texts})
+"""
+
+
+def test_the_same_tensors_and_texts_are_the_same_bytes(tmp_path):
+    # Two processes, as safetensors' order of the texts is drawn once for each.
+    found = []
+    for name in ("a", "b"):
+        file = tmp_path / name
+        subprocess.run([sys.executable, "-c", WRITE, str(file)], check=True)
+        found.append(hashlib.sha256(file.read_bytes()).hexdigest())
+    assert found[0] == found[1]
+    # Plain safetensors reads what was written.
+    state = load_file(tmp_path / "a")
+    assert len(state) == 18
+    assert torch.equal(state["b.3"], torch.full((3, 2), 3, dtype=torch.bfloat16))
+    assert torch.equal(state["a.4"], torch.arange(3.0) + 4)
+    assert torch.equal(state["i"], torch.arange(3))
+    with safe_open(tmp_path / "a", "pt") as opened:
+        metadata = opened.metadata()
+    assert len(metadata) == 31
+    assert metadata["key 7"] == "text \U0001f607"
+    # Its header is as long as safetensors wants it, so that tensors are aligned.
+    assert int.from_bytes((tmp_path / "a").read_bytes()[:8], "little") % 8 == 0
+
+
+def test_a_lora_is_written_as_the_same_bytes(tmp_path):
+    layers = {f"x.{n}.to_q": Factors(torch.rand(2, 4), torch.rand(6, 2), 2.0) for n in range(4)}
+    weights, settings = adapter.packed(layers)
+    header = {f"alignprop.{n}": str(n) for n in range(12)}
+    written = []
+    for name in "abcd":
+        (tmp_path / name).mkdir()
+        # The order of the texts makes no difference.
+        mixed = dict(sorted(header.items(), reverse=name > "b"))
+        options = {"prefix": "unet.", "adapter_metadata": settings}
+        written.append(adapter.save(tmp_path / name, weights, mixed, **options).read_bytes())
+    assert len(set(written)) == 1
+
+
+def test_a_configuration_in_a_header_is_an_object(tmp_path):
+    for text in ("[]", '[["a", 1]]', "5", "null", '{"a": NaN}', "[" * 9000, '{"a": "\\ud800"}'):
+        with pytest.raises(AssetError, match=r"alignprop\.config in its header is damaged: "):
+            adapter.recorded_config({"alignprop.config": text}, tmp_path / "a")

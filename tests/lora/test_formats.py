@@ -6,9 +6,7 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,6 +21,28 @@ from alignprop_cli.lora import layers as lora
 from alignprop_cli.lora.factors import Factors
 from alignprop_cli.lora.files import LORA_FILE, PEFT_CONFIG, PEFT_FILE
 from tests.factories import TEXT_WIDTH, randn, small_pipeline
+from tests.lora.written import (
+    Lora,
+    diffusers_ab,
+    diffusers_alpha,
+    diffusers_both,
+    diffusers_down,
+    diffusers_name,
+    diffusers_plain,
+    diffusers_processor,
+    diffusers_rslora,
+    header,
+    kohya,
+    kohya_alpha,
+    kohya_plain,
+    one,
+    ours,
+    over_rank,
+    over_root,
+    peft,
+    peft_folder,
+    peft_rslora,
+)
 
 PACKAGE = Path(alignprop_cli.__file__).parent
 
@@ -59,158 +79,6 @@ def base(folder: Path) -> UNet2DConditionModel:
 def run(network: torch.nn.Module) -> Tensor:
     latents = randn(1, 2, 4, 8, 8, dtype=torch.float32)
     return network(latents, 10, randn(2, 2, 5, TEXT_WIDTH, dtype=torch.float32)).sample
-
-
-class Lora:
-    """A random LoRA, and the files that others would write of it."""
-
-    def __init__(self, network: torch.nn.Module, layers: dict[str, tuple[int, float]]) -> None:
-        self.ranks = {name: rank for name, (rank, _) in layers.items()}
-        self.alphas = {name: alpha for name, (_, alpha) in layers.items()}
-        self.downs: dict[str, Tensor] = {}
-        self.ups: dict[str, Tensor] = {}
-        for number, (name, rank) in enumerate(self.ranks.items()):
-            out, *inputs = network.get_submodule(name).weight.shape
-            ones = (1,) * (len(inputs) - 1)
-            self.downs[name] = 0.3 * randn(number, rank, *inputs, dtype=torch.float32)
-            self.ups[name] = 0.3 * randn(90 + number, out, rank, *ones, dtype=torch.float32)
-
-    def state(self, down: str, up: str, rename: Callable[[str], str]) -> dict[str, Tensor]:
-        """Return its tensors by `<renamed layer>.<down>` and `<renamed layer>.<up>`."""
-        downs = {f"{rename(name)}.{down}": value for name, value in self.downs.items()}
-        return downs | {f"{rename(name)}.{up}": value for name, value in self.ups.items()}
-
-    def alpha_tensors(self, rename: Callable[[str], str]) -> dict[str, Tensor]:
-        return {f"{rename(name)}.alpha": torch.tensor(a) for name, a in self.alphas.items()}
-
-    def settings(self, **more: Any) -> dict[str, Any]:
-        """Return a configuration as of peft: everything by patterns, some that match two layers."""
-        return {
-            "peft_type": "LORA",
-            "r": 4,
-            "lora_alpha": 1,
-            "rank_pattern": {n: r for n, r in self.ranks.items() if r != 4},
-            "alpha_pattern": {n: a for n, a in self.alphas.items() if a != 1.0},
-            "target_modules": sorted(self.ranks),
-        } | more
-
-    def deltas(self, scaling: Callable[[float, int], float]) -> dict[str, Tensor]:
-        """Return scaling x B A of every layer, float64, by its definition."""
-        found = {}
-        for name, down in self.downs.items():
-            product = self.ups[name].double().flatten(1) @ down.double().flatten(1)
-            factor = scaling(self.alphas[name], self.ranks[name])
-            found[name] = factor * product.view(-1, *down.shape[1:])
-        return found
-
-
-def unet(name: str) -> str:
-    return f"unet.{name}"
-
-
-def kohya(name: str) -> str:
-    return "lora_unet_" + name.replace(".", "_")
-
-
-def peft(name: str) -> str:
-    return f"base_model.model.{name}"
-
-
-def header(settings: dict[str, Any]) -> dict[str, str]:
-    named = {f"unet.{key}": value for key, value in settings.items()}
-    return {"format": "pt", "lora_adapter_metadata": json.dumps(named)}
-
-
-def diffusers_down(made: Lora, place: Path) -> Path:
-    save_file(
-        made.state("lora.down.weight", "lora.up.weight", unet),
-        place / LORA_FILE,
-        metadata=header(made.settings()),
-    )
-    return place / LORA_FILE
-
-
-def diffusers_ab(made: Lora, place: Path, **settings: Any) -> Path:
-    state = made.state("lora_A.weight", "lora_B.weight", unet)
-    save_file(state, place / LORA_FILE, metadata=header(made.settings(**settings)))
-    return place / LORA_FILE
-
-
-def diffusers_plain(made: Lora, place: Path) -> Path:
-    save_file(made.state("lora_A.weight", "lora_B.weight", unet), place / LORA_FILE)
-    return place / LORA_FILE
-
-
-def diffusers_alpha(made: Lora, place: Path) -> Path:
-    state = made.state("lora_A.weight", "lora_B.weight", unet) | made.alpha_tensors(unet)
-    save_file(state, place / LORA_FILE)
-    return place / LORA_FILE
-
-
-def diffusers_both(made: Lora, place: Path) -> Path:
-    state = made.state("lora.down.weight", "lora.up.weight", unet) | made.alpha_tensors(unet)
-    save_file(state, place / LORA_FILE, metadata=header(made.settings()))
-    return place / LORA_FILE
-
-
-def diffusers_rslora(made: Lora, place: Path) -> Path:
-    return diffusers_ab(made, place, use_rslora=True)
-
-
-def diffusers_name(made: Lora, place: Path) -> Path:
-    state = made.state("lora_A.default_0.weight", "lora_B.default_0.weight", unet)
-    save_file(state, place / LORA_FILE)
-    return place / LORA_FILE
-
-
-def diffusers_processor(made: Lora, place: Path) -> Path:
-    def old(name: str) -> str:
-        attention, _, layer = name.removesuffix(".0").rpartition(".")
-        return f"unet.{attention}.processor.{layer}_lora"
-
-    save_file(made.state("down.weight", "up.weight", old), place / LORA_FILE)
-    return place / LORA_FILE
-
-
-def peft_folder(made: Lora, place: Path, **settings: Any) -> Path:
-    save_file(made.state("lora_A.weight", "lora_B.weight", peft), place / PEFT_FILE)
-    (place / PEFT_CONFIG).write_text(json.dumps(made.settings(**settings)), encoding="utf-8")
-    return files.locate(str(place)).file
-
-
-def peft_rslora(made: Lora, place: Path) -> Path:
-    return peft_folder(made, place, use_rslora=True)
-
-
-def kohya_plain(made: Lora, place: Path) -> Path:
-    file = place / "kohya.safetensors"
-    save_file(made.state("lora_down.weight", "lora_up.weight", kohya), file)
-    return file
-
-
-def kohya_alpha(made: Lora, place: Path) -> Path:
-    file = place / "kohya.safetensors"
-    state = made.state("lora_down.weight", "lora_up.weight", kohya) | made.alpha_tensors(kohya)
-    save_file(state, file)
-    return file
-
-
-def ours(made: Lora, place: Path) -> Path:
-    layers = {n: Factors(made.downs[n], made.ups[n], a) for n, a in made.alphas.items()}
-    weights, settings = files.packed(layers)
-    return files.save(place, weights, {}, prefix="unet.", adapter_metadata=settings)
-
-
-def over_rank(alpha: float, rank: int) -> float:
-    return alpha / rank
-
-
-def over_root(alpha: float, rank: int) -> float:
-    return alpha / rank**0.5
-
-
-def one(alpha: float, rank: int) -> float:
-    return 1.0
 
 
 # Format, its layers, its scaling, and whether plain diffusers reads it rightly: it refuses `.alpha`
@@ -321,7 +189,7 @@ def changed(part: str, value: Tensor) -> dict[str, Tensor]:
 
 
 def tall(value: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.full((2, 4), value).to(dtype)
+    return torch.full((2, 4), value, dtype=torch.float64).to(dtype)
 
 
 REFUSED: dict[str, tuple[dict[str, Tensor], type[AlignPropError], str]] = {
@@ -436,6 +304,21 @@ REFUSED: dict[str, tuple[dict[str, Tensor], type[AlignPropError], str]] = {
         AssetError,
         "expected one number, got torch.float8",
     ),
+    "a number that float32 has not": (
+        changed("down", tall(1e300, torch.float64)),
+        RunError,
+        "holds NaN or infinity",
+    ),
+    "a long name": (
+        PAIR | {f"unet.{'x.' * 5000}bias": torch.ones(2)},
+        AssetError,
+        r"unexpected tensor unet(\.x)+\.*$",
+    ),
+    "a long layer": (
+        {n.replace("x.", "x" * 300 + "."): v for n, v in PAIR.items()},
+        AssetError,
+        r"unexpected tensor unet\.x{95}\.\.\.$",
+    ),
     "alpha nan": (PAIR | {f"{X}.alpha": NAN}, RunError, "holds NaN"),
 }
 
@@ -465,14 +348,32 @@ SETTINGS: dict[str, tuple[str, type[AlignPropError], str]] = {
     ),
     "a number": ("5", AssetError, "expected an object, got 5"),
     "a list": ("[]", AssetError, "expected an object"),
-    "no json": ("{", AssetError, "is not JSON"),
-    "deep": ("[" * 100_000, AssetError, "is not JSON"),
+    "no json": ("{", AssetError, "not JSON"),
+    "deep": ("[" * 100_000, AssetError, "nested too deeply"),
+    "deep objects": ('{"a":' * 200 + "1" + "}" * 200, AssetError, "nested too deeply"),
+    "surrogate": ('{"r": "\\ud800"}', AssetError, "half of a surrogate pair"),
+    "twice": ('{"r": 2, "r": 4, "lora_alpha": 2}', AssetError, "given twice"),
+    "twice by prefix": ('{"r": 2, "unet.r": 2}', AssetError, "given twice"),
+    "unknown": ('{"unet.nosuch": 1}', AssetError, "unknown option nosuch"),
+    "unknown long": (json.dumps({"x" * 5000: 1}), AssetError, r"unknown option x{100}\.\.\.,"),
+    "biases": ('{"bias": "all"}', ConfigError, "a LoRA with biases"),
+    "whole layers": ('{"modules_to_save": ["conv_in"]}', ConfigError, "whole layers beside it"),
+    "corda": (
+        '{"init_lora_weights": "corda", "corda_config": {"x": 1}}',
+        ConfigError,
+        "corda changes the base model's weights",
+    ),
+    "endless pattern": (
+        '{"lora_alpha": 2, "alpha_pattern": {"(.*.*)*x": 1}}',
+        AssetError,
+        "too complex",
+    ),
     "targets": ('{"target_modules": 5}', AssetError, "names or a regular expression, got 5"),
     "target names": ('{"target_modules": [5]}', AssetError, "names or a regular expression"),
     "target pattern": ('{"target_modules": "("}', AssetError, "names or a regular expression"),
     "alpha text": ('{"lora_alpha": "many"}', AssetError, r"alpha of layer x\.to_q"),
     "alpha true": ('{"lora_alpha": true}', AssetError, r"alpha of layer x\.to_q"),
-    "alpha nan": ('{"lora_alpha": NaN}', RunError, "holds NaN"),
+    "alpha nan": ('{"lora_alpha": NaN}', AssetError, "NaN is no finite number"),
     "patterns": ('{"r": 2, "lora_alpha": 2, "alpha_pattern": [1]}', AssetError, "cannot be read"),
     "pattern": ('{"lora_alpha": 2, "alpha_pattern": {"(": 1}}', AssetError, "cannot be read"),
     "rslora": ('{"lora_alpha": 2, "use_rslora": "yes"}', AssetError, "use_rslora"),
