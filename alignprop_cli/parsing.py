@@ -38,19 +38,22 @@ class ParseError(ValueError):
         self.line = line
 
 
-def read_json(text: str) -> Any:
+def read_json(text: str, *, strict: bool = True) -> Any:
     """Return the value of a JSON text.
+
+    Args:
+        text: The text.
+        strict: Whether NaN, infinity and halves of surrogate pairs are refused. What does not
+            refuse them checks its values itself.
 
     Raises:
         ParseError: If it is not JSON (NaN and infinity are not), is nested too deeply, or has half
             of a surrogate pair, which no encoding can write.
     """
+    number = _finite if strict else float
     try:
         value = json.loads(
-            text,
-            parse_constant=_finite,
-            parse_float=_finite,
-            object_pairs_hook=_unrepeated,
+            text, parse_constant=number, parse_float=number, object_pairs_hook=_unrepeated
         )
     except RecursionError as error:
         raise ParseError("nested too deeply") from error
@@ -58,7 +61,8 @@ def read_json(text: str) -> Any:
     except ValueError as error:
         raise ParseError(f"not JSON: {error}") from error
     _check_depth(value)
-    _refuse_surrogates(text, value)
+    if strict:
+        _refuse_surrogates(text, value)
     return value
 
 

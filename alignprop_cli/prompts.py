@@ -5,8 +5,7 @@ from __future__ import annotations
 import csv
 import functools
 import io
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -16,7 +15,9 @@ import torch
 from huggingface_hub import hf_hub_download
 
 from alignprop_cli import hub, rng
-from alignprop_cli.errors import AssetError, ConfigError, did_you_mean
+from alignprop_cli.errors import ConfigError, did_you_mean
+from alignprop_cli.parsing import ParseError, read_json
+from alignprop_cli.paths import read_text, user_path
 
 # The 45 common animals on which DDPO and AlignProp train, and the 6 on which AlignProp evaluates.
 # fmt: off
@@ -89,6 +90,9 @@ _HPD = "zhwang/HPDv2"
 # In each style; known here, so that prompts can be counted without a download.
 _HPD_PROMPTS = 800
 
+MOST_CHARACTERS = 10_000
+"""Most characters of a prompt that is trained on or drawn, and most that a tokenizer is given."""
+
 # What a prompt may be called in objects and tables. The first that is present counts.
 _COLUMNS = ("prompt", "text", "caption")
 
@@ -110,9 +114,9 @@ def load_prompts(name: str) -> list[str]:
         return _built_in(name)
     if name.partition(":")[0] == "hpd":
         return _hpd(name)
-    path = Path(name).expanduser()
+    path = user_path(name, "prompts")
     # Empty lines and cells are skipped: an empty prompt would ask for an unconditional image.
-    found = [_text(value, place).strip() for place, value in _rows(path, name)]
+    found = [_text(value, place) for place, value in _rows(path, name)]
     found = [prompt for prompt in found if prompt]
     if not found:
         raise ConfigError(f"prompts: {path} holds no prompt", hint="write one prompt per line")
@@ -133,8 +137,8 @@ def load_groups(name: str) -> dict[str, str]:
         return {prompt: prompt.partition(" ")[0] for prompt in grouped}
     if name.partition(":")[0] == "hpd":
         return {prompt: style for style in _styles(name) for prompt in _hpd(f"hpd:{style}")}
-    rows = [(p, v) for p, v in _rows(Path(name).expanduser(), name) if isinstance(v, dict)]
-    named = {_text(value, place).strip(): value.get("group") for place, value in rows}
+    rows = [(p, v) for p, v in _rows(user_path(name, "prompts"), name) if isinstance(v, dict)]
+    named = {_text(value, place): value.get("group") for place, value in rows}
     return {prompt: str(group).strip() for prompt, group in named.items() if group}
 
 
@@ -146,12 +150,7 @@ def _rows(path: Path, name: str) -> list[tuple[str, Any]]:
             f"prompts: unknown prompt set '{name}'.{did_you_mean(name, (*BUILT_IN, 'hpd'))}",
             hint="a file must end in .txt, .jsonl, .json or .csv",
         )
-    # utf-8-sig: spreadsheets write a byte order mark, which would be part of the first prompt.
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise AssetError(f"prompts: cannot read {path}: {error}") from error
-    return readers[path.suffix](text, path)
+    return readers[path.suffix](read_text(path, "prompts"), path)
 
 
 def _built_in(name: str) -> list[str]:
@@ -206,7 +205,7 @@ def _hpd(name: str) -> list[str]:
         file = f"benchmark/{each}.json"
         with hub.loading("prompts", f"{file} of the dataset {_HPD}"):
             path = Path(hf_hub_download(_HPD, file, repo_type="dataset"))
-        rows = _read_json(path.read_text(encoding="utf-8"), path)
+        rows = _read_json(read_text(path, "prompts"), path)
         found += [_text(value, place) for place, value in rows]
     return found
 
@@ -222,47 +221,81 @@ def _read_jsonl(text: str, path: Path) -> list[tuple[str, Any]]:
         if not line.strip():
             continue
         try:
-            found.append((place, json.loads(line)))
-        except ValueError as error:
-            raise ConfigError(f"prompts: {place}: not JSON: {error}") from error
+            found.append((place, read_json(line)))
+        except ParseError as error:
+            raise ConfigError(f"prompts: {place}: {error}") from error
     return found
 
 
 def _read_json(text: str, path: Path) -> list[tuple[str, Any]]:
     try:
-        values: Any = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f"prompts: {path}: not JSON: {error}") from error
+        values: Any = read_json(text)
+    except ParseError as error:
+        raise ConfigError(f"prompts: {path}: {error}") from error
     if not isinstance(values, list):
         raise ConfigError(f"prompts: {path}: expected a list of texts")
     return [(f"{path}[{number}]", value) for number, value in enumerate(values)]
 
 
 def _text(value: Any, place: str) -> str:
-    """Return the prompt of an entry, a text or an object."""
+    """Return the prompt of an entry, a text or an object, without blanks around it."""
     # Other keys of an object are ignored.
     if isinstance(value, dict):
         value = next((value[column] for column in _COLUMNS if column in value), None)
     if not isinstance(value, str):
         raise ConfigError(f"prompts: {place}: expected a text or an object with one of {_COLUMNS}")
-    return value
+    text = value.strip()
+    # It is written into every image and every report, and no model reads nearly as much.
+    if len(text) > MOST_CHARACTERS:
+        raise ConfigError(
+            f"prompts: {place}: a prompt of {len(text)} characters, at most {MOST_CHARACTERS} "
+            f"are taken: '{text[:40]}...'"
+        )
+    return text
 
 
 def _read_csv(text: str, path: Path) -> list[tuple[str, Any]]:
     # newline="": quoted fields may contain line breaks of any kind, which must stay as they are.
     rows = csv.DictReader(io.StringIO(text, newline=""))
-    column = next((c for c in _COLUMNS if c in (rows.fieldnames or ())), None)
-    if column is None:
-        raise ConfigError(
-            f"prompts: {path}: no column named prompt, text or caption, got {rows.fieldnames}"
-        )
     try:
+        column = next((c for c in _COLUMNS if c in (rows.fieldnames or ())), None)
+        if column is None:
+            got = ", ".join(rows.fieldnames or ())
+            raise ConfigError(
+                f"prompts: {path}: no column named prompt, text or caption, got '{got[:200]}'"
+            )
         return [
             (f"{path}:{rows.line_num}", {"prompt": row[column] or "", "group": row.get("group")})
             for row in rows
         ]
     except csv.Error as error:
         raise ConfigError(f"prompts: {path}: not a table: {error}") from error
+
+
+def for_tokenizer(text: str) -> str:
+    """Return as much of a text as a tokenizer is given.
+
+    Tokenizers read all of a text and then drop what is too many, which takes minutes for one of
+    50 MB. The 77 tokens of the longest text towers never reach beyond the first `MOST_CHARACTERS`:
+    a token of words has a few letters. Blanks, of which a tokenizer takes any number for one, are
+    not counted.
+    """
+    return text if len(text) <= MOST_CHARACTERS else " ".join(text.split())[:MOST_CHARACTERS]
+
+
+def cut_note(reader: str, cut: Collection[str], total: int) -> str:
+    """Return the message that some prompts are longer than what a text tower reads.
+
+    Args:
+        reader: What reads them, a model or a reward.
+        cut: Those prompts, at least one.
+        total: How many different prompts there are.
+    """
+    longest = max(cut, key=len)
+    return (
+        f"{reader} does not read {len(cut)} of {total} prompts to their end, such as the one that "
+        f"ends '...{longest[-60:]}'"
+    )
 
 
 class PromptStream:

@@ -5,18 +5,28 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
+import open_clip
 import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import CLIPTokenizer
 
 from alignprop_cli import prompts
 from alignprop_cli.errors import AssetError, ConfigError
+from alignprop_cli.models.families import TINY
 from alignprop_cli.prompts import (
     ANIMALS,
     ANIMALS_EVAL,
     BUILT_IN,
+    MOST_CHARACTERS,
     PromptStream,
     count_prompts,
+    cut_note,
+    for_tokenizer,
     load_groups,
     load_prompts,
 )
@@ -203,3 +213,115 @@ def test_groups_are_those_of_the_set_or_of_a_column(tmp_path: Path) -> None:
     lines.write_text('"a dog"\n{"text": "a fox", "group": "wild"}\n', encoding="utf-8")
     assert load_groups(str(lines)) == {"a fox": "wild"}
     assert load_prompts(str(lines)) == ["a dog", "a fox"]
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p.jsonl", "p.json", "p.csv"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_a_byte_order_mark_names_the_encoding(tmp_path: Path, name: str, encoding: str) -> None:
+    text = {"p.txt": "ein Bär", "p.jsonl": '"ein Bär"', "p.json": '["ein Bär"]'}
+    (tmp_path / name).write_text(text.get(name, "prompt\nein Bär\n"), encoding)
+    assert load_prompts(str(tmp_path / name)) == ["ein Bär"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("p.jsonl", "[" * 100_000, r"p\.jsonl:1: nested too deeply"),
+        ("p.json", '["a", ' + "[" * 100_000, r"p\.json: nested too deeply"),
+        ("p.json", '[{"a":' * 200 + "1" + "}]" * 200, r"p\.json: nested too deeply"),
+        ("p.jsonl", '"a"\n"\\ud800"', r"p\.jsonl:2: half of a surrogate pair"),
+        ("p.json", '[{"prompt": "a \\udc00"}]', r"p\.json: half of a surrogate pair"),
+        ("p.txt", "a\n" + "b" * 10_001, r"p\.txt:2: a prompt of 10001 characters"),
+        ("p.csv", "prompt\na\n" + "b" * 10_001, r"p\.csv:3: a prompt of 10001 characters"),
+        # Whichever bound is met first: that of the csv module, which score raises, or ours.
+        ("p.csv", "p" * 200_000, r"p\.csv: (not a table: field larger|no column named)"),
+        ("p.csv", "prompt\n" + "b" * 200_000, r"p\.csv(: not a table: field|:2: a prompt of)"),
+    ],
+)
+def test_a_text_without_bounds_is_refused_with_its_place(
+    tmp_path: Path, name: str, text: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message) as told:
+        load_prompts(write(tmp_path / name, text))
+    assert len(told.value.message) < 500
+
+
+def test_fifty_megabytes_in_one_line_are_refused_at_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"p\.txt:1: a prompt of 50000000 characters"):
+        load_prompts(write(tmp_path / "p.txt", "x" * 50_000_000))
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("~nosuchuser/x.txt", "is no path"),
+        ("a\0b.txt", "is no path"),
+        ("x" * 300 + ".txt", "File name too long"),
+        ("\ud800.txt", "is no path"),
+    ],
+)
+def test_what_can_be_no_path_is_refused(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as told:
+        load_prompts(name)
+    assert len(told.value.message) < 200
+
+
+def test_only_files_are_read_as_prompts(tmp_path: Path) -> None:
+    (tmp_path / "folder.txt").mkdir()
+    with pytest.raises(AssetError, match="is a folder"):
+        load_prompts(str(tmp_path / "folder.txt"))
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "zero.txt").symlink_to("/dev/zero")
+    for name in ("pipe.txt", "zero.txt"):
+        with pytest.raises(AssetError, match="is a pipe or a device"):
+            load_prompts(str(tmp_path / name))
+
+
+def tokenizers() -> dict[str, Callable[[str], torch.Tensor]]:
+    """Return CLIP's tokenizer, of 77 tokens, as open_clip and as transformers has it."""
+    theirs = CLIPTokenizer.from_pretrained(TINY / "tokenizer")
+    options = {"padding": "max_length", "max_length": 77, "truncation": True}
+    return {
+        "open_clip": lambda text: open_clip.tokenize([text])[0],
+        "transformers": lambda text: torch.tensor(theirs(text, **options).input_ids),
+    }
+
+
+TOKENIZERS = tokenizers()
+WORDS = ["a", "cat", "Bär", "雪", "🙂", "internationalisation", "<tag>", "&amp;", "1234", "...,,!?"]
+
+
+@pytest.mark.parametrize("library", ["open_clip", "transformers"])
+@given(st.lists(st.sampled_from(WORDS), min_size=1, max_size=30), st.sampled_from([" ", "\n\t  "]))
+def test_what_a_tokenizer_is_given_has_the_tokens_of_the_whole_text(
+    library: str, words: list[str], blank: str
+) -> None:
+    text = blank.join(words * (2 * MOST_CHARACTERS // len(blank.join(words) + blank) + 1))
+    assert len(text) > MOST_CHARACTERS
+    given_text = for_tokenizer(text)
+    assert len(given_text) <= MOST_CHARACTERS
+    tokenize = TOKENIZERS[library]
+    assert torch.equal(tokenize(given_text), tokenize(text))
+
+
+def test_a_text_of_blanks_and_one_long_word_have_the_tokens_of_the_whole() -> None:
+    for text in ("a cat" + " " * 50_000 + "on a mat", "x" * 20_000, "ab" * 10_000 + " cat"):
+        for tokenize in TOKENIZERS.values():
+            assert torch.equal(tokenize(for_tokenizer(text)), tokenize(text))
+    short = "  kept \n as it is "
+    assert for_tokenizer(short) is short
+
+
+def test_the_longest_token_is_far_shorter_than_the_bound_allows() -> None:
+    # 75 tokens besides the two that mark beginning and end.
+    longest = max(
+        len(token.removesuffix("</w>")) for token in open_clip.tokenizer._tokenizer.encoder
+    )
+    assert 75 * longest < MOST_CHARACTERS
+
+
+def test_one_of_the_prompts_that_are_cut_is_named() -> None:
+    said = cut_note("clip", ["a" * 100 + " on a brown mat", "b"], 7)
+    assert said.startswith("clip does not read 2 of 7 prompts to their end")
+    assert "on a brown mat" in said
+    assert len(said) < 200

@@ -54,27 +54,6 @@ def for_training(
     return presets.resolve(**given, rewards=rewards, flags=flags)
 
 
-def for_scoring(sets: Sequence[str] | None, reward: Sequence[str] | None) -> Config:
-    """Return a configuration for `score`, which uses only its rewards.
-
-    Raises:
-        ConfigError: If `sets` has a key outside `reward`.
-    """
-    # Other keys are about models and training, and would be ignored silently.
-    for text in sets or ():
-        if not text.strip().startswith("reward."):
-            raise ConfigError(
-                f"--set: {text}: only reward.NAME.OPTION can be set here",
-                hint="for instance --set reward.clip.model=ViT-B-32",
-            )
-    return presets.resolve(
-        assignments=sets or (),
-        rewards=dict.fromkeys(reward_names(reward)),
-        default_reward=recorded.DEFAULT_REWARD,
-        source="command line",
-    )
-
-
 def for_evaluation(
     target: str,
     located: Located | None,
@@ -121,6 +100,7 @@ def for_evaluation(
     # Wrong names and options are reported now, before anything is loaded.
     for name, member in resolved.reward.items():
         registry.check(name, member.options)
+    registry.check_embedded(resolved.reward, resolved.model.id)
     return resolved
 
 

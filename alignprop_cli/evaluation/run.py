@@ -92,9 +92,11 @@ def run_evaluation(
     console = console if accelerator.is_main_process else Console(quiet=True)
     samples = choose_samples(prompts, settings.images, settings.images_per_prompt)
     wanted = [*(sample.prompt for sample in samples), config.sample.negative_prompt]
-    model = open_model(config.model, wanted, accelerator.device)
+    model = open_model(config.model, wanted, accelerator.device, console.note)
     _check(adapters.values(), model, console)
     mixture = _mixture(config, accelerator.device)
+    for said in mixture.cut_notes(set(wanted)):
+        console.note(said)
 
     # 2. The same samples with every model.
     repeated = len({sample.prompt_index for sample in samples}) < len(samples)

@@ -19,6 +19,7 @@ from alignprop_cli.models import loading
 from alignprop_cli.models.base import Family, Model, Sampler, Source
 from alignprop_cli.parsing import ParseError, read_json
 from alignprop_cli.paths import read_text, user_path
+from alignprop_cli.prompts import cut_note
 
 TINY = Path(__file__).parent.parent / "tiny" / "pipeline"
 """The embedded model, in diffusers format."""
@@ -126,7 +127,12 @@ def _family(index: Path, place: str) -> Family:
     return FAMILIES[name]
 
 
-def open_model(config: ModelConfig, prompts: Iterable[str], device: torch.device) -> Model:
+def open_model(
+    config: ModelConfig,
+    prompts: Iterable[str],
+    device: torch.device,
+    note: Callable[[str], object] = lambda _: None,
+) -> Model:
     """Load the base model that the configuration names, frozen, with the prompts encoded.
 
     The text encoders are loaded, used and dropped before network and decoder are loaded, so the
@@ -137,6 +143,7 @@ def open_model(config: ModelConfig, prompts: Iterable[str], device: torch.device
         prompts: All prompts that will ever be used, the negative prompt among them; each distinct
             one is encoded once. Without any, no text encoder is loaded.
         device: Where the weights go.
+        note: Is told if some prompts are longer than what the model reads.
 
     Raises:
         AssetError: If a file is missing or damaged, or the hub cannot be reached or refuses.
@@ -150,7 +157,7 @@ def open_model(config: ModelConfig, prompts: Iterable[str], device: torch.device
 
     # 2. The text encoders live within this call. They can hold cycles of references, which only the
     #    collector frees; the cache is emptied so that other sizes can be allocated there.
-    embeds = _encode(family, source, list(dict.fromkeys(prompts)), device)
+    embeds = _encode(family, source, list(dict.fromkeys(prompts)), device, note)
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -169,7 +176,11 @@ def open_model(config: ModelConfig, prompts: Iterable[str], device: torch.device
 
 
 def _encode(
-    family: Family, source: Source, prompts: list[str], device: torch.device
+    family: Family,
+    source: Source,
+    prompts: list[str],
+    device: torch.device,
+    note: Callable[[str], object],
 ) -> dict[str, Embeds]:
     """Return the embeddings of each prompt, on the CPU.
 
@@ -178,6 +189,10 @@ def _encode(
     if not prompts:
         return {}
     encoders = family.load_text_encoders(source, device)
+    # A family need not say what its encoders cut.
+    cuts: Callable[[str], bool] = getattr(encoders, "cuts", lambda _: False)
+    if cut := [prompt for prompt in prompts if cuts(prompt)]:
+        note(cut_note(source.config.id, cut, len(prompts)))
     cpu = torch.device("cpu")
     # One by one: the embeddings of thousands of prompts would not fit the device together.
     return {prompt: encoders.encode([prompt])[0].to(cpu) for prompt in prompts}

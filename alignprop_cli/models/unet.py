@@ -20,6 +20,7 @@ from alignprop_cli.guidance import Conditioning, Embeds
 from alignprop_cli.models import configs, loading
 from alignprop_cli.models.base import MetaModel, Parts, Source
 from alignprop_cli.paths import user_path
+from alignprop_cli.prompts import for_tokenizer
 from alignprop_cli.schedule import NoiseSchedule, diffusion_schedule
 
 # The safety checker classifies images and is no part of the chain; it costs 1.2 GB.
@@ -47,11 +48,16 @@ class ClipText:
         """Encode prompts, each by itself; see `TextEncoders`."""
         return [Embeds({"hidden": self._encode(prompt)}) for prompt in prompts]
 
+    def cuts(self, prompt: str) -> bool:
+        """Return whether the encoder does not read a prompt to its end."""
+        tokens = self.tokenizer(for_tokenizer(prompt)).input_ids
+        return len(tokens) > self.tokenizer.model_max_length
+
     def _encode(self, prompt: str) -> Tensor:
         # Padded to the full length, as in diffusers' pipeline: the network was trained to attend to
         # the padding too.
         tokens = self.tokenizer(
-            prompt,
+            for_tokenizer(prompt),
             padding="max_length",
             max_length=self.tokenizer.model_max_length,
             truncation=True,

@@ -11,6 +11,9 @@ from torch import Tensor
 
 from alignprop_cli.errors import ConfigError, NonFinite
 
+# Characters of a prompt in a message.
+_SHOWN = 200
+
 
 class Reward(Protocol):
     """A differentiable measure of images.
@@ -48,6 +51,11 @@ def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, enabled=False)
 
 
+def shortened(prompt: str) -> str:
+    """Return a prompt for a message."""
+    return prompt if len(prompt) <= _SHOWN else f"{prompt[:_SHOWN]}..."
+
+
 def check_inputs(name: str, images: Tensor, prompts: Sequence[str]) -> None:
     """Refuse inputs that no reward can measure.
 
@@ -67,30 +75,42 @@ def check_inputs(name: str, images: Tensor, prompts: Sequence[str]) -> None:
         index = int(bad.nonzero()[0])
         raise NonFinite(
             f"reward '{name}': image {index} of the batch holds NaN or infinity, "
-            f"prompt {prompts[index]!r}"
+            f"prompt {shortened(prompts[index])!r}"
         )
 
 
-def check_rewards(name: str, rewards: object, prompts: Sequence[str]) -> Tensor:
+def check_rewards(
+    name: str, rewards: object, prompts: Sequence[str], metric: str | None = None
+) -> Tensor:
     """Check what a reward returned, and return it as float32 (float64 stays float64).
 
+    Args:
+        name: Of the reward.
+        rewards: What it returned.
+        prompts: The prompts of the B images.
+        metric: Name of the extra metric of the reward that returned it, if one has.
+
     Raises:
-        ConfigError: If rewards are not a tensor of shape (B,).
+        ConfigError: If rewards are not a tensor of shape (B,) of real numbers.
         NonFinite: If a value is NaN or infinite; names the prompt.
     """
+    who = f"reward '{name}'" if metric is None else f"reward '{name}': extra metric '{metric}'"
     if not isinstance(rewards, Tensor) or tuple(rewards.shape) != (len(prompts),):
         got = tuple(rewards.shape) if isinstance(rewards, Tensor) else type(rewards).__name__
         raise ConfigError(
-            f"reward '{name}': expected a tensor of shape ({len(prompts)},), got {got}",
+            f"{who}: expected a tensor of shape ({len(prompts)},), got {got}",
             hint="a reward takes (images, prompts) and returns one number per image",
         )
+    # Converting to float would drop the imaginary part.
+    if rewards.is_complex():
+        raise ConfigError(f"{who}: expected real numbers, got {rewards.dtype}")
     # sync point, as above: NaN must stop here, before it reaches the LoRA weights.
     finite = torch.isfinite(rewards.detach())
     if not bool(finite.all()):
         index = int((~finite).nonzero()[0])
         raise NonFinite(
-            f"reward '{name}' returned {float(rewards.detach()[index])} for image {index} of the "
-            f"batch, prompt {prompts[index]!r}"
+            f"{who} returned {float(rewards.detach()[index])} for image {index} of the "
+            f"batch, prompt {shortened(prompts[index])!r}"
         )
     # float64 is kept because gradcheck needs it.
     return rewards if rewards.dtype == torch.float64 else rewards.float()

@@ -16,6 +16,7 @@ from alignprop_cli.hub import loading
 from alignprop_cli.images import CLIP_MEAN, CLIP_STD, normalise, resize_and_crop
 from alignprop_cli.parsing import read_json
 from alignprop_cli.paths import read_text, user_path
+from alignprop_cli.prompts import for_tokenizer
 from alignprop_cli.rewards.base import without_autocast
 from alignprop_cli.rewards.frozen import CosineReward, MetaReward, unit
 
@@ -53,6 +54,16 @@ class OpenClipReward(CosineReward):
         """Return features of unit length, shape (N, D), of N texts."""
         with without_autocast(self.device):
             return unit(self._model.encode_text(self._tokenizer(texts).to(self.device)))
+
+    def cuts(self, prompt: str) -> bool:
+        """Return whether the network does not read a prompt to its end."""
+        text, length = for_tokenizer(prompt), self._model.context_length
+        # A token stands for one byte at least, and two tokens mark beginning and end.
+        if len(text.encode()) <= length - 2:
+            return False
+        # What ends at `length` has another token there than what goes on.
+        whole, read = (self._tokenizer([text], n)[0, :length] for n in (2 * length, length))
+        return text != prompt or not torch.equal(whole, read)
 
 
 class ClipReward(OpenClipReward):

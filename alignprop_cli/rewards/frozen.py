@@ -47,6 +47,10 @@ class FrozenReward:
             head.to(device, exact(dtype))
         return self
 
+    def cuts(self, prompt: str) -> bool:
+        """Return whether the networks do not read a prompt to its end."""
+        return False
+
     def recompute(self) -> None:
         """From now on recompute the repeated blocks of the networks in the backward pass.
 

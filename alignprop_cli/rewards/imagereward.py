@@ -27,6 +27,7 @@ from alignprop_cli.hub import loading, locate
 from alignprop_cli.images import CLIP_MEAN, CLIP_STD, normalise, resize_and_crop
 from alignprop_cli.parsing import read_json
 from alignprop_cli.paths import read_text, user_path
+from alignprop_cli.prompts import for_tokenizer
 from alignprop_cli.rewards.base import without_autocast
 from alignprop_cli.rewards.frozen import (
     FrozenReward,
@@ -104,6 +105,10 @@ class ImageReward(FrozenReward):
             return _first_tokens(vision, text, images, ids, None, dtype)
 
         return MetaReward(measure, vision, text, dtype=dtype)
+
+    def cuts(self, prompt: str) -> bool:
+        """Return whether the network does not read a prompt to its end."""
+        return len(self._tokenizer(for_tokenizer(prompt)).input_ids) > _TEXT_LENGTH
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the rating of each image for its prompt, shape (B,). Differentiable in images."""

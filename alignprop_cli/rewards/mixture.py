@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from alignprop_cli.config.schema import LossConfig, RewardConfig
 from alignprop_cli.errors import AssetError, ConfigError, RunError
 from alignprop_cli.losses import reward_loss
+from alignprop_cli.prompts import cut_note, for_tokenizer
 from alignprop_cli.rewards import registry, user
 from alignprop_cli.rewards.base import Reward, check_inputs, check_rewards, depends_on
 from alignprop_cli.rewards.frozen import FrozenReward
@@ -68,6 +70,8 @@ class Mixture:
         self.members = tuple(members)
         self.names = tuple(member.name for member in members)
         self.extra_metrics: dict[str, Callable[[Tensor], Tensor]] = {}
+        # The member of each, for messages.
+        self._owners: dict[str, str] = {}
         for member in members:
             for name, measure in _extra_metrics(member).items():
                 if name in self.metrics:
@@ -77,6 +81,7 @@ class Mixture:
                         hint="give one of them another name",
                     )
                 self.extra_metrics[name] = measure
+                self._owners[name] = member.name
 
     @property
     def metrics(self) -> tuple[str, ...]:
@@ -115,10 +120,26 @@ class Mixture:
             scores[member.name] = answer.to(images.device)
         # Detached: a value that is only recorded must not keep the graph of the images in memory.
         for name, measure in self.extra_metrics.items():
-            with user.faults(RunError, f"extra metric '{name}' failed"):
-                answer = measure(images.detach())
-            scores[name] = check_rewards(name, answer, prompts).to(images.device)
+            owner = self._owners.get(name, name)
+            with user.faults(RunError, f"reward '{owner}': extra metric '{name}' failed"):
+                # A copy of its own, as in `_ask`.
+                shipped = owner in registry.SHIPPED or name not in self._owners
+                answer = measure(images.detach() if shipped else images.detach().clone())
+            scores[name] = check_rewards(owner, answer, prompts, name).to(images.device)
         return scores
+
+    def cutting(self, prompt: str) -> list[str]:
+        """Return the names of the rewards that do not read a prompt to its end."""
+        readers = ((m.name, m.reward) for m in self.members)
+        return [n for n, r in readers if isinstance(r, FrozenReward) and r.cuts(prompt)]
+
+    def cut_notes(self, prompts: Collection[str]) -> list[str]:
+        """Return a message for each reward that does not read all prompts to their end."""
+        cut: dict[str, list[str]] = {}
+        for prompt in prompts:
+            for name in self.cutting(prompt):
+                cut.setdefault(name, []).append(prompt)
+        return [cut_note(name, found, len(prompts)) for name, found in cut.items()]
 
     def check_gradients(self, scores: Mapping[str, Tensor], images: Tensor) -> None:
         """Refuse members whose gradient does not reach the images.
@@ -168,7 +189,27 @@ class Mixture:
         with self.blamed():
             to_loss(losses).backward()
         assert leaf.grad is not None
+        # sync point: further on an infinite gradient would be everybody's.
+        if not bool(torch.isfinite(leaf.grad).all()):
+            raise self._not_finite(images, prompts)
         return leaf.grad, losses.detach(), {name: v.detach() for name, v in scores.items()}
+
+    def _not_finite(self, images: Tensor, prompts: Sequence[str]) -> RunError:
+        """Return the error for a gradient that holds NaN or infinity, with the rewards' names."""
+        # The gradients have been added up, so each reward is asked again, alone.
+        wrong: list[str] = []
+        for member in self.members:
+            leaf = images.detach().requires_grad_()
+            rewards = check_rewards(member.name, _ask(member, leaf.clone(), prompts), prompts)
+            (gradient,) = torch.autograd.grad(member.loss_of(rewards).sum(), leaf)
+            if not bool(torch.isfinite(gradient).all()):
+                wrong.append(member.name)
+        # Each alone may be finite and their sum not.
+        names = ", ".join(f"'{name}'" for name in wrong or self.names)
+        return RunError(
+            f"the gradient of reward {names} holds NaN or infinity, though the rewards are finite",
+            hint="roots and logarithms have no finite gradient at 0: add a small number",
+        )
 
     def blamed(self) -> AbstractContextManager[None]:
         """Return a context manager that reports errors as those of the user's own rewards.
@@ -207,29 +248,35 @@ class Mixture:
                 member.reward.recompute()
 
 
-def _extra_metrics(member: Member) -> Mapping[str, Callable[[Tensor], Tensor]]:
+def _extra_metrics(member: Member) -> dict[str, Callable[[Tensor], Tensor]]:
     """Return the extra metrics of a member: functions of images by name."""
-    found: object = getattr(member.reward, "extra_metrics", {})
-    if isinstance(found, Mapping) and all(
-        isinstance(name, str) and callable(measure) for name, measure in found.items()
-    ):
-        return found
+    # It may be a property, whose AttributeError `getattr` would take for its absence.
+    with user.faults(ConfigError, f"reward '{member.name}': extra_metrics cannot be read"):
+        has = "extra_metrics" in dir(member.reward)
+        found: object = member.reward.extra_metrics if has else {}  # type: ignore[attr-defined]
+        if isinstance(found, Mapping):
+            named = dict(cast(Mapping[Any, Any], found))
+            if all(isinstance(n, str) and callable(measure) for n, measure in named.items()):
+                return named
+        got = repr(found)[:200]
     raise ConfigError(
-        f"reward '{member.name}': extra_metrics must map names to functions of images, "
-        f"got {found!r}"
+        f"reward '{member.name}': extra_metrics must map names to functions of images, got {got}"
     )
 
 
 def _ask(member: Member, images: Tensor, prompts: Sequence[str]) -> object:
     """Return what a reward returns; errors of a user's own reward are reported as the user's."""
     if member.name in registry.SHIPPED:
-        return member.reward(images, prompts)
-    # Autograd counts in-place changes of a tensor. Unnoticed, the rewards that follow would measure
-    # the changed images.
-    version = images._version
+        return member.reward(images, [for_tokenizer(prompt) for prompt in prompts])
+    # A copy of its own, so that a change cannot reach the rewards that follow. Compared afterwards:
+    # autograd counts in-place changes, but not those of `images.data`, which make its gradient
+    # wrong. Both cost one pass over the images, which is little beside any reward.
+    given = images.clone()
+    version = given._version
     with user.faults(RunError, f"reward '{member.name}' failed"):
-        answer = member.reward(images, prompts)
-    if images._version != version:
+        answer = member.reward(given, list(prompts))
+    # sync point
+    if given._version != version or not torch.equal(given.detach(), images.detach()):
         raise ConfigError(
             f"reward '{member.name}' changes the images it is given, which others use too",
             hint="write x = x - 1 instead of x -= 1, or begin with images = images.clone()",
@@ -258,9 +305,10 @@ def build_mixture(
             reward.to(device, dtype)
         elif dtype != torch.float32:
             raise ConfigError(f"reward.{name}.dtype: it holds no network that could be {dtype}")
-        elif callable(move := getattr(reward, "to", None)):
+        else:
             with user.faults(AssetError, f"reward '{name}': cannot be moved to {device}"):
-                move(device)
+                if callable(move := getattr(reward, "to", None)):
+                    move(device)
         # Without these two numbers the base model is measured first: see `Mixture.standardise`.
         base = (
             None

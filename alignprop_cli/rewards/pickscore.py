@@ -11,6 +11,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, C
 
 from alignprop_cli.hub import from_pretrained, loading
 from alignprop_cli.images import CLIP_MEAN, CLIP_STD, normalise, resize_and_crop
+from alignprop_cli.prompts import for_tokenizer
 from alignprop_cli.rewards.base import without_autocast
 from alignprop_cli.rewards.frozen import CosineReward, MetaReward, known_config, unit
 
@@ -95,6 +96,11 @@ class PickScore(CosineReward):
                 input_ids=tokens.input_ids, attention_mask=tokens.attention_mask
             )
             return unit(self._model.text_projection(read.pooler_output))
+
+    def cuts(self, prompt: str) -> bool:
+        """Return whether the network does not read a prompt to its end."""
+        most = self._model.config.text_config.max_position_embeddings
+        return len(self._tokenizer(for_tokenizer(prompt)).input_ids) > most
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the score of each image for its prompt, shape (B,). Differentiable in images."""

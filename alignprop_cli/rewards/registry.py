@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from alignprop_cli.config.schema import RewardConfig
 from alignprop_cli.errors import AssetError, ConfigError, did_you_mean
+from alignprop_cli.paths import user_path
 
 if TYPE_CHECKING:
     import torch
@@ -172,6 +173,33 @@ def check(name: str, options: Mapping[str, Any]) -> None:
         )
 
 
+def is_embedded(name: str, options: Mapping[str, Any]) -> bool:
+    """Return whether a shipped reward measures with the embedded model because none is named."""
+    spec = SHIPPED.get(name)
+    return spec is not None and spec.places.get("model") == "tiny" and options.get("model") is None
+
+
+def check_embedded(rewards: Mapping[str, RewardConfig], model: str) -> None:
+    """Refuse to measure with the embedded image-text model unasked what it has never seen.
+
+    Args:
+        rewards: The rewards by name.
+        model: Id of the model that draws the images.
+
+    Raises:
+        ConfigError: If the model is not the embedded one, and a reward names no model.
+    """
+    for name, reward in rewards.items():
+        if model != "tiny" and is_embedded(name, reward.options):
+            option = f"reward.{name}.model"
+            raise ConfigError(
+                f"{option}: no model is named, and the embedded one knows nothing but the coloured "
+                "shapes of the model tiny",
+                hint=f"--set {option}=ViT-L-14 --set reward.{name}.pretrained=openai; "
+                f"or --set {option}=tiny, if the embedded one is meant",
+            )
+
+
 def build(name: str, options: Mapping[str, Any]) -> Reward:
     """Load a reward and construct it with its options.
 
@@ -184,7 +212,8 @@ def build(name: str, options: Mapping[str, Any]) -> Reward:
     check(name, options)
     target = _import(name)
     if not callable(target):
-        raise ConfigError(f"reward '{name}': {target!r} is not a function or a class")
+        kind = type(target).__name__
+        raise ConfigError(f"reward '{name}': its {kind} is not a function or a class")
     if not inspect.isclass(target):
         if options:
             raise ConfigError(
@@ -194,7 +223,8 @@ def build(name: str, options: Mapping[str, Any]) -> Reward:
     # Bound before the call: a TypeError from inside the constructor is not a wrong option.
     try:
         inspect.signature(target).bind(**options)
-    except TypeError as error:
+    # ValueError: a class of a library in C, which tells no signature.
+    except (TypeError, ValueError) as error:
         raise ConfigError(f"reward '{name}': {error}") from error
     make = cast("Callable[..., Reward]", target)
     if name in SHIPPED:
@@ -224,7 +254,9 @@ def on_meta(name: str, options: Mapping[str, Any], dtype: torch.dtype) -> MetaRe
 
     check(name, options)
     # Looked up on the class: constructing an object would load its weights.
-    make: Callable[..., object] | None = getattr(_import(name), "on_meta", None)
+    target = _import(name)
+    with user.faults(AssetError, f"reward '{name}': on_meta failed"):
+        make: Callable[..., object] | None = getattr(target, "on_meta", None)
     if make is None:
         return None
     if name in SHIPPED:
@@ -266,24 +298,29 @@ def _import(name: str) -> Any:
     with user.faults(AssetError, f"reward '{name}': cannot import {place}"):
         try:
             module = (
-                _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+                _from_file(user_path(place, "reward"))
+                if place.endswith(".py")
+                else importlib.import_module(place)
             )
         except SyntaxError as error:
             raise ConfigError(
                 f"reward '{name}': {error.filename}:{error.lineno}: {error.msg}"
             ) from error
-    if not hasattr(module, attribute):
+        # A module may have a __getattr__ of its own.
+        found = getattr(module, attribute, module)
+    if found is module:
         public = [n for n in vars(module) if not n.startswith("_")]
         raise ConfigError(
             f"reward '{name}': {place} has no '{attribute}'.{did_you_mean(attribute, public)}"
         )
-    return getattr(module, attribute)
+    return found
 
 
 def _from_file(path: Path) -> Any:
     """Import a Python file as a module that no package contains."""
     if not path.is_file():
-        raise AssetError(f"reward: no such file: {path}")
+        what = "a folder, a pipe or a device" if path.exists() else "no such file"
+        raise AssetError(f"reward: {what}: {path}")
     return _run(path.resolve(), path.stat().st_mtime_ns)
 
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import csv
 import io
-import json
-import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 from alignprop_cli.errors import AssetError, ConfigError
+from alignprop_cli.parsing import ParseError, read_json
+from alignprop_cli.paths import read_text
 from alignprop_cli.prompts import HPD_STYLES, load_prompts
-from alignprop_cli.scoring.embedded import embedded_prompt
+from alignprop_cli.scoring.embedded import Unclear, embedded_prompt, from_infotext
 from alignprop_cli.scoring.files import Found, named
 
 PROMPT_COLUMNS = ("prompt", "text", "caption")
@@ -36,6 +36,11 @@ SOURCES = (
 # The names of Hugging Face's ImageFolder, and those of the usual training scripts.
 _METADATA = ("metadata.jsonl", "metadata.csv")
 _SIDECARS = (".txt", ".caption")
+# Bytes of a text file beside an image, and characters of a prompt in a table: a caption of a page
+# has a few thousand.
+_MOST_TEXT = 2**20
+# No encoding could write one of them.
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 # Images of HPSv2's benchmark are numbered 00000.jpg, 00001.jpg, ...
 _HPD_NAME = re.compile(r"\d{5}")
@@ -46,6 +51,20 @@ csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
 
 Table = dict[str, str]
 """Prompts by file name as the table has it, with forward slashes."""
+
+
+class Caption(NamedTuple):
+    """What is known of an image's prompt.
+
+    Args:
+        prompt: The prompt; None where there is none.
+        source: Where it comes from, one of `SOURCES`.
+        why: Why there is none, where something was there that could not be read or taken.
+    """
+
+    prompt: str | None
+    source: str
+    why: str | None = None
 
 
 def read_table(path: Path, *, lenient: bool = False) -> Table:
@@ -68,10 +87,15 @@ def read_table(path: Path, *, lenient: bool = False) -> Table:
         if not isinstance(name, str) or prompt is None:
             if lenient:
                 continue
+            got = ", ".join(map(str, row))[:200] or "nothing"
             raise ConfigError(
                 f"prompts: {path}:{line}: expected file_name and one of "
-                f"{', '.join(PROMPT_COLUMNS)} as texts, got {', '.join(map(str, row)) or 'nothing'}"
+                f"{', '.join(PROMPT_COLUMNS)} as texts, got {got}"
             )
+        if len(prompt) > _MOST_TEXT or _SURROGATE.search(prompt):
+            long = len(prompt) > _MOST_TEXT
+            what = f"of {len(prompt)} characters" if long else "with half of a surrogate pair"
+            raise ConfigError(f"prompts: {path}:{line}: a prompt {what} is not taken")
         # Tables from Windows have backslashes.
         table[name.replace("\\", "/").removeprefix("./")] = prompt
     return table
@@ -82,12 +106,7 @@ def _rows(path: Path) -> list[tuple[int, Mapping[str, Any]]]:
     readers = {".jsonl": _jsonl_rows, ".csv": _csv_rows}
     if path.suffix.lower() not in readers:
         raise ConfigError(f"prompts: {path}: expected a .jsonl or .csv file")
-    # utf-8-sig: spreadsheets write a byte order mark, which would be part of the first column name.
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise AssetError(f"prompts: cannot read {path}: {error}") from error
-    return list(readers[path.suffix.lower()](text, path))
+    return list(readers[path.suffix.lower()](read_text(path, "prompts"), path))
 
 
 def _prompt(row: Mapping[str, Any]) -> str | None:
@@ -101,11 +120,13 @@ def _jsonl_rows(text: str, path: Path) -> Iterator[tuple[int, Mapping[str, Any]]
         if not line.strip():
             continue
         try:
-            row: Any = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ConfigError(f"prompts: {path}:{number}: not JSON: {error}") from error
+            # Columns that are not read may hold NaN.
+            row: Any = read_json(line, strict=False)
+        except ParseError as error:
+            raise ConfigError(f"prompts: {path}:{number}: {error}") from error
         if not isinstance(row, dict):
-            raise ConfigError(f"prompts: {path}:{number}: expected an object, got {line.strip()!r}")
+            got = line.strip()[:100]
+            raise ConfigError(f"prompts: {path}:{number}: expected an object, got {got!r}")
         yield number, cast(Mapping[str, Any], row)
 
 
@@ -133,14 +154,17 @@ class PromptFinder:
     prompt: str | None = None
     table: Path | None = None
     # What has been read, since the images of a folder share their tables and benchmarks.
-    _tables: dict[Path, Table] = field(default_factory=dict[Path, Table], repr=False)
+    _tables: dict[Path, Table | AssetError | ConfigError] = field(
+        default_factory=dict[Path, "Table | AssetError | ConfigError"], repr=False
+    )
     _geneval: dict[Path, str | None] = field(default_factory=dict[Path, "str | None"], repr=False)
     _styles: dict[str, list[str]] = field(default_factory=dict[str, list[str]], repr=False)
 
-    def find(
-        self, found: Found, texts: Mapping[str, str], *, fetch: bool = True
-    ) -> tuple[str | None, str]:
-        """Return the prompt, None where there is none, and its source, one of `SOURCES`.
+    def find(self, found: Found, texts: Mapping[str, str], *, fetch: bool = True) -> Caption:
+        """Return the prompt of an image, or why it has none.
+
+        What is near an image and cannot be read gives none, and nothing further is asked: its
+        prompt might be another one.
 
         Args:
             found: The image file.
@@ -148,45 +172,65 @@ class PromptFinder:
             fetch: Whether prompts of HPDv2 may be downloaded from the hub.
 
         Raises:
-            AssetError, ConfigError: As `read_table` for a table near the image; as `load_prompts`
+            AssetError, ConfigError: As `read_table` for the table that was given; as `load_prompts`
                 for images of HPDv2's benchmark.
         """
-        prompt, source = self._find(found, texts, fetch=fetch)
-        # JSON can contain half of a surrogate pair, which no encoding could write.
-        return prompt and prompt.encode("utf-8", "replace").decode("utf-8"), source
-
-    def _find(
-        self, found: Found, texts: Mapping[str, str], *, fetch: bool
-    ) -> tuple[str | None, str]:
         # 1. What the user gave for this run.
         if self.prompt is not None:
-            return self.prompt, "flag"
+            return Caption(self.prompt, "flag")
         if self.table is not None:
             prompt = self._look_up(self.table, found.path, (self.table.parent, found.root))
             if prompt is not None:
-                return prompt, "file"
-        # 2. What is near the image: the nearest table that has it, then a text file of its own.
+                return Caption(prompt, "file")
+        try:
+            near = self._near(found)
+        except (AssetError, ConfigError) as error:
+            return Caption(None, "none", error.message)
+        except Unclear as error:
+            return Caption(None, "none", str(error))
+        if near is not None:
+            return near
+        # 3. What is inside the image, and last what its folder implies.
+        try:
+            prompt, source = embedded_prompt(texts)
+        except Unclear as error:
+            return Caption(None, "none", str(error))
+        if prompt is None:
+            return Caption(*self._by_place(found.path, fetch=fetch))
+        if _SURROGATE.search(prompt):
+            return Caption(None, "none", "its prompt has half of a surrogate pair")
+        return Caption(prompt, source)
+
+    def _near(self, found: Found) -> Caption | None:
+        """Return what the nearest table that has the image says, or a text file of its own."""
+        # 2. What is near the image.
         for folder in _upwards(found.path.parent, found.root):
             for name in _METADATA:
                 if (folder / name).is_file() and self._of_geneval(folder / name) is None:
                     prompt = self._look_up(folder / name, found.path, (folder,))
                     if prompt is not None:
-                        return prompt, "metadata"
+                        return Caption(prompt, "metadata")
         for suffix in _SIDECARS:
             sidecar = found.path.with_suffix(suffix)
-            if sidecar.is_file() and os.access(sidecar, os.R_OK):
-                text = sidecar.read_text(encoding="utf-8-sig", errors="replace").strip()
-                if text:
-                    return text, "sidecar"
-        # 3. What is inside the image, and last what its folder implies.
-        prompt, source = embedded_prompt(texts)
-        return (prompt, source) if prompt is not None else self._by_place(found.path, fetch=fetch)
+            if sidecar.is_file():
+                # Programs such as A1111 put the same text there as into the image.
+                text = read_text(sidecar, "prompt", most=_MOST_TEXT)
+                if prompt := from_infotext(text):
+                    return Caption(prompt, "sidecar")
+                if text.strip():
+                    return Caption(None, "none", f"{sidecar.name} has settings and no prompt")
+        return None
 
     def _look_up(self, file: Path, image: Path, roots: Iterable[Path]) -> str | None:
         """Return the prompt of an image in a table whose file names may be relative to `roots`."""
         if file not in self._tables:
-            self._tables[file] = read_table(file, lenient=file != self.table)
+            try:
+                self._tables[file] = read_table(file, lenient=file != self.table)
+            except (AssetError, ConfigError) as error:
+                self._tables[file] = error
         table, place = self._tables[file], Path(named(image))
+        if isinstance(table, Exception):
+            raise table
         names = [place.as_posix()]
         for root in map(named, roots):
             if place.is_relative_to(root):

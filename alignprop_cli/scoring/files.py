@@ -13,15 +13,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image, UnidentifiedImageError, features
 
-from alignprop_cli.errors import AssetError, RunError, first_line
+from alignprop_cli.errors import AssetError, ConfigError, RunError, first_line
+from alignprop_cli.scoring.pixels import MOST_PIXELS, Pixels, factor_of, to_rgb
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-
-# Of Pillow's other formats some run programs (EPS), and some are not images.
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
+# Formats that are read, and the suffixes of their files in folders. Of Pillow's other formats some
+# run programs (EPS), and some are not images.
+_FORMATS = ["PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF"]
+if features.check("avif"):
+    _FORMATS.append("AVIF")
+SUFFIXES = (
+    *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp"),
+    *(".bmp", ".dib", ".tif", ".tiff", ".gif", ".avif"),
+)
+# Images too, which are counted as skipped: a folder of them is not empty.
+_OTHERS = (
+    *(".heic", ".heif", ".hif", ".svg", ".svgz", ".jxl", ".psd", ".psb", ".ai", ".eps", ".ico"),
+    *(".tga", ".dds", ".exr", ".hdr", ".pfm", ".pbm", ".pgm", ".ppm", ".pnm", ".jp2", ".j2k"),
+    *(".pcx", ".qoi", ".xcf", ".kra", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf"),
+    *(".rw2", ".raf"),
+)
+# Formats whose readers hold several copies of an image.
+_WHOLE = ("WEBP", "AVIF")
 # Scaled to the height that a model reads, an image longer than this would fill the memory.
 _LONGEST_RATIO = 50
 # What Pillow's readers raise on files that are damaged, not images, or too large.
@@ -46,7 +60,8 @@ _USER_COMMENT = 0x9286
 # A comment begins with eight bytes that name its encoding. Zeros leave it open: UTF-8 is tried.
 _CHARACTER_CODES = {b"ASCII\0\0\0": "ascii", b"UNICODE\0": "utf-16-be", b"\0" * 8: "utf-8"}
 
-Pixels = NDArray[np.uint8]
+FIRST_FRAME = "animated: the first frame was measured"
+SCALED = f"larger than {MOST_PIXELS / 1e6:.0f} megapixels: scaled down before it was measured"
 
 
 @dataclass(frozen=True)
@@ -64,10 +79,12 @@ class Decoded:
     Args:
         pixels: RGB, shape (H, W, 3), uint8, upright, transparent parts white.
         texts: The texts in the file: those of a PNG by their key, and EXIF's `UserComment`.
+        remark: What was done to it, `FIRST_FRAME` or `SCALED`; None if it is measured as it is.
     """
 
     pixels: Pixels
     texts: dict[str, str]
+    remark: str | None = None
 
     def digest(self) -> str:
         """Return 32 hexadecimal digits that are the same for images of equal size and pixels."""
@@ -78,10 +95,17 @@ class Decoded:
 
 
 def expand_names(names: Iterable[str]) -> list[str]:
-    """Return the names, with each dash replaced by the lines of standard input."""
+    """Return the names, with each dash replaced by the lines of standard input.
+
+    Raises:
+        ConfigError: If standard input is closed.
+    """
     found: list[str] = []
     for name in names:
         if name == "-":
+            # Python has none where the shell has closed it.
+            if sys.stdin is None:  # pyright: ignore[reportUnnecessaryComparison]
+                raise ConfigError("-: standard input is closed, and names were to be read from it")
             # Read as bytes: file names need not be UTF-8.
             lines = sys.stdin.buffer.read().split(b"\n")
             found += [os.fsdecode(line) for line in lines if line]
@@ -94,11 +118,12 @@ def find_images(names: Iterable[str]) -> list[Found]:
     """Return the image files that names stand for: files, folders with all below them, patterns.
 
     A file that is named is taken whatever its suffix. Those of a folder or a pattern are sorted,
-    and no file is returned twice.
+    and no file is returned twice. Images of formats that are not read are among them, so that they
+    are counted.
 
     Raises:
-        AssetError: If a name cannot be read, or is neither a file or folder nor a pattern that
-            matches one.
+        AssetError: If a name cannot be read, is a pipe or a device, or is neither a file or folder
+            nor a pattern that matches one.
         RunError: If there are no images at all.
     """
     found: dict[str, Found] = {}
@@ -129,8 +154,10 @@ def named(path: Path) -> str:
 
 def _below(path: Path) -> list[Found]:
     """Return a file, or the image files in and below a folder."""
-    if not path.is_dir():
+    if path.is_file():
         return [Found(path, path.parent)]
+    if not path.is_dir():
+        raise AssetError(f"{path} is a pipe or a device, expected a file or a folder")
     # scandir raises if the folder cannot be read, which Path.rglob() would ignore.
     with os.scandir(path):
         return [Found(each, path) for each in sorted(filter(is_image, path.rglob("*")))]
@@ -138,7 +165,8 @@ def _below(path: Path) -> list[Found]:
 
 def is_image(path: Path) -> bool:
     """Return whether a path is a file with the suffix of an image."""
-    return path.suffix.lower() in SUFFIXES and path.is_file()
+    suffix = path.suffix.lower()
+    return (suffix in SUFFIXES or suffix in _OTHERS) and path.is_file()
 
 
 def _matches(pattern: Path) -> list[Found] | None:
@@ -162,25 +190,54 @@ def read_image(path: Path) -> Decoded:
     """Decode an image.
 
     Raises:
-        ValueError: If the image cannot be read, is animated or is too long; says why.
+        ValueError: If the image cannot be read, is animated and no GIF, is too long or too large,
+            or does not tell which value is white; says why.
     """
     try:
         with Image.open(path, formats=_FORMATS) as image:
-            # An MPO is a JPEG whose further images are previews or other views of the first.
-            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-                raise ValueError(f"animated, {getattr(image, 'n_frames', 0)} frames")
-            if max(image.size) > _LONGEST_RATIO * min(image.size):
-                raise ValueError(f"{image.width} x {image.height} px: too long for its width")
-            image.load()  # all of it, so that a truncated file is refused here
-            # Pillow keeps the texts of a PNG in `info`, together with values of other types.
-            texts = {
-                k: v for k, v in image.info.items() if isinstance(k, str) and isinstance(v, str)
-            }
-            if (comment := _user_comment(image)) is not None:
-                texts["UserComment"] = comment
-            return Decoded(np.asarray(_flatten(ImageOps.exif_transpose(image))), texts)
+            return _read(image)
+    except UnidentifiedImageError as error:
+        if path.suffix.lower() in _OTHERS:
+            raise ValueError(f"{path.suffix} files are not read") from error
+        raise ValueError(first_line(error)) from error
     except _UNREADABLE as error:
         raise ValueError(first_line(error)) from error
+
+
+def _read(image: Image.Image) -> Decoded:
+    """Decode an opened image; raises whatever Pillow raises, or a ValueError."""
+    size, frames, remark = image.size, getattr(image, "n_frames", 1), None
+    # An MPO is a JPEG whose further images are previews or other views of the first.
+    if frames > 1 and image.format != "MPO":
+        if image.format != "GIF":
+            raise ValueError(f"animated, {frames} frames")
+        image.seek(0)
+        remark = FIRST_FRAME
+    if max(size) > _LONGEST_RATIO * min(size):
+        raise ValueError(f"{size[0]} x {size[1]} px: too long for its width")
+    if (factor := factor_of(size)) > 1:
+        if image.format in _WHOLE and size[0] * size[1] > 2 * MOST_PIXELS:
+            raise ValueError(f"{size[0]} x {size[1]} px: too large for a {image.format}")
+        # Only readers of JPEG can scale while they read, by 2, 4 or 8.
+        image.draft(None, (size[0] // factor, size[1] // factor))
+        remark = SCALED
+    image.load()  # all of it, so that a truncated file is refused here
+    # Pillow keeps the texts of a PNG in `info`, together with values of other types.
+    texts = {k: v for k, v in image.info.items() if isinstance(k, str) and isinstance(v, str)}
+    if (comment := _user_comment(image)) is not None:
+        texts["UserComment"] = comment
+    return Decoded(to_rgb(image), texts, remark)
+
+
+def drawn_by_tiny(path: Path) -> bool:
+    """Return whether an image says that this program drew it with the embedded model."""
+    try:
+        # The texts of a PNG come before its pixels, which are not read here.
+        with Image.open(path, formats=("PNG",)) as image:
+            made = str(image.info.get("Software", ""))
+            return made.startswith("alignprop ") and image.info.get("model") == "tiny"
+    except _UNREADABLE:
+        return False
 
 
 def _user_comment(image: Image.Image) -> str | None:
@@ -195,22 +252,10 @@ def _user_comment(image: Image.Image) -> str | None:
     # The standard does not give the byte order, and programs differ.
     if encoding == "utf-16-be" and _swapped(value[8:]):
         text = value[8:].decode("utf-16-le", errors="replace")
-    return text.strip("\0 ")
+    return text.strip("\0 \ufeff")
 
 
 def _swapped(data: bytes) -> bool:
     """Return whether UTF-16 is little-endian."""
     # The high byte of a Latin letter, of which most texts have many, is 0.
     return data[1::2].count(0) > data[::2].count(0)
-
-
-def _flatten(image: Image.Image) -> Image.Image:
-    """Return an image of any mode as RGB, transparent parts white."""
-    if image.mode.startswith("I"):
-        # 16 bits, 65535 = 257 x 255. Pillow's own conversion would clip instead of scale.
-        values = np.asarray(image).astype(np.float64) / 257.0
-        return Image.fromarray(values.round().clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        layers = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layers.size, "white"), layers).convert("RGB")
-    return image.convert("RGB")

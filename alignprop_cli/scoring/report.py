@@ -20,6 +20,8 @@ from alignprop_cli.scoring.run import GALLERY, LISTED, Tally
 # Quantiles and bins are in the JSON result; the table shows some of the quantiles.
 _QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 _BINS = 20
+# Characters of a prompt on the page.
+_SHOWN = 2000
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
@@ -64,6 +66,7 @@ def _show(console: Console, tally: Tally) -> None:
         "scored": tally.count,
         "skipped": [{"file": str(s.path), "reason": s.reason} for s in tally.skipped],
         "same_content": tally.again,
+        "notes": tally.notes(),
         "rewards": summary,
         "output": str(target.resolve()) if target else None,
         "gallery": str(gallery.resolve()) if gallery else None,
@@ -82,12 +85,14 @@ def _write_gallery(file: Path, tally: Tally) -> None:
             decoded = read_image(Path(row["file"]))
         except ValueError as error:
             raise RunError(f"--gallery: {row['file']} cannot be read any more: {error}") from error
-        # Relative to the page, so that both can be moved together.
-        link = quote(os.path.relpath(row["file"], file.parent))
-        name, values = Path(row["file"]).name, {n: row[n] for n in tally.names}
+        # Relative to the page, so that both can be moved together; as bytes, since a name need not
+        # be UTF-8.
+        link = quote(os.fsencode(os.path.relpath(row["file"], file.parent)))
+        name, values = printable(Path(row["file"]).name), {n: row[n] for n in tally.names}
+        prompt = row["prompt"] or ""
         cards.append(
             page.Card(
-                row["prompt"] or "",
+                prompt if len(prompt) <= _SHOWN else f"{prompt[:_SHOWN]}...",
                 {name: page.thumbnail(decoded.pixels, link)},
                 {name: ", ".join(f"{n} {v:.4f}" for n, v in values.items())},
                 values,

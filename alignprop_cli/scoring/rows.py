@@ -7,19 +7,23 @@ converted to the wanted format, and the partial file is removed.
 from __future__ import annotations
 
 import csv
+import glob
 import io
 import json
+import math
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
-from alignprop_cli.console import write_bytes
-from alignprop_cli.errors import AssetError, ConfigError
+from alignprop_cli.console import printable, write_bytes
+from alignprop_cli.errors import AssetError, ConfigError, RunError
+from alignprop_cli.parsing import ParseError, read_json
 
 Format = Literal["table", "csv", "jsonl", "parquet"]
 Row = dict[str, Any]
@@ -103,8 +107,12 @@ def to_standard_output(
         yield lambda row: None
         return
 
+    # On a terminal a file name could move the cursor; files and pipes get what there is.
+    safe = sys.stdout.isatty()
+
     def echo(text: str) -> None:
-        write_bytes(text.encode(**_TEXT))
+        shown = printable(text.removesuffix("\n")) + "\n" if safe else text
+        write_bytes(shown.encode(**_TEXT))
 
     if chosen == "csv":
         echo(_csv(columns(names)))
@@ -132,31 +140,38 @@ def to_file(
     # replaces the old one when the kept rows are on the disk, so that no crash can lose them.
     partial = partial_of(target)
     started = partial.with_name(f".{partial.name}.{os.getpid()}")
+    # The caller holds a lock, so that these were left by runs that are gone.
+    for left in partial.parent.glob(f".{glob.escape(partial.name)}.*"):
+        left.unlink(missing_ok=True)
+    count = len(kept)
     try:
-        with started.open("w", **_TEXT) as file:
+        with started.open("w+", **_TEXT) as file:
             for line in ({"schema": SCHEMA, **settings}, *kept):
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
             started.replace(partial)
-            # 2. The rows of this run, each flushed: what is measured survives an interruption.
-            empty = not kept
 
+            # 2. The rows of this run, each flushed: what is measured survives an interruption.
             def add(row: Row) -> None:
-                nonlocal empty
-                empty = False
+                nonlocal count
+                count += 1
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 file.flush()
 
             try:
                 yield add
             finally:
-                if empty:
-                    partial.unlink()  # nothing in it could be resumed
-        # 3. The wanted format, again by a new file that replaces the old one when it is complete.
-        _convert(partial, started, chosen, columns(names))
+                if not count:
+                    partial.unlink(missing_ok=True)  # nothing in it could be resumed
+            # 3. The wanted format, again by a new file that replaces the old one when it is
+            # complete. From the open file: another run could have put its own in its place.
+            file.seek(0)
+            converted = _convert(file, started, chosen, columns(names))
+        if converted != count:
+            raise RunError(f"--output: {partial} has {converted} rows where {count} were written")
         started.replace(target)
-        partial.unlink()
+        partial.unlink(missing_ok=True)
     finally:
         started.unlink(missing_ok=True)
 
@@ -173,25 +188,48 @@ def resume(
     # 1. An interrupted run: its settings, in the first line of the partial file, must be the same.
     partial = partial_of(target)
     if partial.is_file():
-        header, *rows = _lines(partial, torn=True) or [{}]
+        (_, header), *rows = _lines(partial, torn=True) or [(0, {})]
         if header != {"schema": SCHEMA, **settings}:
             raise _other(partial)
-        return Resumed(rows, whole=False)
+        return Resumed([_checked(row, names, f"{partial}:{n}") for n, row in rows], whole=False)
     # 2. A complete run, or none.
     if not target.is_file():
         return Resumed([], whole=True)
     try:
-        rows = _read(target, chosen, names)
+        found = _read(target, chosen, names)
+    # pyarrow's errors are all of these.
     except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise AssetError(f"--resume: cannot read {target}: {error}") from error
     # A complete file has no settings in it, but its columns and the prompt of --prompt must fit.
+    if found and {*found[0][1]} - {"file", *_FIXED} != {*names}:
+        raise _other(target)
+    rows = [_checked(row, names, f"{target}:{number}") for number, row in found]
     prompt = settings["prompt"]
     for row in rows:
-        if tuple(row) != columns(names):
-            raise _other(target)
         if (row["prompt_source"] == "flag" or prompt is not None) and row["prompt"] != prompt:
             raise _other(target)
     return Resumed(rows, whole=True)
+
+
+def _checked(row: Row, names: Sequence[str], place: str) -> Row:
+    """Return a row of an earlier run if every cell is of its kind.
+
+    Raises:
+        AssetError: With the file and the line.
+    """
+    texts = {name: row.get(name) for name in ("file", *_FIXED) if name != "prompt"}
+    wrong = [
+        *(name for name, text in texts.items() if not isinstance(text, str) or not text),
+        *(["prompt"] if not isinstance(row.get("prompt"), str | None) else []),
+        *(n for n in names if not isinstance(row.get(n), float) or not math.isfinite(row[n])),
+    ]
+    if not wrong and tuple(row) == columns(names):
+        return row
+    what = f"{wrong[0]} is {str(row.get(wrong[0]))[:60]!r}" if wrong else "it has other columns"
+    raise AssetError(
+        f"--resume: {place}: this row is damaged: {what}",
+        hint="mend or remove the line, or start again with --overwrite",
+    )
 
 
 class Resumed:
@@ -228,35 +266,51 @@ def _csv(cells: Sequence[Any]) -> str:
     return text.getvalue()
 
 
-def _lines(file: Path, *, torn: bool) -> list[Row]:
-    """Return the lines of JSON; the last line of a torn file may be cut off."""
+def _lines(file: Path, *, torn: bool) -> list[tuple[int, Row]]:
+    """Return the lines of JSON with their numbers; the last line of a torn file may be cut off."""
+    found: list[tuple[int, Row]] = []
+    number = 0
     try:
-        # Not splitlines(): a prompt may contain line separators other than \n. After the last \n is
-        # nothing or, in a torn file, half a row.
-        lines = file.read_text(**_TEXT).split("\n")
-        rows = [json.loads(line) for line in (lines[:-1] if torn else lines) if line]
-        if not all(isinstance(row, dict) for row in rows):
-            raise ValueError("expected an object in every line")
-        return rows
-    except (OSError, ValueError) as error:
+        # As bytes, whose lines end at \n alone: a prompt may contain other line separators.
+        with file.open("rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if torn and not line.endswith(b"\n"):
+                    break
+                if line.strip():
+                    # Not strictly: names that are not UTF-8 have become surrogates.
+                    row = read_json(line.decode(**_TEXT), strict=False)
+                    if not isinstance(row, dict):
+                        raise ParseError("expected an object")
+                    found.append((number, row))
+    except (OSError, ParseError) as error:
         raise AssetError(
-            f"--resume: cannot read {file}: {error}", hint="start again with --overwrite"
+            f"--resume: cannot read {file}:{number}: {error}",
+            hint="mend or remove the line, or start again with --overwrite",
         ) from error
+    return found
 
 
-def _convert(partial: Path, file: Path, chosen: Format, header: Sequence[str]) -> None:
-    """Write the rows of a partial file in the chosen format."""
+def _convert(partial: TextIO, file: Path, chosen: Format, header: Sequence[str]) -> int:
+    """Write the rows of a partial file in the chosen format, and return how many there are."""
+    count = 0
+
     # Line by line, since the rows may not fit in memory.
-    with partial.open(**_TEXT) as lines:
-        next(lines)  # the settings
-        if chosen == "parquet":
-            _write_parquet((json.loads(line) for line in lines), file, header)
-            return
-        with file.open("w", newline="", **_TEXT) as out:
-            if chosen == "csv":
-                out.write(_csv(header))
-            for line in lines:
-                out.write(line if chosen == "jsonl" else _csv(list(json.loads(line).values())))
+    def lines() -> Iterator[str]:
+        nonlocal count
+        next(partial)  # the settings
+        for line in partial:
+            count += 1
+            yield line
+
+    if chosen == "parquet":
+        _write_parquet(map(json.loads, lines()), file, header)
+        return count
+    with file.open("w", newline="", **_TEXT) as out:
+        if chosen == "csv":
+            out.write(_csv(header))
+        for line in lines():
+            out.write(line if chosen == "jsonl" else _csv(list(json.loads(line).values())))
+    return count
 
 
 def _write_parquet(rows: Iterator[Row], file: Path, header: Sequence[str]) -> None:
@@ -275,19 +329,25 @@ def _write_parquet(rows: Iterator[Row], file: Path, header: Sequence[str]) -> No
             writer.write_table(pyarrow.Table.from_pylist(group, schema=schema))
 
 
-def _read(target: Path, chosen: Format, names: Sequence[str]) -> list[Row]:
-    """Return the rows of a complete file."""
+def _read(target: Path, chosen: Format, names: Sequence[str]) -> list[tuple[int, Row]]:
+    """Return the rows of a complete file with their numbers: its lines, or of parquet its rows."""
     if chosen == "jsonl":
         return _lines(target, torn=False)
     if chosen == "parquet":
         parquet: Any = import_module("pyarrow.parquet")
-        return parquet.read_table(target).to_pylist()
-    # CSV has only texts: metrics become numbers again, and an empty prompt becomes None.
+        return list(enumerate(parquet.read_table(target).to_pylist(), start=1))
     with target.open(newline="", **_TEXT) as file:
-        return [
-            {
-                name: float(cell) if name in names else (cell or None if name == "prompt" else cell)
-                for name, cell in row.items()
-            }
-            for row in csv.DictReader(file)
-        ]
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != columns(names):
+            raise _other(target)
+        return [(reader.line_num, _of_csv(row, names)) for row in reader]
+
+
+def _of_csv(row: Mapping[str, Any], names: Sequence[str]) -> Row:
+    """Return a row of texts with its metrics as numbers, and None for an empty prompt."""
+    found: Row = dict(row)
+    for name in names:
+        # What is no number stays, and is told as such.
+        with suppress(ValueError, TypeError):
+            found[name] = float(found[name])
+    return found | {"prompt": found["prompt"] or None}

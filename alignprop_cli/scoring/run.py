@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from alignprop_cli.config.schema import LossConfig, RewardConfig
 from alignprop_cli.console import Console, printable
 from alignprop_cli.errors import RunError
+from alignprop_cli.prompts import cut_note
 from alignprop_cli.rewards.mixture import Mixture, build_mixture
 from alignprop_cli.scoring import files, rows, scorer
 from alignprop_cli.scoring.captions import PromptFinder
@@ -27,6 +29,9 @@ LISTED = 100
 
 GALLERY = 500
 """Most thumbnails on a page; more would make it many megabytes."""
+
+# Remarks on images that are printed.
+_REMARKS = 10
 
 # For fewer images, starting a worker process takes longer than decoding them.
 _WORTH_WORKERS = 4 * scorer.CHUNK
@@ -105,6 +110,11 @@ class Tally:
     best: list[tuple[float, int, Row]] = field(default_factory=list[tuple[float, int, Row]])
     skipped: list[Skipped] = field(default_factory=list[Skipped])
     again: int = 0
+    # How many images there are for each remark, and the first of them.
+    remarks: dict[str, tuple[int, Path]] = field(default_factory=dict[str, tuple[int, Path]])
+    # Of each reward: the prompts that it does not read to their end.
+    cut: dict[str, set[str]] = field(default_factory=dict[str, set[str]])
+    prompts: set[int] = field(default_factory=set[int])
 
     def __post_init__(self) -> None:
         # Arrays of doubles: millions of images take 8 bytes per value.
@@ -129,6 +139,28 @@ class Tally:
             heapq.heappush(self.best, (row[self.names[0]], -self.count, row))
             if len(self.best) > most:
                 heapq.heappop(self.best)
+
+    def note(self, result: Scored, mixture: Mixture) -> None:
+        """Take down what is to be said about an image that was measured."""
+        for remark in filter(None, (result.remark, result.why)):
+            count, first = self.remarks.get(remark, (0, result.path))
+            self.remarks[remark] = count + 1, first
+        # Each different prompt once; their hashes, since there may be millions.
+        if result.prompt is not None and hash(result.prompt) not in self.prompts:
+            self.prompts.add(hash(result.prompt))
+            for name in mixture.cutting(result.prompt):
+                self.cut.setdefault(name, set()).add(result.prompt)
+
+    def notes(self) -> list[str]:
+        """Return the sentences about all images."""
+        found = [
+            f"{count} images: {remark} (the first is {printable(first.as_posix())})"
+            for remark, (count, first) in islice(self.remarks.items(), _REMARKS)
+        ]
+        if (more := len(self.remarks) - len(found)) > 0:
+            found.append(f"and {more} more remarks")
+        total = len(self.prompts)
+        return [*found, *(cut_note(name, cut, total) for name, cut in self.cut.items())]
 
     def ranked(self, most: int) -> list[Row]:
         """Return the rows with the highest first reward, highest first."""
@@ -186,12 +218,15 @@ def run(
                     console.warn(f"skipped {printable(result.path.as_posix())}: {result.reason}")
                     continue
                 tally.again += result.again
+                tally.note(result, measures.mixture)
                 row = _row(result)
                 tally.add(row)
                 write(row)
         # Raised inside the block, so that no empty file is written.
         if not tally.count:
             raise RunError(f"nothing was measured: all {len(found)} images were skipped")
+    for said in tally.notes():
+        console.note(said)
     return tally
 
 

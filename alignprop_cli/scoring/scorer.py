@@ -7,6 +7,10 @@ An image that cannot be measured is reported, never silently left out.
 
 from __future__ import annotations
 
+import ctypes
+import os
+import signal
+import sys
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -20,18 +24,21 @@ from torch.utils.data import DataLoader, Dataset
 from alignprop_cli.errors import RunError
 from alignprop_cli.rewards import registry
 from alignprop_cli.rewards.mixture import Mixture
-from alignprop_cli.scoring.captions import PromptFinder
+from alignprop_cli.scoring.captions import Caption, PromptFinder
 from alignprop_cli.scoring.files import Decoded, Found, named, read_image
 
 CHUNK = 16
 """Consecutive files that are decoded together, and measured as one batch for each image size."""
 
-# A chunk of larger images is measured in parts, so that no more pixels than these and one image are
-# in memory: 16 images of 1024 x 1024, 48 MiB as bytes.
+# A chunk of larger images is measured in parts, so that no more pixels than these are in memory, or
+# one image: 16 images of 1024 x 1024, 48 MiB as bytes.
 _MOST_PIXELS = CHUNK * 1024**2
 
 # Images that each worker decodes ahead.
 _AHEAD = 4
+
+# Of Linux's prctl: the signal that a process gets when its parent ends.
+_SET_PARENT_DEATH_SIGNAL = 1
 
 Known = MutableMapping[tuple[str, str | None], dict[str, float]]
 """Rewards by content and prompt."""
@@ -48,6 +55,8 @@ class Scored:
         content: Digest of the pixels; see `Decoded.digest`.
         rewards: All metrics by name.
         again: Whether the same pixels with the same prompt were measured before.
+        remark: What was done to the image before; see `Decoded`.
+        why: Why there is no prompt, where something could not be read or taken.
     """
 
     path: Path
@@ -56,6 +65,8 @@ class Scored:
     content: str
     rewards: dict[str, float]
     again: bool = False
+    remark: str | None = None
+    why: str | None = None
 
 
 @dataclass(frozen=True)
@@ -73,8 +84,7 @@ class _Ready:
     found: Found
     decoded: Decoded
     digest: str
-    prompt: str | None
-    source: str
+    caption: Caption
 
     @property
     def pixels(self) -> int:
@@ -82,7 +92,7 @@ class _Ready:
 
     @property
     def key(self) -> tuple[str, str | None]:
-        return self.digest, self.prompt
+        return self.digest, self.caption.prompt
 
 
 class _Files(Dataset[tuple[Decoded, str] | str]):
@@ -174,6 +184,7 @@ def score(
         # Arrays stay arrays: tensors would go through /dev/shm, which is small in containers.
         collate_fn=_unchanged,
         prefetch_factor=_AHEAD if workers else None,
+        worker_init_fn=_end_with_parent,
     )
     decoded = _watched(loader)
     # 2. Chunk by chunk: find the prompts, then measure.
@@ -181,12 +192,14 @@ def score(
         prepared: list[_Ready | Skipped] = []
         pixels = 0
         for found in chunk:
-            prepared.append(each := _prepare(found, next(decoded), finder, needing))
-            pixels += each.pixels if isinstance(each, _Ready) else 0
+            each = _prepare(found, next(decoded), finder, needing)
+            more = each.pixels if isinstance(each, _Ready) else 0
             # Before decoded images fill the memory, measure those that there are.
-            if pixels >= _MOST_PIXELS:
+            if pixels and pixels + more > _MOST_PIXELS:
                 yield from _results(prepared, known, mixture, device)
                 prepared, pixels = [], 0
+            prepared.append(each)
+            pixels += more
         yield from _results(prepared, known, mixture, device)
 
 
@@ -206,8 +219,27 @@ def _results(
         if isinstance(each, Skipped):
             yield each
             continue
-        again = new.get(each.key) is not each
-        yield Scored(each.found.path, each.prompt, each.source, each.digest, known[each.key], again)
+        yield Scored(
+            each.found.path,
+            each.caption.prompt,
+            each.caption.source,
+            each.digest,
+            known[each.key],
+            again=new.get(each.key) is not each,
+            remark=each.decoded.remark,
+            why=each.caption.why,
+        )
+
+
+def _end_with_parent(_worker: int) -> None:
+    """Let this worker be killed when the process that started it is gone, however it ended."""
+    # A worker that waits for a full pipe, of which another worker holds the reading end as well,
+    # would never notice by itself.
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
 
 
 def _watched(loader: DataLoader[Any]) -> Iterator[tuple[Decoded, str] | str]:
@@ -234,10 +266,11 @@ def _prepare(
     if isinstance(read, str):
         return Skipped(found.path, read)
     decoded, digest = read
-    prompt, source = finder.find(found, decoded.texts, fetch=bool(needing))
-    if prompt is None and needing:
-        return Skipped(found.path, f"no prompt found, which {', '.join(needing)} needs")
-    return _Ready(found, decoded, digest, prompt, source)
+    caption = finder.find(found, decoded.texts, fetch=bool(needing))
+    if caption.prompt is None and needing:
+        why = f": {caption.why}" if caption.why else ""
+        return Skipped(found.path, f"no prompt found, which {', '.join(needing)} needs{why}")
+    return _Ready(found, decoded, digest, caption)
 
 
 def _batches(ready: Sequence[_Ready]) -> Iterator[list[_Ready]]:
@@ -260,7 +293,7 @@ def _measure(
         stacked = stacked.pin_memory()
     images = stacked.to(device, non_blocking=True).permute(0, 3, 1, 2).float() / 255.0
     # An image without a prompt is only here if no reward reads prompts: see `_prepare`.
-    scores = mixture.score(images, [ready.prompt or "" for ready in batch])
+    scores = mixture.score(images, [ready.caption.prompt or "" for ready in batch])
     columns = {name: values.tolist() for name, values in scores.items()}
     return {
         ready.key: {name: values[index] for name, values in columns.items()}

@@ -210,13 +210,15 @@ def _build(
         stream = PromptStream(train_prompts, config.train.seed)
         coming = {stream.prompt(i) for i in used}
     needed = [*coming, *(s.prompt for s in (*held_out, *samples)), config.sample.negative_prompt]
-    model = open_model(config.model, needed, accelerator.device)
+    model = open_model(config.model, needed, accelerator.device, console.note)
     inputs = setup.inputs(config, model)
     if found is not None:
         refuse_other_inputs(found, inputs)
 
     # 2. Rewards, LoRA and trainer. The LoRA's rank and layers become part of the configuration.
     mixture = build_mixture(config.reward, config.loss, accelerator.device)
+    for said in mixture.cut_notes(set(needed)):
+        console.note(said)
     if plan.checkpoint_reward:
         mixture.recompute()
     config = setup.prepare_lora(config, model, found, console)

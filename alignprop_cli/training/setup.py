@@ -39,6 +39,7 @@ def check(config: Config) -> None:
         registry.check(name, reward.options)
         if name in registry.SHIPPED and not registry.SHIPPED[name].trainable:
             raise ConfigError(f"reward.{name}: it has no gradient, so it cannot be trained on")
+    registry.check_embedded(config.reward, config.model.id)
     if config.lora.init is not None:
         files.read(_initial(config.lora.init))
     for prompts in (config.train.prompts, config.eval.prompts):

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from alignprop_cli.commands import measuring
 from alignprop_cli.commands.options import check_output, reward_names, reward_weights
-from alignprop_cli.commands.settings import for_evaluation, for_scoring, for_training
+from alignprop_cli.commands.settings import for_evaluation, for_training
 from alignprop_cli.config.schema import Config
 from alignprop_cli.errors import ConfigError
 
@@ -40,7 +41,6 @@ def test_weights_follow_names_which_may_hold_colons_themselves():
 def test_without_any_reward_it_is_clip_but_never_in_training(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("reward:\n  contrast:\n")
-    assert list(for_scoring(None, None).reward) == ["clip"]
     assert list(evaluating().reward) == ["clip"]
     assert list(evaluating(file).reward) == ["contrast"]
     file.write_text("train:\n  steps: 1\n")
@@ -61,12 +61,12 @@ def test_named_rewards_replace_others_and_keep_their_own_options(tmp_path):
 
 def test_an_option_of_a_reward_that_is_not_measured_is_refused():
     with pytest.raises(ConfigError, match="clip is not among those of --reward"):
-        for_scoring(["reward.clip.model=tiny"], ["contrast"])
+        measuring.rewards(["reward.clip.model=tiny"], ["contrast"], [])
 
 
 def test_what_scoring_would_ignore_is_refused():
     with pytest.raises(ConfigError, match=r"only reward\.NAME\.OPTION"):
-        for_scoring(["train.steps=3"], None)
+        measuring.rewards(["train.steps=3"], None, [])
 
 
 def test_flags_win_and_mistakes_name_them(tmp_path):
