@@ -36,8 +36,9 @@ def user_path(name: str, where: str) -> Path:
     """
     if not name:
         raise ConfigError(f"{where}: expected a path, got an empty text")
+    path = Path(name)
     try:
-        path = Path(name).expanduser()
+        path = path.expanduser()
         status = path.stat()
         # Else whatever is looked for inside would raise.
         if stat.S_ISDIR(status.st_mode) and not os.access(path, os.R_OK | os.X_OK):

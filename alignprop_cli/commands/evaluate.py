@@ -21,7 +21,7 @@ from alignprop_cli.commands.options import (
     SeedOption,
     SetOption,
 )
-from alignprop_cli.commands.output import EVALUATION, check_output
+from alignprop_cli.commands.output import EVALUATION, claimed
 from alignprop_cli.errors import ConfigError
 from alignprop_cli.paths import user_path
 
@@ -93,7 +93,6 @@ def evaluate(
     located = _locate(targets)
     strengths = _strengths(scale, located)
     folder = _default_folder(located) if output is None else user_path(output, "--output")
-    check_output(folder, overwrite=overwrite, ours=EVALUATION, sign="results.json")
     # 2. The configuration. A flag sets one of its keys and wins over every other source.
     flags = {
         "model.id": model,
@@ -103,14 +102,16 @@ def evaluate(
         "eval.seed": seed,
         "eval.batch_size": batch_size,
     }
-    resolved = for_evaluation(
-        targets[0], next(iter(located), None), preset, config, sets=sets, reward=reward, flags=flags
-    )
-    # 3. From here on torch and diffusers are needed.
-    from alignprop_cli.evaluation.run import run_evaluation, variants
+    with claimed(folder, overwrite=overwrite, ours=EVALUATION, sign="results.json"):
+        first = next(iter(located), None)
+        resolved = for_evaluation(
+            targets[0], first, preset, config, sets=sets, reward=reward, flags=flags
+        )
+        # 3. From here on torch and diffusers are needed.
+        from alignprop_cli.evaluation.run import run_evaluation, variants
 
-    console = Console(as_json=as_json, quiet=quiet)
-    run_evaluation(resolved, console, variants(located, strengths), folder)
+        console = Console(as_json=as_json, quiet=quiet)
+        run_evaluation(resolved, console, variants(located, strengths), folder)
 
 
 def _locate(targets: list[str]) -> list[Located]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from alignprop_cli.errors import ConfigError
 from alignprop_cli.paths import reason
+from alignprop_cli.storage import locked
 
 EVALUATION = (r"results\.(json|csv)|report\.html|(sheet|curve)\.png", r"images/[^/]+/\d{4,}\.png")
 """The files that an evaluation writes into its folder, as regular expressions."""
@@ -48,6 +50,28 @@ def check_output(
             what = f"has no {sign}, so it is no result that --overwrite may replace"
             raise ConfigError(f"--output: {folder} {what}", hint=hint)
     _check_writable(folder)
+
+
+@contextmanager
+def claimed(
+    folder: Path, *, overwrite: bool, ours: Sequence[str], sign: str | None = None
+) -> Iterator[None]:
+    """Check a folder as `check_output` does, and let no other alignprop write it in the block.
+
+    Raises:
+        ConfigError: As `check_output`; also if another process is writing the folder.
+    """
+    check_output(folder, overwrite=overwrite, ours=ours, sign=sign)
+    # One of several processes writes, and takes the lock for all.
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    place = folder.resolve()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with locked(place.with_name(f".{place.name[:100]}.lock"), f"--output: {folder}"):
+        # Another may have written it between the check and the lock.
+        check_output(folder, overwrite=overwrite, ours=ours, sign=sign)
+        yield
 
 
 def _files(folder: Path) -> list[str]:

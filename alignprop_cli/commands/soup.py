@@ -16,7 +16,7 @@ from alignprop_cli.commands.options import (
     RewardOption,
     SetOption,
 )
-from alignprop_cli.commands.output import EVALUATION, check_output
+from alignprop_cli.commands.output import EVALUATION, claimed
 from alignprop_cli.lora.recipe import Method, Recipe, check_recipe, member_shares, sweep_shares
 
 if TYPE_CHECKING:
@@ -116,12 +116,12 @@ def soup(
 
     # 2. The members are read and checked, and the configuration they record; nothing is written.
     made = prepare(names, coefficients, shares, output, recipe)
-    check_output(made.folder, overwrite=overwrite, ours=made.contents(EVALUATION))
-    config, console = None, Console(as_json=as_json, quiet=quiet)
-    if evaluate or shares is not None:
-        flags = {"model.id": model, "eval.images": images}
-        config = settings.for_soup(made, sets=sets, reward=reward, flags=flags)
-    _make(console, made, config)
+    with claimed(made.folder, overwrite=overwrite, ours=made.contents(EVALUATION)):
+        config, console = None, Console(as_json=as_json, quiet=quiet)
+        if evaluate or shares is not None:
+            flags = {"model.id": model, "eval.images": images}
+            config = settings.for_soup(made, sets=sets, reward=reward, flags=flags)
+        _make(console, made, config)
 
 
 def _make(console: Console, soup: Soup, config: Config | None) -> None:

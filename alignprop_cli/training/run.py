@@ -7,6 +7,7 @@ called from here only the callbacks and the evaluation still see a `Config`.
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -82,7 +83,7 @@ def describe(
     """
     # 1. The checks, with nothing written.
     accelerator = make_accelerator()
-    setup.check(config)
+    setup.check(config, resume)
     if resume is None:
         folders.new_run(config.output.dir, name)
     elif (found := newest(resume, console.warn)) is not None:
@@ -129,7 +130,7 @@ def run_training(
     started = time.perf_counter()
     # 1. Refuse what cannot work before anything heavy is loaded.
     wanted = config.output.dir
-    setup.check(config)
+    setup.check(config, resume)
     config = setup.settled(config)
     accelerator = make_accelerator()
     if not accelerator.is_main_process:
@@ -335,7 +336,7 @@ def _train(run: Run, others: Sequence[Callback]) -> Checkpoints:
             f"alignprop train --resume {run.folder}", run.config, trust.TO_RESUME
         )
         raise InterruptedRun(
-            f"stopped by signal {interruption.number} after step {step}; it is saved",
+            f"stopped by {signal.Signals(interruption.number).name} after step {step}; it is saved",
             interruption.number,
             hint=f"resume with: {command}",
         )

@@ -28,8 +28,12 @@ from alignprop_cli.training.batches import Settings
 from alignprop_cli.training.optimizer import OptimizerSettings
 
 
-def check(config: Config) -> None:
+def check(config: Config, resume: Path | None) -> None:
     """Refuse unknown rewards, prompt sets and LoRA files before anything heavy is loaded.
+
+    Args:
+        config: The complete configuration.
+        resume: The run to resume; None for a new one.
 
     Raises:
         AssetError: If a file is missing.
@@ -40,7 +44,8 @@ def check(config: Config) -> None:
         if name in registry.SHIPPED and not registry.SHIPPED[name].trainable:
             raise ConfigError(f"reward.{name}: it has no gradient, so it cannot be trained on")
     registry.check_embedded(config.reward, config.model.id)
-    if config.lora.init is not None:
+    # A run with a checkpoint reads its own LoRA; the file it began with may be gone.
+    if config.lora.init is not None and not (resume and files.checkpoints(resume)):
         files.read(_initial(config.lora.init))
     for prompts in (config.train.prompts, config.eval.prompts):
         check_prompts(prompts)

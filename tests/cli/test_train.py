@@ -335,8 +335,6 @@ def test_a_run_can_start_from_another_runs_lora_and_records_what_that_is(run) ->
     assert all(torch.allclose(a[name], b[name], atol=1e-8, rtol=0.0) for name in a)
     # What it started from may be gone by then.
     shutil.rmtree("a")
-    Path("a").mkdir()
-    Path("a", LORA_FILE).write_bytes(b"nothing")
     assert run("--resume", "b", "--steps", 2, "-q")[0] == 0
 
 
@@ -423,3 +421,87 @@ def test_without_a_preset_the_way_on_is_said(run) -> None:
     code, _, err = run()
     assert code == 2
     assert "--preset tiny" in err
+
+
+@pytest.mark.parametrize("changed", ["train.prompts", "reward.grey.py:grey", "model.id"])
+def test_a_run_is_not_resumed_with_other_files_than_it_began_with(run, changed) -> None:
+    Path("prompts.txt").write_text("a red circle\n")
+    code = "def grey(images, prompts):\n    return -((images - {}) ** 2).mean(dim=(1, 2, 3))\n"
+    Path("grey.py").write_text(code.format(0.5))
+    shutil.copytree(TINY, "model")
+    named = ("--model=model", "--set=train.prompts=prompts.txt", "--reward=grey.py:grey")
+    given = ("--preset", "tiny", *named, "--output", "r", "-q", *FAST)
+    assert run(*given, "--steps", 1)[0] == 0
+    assert run("--resume", "r", "--steps", 2, "-q", *named)[0] == 0
+    if changed == "train.prompts":
+        Path("prompts.txt").write_text("a blue circle\n")
+    elif changed == "model.id":
+        weights = Path("model/unet/diffusion_pytorch_model.safetensors")
+        data = bytearray(weights.read_bytes())
+        data[-1] ^= 1
+        weights.write_bytes(data)
+    else:
+        Path("grey.py").write_text(code.format(0.4))
+    code, _, err = run("--resume", "r", "--steps", 3, "-q", *named)
+    assert code == 2
+    assert f"{changed}: its content has changed since the checkpoint" in err
+    assert err.count("its content has changed") == 1
+
+
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_is_resumed(run) -> None:
+    given = ("--preset", "tiny", "--steps", 2, "-q", "--set=output.save_every=1", *FAST)
+    for folder in ("whole", "damaged"):
+        assert run(*given, "--output", folder)[0] == 0
+    file = Path("damaged/checkpoints/step-000002/optimizer.safetensors")
+    file.write_bytes(file.read_bytes()[:-4096] + bytes(4096))
+    code, _, err = run("--resume", "damaged", "--steps", 2, "-q")
+    assert code == 0, err
+    assert "step-000002: damaged checkpoint: optimizer.safetensors is not as it was written" in err
+    assert "resuming from step-000001 instead" in err
+    assert same(adapter(Path("whole"), 2), adapter(Path("damaged"), 2))
+    assert metrics(Path("whole")) == metrics(Path("damaged"))
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(run, monkeypatch) -> None:
+    from alignprop_cli.training import checkpoint
+
+    assert run("--preset", "tiny", "--steps", 1, "--output", "r", "-q", *FAST)[0] == 0
+
+    def refused(file):
+        raise PermissionError(13, "Permission denied", str(file))
+
+    monkeypatch.setattr(checkpoint, "sha256", refused)
+    code, _, err = run("--resume", "r", "--steps", 2, "-q")
+    assert code == 4
+    assert "Permission denied" in err
+    assert "damaged" not in err
+
+
+def test_sigusr1_saves_and_goes_on(tmp_path) -> None:
+    command = [sys.executable, "-m", "alignprop_cli", "train", "--preset", "tiny", "--output", "r"]
+    given = [*command, "--steps", "400", "--set=eval.every=0", "--set=output.save_every=0", *FAST]
+    process = subprocess.Popen(given, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    folder = tmp_path / "r"
+    deadline = time.monotonic() + 120.0
+    while not (folder / "metrics.jsonl").is_file() or not metrics(folder):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    while not list(folder.glob("checkpoints/step-*")):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    seen = len(metrics(folder))
+    while len(metrics(folder)) <= seen:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    # SIGHUP is what a terminal sends that is closed.
+    process.send_signal(signal.SIGHUP)
+    err = process.communicate(timeout=120)[1]
+    assert process.returncode == 128 + signal.SIGHUP, err
+    assert "is saved (SIGUSR1)" in err
+    assert "stopped by SIGHUP after step" in err
+    assert len(list(folder.glob("checkpoints/step-*"))) == 2
+    assert not (folder / ".lock").exists()
