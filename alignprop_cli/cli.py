@@ -71,20 +71,20 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         app(arguments)
     except SystemExit as end:
-        # Typer turns a closed pipe into exit code 1 by itself.
-        if isinstance(end.__context__, OSError) and end.__context__.errno == errno.EPIPE:
-            _end_at_closed_pipe(end.__context__)
+        # Typer catches these two itself: a closed pipe becomes 1, and every signal a silent 130.
+        caught = end.__context__
+        if isinstance(caught, OSError) and caught.errno == errno.EPIPE:
+            _end_at_closed_pipe(caught)
+        if caught is not None and isinstance(caught.__cause__, KeyboardInterrupt):
+            _end_by_signal(caught.__cause__, console)
         raise
     except AlignPropError as error:
         if debug:
             traceback.print_exc()
         console.error(error)
         raise SystemExit(error.exit_code) from error
-    # Training catches signals itself, to save first; elsewhere there is nothing to save.
     except KeyboardInterrupt as error:
-        number = error.number if isinstance(error, Terminated) else signal.SIGINT
-        console.error(AlignPropError(f"interrupted by {signal.Signals(number).name}"))
-        raise SystemExit(128 + number) from error
+        _end_by_signal(error, console)
     except BrokenPipeError as error:
         _end_at_closed_pipe(error)
     # The last resort: a bug, or a shortage that may come anywhere.
@@ -116,6 +116,14 @@ def _catch_signals() -> None:
         for number in (signal.SIGTERM, signal.SIGHUP):
             if signal.getsignal(number) == signal.SIG_DFL:
                 signal.signal(number, end)
+
+
+def _end_by_signal(error: KeyboardInterrupt, console: Console) -> NoReturn:
+    """Say which signal it was, and end as a program that it has ended."""
+    # Training catches signals itself, to save first; elsewhere there is nothing to save.
+    number = error.number if isinstance(error, Terminated) else signal.SIGINT
+    console.error(AlignPropError(f"interrupted by {signal.Signals(number).name}"))
+    raise SystemExit(128 + number) from error
 
 
 def _end_at_closed_pipe(error: OSError) -> NoReturn:
