@@ -63,7 +63,7 @@ COMMANDS = {
     "soup": Replaced(
         ("soup", "run", "base", "--coef=0.7", "--output=s"),
         "s",
-        "alignprop_cli.lora.files:read",
+        "alignprop_cli.lora.soup:Soup.make",
         "alignprop_cli.lora.files:save",
     ),
     "score": Replaced(
