@@ -58,9 +58,11 @@ def configs(rng: Random, place: Path, assets: Assets) -> list[str]:
         file.write_bytes(strange.damage(text.encode(), rng, rng.choice((1, 2, 5))))
     else:
         file.write_bytes(_trick(rng, place).encode("utf-8", "surrogatepass"))
-    how = rng.choice((["--show-preset"], ["--dry-run"], ["--dry-run", "--json"], ["--show-preset"]))
-    # Plans of real models take longer.
-    return ["train", "--config=c.yaml", *how]
+    how = ["--show-preset", "--dry-run", "--dry-run", "--show-preset"][rng.randrange(4)]
+    # The plan of a real model takes seconds.
+    if not source.startswith("tiny") and rng.random() < 0.9:
+        how = "--show-preset"
+    return ["train", "--config=c.yaml", how, *rng.choice(([], [], ["--json"]))]
 
 
 def _yaml(data: Any, rng: Random) -> str:
@@ -159,6 +161,15 @@ def _trick(rng: Random, place: Path) -> str:
     )
 
 
+PLAUSIBLE = (
+    "1", "2", "3", "5", "8", "16", "64", "0", "0.1", "0.5", "1.5", "1e-3", "true", "false", "null",
+    "auto", "none", "full", "last_k", "gaussian_k", "target", "hinge", "float16", "bfloat16",
+    "tiny", "clip", "shapes", "animals-eval", "[to_q]", "[to_k,to_v]", "'to_[qk]'", "[0.2,0.8]",
+    "{}", "{clip: {model: tiny}}", "{brightness: {weight: -1}}", "{kind: hinge, target: 1.0}",
+)  # fmt: skip
+"""Values that some keys may have."""
+
+
 def assignments(rng: Random, place: Path, assets: Assets) -> list[str]:
     """Texts of `--set`."""
     import alignprop_cli.config.schema as schema
@@ -175,7 +186,9 @@ def assignments(rng: Random, place: Path, assets: Assets) -> list[str]:
             key = rng.choice(strange.TEXTS)
         found = strange.value(rng)
         with contextlib.suppress(RecursionError):
-            text = rng.choice((str(found), json.dumps(found), _trick(rng, place)[:500], "&a [*a]"))
+            plain = rng.choice(PLAUSIBLE)
+            odd = (str(found), json.dumps(found), _trick(rng, place)[:500], "&a [*a]")
+            text = plain if rng.random() < 0.6 else rng.choice(odd)
             if rng.random() < 0.2:
                 text = strange.damage(text.encode("utf-8", "replace"), rng).decode(
                     "utf-8", "replace"
@@ -841,14 +854,14 @@ def flags(rng: Random, place: Path, assets: Assets) -> list[str]:
 
 
 DOMAINS: dict[str, tuple[Domain, float]] = {
-    "configs": (configs, 0.16),
-    "assignments": (assignments, 0.16),
-    "prompts": (prompts, 0.12),
-    "loras": (loras, 0.14),
-    "images": (images, 0.1),
-    "texts": (texts, 0.1),
+    "configs": (configs, 0.17),
+    "assignments": (assignments, 0.17),
+    "prompts": (prompts, 0.07),
+    "loras": (loras, 0.17),
+    "images": (images, 0.11),
+    "texts": (texts, 0.11),
     "rows": (rows, 0.08),
-    "runs": (runs, 0.06),
-    "flags": (flags, 0.08),
+    "runs": (runs, 0.05),
+    "flags": (flags, 0.07),
 }
 """Each domain with its share of all inputs."""

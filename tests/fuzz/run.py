@@ -187,7 +187,7 @@ def _all(
 
 def _table(results: Sequence[Result]) -> str:
     codes = sorted({result.ended.code for result in results})
-    lines = [["inputs", "count", *map(str, codes), "broken", "longest s", "most MiB"]]
+    lines = [["inputs", "count", *map(str, codes), "broken", "mean s", "longest s", "most MiB"]]
     for domain in (*DOMAINS, "all"):
         here = [r for r in results if domain in (r.domain, "all")]
         if not here:
@@ -199,6 +199,7 @@ def _table(results: Sequence[Result]) -> str:
                 str(len(here)),
                 *(str(counts[code]) for code in codes),
                 str(sum(r.broken is not None for r in here)),
+                f"{sum(r.ended.seconds for r in here) / len(here):.2f}",
                 f"{max(r.ended.seconds for r in here):.1f}",
                 f"{max(r.ended.peak for r in here):.0f}",
             ]
