@@ -336,7 +336,7 @@ def _mutate_tensors(state: dict[str, Any], rng: Random) -> dict[str, Any]:
         if kind == 0:
             del state[name]
         elif kind == 1:
-            state[name] = tensor.flatten()[0].clone()
+            state[name] = tensor.sum().clone()
         elif kind == 2:
             state[name] = tensor.flatten().clone()
         elif kind == 3:
@@ -357,7 +357,7 @@ def _mutate_tensors(state: dict[str, Any], rng: Random) -> dict[str, Any]:
                 )
             )
             state[name] = tensor.to(dtype)
-        elif kind == 6:
+        elif kind == 6 and tensor.is_floating_point() and tensor.itemsize > 1:
             state[name] = torch.full_like(
                 tensor, rng.choice((math.nan, math.inf, 1e38, 0.0, 1e-45))
             )
@@ -646,6 +646,13 @@ def runs(rng: Random, place: Path, assets: Assets) -> list[str]:
     return ["soup", "run", "base", "--output=s"]
 
 
+def _no_files(folder: str, names: list[str]) -> list[str]:
+    """Return what cannot be copied: a pipe would be read for ever."""
+    return [
+        n for n in names if not (Path(folder) / n).is_file() and not (Path(folder) / n).is_dir()
+    ]
+
+
 def _spoil(run: Path, rng: Random) -> None:
     """Damage a file of a run, or add a folder that looks like a checkpoint."""
     last = run / "checkpoints" / "step-000002"
@@ -686,7 +693,7 @@ def _spoil(run: Path, rng: Random) -> None:
                 Path.mkdir,
                 lambda path: path.write_text("x"),
                 lambda path: path.symlink_to("step-000001"),
-                lambda path: shutil.copytree(last, path),
+                lambda path: shutil.copytree(last, path, symlinks=True, ignore=_no_files),
             )
             rng.choice(makes)(other)
 
