@@ -71,20 +71,22 @@ def main(args: Sequence[str] | None = None) -> None:
     try:
         app(arguments)
     except SystemExit as end:
-        # Typer catches these two itself: a closed pipe becomes 1, and every signal a silent 130.
-        caught = end.__context__
-        if isinstance(caught, OSError) and caught.errno == errno.EPIPE:
-            _end_at_closed_pipe(caught)
-        if caught is not None and isinstance(caught.__cause__, KeyboardInterrupt):
-            _end_by_signal(caught.__cause__, console)
+        # Typer turns a closed pipe into exit code 1 by itself, and Ctrl+C and all other signals
+        # into 130.
+        hidden = end.__context__
+        if isinstance(hidden, OSError) and hidden.errno == errno.EPIPE:
+            _end_at_closed_pipe(hidden)
+        if hidden is not None and isinstance(hidden.__cause__, KeyboardInterrupt):
+            _end_by_signal(console, hidden.__cause__)
         raise
     except AlignPropError as error:
         if debug:
             traceback.print_exc()
         console.error(error)
         raise SystemExit(error.exit_code) from error
+    # Training catches signals itself, to save first; elsewhere there is nothing to save.
     except KeyboardInterrupt as error:
-        _end_by_signal(error, console)
+        _end_by_signal(console, error)
     except BrokenPipeError as error:
         _end_at_closed_pipe(error)
     # The last resort: a bug, or a shortage that may come anywhere.
@@ -118,9 +120,8 @@ def _catch_signals() -> None:
                 signal.signal(number, end)
 
 
-def _end_by_signal(error: KeyboardInterrupt, console: Console) -> NoReturn:
-    """Say which signal it was, and end as a program that it has ended."""
-    # Training catches signals itself, to save first; elsewhere there is nothing to save.
+def _end_by_signal(console: Console, error: KeyboardInterrupt) -> NoReturn:
+    """End as a program that a signal has ended, with a word about it."""
     number = error.number if isinstance(error, Terminated) else signal.SIGINT
     console.error(AlignPropError(f"interrupted by {signal.Signals(number).name}"))
     raise SystemExit(128 + number) from error

@@ -43,12 +43,12 @@ def read_json(text: str, *, strict: bool = True) -> Any:
 
     Args:
         text: The text.
-        strict: Whether NaN, infinity and halves of surrogate pairs are refused. What does not
-            refuse them checks its values itself.
+        strict: Whether NaN and infinity, which are no JSON, and halves of surrogate pairs, which no
+            encoding can write, are refused. Some libraries write them; who takes them checks the
+            values itself.
 
     Raises:
-        ParseError: If it is not JSON (NaN and infinity are not), is nested too deeply, or has half
-            of a surrogate pair, which no encoding can write.
+        ParseError: If it is not JSON, is nested too deeply, or repeats a key.
     """
     number = _finite if strict else float
     try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
 from alignprop_cli.commands.options import check_output_file, make_parent, reward_names
@@ -15,6 +14,7 @@ from alignprop_cli.paths import user_path
 from alignprop_cli.rewards import registry
 from alignprop_cli.scoring import rows
 from alignprop_cli.scoring.files import Found, drawn_by_tiny
+from alignprop_cli.scoring.run import Wanted
 from alignprop_cli.storage import locked
 
 # Bytes that names of temporary files may add to that of the file, of the 255 that a name may have.
@@ -56,21 +56,6 @@ def rewards(sets: Sequence[str] | None, reward: Sequence[str] | None, found: lis
     return config
 
 
-@dataclass(frozen=True)
-class Destination:
-    """Where the rows go.
-
-    Args:
-        target: Their file; None is standard output.
-        chosen: Their format.
-        page: File of the gallery, if one is wanted.
-    """
-
-    target: Path | None
-    chosen: rows.Format
-    page: Path | None
-
-
 @contextmanager
 def destination(
     output: str | None,
@@ -81,8 +66,9 @@ def destination(
     as_json: bool,
     overwrite: bool,
     resume: bool,
-) -> Iterator[Destination]:
-    """Yield where the rows go; while the block runs, no other process writes there.
+    workers: int | None,
+) -> Iterator[Wanted]:
+    """Yield what to do with the measurements; while the block runs, no other process writes there.
 
     Args:
         output: Value of --output.
@@ -92,6 +78,7 @@ def destination(
         as_json: Whether standard output is for one JSON object.
         overwrite: Whether files may be replaced.
         resume: Whether the rows of an earlier run are kept.
+        workers: Value of --workers.
 
     Raises:
         ConfigError: If options contradict each other, something is there, or another process is
@@ -119,7 +106,8 @@ def destination(
             if not overwrite and not resume:
                 rows.refuse_partial(target)
         chosen = rows.choose_format(wanted, target, as_json=as_json, resume=resume)
-        yield Destination(target, chosen, page)
+        all_rows = as_json and target is None
+        yield Wanted(chosen, target, resume, top, page, all_rows, workers)
 
 
 def _page(target: Path | None, *, overwrite: bool) -> Path:

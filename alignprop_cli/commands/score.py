@@ -62,21 +62,18 @@ def score(
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Measure images with rewards.
+    """Measure images with rewards; those of the embedded model need no --reward.
 
     The prompt of an image is taken from the first of these that has one: --prompt, --prompts,
     metadata.jsonl or metadata.csv in its folder or above, a .txt or .caption file next to it, what
     this program, A1111 or ComfyUI wrote into it, its place in the folders of GenEval or HPSv2.
     What cannot be read is listed and counted; the exit code is 4 if nothing could be measured.
-    Images of the embedded model need no --reward: how well they match their prompts is measured.
 
     Examples:
 
       alignprop score images/ --reward brightness,contrast
 
-      alignprop score "out/**/*.png" --reward hps --prompt "an animal" --format csv
-
-      alignprop score images/ --reward hps --output scores.jsonl --resume --gallery --top 20
+      alignprop score "out/**/*.png" --reward hps --prompt "a cat" --output scores.csv --resume
     """
     from alignprop_cli.commands import measuring
     from alignprop_cli.console import Console
@@ -96,14 +93,13 @@ def score(
         as_json=as_json,
         overwrite=overwrite,
         resume=resume,
-    ) as to:
+        workers=workers,
+    ) as wanted:
         finder = PromptFinder(prompt, user_path(prompts, "--prompts") if prompts else None)
         found = files.find_images(files.expand_names(paths))
         config = measuring.rewards(sets, reward, found)
         # 2. The rewards, which take seconds to load; then the images, in parallel.
         measures = run.build_measures(config.reward, config.loss, make_accelerator().device)
-        in_json = as_json and to.target is None
-        wanted = run.Wanted(to.chosen, to.target, resume, top, to.page, in_json, workers)
         tally = run.run(found, measures, finder, wanted, console)
         report.finish(console, tally)
     if strict and tally.skipped:

@@ -123,8 +123,8 @@ def evaluate_command(folder: Path, header: Mapping[str, str]) -> str:
     command = f"alignprop evaluate {folder}"
     try:
         values = recorded.from_header(Located(folder), header, None)
-        config = presets.resolve(recorded=values, default_reward=recorded.DEFAULT_REWARD)
+        reward = recorded.DEFAULT_REWARD
+        config = presets.resolve(recorded=values, default_reward=reward, training=False)
     except AlignPropError:
-        # Without a usable configuration the plain command will say what is missing.
-        return command
+        return command  # which will say what is missing
     return next_command(command, config)

@@ -94,13 +94,11 @@ def run_evaluation(
     wanted = [*(sample.prompt for sample in samples), config.sample.negative_prompt]
     model = open_model(config.model, wanted, accelerator.device, console.note)
     _check(adapters.values(), model, console)
-    mixture = _mixture(config, accelerator.device)
-    for said in mixture.cut_notes(set(wanted)):
-        console.note(said)
+    mixture = _mixture(config, accelerator.device, wanted, console)
 
     # 2. The same samples with every model.
-    repeated = len({sample.prompt_index for sample in samples}) < len(samples)
     # For `compare.diversity`, which needs several images of a prompt.
+    repeated = len({sample.prompt_index for sample in samples}) < len(samples)
     features = mixture.features if repeated else None
 
     def draw(name: str) -> Samples:
@@ -109,7 +107,6 @@ def run_evaluation(
     sampled = _draw_all(draw, model, [(v, adapters[v.located.file]) for v in chosen])
     if not accelerator.is_main_process:
         return
-
     # 3. The comparison.
     result = Evaluation(
         model={"id": model.id, "fingerprint": model.fingerprint},
@@ -127,11 +124,15 @@ def run_evaluation(
     show(console, result, folder)
 
 
-def _mixture(config: Config, device: torch.device) -> Mixture:
+def _mixture(
+    config: Config, device: torch.device, prompts: Sequence[str], console: Console
+) -> Mixture:
     """Return the rewards to measure, and the size of the images as JPEG files with them."""
     mixture = build_mixture(config.reward, config.loss, device)
     # The size shows when images fill with noise or lose their detail, whatever the rewards say.
     mixture.extra_metrics.setdefault("jpeg_kilobytes", true_size)
+    for said in mixture.cut_notes(set(prompts)):
+        console.note(said)
     return mixture
 
 

@@ -222,7 +222,7 @@ def scheduler_class(folder: Path) -> str:
 
 
 def _check_class(part: str, name: object, place: str) -> None:
-    if name is not None and name not in _CLASSES[part]:
+    if name is not None and not (isinstance(name, str) and name in _CLASSES[part]):
         supported = ", ".join(sorted(_CLASSES[part]))
         raise ConfigError(f"model.id: {place}: {_shown(name)} is not supported; it is: {supported}")
 
@@ -269,7 +269,8 @@ def _read(file: Path, most: int = _MOST_CONFIG) -> dict[str, Any] | None:
     if not file.exists():
         return None
     try:
-        found = read_json(read_text(file, "model.id", most=most))
+        # diffusers itself writes -Infinity, for lambda_min_clipped of a DPM solver.
+        found = read_json(read_text(file, "model.id", most=most), strict=False)
     except ParseError as error:
         raise AssetError(f"model.id: cannot load {file}: {error}") from error
     if not isinstance(found, dict):

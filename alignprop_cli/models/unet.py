@@ -120,7 +120,9 @@ class UNet:
         # 2. The timesteps. steps_offset moves all of them, so with many steps the first one may lie
         #    beyond the last one that the model was trained with.
         scheduler.set_timesteps(steps)
-        first = int(scheduler.timesteps[0])
+        # With `trailing` spacing rounding adds one at -1 for some numbers of steps, such as 61.
+        timesteps = [int(timestep) for timestep in scheduler.timesteps if timestep >= 0][:steps]
+        first = timesteps[0]
         if first >= total:
             raise ConfigError(
                 f"sample.num_inference_steps: {steps} reaches timestep {first}, {self._model_id} "
@@ -130,7 +132,7 @@ class UNet:
         try:
             return diffusion_schedule(
                 scheduler.alphas_cumprod,
-                scheduler.timesteps.tolist(),
+                timesteps,
                 float(scheduler.final_alpha_cumprod),
                 scheduler.config.prediction_type,
             )

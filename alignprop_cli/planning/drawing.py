@@ -129,7 +129,7 @@ def measure(config: Config, device: torch.device) -> Drawing:
         has_grad=False,
     )
     each = {"network": call.forward.each, "decoder": decode.forward.each}
-    tensors = [*network.module.parameters(), *decoder.parameters()]
+    tensors = [*network.module.parameters(), *decoder.module.parameters()]
     weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     # 2. The rewards, one after the other. Those whose need is unknown are left out.
     for name, reward in config.reward.items():

@@ -191,25 +191,30 @@ class Mixture:
         assert leaf.grad is not None
         # sync point: further on an infinite gradient would be everybody's.
         if not bool(torch.isfinite(leaf.grad).all()):
-            raise self._not_finite(images, prompts)
+            self._refuse_infinite(images, prompts)
         return leaf.grad, losses.detach(), {name: v.detach() for name, v in scores.items()}
 
-    def _not_finite(self, images: Tensor, prompts: Sequence[str]) -> RunError:
-        """Return the error for a gradient that holds NaN or infinity, with the rewards' names."""
-        # The gradients have been added up, so each reward is asked again, alone.
+    def _refuse_infinite(self, images: Tensor, prompts: Sequence[str]) -> None:
+        """Refuse members whose gradient holds NaN or infinity though their rewards are finite.
+
+        Raises:
+            RunError: With their names.
+        """
+        # The gradients have been added up, so each reward is asked again, alone, and without a loss
+        # scale: one that is too large for half precision is the caller's, who makes it smaller.
         wrong: list[str] = []
         for member in self.members:
             leaf = images.detach().requires_grad_()
             rewards = check_rewards(member.name, _ask(member, leaf.clone(), prompts), prompts)
             (gradient,) = torch.autograd.grad(member.loss_of(rewards).sum(), leaf)
             if not bool(torch.isfinite(gradient).all()):
-                wrong.append(member.name)
-        # Each alone may be finite and their sum not.
-        names = ", ".join(f"'{name}'" for name in wrong or self.names)
-        return RunError(
-            f"the gradient of reward {names} holds NaN or infinity, though the rewards are finite",
-            hint="roots and logarithms have no finite gradient at 0: add a small number",
-        )
+                wrong.append(f"'{member.name}'")
+        if wrong:
+            raise RunError(
+                f"the gradient of reward {', '.join(wrong)} holds NaN or infinity, though the "
+                "rewards are finite",
+                hint="roots and logarithms have no finite gradient at 0: add a small number",
+            )
 
     def blamed(self) -> AbstractContextManager[None]:
         """Return a context manager that reports errors as those of the user's own rewards.

@@ -26,11 +26,13 @@ _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
 def finish(console: Console, tally: Tally) -> None:
-    """Write the gallery if one is wanted, and print the table of rows and the summary.
+    """Write the gallery if one is wanted, and print notes, the table of rows and the summary.
 
     Raises:
         RunError: If an image of the gallery cannot be read any more.
     """
+    for said in tally.notes():
+        console.note(said)
     if tally.wanted.gallery is not None:
         _write_gallery(tally.wanted.gallery, tally)
     _show(console, tally)

@@ -225,8 +225,6 @@ def run(
         # Raised inside the block, so that no empty file is written.
         if not tally.count:
             raise RunError(f"nothing was measured: all {len(found)} images were skipped")
-    for said in tally.notes():
-        console.note(said)
     return tally
 
 

@@ -314,6 +314,18 @@ def test_a_lora_of_another_model_is_refused(capsys, trained, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_the_gradient_of_a_preset_need_not_fit_an_evaluation(capsys, tmp_path):
+    # tiny has k_max 5; no gradient is taken here.
+    fast = ("--set", "sample.num_inference_steps=1", "-n", 1, "--reward", "brightness", "-q")
+    code, _, err = run(capsys, "base", "--preset", "tiny", *fast, "-o", tmp_path / "out")
+    assert code == 0, err
+    # A key that does not exist is still one.
+    more = ("--set", "gradient.kk=1", "-o", tmp_path / "other")
+    code, _, err = run(capsys, "base", "--preset", "tiny", *fast, *more)
+    assert code == 2
+    assert "gradient.kk: unknown key" in " ".join(err.split())
+
+
 @pytest.mark.parametrize(
     ("args", "code", "words"),
     [

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from alignprop_cli.commands import measuring
-from alignprop_cli.commands.options import check_output, reward_names, reward_weights
+from alignprop_cli.commands.options import reward_names, reward_weights
 from alignprop_cli.commands.settings import for_evaluation, for_training
 from alignprop_cli.config.schema import Config
 from alignprop_cli.errors import ConfigError
@@ -83,11 +83,3 @@ def test_a_reward_section_that_is_no_mapping_is_refused(tmp_path):
     file.write_text("reward: clip\n")
     with pytest.raises(ConfigError, match="reward"):
         evaluating(file)
-
-
-def test_an_empty_folder_may_be_used_and_a_file_never(tmp_path):
-    check_output(tmp_path / "new", overwrite=False, ours=())
-    check_output(tmp_path, overwrite=False, ours=())
-    (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match="is a file"):
-        check_output(tmp_path / "file", overwrite=True, ours=("file",))

@@ -374,6 +374,47 @@ def test_what_is_shipped_and_numbers_need_no_typing() -> None:
     assert recorded.build(header={"reward": free}).reward.keys() == free.keys()
 
 
+LARGE = [
+    ("sample.num_inference_steps", 1000),
+    ("sample.height", 2048),
+    ("sample.width", 2048),
+    ("eval.images", 10_000),
+    ("eval.images_per_prompt", 1000),
+    ("eval.batch_size", 256),
+]
+
+
+@pytest.mark.parametrize(("key", "largest"), LARGE)
+def test_a_number_that_would_take_days_is_refused_until_it_is_typed(key, largest) -> None:
+    section, _, name = key.partition(".")
+
+    def header(value: int) -> dict:
+        return {"reward": {"brightness": {}}, section: {name: value}}
+
+    assert recorded.build(header=header(largest)).model_dump()[section][name] == largest
+    with pytest.raises(ConfigError) as caught:
+        recorded.build(header=header(largest + 1))
+    (problem,) = caught.value.problems
+    assert problem.key == key
+    assert problem.message == f"{largest + 1} is more than {largest}, the most that goes untyped"
+    word = f"{key}={largest + 1}"
+    assert caught.value.hint.endswith(f"{TYPE}--set {word}")
+    assert recorded.build(header=header(largest + 1), assignments=[word]) is not None
+    # A user's own numbers have the bounds of the schema alone.
+    assert presets.resolve(rewards={"brightness": None}, assignments=[word]) is not None
+
+
+def test_a_large_number_in_a_header_ends_at_once(run, weights) -> None:
+    file = lora_file(weights, {"reward": {"brightness": {}}, "eval": {"images": 10**9}})
+    code, out, err = run("evaluate", file)
+    assert (code, out) == (2, "")
+    assert typed(err) == ["--set", "eval.images=1000000000"]
+    # Typed it is still more than fits.
+    code, _, err = run("evaluate", file, *typed(err))
+    assert code == 4
+    assert "2000000000 images of 48 x 48 pixels need " in err
+
+
 def test_everything_refused_is_said_at_once() -> None:
     header = {"model": {"id": "a/b"}, "reward": {"x.py:y": {"key": "k"}}}
     with pytest.raises(ConfigError) as caught:

@@ -15,12 +15,13 @@ from transformers import CLIPModel
 
 from alignprop_cli.errors import AssetError, ConfigError
 from alignprop_cli.images import CLIP_MEAN, CLIP_STD
-from alignprop_cli.rewards import hps
+from alignprop_cli.rewards import clip, hps
 from alignprop_cli.rewards.aesthetic import AestheticReward, affine
+from alignprop_cli.rewards.clip import ClipReward
 from alignprop_cli.rewards.hps import HpsReward
 from alignprop_cli.rewards.hps_official import OfficialHps
 from alignprop_cli.rewards.pickscore import PickScore
-from tests.factories import aesthetic_head, generator, open_clip_config
+from tests.factories import aesthetic_head, generator, open_clip_config, small_clip
 from tests.rewards.small import (
     FEATURES,
     SIZE,
@@ -188,6 +189,54 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, small_hps: Non
 
 
 # --- pickscore ---
+
+
+@pytest.mark.parametrize("damage", ["text", "cut", "empty", "shape", "lacks", "no state"])
+def test_a_checkpoint_of_hps_is_looked_at_before_a_network_is_built(
+    tmp_path: Path, small_hps: None, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    file = hps_weights(tmp_path) / hps.FILES["v2.1"]
+    state = torch.load(file, weights_only=True)
+    name = sorted(state["state_dict"])[-1]
+    if damage in ("text", "empty"):
+        file.write_bytes(b"no weights" if damage == "text" else b"")
+    elif damage == "cut":
+        file.write_bytes(file.read_bytes()[:-2000])
+    elif damage == "shape":
+        torch.save({"state_dict": state["state_dict"] | {name: torch.ones(3, 3, 3)}}, file)
+    elif damage == "lacks":
+        del state["state_dict"][name]
+        torch.save(state, file)
+    else:
+        torch.save([1], file)
+
+    def build(*_: object, **__: object) -> None:
+        raise AssertionError("a network was built")
+
+    monkeypatch.setattr(hps.open_clip, "create_model", build)
+    with pytest.raises(AssetError, match=r"reward\.hps\.weights: cannot load ") as raised:
+        HpsReward(weights=str(file))
+    assert str(file) in raised.value.message
+    assert "\n" not in raised.value.message
+
+
+def test_an_image_text_model_without_weights_is_refused(tmp_path: Path) -> None:
+    folder = small_clip(tmp_path / "clip")
+    (folder / "open_clip_model.safetensors").unlink()
+    with pytest.raises(AssetError, match=r"reward\.clip\.model: cannot load"):
+        ClipReward(model=str(folder))
+
+
+def test_a_file_of_weights_that_is_not_there_is_said_before_a_network_is_built(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def build(*_: object, **__: object) -> None:
+        raise AssertionError("a network was built")
+
+    monkeypatch.setattr(clip.open_clip, "create_model", build)
+    for place in ("none.pt", "opnai"):
+        with pytest.raises(AssetError, match=r"reward\.clip\.pretrained: .* neither a file nor a"):
+            ClipReward(model="ViT-B-32", pretrained=place)
 
 
 def test_pickscore_is_the_formula_on_the_librarys_own_logits(clip_folder: Path) -> None:
