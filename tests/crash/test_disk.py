@@ -52,7 +52,7 @@ def _grow(folder: Path) -> None:
 
 # From less than one file to nearly all: the whole run takes what `du` says.
 SIZES = [16, 64, 96, 128, 160, 200, 256, 320, 400, 480, 600, 800]
-QUICK_SIZES = (64, 256)
+QUICK_SIZES = (256,)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,9 @@ def test_a_full_disk_is_said_and_with_room_the_run_goes_on_identically(
         same_end(place / "run", commands.run)
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param("evaluate", marks=pytest.mark.slow), "soup", "score"]
+)
 def test_a_full_disk_leaves_the_earlier_result(commands: Commands, name: str) -> None:
     with small_disk(65536) as place:
         commands.inputs(place)
@@ -95,9 +97,7 @@ def test_a_full_disk_leaves_the_earlier_result(commands: Commands, name: str) ->
         assert not left(place)
 
 
-@pytest.mark.parametrize(
-    "kib", [pytest.param(1, marks=pytest.mark.slow), 8, pytest.param(30, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("kib", [pytest.param(size, marks=pytest.mark.slow) for size in (1, 8, 30)])
 def test_a_limit_on_files_is_said(commands: Commands, place: Path, kib: int) -> None:
     hook = ("tests.crash.hooks:limit_files", kib * 1024)
     done = commands(*TO_RUN, cwd=place, before=[hook])
@@ -191,7 +191,9 @@ def test_a_folder_of_another_user_is_said(commands: Commands, place: Path, name:
 NAMES = {"long": "x" * 300, "home": "~nosuchuser/x", "nul": "x/" * 3000}
 
 
-@pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.parametrize(
+    "kind", [k if k == "home" else pytest.param(k, marks=pytest.mark.slow) for k in NAMES]
+)
 def test_names_that_can_be_none_are_said(commands: Commands, place: Path, kind: str) -> None:
     name = NAMES[kind]
     commands.inputs(place)
@@ -242,7 +244,9 @@ VANISHING = {
 }
 
 
-@pytest.mark.parametrize("kind", VANISHING)
+@pytest.mark.parametrize(
+    "kind", [k if k == "moved" else pytest.param(k, marks=pytest.mark.slow) for k in VANISHING]
+)
 def test_what_goes_away_meanwhile_is_said(commands: Commands, place: Path, kind: str) -> None:
     command, name, nth = VANISHING[kind]
     done = commands(*TO_RUN, cwd=place, before=[(RUN_AT, name, command, nth)])

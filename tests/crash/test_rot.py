@@ -42,14 +42,11 @@ def empty(data: bytes) -> bytes:
     return b""
 
 
-QUICK = [
+QUICK = [(OPTIMIZER, zero_end), (METRICS, empty)]
+SLOW = [
     (ADAPTER, flip(0.99)),
     (OPTIMIZER, flip(0.9)),
-    (OPTIMIZER, zero_end),
     (STATE, empty),
-    (METRICS, empty),
-]
-SLOW = [
     *((file, flip(at)) for file in (ADAPTER, OPTIMIZER) for at in (0.0, 0.02, 0.3, 0.5, 0.7, 1.0)),
     (ADAPTER, zero_end),
     (ADAPTER, cut),

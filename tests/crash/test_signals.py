@@ -21,8 +21,8 @@ PHASES = {
     "save": ("alignprop_cli.training.checkpoint:save", 2),
     "tuned": ("alignprop_cli.training.run:finish", 1),
 }
-# Two of each kind in the default tests: each takes seconds.
-QUICK = {("step", signal.SIGTERM), ("load", signal.SIGHUP), ("save", signal.SIGINT)}
+# In the default tests: each takes seconds.
+QUICK = {("step", signal.SIGTERM)}
 TRAINING = [
     pytest.param(phase, number, marks=() if (phase, number) in QUICK else pytest.mark.slow)
     for phase in PHASES
@@ -50,6 +50,7 @@ def test_a_signal_ends_training_which_then_goes_on_identically(
     same_end(place / "run", commands.run)
 
 
+@pytest.mark.slow
 def test_two_signals_end_training_at_once(commands: Commands, place: Path) -> None:
     hook = (AT, signal.SIGTERM, "alignprop_cli.training.trainer:Trainer.step", 2, signal.SIGTERM)
     done = commands(*TO_RUN, cwd=place, before=[hook])
@@ -73,7 +74,12 @@ def test_the_signal_of_a_scheduler_saves_and_training_goes_on(
 
 
 CASES = [
-    pytest.param(name, phase, number, marks=() if number == signal.SIGTERM else pytest.mark.slow)
+    pytest.param(
+        name,
+        phase,
+        number,
+        marks=() if number == signal.SIGTERM and name != "evaluate" else pytest.mark.slow,
+    )
     for name in COMMANDS
     for phase in ("works", "writes")
     for number in ENDS

@@ -30,7 +30,13 @@ def prepare(commands: Commands, place: Path) -> None:
     shutil.copytree(commands.started, place / "first")
 
 
-@pytest.mark.parametrize("name", TWICE)
+@pytest.mark.parametrize(
+    "name",
+    [
+        n if n in ("soup", "score", "train") else pytest.param(n, marks=pytest.mark.slow)
+        for n in TWICE
+    ],
+)
 def test_the_second_is_refused_and_names_the_first(
     commands: Commands, place: Path, name: str
 ) -> None:
