@@ -117,4 +117,6 @@ def test_a_rotten_checkpoint_is_not_evaluated_in_silence(
     file = place / "run" / ADAPTER
     file.write_bytes(flip(0.99)(file.read_bytes()))
     done = commands("evaluate", "run", "--images=1", "--batch-size=1", cwd=place)
-    assert done.code != 0 or "step-000002" in done.err
+    assert done.code == 3
+    assert "step-000002" in done.err
+    assert "damaged" in done.err
