@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 
 from tests.crash.commands import TRAIN
 
+# Two images for each of two processes.
+BOTH = (*TRAIN, "--set=train.batch_size=4", "--set=eval.images=2", "--set=eval.sample_images=2")
 pytestmark = pytest.mark.slow
 
 REWARDS = """
@@ -68,7 +70,7 @@ def test_where_one_process_fails_the_others_end_and_say_so(
 ) -> None:
     text = REWARDS.format(rank=rank, what=WHATS[what], after=3)
     (tmp_path / "own.py").write_text(text, encoding="utf-8")
-    args = (*TRAIN, "--reward=own.py:spoil", "--steps=20", "--output=run")
+    args = (*BOTH, "--reward=own.py:spoil", "--steps=20", "--output=run")
     code, err, seconds = launch(tmp_path, 2, *args)
     assert code != 0
     assert seconds < 90
@@ -97,7 +99,7 @@ def test_one_process_killed_from_outside_ends_the_other(
     }
     both = [
         subprocess.Popen(
-            [sys.executable, "-m", "alignprop_cli", *TRAIN, "--steps=500", "--output=run", "-q"],
+            [sys.executable, "-m", "alignprop_cli", *BOTH, "--steps=500", "--output=run", "-q"],
             cwd=tmp_path,
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stderr=(tmp_path / f"err{rank}").open("w"),
@@ -126,9 +128,9 @@ def test_one_process_killed_from_outside_ends_the_other(
 
 @pytest.mark.parametrize("count", [2, 4])
 def test_several_processes_compute_what_one_does(tmp_path: Path, count: int) -> None:
-    settings = ("--set=train.batch_size=8", "--set=eval.images=4")
     for name, processes in (("one", 1), ("many", count)):
-        args = ("train", "--preset=tiny", "--steps=2", f"--output={name}", *settings)
+        # The preset's own settings: 32 images a step.
+        args = ("train", "--preset=tiny", "--steps=2", f"--output={name}", "--set=eval.images=4")
         code, err, _ = launch(tmp_path, processes, *args)
         assert code == 0, err
     one, many = (
