@@ -262,6 +262,8 @@ def _child(job: Mapping[str, Any]) -> None:
         sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
         os.chdir(job["cwd"])
         sys.argv = ["alignprop", *job["args"]]
+        # Else the usage would be that of `python -m tests.warm`.
+        sys.modules["__main__"].__package__ = None
         # 2. What the test wants to happen.
         for name, *arguments in job["before"]:
             module, _, function = name.partition(":")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +18,9 @@ PATIENCE = 90.0
 """Seconds until a command counts as one that never ends: other work may be going on."""
 
 MOST_MIB = 4096.0
+
+# What moves the cursor, changes the direction of text, or is no character: not what is unassigned.
+_CONTROLS = {"Cc", "Cf", "Cs", "Zl", "Zp"}
 
 # These print rows for other programs: names of files as they are, and text in JSON.
 _FOR_PROGRAMS = ("--json", "--format=csv", "--format=jsonl")
@@ -40,7 +44,7 @@ def broken(args: Sequence[str], ended: Ended, before: set[str], place: Path) -> 
             return f"a traceback on standard {name}"
         if name == "output" and any(arg.startswith(_FOR_PROGRAMS) for arg in args):
             continue
-        raw = next((c for c in text if not (c.isprintable() or c == "\n")), None)
+        raw = next((c for c in text if c != "\n" and unicodedata.category(c) in _CONTROLS), None)
         if raw is not None:
             return f"{raw!r} on standard {name}"
     if ended.code and not ended.err.strip():
