@@ -84,7 +84,7 @@ def _files(folder: Path) -> list[str]:
 
 
 def _check_writable(folder: Path) -> None:
-    """Refuse a folder that cannot be made. Better now than after hours of drawing."""
+    """Refuse a folder that cannot be made. Better now than after hours of sampling."""
     # It is written beside the old one and renamed. So the folder around it counts, of what is
     # there already, and the only sure way to know is to make something there.
     around = folder.resolve().parent

@@ -25,7 +25,7 @@ from alignprop_cli.lora import layers as lora
 from alignprop_cli.lora.files import Adapter, Located
 from alignprop_cli.models.base import Model
 from alignprop_cli.models.families import open_model
-from alignprop_cli.planning.drawing import check_memory
+from alignprop_cli.planning.sampling import check_memory
 from alignprop_cli.prompts import load_groups, load_prompts
 from alignprop_cli.rewards.jpeg import true_size
 from alignprop_cli.rewards.mixture import Mixture, build_mixture

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from alignprop_cli.errors import RunError
-from alignprop_cli.lora.files import LORA_FILE, checkpoints
+from alignprop_cli.lora.files import LORA_FILE, checkpoints, save_tensors
 from alignprop_cli.parsing import read_json
 from alignprop_cli.storage import sha256, write_whole
 
@@ -69,7 +69,7 @@ def save(run: Path, state: State, save_lora: Callable[[Path], object]) -> Path:
     # The LoRA file is for everyone; the other two are only needed to resume.
     def write(folder: Path) -> None:
         save_lora(folder)
-        save_file(state.optimizer, folder / _OPTIMIZER)
+        save_tensors(folder / _OPTIMIZER, state.optimizer, {"format": "pt"})
         values = {
             "step": state.step,
             "images_seen": state.images_seen,

@@ -1,4 +1,4 @@
-"""Whether the memory holds what drawing needs: network calls, decoder and rewards without gradient.
+"""Whether the memory holds what sampling needs: calls, decoder and rewards without gradient.
 
 Counted on the meta device as a training step is, in a second and before anything is loaded.
 """
@@ -23,14 +23,14 @@ from alignprop_cli.rewards import registry
 
 
 @dataclass(frozen=True)
-class Drawing:
-    """The memory that drawing needs, at the least.
+class SamplingNeed:
+    """The memory that sampling needs, at the least.
 
     Args:
         height: Of an image, in pixels.
         width: Of an image, in pixels.
         weights: Bytes of the networks.
-        each: Bytes of one image of a batch while it is drawn and scored, by part; the parts are
+        each: Bytes of one image of a batch while it is sampled and scored, by part; the parts are
             not needed at the same time.
     """
 
@@ -41,7 +41,7 @@ class Drawing:
 
     @property
     def kept(self) -> int:
-        """Return the bytes of one image that stay until all are drawn: 8 bits a colour."""
+        """Return the bytes of one image that stay until all are sampled: 8 bits a colour."""
         return 3 * self.height * self.width
 
     def peak(self, batch: int) -> float:
@@ -54,8 +54,8 @@ def check_memory(config: Config, device: torch.device, *, models: int) -> None:
 
     Args:
         config: The complete configuration.
-        device: Where images are drawn.
-        models: Number of models that draw them.
+        device: Where images are sampled.
+        models: Number of models that sample them.
 
     Raises:
         AssetError, ConfigError: As `meta_model` and `registry.on_meta`.
@@ -86,7 +86,7 @@ def check_memory(config: Config, device: torch.device, *, models: int) -> None:
     part = max(need.each, key=lambda name: need.each[name])
     fits = math.floor((free - need.weights) / need.each[part])
     raise RunError(
-        f"drawing {batch} images of {size} together needs at least {need.peak(batch) / GIB:.2f} "
+        f"sampling {batch} images of {size} together needs at least {need.peak(batch) / GIB:.2f} "
         f"GiB, most of it for the {part}; there are {free / GIB:.2f} GiB ({source})",
         hint=f"--batch-size {fits} would fit"
         if fits >= 1
@@ -95,8 +95,8 @@ def check_memory(config: Config, device: torch.device, *, models: int) -> None:
 
 
 @torch.no_grad()
-def measure(config: Config, device: torch.device) -> Drawing:
-    """Count what drawing needs, on the meta device.
+def measure(config: Config, device: torch.device) -> SamplingNeed:
+    """Count what sampling needs, on the meta device.
 
     Args:
         config: The complete configuration.
@@ -142,4 +142,4 @@ def measure(config: Config, device: torch.device) -> Drawing:
             )
             each[f"reward {name}"] = scored.forward.each
             weights += found.parameters * dtype.itemsize
-    return Drawing(height, width, weights, each)
+    return SamplingNeed(height, width, weights, each)

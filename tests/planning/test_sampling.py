@@ -1,4 +1,4 @@
-"""An evaluation that cannot fit the memory says so before it starts; one that fits is drawn."""
+"""An evaluation that cannot fit the memory says so before it starts; one that fits runs."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from alignprop_cli.device import available
 from alignprop_cli.errors import RunError
 from alignprop_cli.guidance import guided
 from alignprop_cli.models.families import open_model, sampler
-from alignprop_cli.planning import drawing, meter
-from alignprop_cli.planning.drawing import check_memory, measure
+from alignprop_cli.planning import meter, sampling
+from alignprop_cli.planning.sampling import check_memory, measure
 from alignprop_cli.rewards.clip import ClipReward
 from tests.factories import randn, small_pipeline
 
@@ -57,7 +57,7 @@ def test_what_is_counted_is_what_the_real_parts_allocate(tmp_path: Path) -> None
 def free(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Let the memory be what a test says."""
     size = [available(CPU)[0]]
-    monkeypatch.setattr(drawing, "available", lambda device: (size[0], "free RAM"))
+    monkeypatch.setattr(sampling, "available", lambda device: (size[0], "free RAM"))
     return size
 
 
@@ -99,13 +99,13 @@ def test_the_largest_pictures_do_not_fit_here_and_it_takes_no_time(
         main(["evaluate", "base", "--preset", "tiny", *words, "-o", str(tmp_path / "out")])
     assert ended.value.code == 4
     err = " ".join(capsys.readouterr().err.split())
-    assert "drawing 16 images of 8184 x 8184 pixels together needs at least" in err
+    assert "sampling 16 images of 8184 x 8184 pixels together needs at least" in err
     assert "hint: " in err
     assert time.perf_counter() - started < 60.0
     assert not (tmp_path / "out").exists()
 
 
-def test_what_fits_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_fits_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("--set", "sample.height=192", "--set", "sample.num_inference_steps=1")
     ask = ["evaluate", "base", "--preset", "tiny", "-n", "2", *words, "--reward", "brightness"]
     with pytest.raises(SystemExit) as ended:
