@@ -42,6 +42,14 @@ def lowest(session: nox.Session) -> None:
 
 
 @nox.session
+def fuzz(session: nox.Session) -> None:
+    """Try random inputs (--count, --seed, --workers), then kill and damage at every point."""
+    session.install(".[test]")
+    session.run("python", "-m", "tests.fuzz.run", *session.posargs)
+    session.run("pytest", "-m", "slow or not slow", "tests/fuzz", "tests/crash")
+
+
+@nox.session
 def wheel(session: nox.Session) -> None:
     """Build the wheel from the source archive and check what is in it."""
     session.install(".[test]", TOOLS["build"], TOOLS["hatchling"])

@@ -44,9 +44,17 @@ _HINT = "choose another place with --output, or give --overwrite"
 
 
 def reward_names(values: Sequence[str] | None) -> list[str]:
-    """Return the names of a repeatable option, split at commas, each once."""
+    """Return the names of a repeatable option, split at commas, each once.
+
+    Raises:
+        ConfigError: If one is not UTF-8, and so can be written nowhere.
+    """
     # "clip, hps" in quotes is as common as clip,hps, so blanks are dropped.
     parts = [part.strip() for value in values or () for part in value.split(",")]
+    for part in parts:
+        # Arguments that are not UTF-8 reach Python as halves of surrogate pairs.
+        if any("\ud800" <= c <= "\udfff" for c in part):
+            raise ConfigError(f"--reward: {part}: is not UTF-8")
     return list(dict.fromkeys(part for part in parts if part))
 
 

@@ -91,7 +91,8 @@ def _check_writable(folder: Path) -> None:
     while not around.exists():
         around = around.parent
     try:
-        with TemporaryDirectory(prefix=".alignprop-", dir=around):
+        # By a name that is swept, should this process be killed just now.
+        with TemporaryDirectory(prefix=f".{folder.name[:100]}-", suffix=".unfinished", dir=around):
             pass
     except OSError as error:
         raise ConfigError(

@@ -148,6 +148,10 @@ def override(layers: Layers, assignments: Iterable[str]) -> None:
     problems: list[Problem] = []
     # All unreadable texts go into one message.
     for text in assignments:
+        # Arguments that are not UTF-8 reach Python as halves of surrogate pairs.
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            problems.append(Problem(text[:100], "is not UTF-8"))
+            continue
         key, equals, raw = text.partition("=")
         if not equals or not key.strip():
             problems.append(Problem(text, "expected key=value, for instance train.steps=40"))

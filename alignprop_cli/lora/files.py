@@ -211,7 +211,9 @@ def read(file: Path) -> Adapter:
     targets = settings.get("target_modules")
     named = tuple(targets) if isinstance(targets, list) else targets
     prefix = formats.network_of(state)
-    return Adapter(file, layers, header, sha256(file), left_out, named, prefix)
+    digest = sha256(file)
+    _refuse_rot(file, digest)
+    return Adapter(file, layers, header, digest, left_out, named, prefix)
 
 
 def save(
@@ -282,6 +284,26 @@ def packed(layers: Layers) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "peft_type": "LORA",
     }
     return weights, settings
+
+
+def _refuse_rot(file: Path, digest: str) -> None:
+    """Refuse the LoRA of a checkpoint that is not the one that was written there.
+
+    Raises:
+        AssetError: If its hash is not that in the checkpoint's state.json.
+    """
+    state = file.parent / "state.json"
+    if not state.is_file():
+        return
+    try:
+        wanted = read_json(read_text(state, str(file)))["sha256"][LORA_FILE]
+    except (AssetError, ParseError, LookupError, TypeError):
+        return  # some other program's, or of no use: the file may be as it was
+    if file.name == LORA_FILE and digest != wanted:
+        raise AssetError(
+            f"{file}: damaged: it is not the file that training wrote",
+            hint="name another checkpoint of the run",
+        )
 
 
 def _read_peft_config(file: Path) -> dict[str, Any]:

@@ -106,7 +106,8 @@ class Samples(Callback):
                 for i, (sample, image) in enumerate(zip(found.samples, found.images, strict=True))
             ]
             path = run.folder / "samples" / f"step-{step:06d}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
+            # Not its parents: a run that was moved away meanwhile would go on in half a folder.
+            path.parent.mkdir(exist_ok=True)
             sheet.contact_sheet(cells, path, titles=(f"step {step}",))
         return {name: float(values.mean()) for name, values in found.rewards.items()}
 

@@ -1,0 +1,329 @@
+"""A process that has imported everything, and forks a child for every command.
+
+Starting Python and importing torch takes seconds, forking takes milliseconds. Every command still
+has a process of its own: its own exit code, streams, limits and signals, and nothing of one is seen
+by the next. Nothing that the program reads or builds is kept.
+
+The process speaks JSON, a line each, over a socket:
+
+    to it      {"id", "args", "cwd", "seconds", "before": [["module:function", arguments], ...]}
+    from it    {"id", "pid"}, and at the end {"id", "status", "seconds", "peak", "late"}
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import importlib
+import json
+import os
+import pkgutil
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A command that has ended.
+
+    Args:
+        code: As a shell has it: the exit code, or 128 + N where signal N ended the process.
+        out: Standard output.
+        err: Standard error.
+        seconds: How long a processor worked on it.
+        peak: Most memory that it had, in MiB.
+        late: Whether it was killed since it took too long.
+    """
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+    peak: float
+    late: bool
+
+
+class Running:
+    """A command that runs. Use `Warm.start`."""
+
+    def __init__(self, warm: Warm, number: int, pid: int, streams: Path) -> None:
+        self.pid = pid
+        self._warm, self._number, self._streams = warm, number, streams
+
+    def ended(self) -> bool:
+        """Return whether it has ended."""
+        return self._warm.has_ended(self._number)
+
+    def err(self) -> str:
+        """Return what it has written to standard error so far."""
+        return self._read("err")
+
+    def wait(self) -> Ended:
+        """Wait for its end."""
+        reply = self._warm.wait_for(self._number)
+        status = reply["status"]
+        code = 128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else os.WEXITSTATUS(status)
+        out, err = self._read("out"), self._read("err")
+        for name in ("out", "err"):
+            self._streams.with_suffix(f".{name}").unlink()
+        return Ended(code, out, err, reply["seconds"], reply["peak"], reply["late"])
+
+    def _read(self, name: str) -> str:
+        data = self._streams.with_suffix(f".{name}").read_bytes()
+        return data.decode("utf-8", "surrogateescape")
+
+
+class Warm:
+    """The process, as its user sees it.
+
+    Args:
+        streams: A folder for what the commands print.
+    """
+
+    def __init__(self, streams: Path) -> None:
+        self._streams, self._number = streams, 0
+        streams.mkdir(parents=True, exist_ok=True)
+        self._started: dict[int, int] = {}
+        self._ended: dict[int, dict[str, Any]] = {}
+        ours, its = socket.socketpair()
+        home = streams / "home"
+        home.mkdir(exist_ok=True)
+        environment = {
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "MKL_NUM_THREADS": "1",
+            "HF_HUB_OFFLINE": "1",
+            "TRANSFORMERS_OFFLINE": "1",
+            "NO_COLOR": "1",
+            "COLUMNS": "100",
+            # So that ~ is nobody's.
+            "HOME": str(home),
+            "PYTHONPATH": str(ROOT),
+        }
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.warm", str(its.fileno())],
+            cwd=ROOT,
+            env=environment,
+            pass_fds=[its.fileno()],
+            stdin=subprocess.DEVNULL,
+        )
+        its.close()
+        self._channel = ours
+        self._lines = ours.makefile("r", encoding="utf-8")
+
+    def start(
+        self,
+        args: Sequence[str],
+        cwd: Path,
+        *,
+        seconds: float = 120.0,
+        before: Sequence[Sequence[Any]] = (),
+        stdin: Path | None = None,
+    ) -> Running:
+        """Start `alignprop` with these arguments.
+
+        Args:
+            args: Its arguments.
+            cwd: The working folder.
+            seconds: When to kill it.
+            before: `module:function` with arguments, called in the child before the program.
+            stdin: The file that is standard input; None is empty.
+        """
+        self._number += 1
+        number, streams = self._number, self._streams / f"{self._number}"
+        job: dict[str, Any] = {
+            "id": number,
+            "args": list(args),
+            "cwd": str(cwd),
+            "seconds": seconds,
+            "before": [list(call) for call in before],
+            "stdin": str(stdin or os.devnull),
+            "streams": str(streams),
+        }
+        self._channel.sendall(json.dumps(job).encode() + b"\n")
+        while number not in self._started:
+            self._take()
+        return Running(self, number, self._started.pop(number), streams)
+
+    def run(self, *args: Any, cwd: Path, **options: Any) -> Ended:
+        """Run `alignprop` with these arguments to its end."""
+        return self.start([str(arg) for arg in args], cwd, **options).wait()
+
+    def close(self) -> None:
+        """End the process and what it has started."""
+        # At the end of its input it kills what is running, and ends.
+        self._lines.close()
+        self._channel.close()
+        self._process.wait(60)
+
+    def has_ended(self, number: int) -> bool:
+        """Return whether a command has ended."""
+        while select.select([self._channel], [], [], 0)[0]:
+            self._take()
+        return number in self._ended
+
+    def wait_for(self, number: int) -> dict[str, Any]:
+        """Return the last message about a command."""
+        while number not in self._ended:
+            self._take()
+        return self._ended.pop(number)
+
+    def _take(self) -> None:
+        # A byte at a time from the socket, so that select() sees what is left.
+        line = b""
+        while not line.endswith(b"\n"):
+            byte = self._channel.recv(1)
+            if not byte:
+                raise RuntimeError("the process that starts the commands has ended")
+            line += byte
+        reply = json.loads(line)
+        if "pid" in reply:
+            self._started[reply["id"]] = reply["pid"]
+        else:
+            self._ended[reply["id"]] = reply
+
+
+def serve(channel: socket.socket) -> None:
+    """Start commands until the channel is closed."""
+    _import_everything()
+    running: dict[int, tuple[int, int, float]] = {}  # pidfd: id, pid, deadline
+    text, late = b"", set[int]()
+    while True:
+        waits = [end - time.monotonic() for _, _, end in running.values()]
+        timeout = max(0.0, min(waits)) if waits else None
+        ready, _, _ = select.select([channel, *running], [], [], timeout)
+        # 1. Commands that are over, or take too long.
+        for handle, (number, pid, end) in list(running.items()):
+            if handle not in ready and time.monotonic() > end:
+                late.add(number)
+                _kill(pid)
+                ready.append(handle)
+            if handle not in ready:
+                continue
+            _, status, usage = os.wait4(pid, 0)
+            _kill(pid)  # what it has left in its session
+            os.close(handle)
+            del running[handle]
+            reply = {"id": number, "status": status, "late": number in late}
+            reply |= {"seconds": usage.ru_utime + usage.ru_stime, "peak": usage.ru_maxrss / 1024}
+            _send(channel, reply)
+        # 2. New ones.
+        if channel in ready:
+            data = channel.recv(65536)
+            if not data:
+                break
+            *lines, text = (text + data).split(b"\n")
+            for line in lines:
+                job = json.loads(line)
+                pid = os.fork()
+                if pid == 0:
+                    channel.close()
+                    _child(job)
+                running[os.pidfd_open(pid)] = (job["id"], pid, time.monotonic() + job["seconds"])
+                _send(channel, {"id": job["id"], "pid": pid})
+    for _, pid, _ in running.values():
+        _kill(pid)
+        os.waitpid(pid, 0)
+
+
+def _send(channel: socket.socket, message: Mapping[str, Any]) -> None:
+    channel.sendall(json.dumps(message).encode() + b"\n")
+
+
+def _kill(leader: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(leader, signal.SIGKILL)
+
+
+def _child(job: Mapping[str, Any]) -> None:
+    """Be a process that was started with some arguments; never returns."""
+    code = 70
+    try:
+        # 1. What a shell sets up.
+        os.setsid()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        reading = os.open(job["stdin"], os.O_RDONLY)
+        os.dup2(reading, 0)
+        for number, name in ((1, "out"), (2, "err")):
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+            os.dup2(os.open(f"{job['streams']}.{name}", flags, 0o644), number)
+        sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+        os.chdir(job["cwd"])
+        sys.argv = ["alignprop", *job["args"]]
+        # Else the usage would be that of `python -m tests.warm`.
+        sys.modules["__main__"].__package__ = None
+        # 2. What the test wants to happen.
+        for name, *arguments in job["before"]:
+            module, _, function = name.partition(":")
+            getattr(importlib.import_module(module), function)(*arguments)
+        # 3. The program, and what Python does at its end.
+        from alignprop_cli.cli import main
+
+        try:
+            main(job["args"])
+            code = 0
+        except SystemExit as end:
+            code = _code(end.code)
+        threading._shutdown()
+        atexit._run_exitfuncs()
+        try:
+            sys.stdout.flush()
+            sys.stderr.flush()
+        except OSError:
+            code = 120
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    finally:
+        os._exit(code)
+
+
+def _code(value: Any) -> int:
+    if value is None:
+        return 0
+    if isinstance(value, int):
+        return value & 0xFF
+    print(value, file=sys.stderr)
+    return 1
+
+
+def _import_everything() -> None:
+    import alignprop_cli
+    from alignprop_cli import cli
+
+    cli._quieten_libraries()
+    for found in pkgutil.walk_packages(alignprop_cli.__path__, "alignprop_cli."):
+        if not found.name.startswith("alignprop_cli.tiny.make") and "__main__" not in found.name:
+            importlib.import_module(found.name)
+    # What is imported where it is first used.
+    for name in (
+        "matplotlib.pyplot",
+        "open_clip",
+        "pyarrow.parquet",
+        "scipy.stats",
+        "diffusers.models.autoencoders.autoencoder_kl",
+        "diffusers.models.unets.unet_2d_condition",
+        "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+        "diffusers.schedulers.scheduling_ddim",
+        "transformers.models.clip.modeling_clip",
+        "transformers.models.clip.tokenization_clip",
+        "torch._dynamo",
+        "peft",
+    ):
+        importlib.import_module(name)
+
+
+if __name__ == "__main__":
+    serve(socket.socket(fileno=int(sys.argv[1])))
