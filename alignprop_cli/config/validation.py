@@ -15,6 +15,10 @@ from alignprop_cli.config.schema import Config, LossConfig, RewardConfig
 from alignprop_cli.errors import ConfigError, Problem, did_you_mean
 
 
+# Characters of a refused value in a message.
+_LONGEST = 200
+
+
 def parse(
     values: Mapping[str, Any],
     origins: Mapping[str, str] | None = None,
@@ -125,7 +129,10 @@ def _problem(details: Any, origins: Mapping[str, str]) -> Problem:
         known = section.model_fields if section is not None else ()
         message = f"unknown key '{path[-1]}'.{did_you_mean(str(path[-1]), known)}"
     else:
-        message = f"{details['msg'][0].lower()}{details['msg'][1:]}, got {details['input']!r}"
+        # A value of thousands of parts would fill the screen.
+        got = repr(details["input"])
+        got = got if len(got) <= _LONGEST else f"{got[:_LONGEST]}..."
+        message = f"{details['msg'][0].lower()}{details['msg'][1:]}, got {got}"
     return Problem(key, message, origin_of(key, origins))
 
 
@@ -134,7 +141,7 @@ def _impossible(config: Config) -> Iterable[Problem]:
     steps, gradient, train = config.sample.num_inference_steps, config.gradient, config.train
     if not config.reward:
         yield Problem(
-            "reward", "no reward is given; name one, for instance --set reward.clip.model=tiny"
+            "reward", "no reward is given; name one, for instance --set reward.brightness.weight=1"
         )
     # 1. The chain.
     low, high = config.sample.guidance_interval

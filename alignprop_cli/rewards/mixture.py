@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from alignprop_cli.config.schema import LossConfig, RewardConfig
-from alignprop_cli.errors import AssetError, ConfigError, RunError
+from alignprop_cli.errors import AssetError, ConfigError, NonFinite, RunError
 from alignprop_cli.losses import reward_loss
 from alignprop_cli.prompts import cut_note, for_tokenizer
 from alignprop_cli.rewards import registry, user
@@ -198,7 +198,7 @@ class Mixture:
         """Refuse members whose gradient holds NaN or infinity though their rewards are finite.
 
         Raises:
-            RunError: With their names.
+            NonFinite: With their names.
         """
         # The gradients have been added up, so each reward is asked again, alone, and without a loss
         # scale: one that is too large for half precision is the caller's, who makes it smaller.
@@ -210,7 +210,7 @@ class Mixture:
             if not bool(torch.isfinite(gradient).all()):
                 wrong.append(f"'{member.name}'")
         if wrong:
-            raise RunError(
+            raise NonFinite(
                 f"the gradient of reward {', '.join(wrong)} holds NaN or infinity, though the "
                 "rewards are finite",
                 hint="roots and logarithms have no finite gradient at 0: add a small number",
