@@ -113,10 +113,17 @@ _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 
 
 def hold_memory(device: torch.device, limit: int) -> None:
-    """Let this process allocate no more than `limit` bytes of a GPU; elsewhere nothing is held."""
+    """Let this process use no more than `limit` bytes of a GPU; elsewhere nothing is held."""
     if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(limit / total, 1.0), device)
+        # The limit is on what torch allocates; the context is outside of it.
+        free, total = torch.cuda.mem_get_info(device)
+        share = (limit - (total - free)) / total
+        torch.cuda.set_per_process_memory_fraction(min(max(share, 0.0), 1.0), device)
+
+
+def has_gpu() -> bool:
+    """Return whether there is a GPU that torch can use."""
+    return torch.cuda.is_available()
 
 
 def set_deterministic(device: torch.device, *, wanted: bool) -> None:

@@ -110,7 +110,8 @@ def train(
         return console.result("alignprop.config/1", values, [dump(resolved).rstrip()])
 
     # 3. From here on torch and diffusers are needed.
-    from alignprop_cli.training.run import describe, run_training
+    from alignprop_cli.training.plans import describe
+    from alignprop_cli.training.run import run_training
 
     name = run_name(preset, config) if run is None else run.name
     if dry_run:
@@ -139,3 +140,11 @@ def _check_cards(dry_run: bool, gpu_memory: str | None, gpu: str | None, gpus: i
             )
     if gpus is not None and gpu_memory is None and gpu is None:
         raise ConfigError("--gpus needs to know which: give --gpu-memory or --gpu as well")
+    if gpu_memory is not None and not dry_run:
+        from alignprop_cli.device import has_gpu
+
+        if not has_gpu():
+            raise ConfigError(
+                "--gpu-memory: there is no GPU here; with --dry-run it plans for one elsewhere, and "
+                "train.memory_limit limits the RAM"
+            )

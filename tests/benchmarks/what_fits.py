@@ -1,4 +1,6 @@
-"""Print README's table of what fits: the plan of each model, card and window, as estimated.
+"""Print the table of what fits: the plan of each model, card and window, as estimated and assumed.
+
+The pace is that of the card that a dry run assumes for such a memory (`planning/speed.py`).
 
 Run:  python tests/benchmarks/what_fits.py
 """
@@ -11,7 +13,8 @@ from alignprop_cli.config import presets
 from alignprop_cli.errors import RunError
 from alignprop_cli.planning import request as planning
 from alignprop_cli.planning.choose import make_plan
-from alignprop_cli.planning.estimate import GIB, Budget
+from alignprop_cli.planning.estimate import GIB, Budget, expected_correction
+from alignprop_cli.planning.speed import assumed, card_for
 
 MODELS = {
     "SD 1.5, 512": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -29,7 +32,8 @@ SHORT = {"none": "", "block": " b", "call": " c"}
 
 def main() -> None:
     """Print one row for each model and window."""
-    print("| model | window |", " | ".join(f"{card} GB" for card in CARDS), "|")
+    names = [f"{card} GB ({card_for(card * GIB)})" for card in CARDS]
+    print("| model | window |", " | ".join(names), "|")
     print("|---|---|", "---|" * len(CARDS), sep="")
     for title, model in MODELS.items():
         footprint = None
@@ -41,16 +45,23 @@ def main() -> None:
             for card in CARDS:
                 budget = Budget(card * GIB, "cuda", "a card")
                 try:
-                    plan = make_plan(request, footprint=footprint, budget=budget)
+                    times = assumed(footprint, card_for(budget.bytes))
+                    plan = make_plan(
+                        request,
+                        footprint=footprint,
+                        budget=budget,
+                        correction=expected_correction("cuda"),
+                        times=times,
+                    )
                 except RunError:
                     cells.append("-")
                     continue
-                assert plan.estimate is not None
-                over = plan.estimate.flops / plan.estimate.floor
+                assert plan.images_per_hour is not None
                 again = SHORT[plan.checkpoint_network]
                 again += str(plan.stored_calls or "") + " d" * plan.checkpoint_decoder
                 again += " r" * plan.checkpoint_reward
-                cells.append(f"{plan.micro_batch}{again}, {over:.2f}")
+                batches = f"{plan.rollout_batch}/{plan.micro_batch}/{plan.decode_batch}"
+                cells.append(f"{batches}{again}, {plan.images_per_hour:,.0f}")
             print(f"| {title} | {window} |", " | ".join(cells), "|", flush=True)
 
 

@@ -397,7 +397,7 @@ def test_a_plan_is_made_for_cards_that_are_not_here(run) -> None:
     advised = ("reward.aesthetic.dtype=bfloat16", "sample.height=256", "sample.width=256")
     code, _, _ = run(*dry, "--gpu-memory", "4GB", *(f"--set={advice}" for advice in advised))
     assert code == 0
-    for wrong in (("--gpu-memory", "much"), ("--gpus", 2)):
+    for wrong in (("--gpu-memory", "much"), ("--gpus", 2), ("--gpu", "rtx1")):
         code, _, err = run(*dry, *wrong)
         assert code == 2
         assert wrong[0] in err

@@ -132,9 +132,9 @@ def test_other_texts_are_refused(text: str) -> None:
 
 
 def test_the_memory_of_this_machine_is_found() -> None:
-    from alignprop_cli.training import run
+    from alignprop_cli.training import plans
 
-    budget = run._budget(Accelerator(cpu=True), config())
+    budget = plans.budget_here(Accelerator(cpu=True), config())
     assert budget.device_type == "cpu"
     assert 0.1 * GIB < budget.bytes < 10_000 * GIB
     assert budget.usable < budget.bytes
