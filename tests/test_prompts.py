@@ -11,7 +11,7 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
@@ -292,6 +292,7 @@ WORDS = ["a", "cat", "Bär", "雪", "🙂", "internationalisation", "<tag>", "&a
 
 
 @pytest.mark.parametrize("library", ["open_clip", "transformers"])
+@settings(max_examples=25)
 @given(st.lists(st.sampled_from(WORDS), min_size=1, max_size=30), st.sampled_from([" ", "\n\t  "]))
 def test_what_a_tokenizer_is_given_has_the_tokens_of_the_whole_text(
     library: str, words: list[str], blank: str
