@@ -16,7 +16,7 @@ from tests.fuzz.domains import DOMAINS
 from tests.fuzz.run import LIMIT, plan, try_one
 from tests.warm import Warm
 
-COUNT = 100
+COUNT = 80
 SEED = 1
 
 
