@@ -77,7 +77,7 @@ def train_killed(commands: Commands, place: Path, wanted: int | None, keep: int 
 
 
 def test_a_run_killed_while_it_writes_goes_on_identically(commands: Commands, place: Path) -> None:
-    train_killed(commands, place, 3, None)
+    train_killed(commands, place, 2, None)
 
 
 @pytest.mark.slow
@@ -189,7 +189,7 @@ def replaced_killed(commands: Commands, place: Path, name: str, wanted: int | No
 def test_a_replaced_result_is_the_old_or_the_new_one(
     commands: Commands, place: Path, name: str
 ) -> None:
-    replaced_killed(commands, place, name, 5)
+    replaced_killed(commands, place, name, 4)
 
 
 @pytest.mark.slow
