@@ -20,6 +20,9 @@ from alignprop_cli.commands.options import (
 from alignprop_cli.errors import ConfigError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from alignprop_cli.config.schema import Config
     from alignprop_cli.console import Console
 
 WeightedRewardOption = Annotated[
@@ -105,13 +108,26 @@ def train(
         return console.result("alignprop.config/1", values, [dump(resolved).rstrip()])
 
     # 3. From here on torch and diffusers are needed.
-    from alignprop_cli.training.run import describe, run_training
-
     name = run_name(preset, config) if run is None else run.name
     if dry_run:
-        describe(resolved, console, name=name, resume=run, gpu_memory=gpu_memory, gpus=gpus)
-    else:
-        run_training(resolved, console, name=name, resume=run)
+        from alignprop_cli.training.run import describe
+
+        cards = {"gpu_memory": gpu_memory, "gpus": gpus}
+        return describe(resolved, console, name=name, resume=run, **cards)
+    _run(resolved, console, name, run, is_auto=resume == "auto")
+
+
+def _run(config: Config, console: Console, name: str, run: Path | None, *, is_auto: bool) -> None:
+    """Train; where a scheduler's line finds its run done, that is no error."""
+    from alignprop_cli.training.resume import NothingToDo
+    from alignprop_cli.training.run import run_training
+
+    try:
+        run_training(config, console, name=name, resume=run)
+    except NothingToDo as error:
+        if not is_auto:
+            raise
+        console.note(error.message)
 
 
 def _list(console: Console) -> None:
