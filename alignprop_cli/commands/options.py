@@ -83,10 +83,11 @@ def check_output_file(file: Path, *, overwrite: bool) -> None:
     """Refuse to replace a file, unless asked to.
 
     Raises:
-        ConfigError: If it is a folder, or exists without `overwrite`.
+        ConfigError: If it is a folder, a pipe or a device, or exists without `overwrite`.
     """
-    if file.is_dir():
-        raise ConfigError(f"--output: {file} is a folder, expected a file", hint=_HINT)
+    if file.exists() and not file.is_file():
+        kind = "a folder" if file.is_dir() else "a pipe or a device"
+        raise ConfigError(f"--output: {file} is {kind}, expected a file", hint=_HINT)
     if file.exists() and not overwrite:
         raise ConfigError(f"--output: {file} exists", hint=_HINT)
 

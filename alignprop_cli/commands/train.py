@@ -20,6 +20,9 @@ from alignprop_cli.commands.options import (
 from alignprop_cli.errors import ConfigError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from alignprop_cli.config.schema import Config
     from alignprop_cli.console import Console
 
 WeightedRewardOption = Annotated[
@@ -110,14 +113,26 @@ def train(
         return console.result("alignprop.config/1", values, [dump(resolved).rstrip()])
 
     # 3. From here on torch and diffusers are needed.
-    from alignprop_cli.training.plans import describe
-    from alignprop_cli.training.run import run_training
-
     name = run_name(preset, config) if run is None else run.name
     if dry_run:
+        from alignprop_cli.training.plans import describe
+
         cards = {"gpu_memory": gpu_memory, "gpu": gpu, "gpus": gpus}
         return describe(resolved, console, name=name, resume=run, **cards)
-    run_training(resolved, console, name=name, resume=run)
+    _run(resolved, console, name, run, is_auto=resume == "auto")
+
+
+def _run(config: Config, console: Console, name: str, run: Path | None, *, is_auto: bool) -> None:
+    """Train; where a scheduler's line finds its run done, that is no error."""
+    from alignprop_cli.training.resume import NothingToDo
+    from alignprop_cli.training.run import run_training
+
+    try:
+        run_training(config, console, name=name, resume=run)
+    except NothingToDo as error:
+        if not is_auto:
+            raise
+        console.note(error.message)
 
 
 def _list(console: Console) -> None:
@@ -145,6 +160,6 @@ def _check_cards(dry_run: bool, gpu_memory: str | None, gpu: str | None, gpus: i
 
         if not has_gpu():
             raise ConfigError(
-                "--gpu-memory: there is no GPU here; with --dry-run it plans for one elsewhere, and "
-                "train.memory_limit limits the RAM"
+                "--gpu-memory: there is no GPU here",
+                hint="with --dry-run it plans for one elsewhere; train.memory_limit limits the RAM",
             )

@@ -14,7 +14,6 @@ from pydantic import BaseModel, ValidationError
 from alignprop_cli.config.schema import Config, LossConfig, RewardConfig
 from alignprop_cli.errors import ConfigError, Problem, did_you_mean
 
-
 # Characters of a refused value in a message.
 _LONGEST = 200
 

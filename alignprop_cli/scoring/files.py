@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError, features
 
 from alignprop_cli.errors import AssetError, ConfigError, RunError, first_line
+from alignprop_cli.paths import reason
 from alignprop_cli.scoring.pixels import MOST_PIXELS, Pixels, factor_of, to_rgb
 
 # Formats that are read, and the suffixes of their files in folders. Of Pillow's other formats some
@@ -36,6 +37,8 @@ _OTHERS = (
 )
 # Formats whose readers hold several copies of an image.
 _WHOLE = ("WEBP", "AVIF")
+# Characters of a name in a message.
+_SHOWN = 200
 # Scaled to the height that a model reads, an image longer than this would fill the memory.
 _LONGEST_RATIO = 50
 # What Pillow's readers raise on files that are damaged, not images, or too large.
@@ -134,9 +137,11 @@ def find_images(names: Iterable[str]) -> list[Found]:
             # A file may be called cat[1].png, so names come before patterns.
             places = _below(path) if path.exists() else _matches(path)
         except (OSError, ValueError) as error:
-            raise AssetError(f"{name}: cannot be read: {error}") from error
+            raise AssetError(f"{name[:_SHOWN]}: cannot be read: {reason(error)}") from error
         if places is None:
-            raise AssetError(f"{name}: no such file or folder, and no pattern that matches one")
+            raise AssetError(
+                f"{name[:_SHOWN]}: no such file or folder, and no pattern that matches one"
+            )
         for place in places:
             found.setdefault(named(place.path), place)
     if not found:

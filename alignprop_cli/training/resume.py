@@ -35,6 +35,10 @@ _MAY_CHANGE = (
 )
 
 
+class NothingToDo(ConfigError):
+    """The run that is to be resumed has done all its steps."""
+
+
 def newest(run: Path, warn: Callable[[str], object] = lambda text: None) -> Path | None:
     """Return the newest checkpoint of a run that is as it was written.
 
@@ -120,7 +124,8 @@ def restore(trainer: Trainer, found: Path, run: Path, steps: int) -> None:
         steps: The step at which the run is to end.
 
     Raises:
-        ConfigError: If it was trained on another network, or nothing is left to do.
+        ConfigError: If it was trained on another network.
+        NothingToDo: If it has done all its steps.
         RunError: If the checkpoint is damaged.
     """
     # 1. The same base model: a folder or a branch of the hub may hold another one by now.
@@ -134,7 +139,7 @@ def restore(trainer: Trainer, found: Path, run: Path, steps: int) -> None:
     # 2. Something left to do. A run that was killed after its last step lacks its summary, and is
     #    resumed to write it.
     if state.step > steps or (state.step == steps and _summarised(run) == steps):
-        raise ConfigError(
+        raise NothingToDo(
             f"--resume: {found} is at step {state.step} and train.steps is {steps}: nothing to do",
             hint=f"give a larger number, for instance --steps {state.step + steps}",
         )

@@ -301,3 +301,11 @@ def test_a_prompt_without_end_is_measured_in_no_time(capsys, tmp_path):
     code, _, err = run(capsys, *ask)
     assert code == 4
     assert "a.txt has 48 MiB" in " ".join(err.split())
+
+
+def test_rows_do_not_replace_a_device(tmp_path, capsys):
+    picture(tmp_path / "a.png")
+    ask = (tmp_path, "-r", "brightness", "-o", "/dev/null", "--overwrite")
+    code, _, err = run(capsys, *ask)
+    assert code == 2
+    assert "/dev/null is a pipe or a device" in err

@@ -297,6 +297,11 @@ def test_a_run_killed_while_it_measured_can_be_finished_and_then_is_done(run) ->
     code, _, err = run("--resume", "r", "-q")
     assert code == 2
     assert "nothing to do" in err
+    # A scheduler repeats its line until it ends well.
+    line = ("--preset", "tiny", "--steps", 1, "--resume", "auto", "--output", "r", *FAST)
+    code, _, err = run(*line)
+    assert code == 0
+    assert "nothing to do" in err
 
 
 def test_a_run_stopped_before_its_first_checkpoint_begins_again(run) -> None:

@@ -62,6 +62,7 @@ def test_two_signals_end_training_at_once(commands: Commands, place: Path) -> No
     same_end(place / "run", commands.run)
 
 
+@pytest.mark.slow
 def test_the_signal_of_a_scheduler_saves_and_training_goes_on(
     commands: Commands, place: Path
 ) -> None:

@@ -32,10 +32,7 @@ def prepare(commands: Commands, place: Path) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [
-        n if n in ("soup", "score", "train") else pytest.param(n, marks=pytest.mark.slow)
-        for n in TWICE
-    ],
+    [n if n in ("soup", "score") else pytest.param(n, marks=pytest.mark.slow) for n in TWICE],
 )
 def test_the_second_is_refused_and_names_the_first(
     commands: Commands, place: Path, name: str

@@ -187,6 +187,10 @@ def assignments(rng: Random, place: Path, assets: Assets) -> list[str]:
         found = strange.value(rng)
         with contextlib.suppress(RecursionError):
             plain = rng.choice(PLAUSIBLE)
+            # Many are taken as they are: else nothing behind the checks would be tried.
+            if inner in fields and rng.random() < 0.5:
+                default = fields[inner].get_default(call_default_factory=True)
+                plain = json.dumps(default * 2 if type(default) is int else default)
             odd = (str(found), json.dumps(found), _trick(rng, place)[:500], "&a [*a]")
             text = plain if rng.random() < 0.6 else rng.choice(odd)
             if rng.random() < 0.2:
@@ -194,7 +198,7 @@ def assignments(rng: Random, place: Path, assets: Assets) -> list[str]:
                     "utf-8", "replace"
                 )
             sets.append(f"--set={key}{rng.choice(('=', '=', '=', '', ':', '=='))}{text}")
-    how = rng.choice(("--show-preset", "--show-preset", "--dry-run"))
+    how = "--dry-run" if rng.random() < 0.1 else "--show-preset"
     return ["train", "--preset=tiny", how, *(_argument(text) for text in sets)]
 
 

@@ -9,6 +9,7 @@ Failures are kept in a folder each: the files, and command.json.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import shutil
@@ -143,7 +144,10 @@ def main() -> int:
             return int(one.broken is not None)
         warm.close()
         wanted = [each for each in plan(options.count) if options.domain in (None, each[0])]
-        results = list(_all(wanted, options, folder, made))
+        results: list[Result] = []
+        # What has been tried counts, also where somebody has had enough.
+        with contextlib.suppress(KeyboardInterrupt):
+            results.extend(_all(wanted, options, folder, made))
     print(_table(results))
     return int(any(result.broken for result in results))
 

@@ -39,7 +39,7 @@ PLAIN = st.recursive(
 )
 SEEDS = st.integers(0, 2**32)
 many = settings(
-    max_examples=200,
+    max_examples=100,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 

@@ -342,13 +342,13 @@ def test_decoding_in_parts_is_preferred_to_recomputing_and_to_a_smaller_micro_ba
 def test_a_gpu_rolls_out_more_images_than_it_trains_on_at_once() -> None:
     request = asked({"method": "last_k", "k": 10, "checkpoint_network": "none"}, batch_size=32)
     plan = make_plan(request, footprint=footprint(), budget=gpu(30))
-    assert (plan.rollout_batch, plan.micro_batch, plan.decode_batch) == (16, 1, 1)
-    assert "roll-out by 16" in plan.describe()
+    assert (plan.rollout_batch, plan.micro_batch, plan.decode_batch) == (32, 1, 1)
+    assert "roll-out by 32" in plan.describe()
     # What is rolled out takes memory too: 16 GiB for 130 images.
     wide = replace(footprint(), rollout=work(0, 2000, 0, 1600, 0))
     plan = make_plan(request, footprint=wide, budget=gpu(30))
     assert plan.micro_batch == 1
-    assert 1 < plan.rollout_batch < 16
+    assert 1 < plan.rollout_batch < 32
     # On the CPU, where a larger one is no faster, the roll-out takes the micro-batch.
     plan = make_plan(request, footprint=footprint(), budget=cpu(40))
     assert plan.rollout_batch == plan.micro_batch

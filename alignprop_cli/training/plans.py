@@ -1,0 +1,158 @@
+"""The plan of a run: for this machine, or in a dry run for cards that need not be here."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import cast
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from alignprop_cli.config.schema import Config, dump
+from alignprop_cli.console import Console
+from alignprop_cli.device import available, hold_memory, make_accelerator
+from alignprop_cli.planning import request as planning
+from alignprop_cli.planning.choose import make_plan
+from alignprop_cli.planning.estimate import Budget, Footprint, expected_correction
+from alignprop_cli.planning.plan import Plan, PlanRequest
+from alignprop_cli.planning.probe import measure_times, settle
+from alignprop_cli.planning.speed import CARDS, Times, assumed, card_for, find_card
+from alignprop_cli.training import folders, setup
+from alignprop_cli.training.callbacks import Run
+from alignprop_cli.training.compiling import compile_network
+from alignprop_cli.training.resume import newest, refuse_changes
+from alignprop_cli.training.trial import Trial
+
+
+def describe(
+    config: Config,
+    console: Console,
+    *,
+    name: str,
+    resume: Path | None,
+    gpu_memory: str | None = None,
+    gpu: str | None = None,
+    gpus: int | None = None,
+) -> None:
+    """Print the plan and the complete configuration of a run without doing it.
+
+    Makes the same checks as a real run, except those that need the weights.
+
+    Args:
+        config: The complete configuration.
+        console: For the result.
+        name: Name of the run, used if `output.dir` is not set.
+        resume: The run to resume; None plans a new one.
+        gpu_memory: Memory of the cards to plan for, such as 12GB; None is that of `gpu`, or of this
+            machine where that is None too.
+        gpu: Name of the cards, whose speed is assumed; None assumes one of that memory.
+        gpus: Number of these cards.
+    """
+    # 1. The checks, with nothing written.
+    accelerator = make_accelerator()
+    setup.check(config, resume)
+    if resume is None:
+        folders.new_run(config.output.dir, name)
+    elif (found := newest(resume, console.warn)) is not None:
+        refuse_changes(found, setup.settled(config))
+    # 2. The plan, from shapes alone: neither the weights nor the cards have to be here.
+    card = None if gpu is None else find_card(gpu)
+    if card is not None and gpu_memory is None:
+        gpu_memory = f"{CARDS[card].memory}GB"
+    budget = budget_here(accelerator, config, gpu_memory)
+    footprint = planning.measure(config, budget.device_type)
+    request = planning.plan_request(config, gpus or accelerator.num_processes)
+    times = _assumed(footprint, budget, card)
+    plan = _first_plan(request, footprint, budget, times)
+    values = {
+        "plan": {
+            **asdict(plan),
+            "accumulation": plan.accumulation,
+            "images_per_hour": plan.images_per_hour,
+        },
+        "budget": asdict(budget),
+        "times": None if times is None else asdict(times),
+        "uncounted": list(footprint.uncounted),
+        "config": config.model_dump(mode="json"),
+    }
+    lines = [dump(config).rstrip(), "", *planning.describe(plan, budget, times)]
+    lines += [f"not counted: {', '.join(footprint.uncounted)}"] if footprint.uncounted else []
+    console.result("alignprop.plan/1", values, [*lines, "nothing was done (--dry-run)"])
+
+
+def plan_here(
+    config: Config, request: PlanRequest, budget: Budget
+) -> tuple[Plan, Footprint | None]:
+    """Return the plan, and what it was chosen by; where nothing is open nothing is counted."""
+    footprint = planning.measure(config, budget.device_type) if request.is_open else None
+    times = None if footprint is None else _assumed(footprint, budget)
+    return _first_plan(request, footprint, budget, times), footprint
+
+
+def _first_plan(
+    request: PlanRequest, footprint: Footprint | None, budget: Budget, times: Times | None
+) -> Plan:
+    """Return the plan to begin with, before anything is measured."""
+    correction = expected_correction(budget.device_type)
+    return make_plan(
+        request, footprint=footprint, budget=budget, correction=correction, times=times
+    )
+
+
+def _assumed(footprint: Footprint, budget: Budget, card: str | None = None) -> Times | None:
+    """Return the pace that is assumed of a GPU before it is measured; None elsewhere."""
+    # On the CPU small batches lose nothing, and a plan must not depend on a timing: it rounds.
+    if budget.device_type != "cuda":
+        return None
+    return assumed(footprint, card or card_for(budget.bytes))
+
+
+def try_out(run: Run, request: PlanRequest, footprint: Footprint | None, budget: Budget) -> None:
+    """Measure on the device how fast it is, whether the plan fits, and whether compiling pays."""
+    # Only on CUDA, where torch counts what it allocates and running out of memory can be caught.
+    trial = Trial(run.trainer)
+    if footprint is not None and run.accelerator.device.type == "cuda":
+        started, plan = time.perf_counter(), run.trainer.plan
+        # Timed with everything stored; recomputation is added up from the parts.
+        trial.apply_plan(replace(plan, checkpoint_network="none", stored_calls=0))
+        times = measure_times(trial, plan.share)
+        if plan.checkpoint_reward:  # it cannot be switched off again
+            request = replace(request, checkpoint_reward=True)
+        trial.apply_plan(_first_plan(request, footprint, budget, times))
+        settle(trial, request, footprint, budget, times=times)
+        torch.cuda.empty_cache()
+        run.console.note(
+            f"measured in {time.perf_counter() - started:.0f} s: {run.trainer.plan.describe()}"
+        )
+    steps = run.config.train.steps - run.trainer.step_number
+    compile_network(trial, steps, run.config.train.compile, run.console.note)
+
+
+def budget_here(accelerator: Accelerator, config: Config, gpu_memory: str | None = None) -> Budget:
+    """Return the memory that each process may use; the same for all, since they share one plan.
+
+    Args:
+        accelerator: Device and processes.
+        config: Its `train.memory_limit` counts.
+        gpu_memory: Memory of a card that this machine need not have; None asks the device.
+    """
+    if gpu_memory is not None:
+        return Budget(planning.parse_memory(gpu_memory), "cuda", "--gpu-memory")
+    here = accelerator.device
+    size, source = available(here)
+    # The processes of one machine share its RAM.
+    if here.type == "cpu":
+        size //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if config.train.memory_limit is not None:
+        limit = planning.parse_memory(config.train.memory_limit, "train.memory_limit")
+        if limit < size:
+            size, source = limit, "train.memory_limit"
+            hold_memory(here, limit)
+    sizes = cast(Tensor, accelerator.gather(torch.tensor([size], device=here)))
+    # The driver's number is of a process that has its context already; a limit is not.
+    free = here.type == "cuda" and source != "train.memory_limit"
+    return Budget(int(sizes.min()), here.type, source, has_context=free)
