@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from alignprop_cli.commands.cards import GpuMemoryOption, GpuOption, GpusOption, checked
 from alignprop_cli.commands.options import (
     ConfigOption,
     DebugOption,
@@ -17,7 +18,6 @@ from alignprop_cli.commands.options import (
     SeedOption,
     SetOption,
 )
-from alignprop_cli.errors import ConfigError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -40,16 +40,6 @@ ResumeOption = Annotated[
 ]
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="print the plan and the configuration, and stop")
-]
-GpuMemoryOption = Annotated[
-    str | None,
-    typer.Option("--gpu-memory", help="use at most this: 12GB; with --dry-run of any GPU"),
-]
-GpuOption = Annotated[
-    str | None, typer.Option("--gpu", help="plan for this card: rtx4090, ...; with --dry-run only")
-]
-GpusOption = Annotated[
-    int | None, typer.Option("--gpus", min=1, help="plan for so many; with --dry-run only")
 ]
 ListOption = Annotated[
     bool, typer.Option("--list-presets", help="list the shipped presets and stop")
@@ -101,7 +91,7 @@ def train(
     # 1. Without any configuration.
     if list_presets:
         return _list(console)
-    _check_cards(dry_run, gpu_memory, gpu, gpus)
+    cards = checked(dry_run, gpu_memory, gpu, gpus)
     # 2. The configuration of the run to resume, or of a new one.
     run = run_to_resume(resume, preset, config, output)
     flags = {"model.id": model, "train.steps": steps, "train.seed": seed, "output.dir": output}
@@ -117,7 +107,6 @@ def train(
     if dry_run:
         from alignprop_cli.training.plans import describe
 
-        cards = {"gpu_memory": gpu_memory, "gpu": gpu, "gpus": gpus}
         return describe(resolved, console, name=name, resume=run, **cards)
     _run(resolved, console, name, run, is_auto=resume == "auto")
 
@@ -143,23 +132,3 @@ def _list(console: Console) -> None:
     rows = [(name, presets.summary(name)) for name in presets.names()]
     listing = table("Presets", ("name", "what it does"), rows, numbers=False)
     console.result("alignprop.presets/1", {"presets": dict(rows)}, [listing])
-
-
-def _check_cards(dry_run: bool, gpu_memory: str | None, gpu: str | None, gpus: int | None) -> None:
-    """Refuse a real run with options that describe GPUs of another machine."""
-    # Else a run would be planned for cards that this machine does not have.
-    for flag, value in (("--gpu", gpu), ("--gpus", gpus)):
-        if value is not None and not dry_run:
-            raise ConfigError(
-                f"{flag} plans for GPUs that need not be here: it goes with --dry-run"
-            )
-    if gpus is not None and gpu_memory is None and gpu is None:
-        raise ConfigError("--gpus needs to know which: give --gpu-memory or --gpu as well")
-    if gpu_memory is not None and not dry_run:
-        from alignprop_cli.device import has_gpu
-
-        if not has_gpu():
-            raise ConfigError(
-                "--gpu-memory: there is no GPU here",
-                hint="with --dry-run it plans for one elsewhere; train.memory_limit limits the RAM",
-            )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -161,28 +161,26 @@ def settle(
         if points:
             correction = Correction.through(points)
             expected = estimate(footprint, request, plan, images=plan.share, correction=correction)
-            held = replace(
-                plan, estimate=expected, seconds=_seconds(plan, request, footprint, times)
-            )
+            seconds = _seconds(plan, request, footprint, times)
+            held = replace(plan, estimate=expected, seconds=seconds)
         else:
             below = _estimated(plan, request, footprint)
         # 3. Choose again. If by the corrected estimate no plan fits, the last one that was measured
         #    to fit is kept: it did run.
-        plan = None
-        for limit in [below] if held is not None else [_SMALLER * below, below]:
-            with suppress(RunError):
-                plan = make_plan(
-                    request,
-                    footprint=footprint,
-                    budget=budget,
-                    correction=correction,
-                    below=limit,
-                    times=times,
-                )
-                break
+        limits = [below] if held is not None else [_SMALLER * below, below]
+        chosen_by = {"footprint": footprint, "budget": budget, "times": times}
+        plan = _next(limits, request, correction=correction, **chosen_by)
     if held is None:
         raise torch.OutOfMemoryError("the smallest plan is too large for this device")
     trial.apply_plan(held)
+
+
+def _next(limits: Sequence[float], request: PlanRequest, **chosen_by: Any) -> Plan | None:
+    # By the first limit of the estimate under which there is a plan.
+    for limit in limits:
+        with suppress(RunError):
+            return make_plan(request, below=limit, **chosen_by)
+    return None
 
 
 def _measure(

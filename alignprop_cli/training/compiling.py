@@ -41,16 +41,8 @@ def compile_network(
         note: Called with the outcome, for people.
         backend: Backend of torch.compile.
     """
-    model = trial.trainer.model
-    network: Any = model.network.module
-    # Not on the CPU: there runs repeat bit for bit, and a timing must not decide how they round. It
-    # gained 1 to 3 % (34 million weights, torch 2.15) and 15 % (the embedded model, torch 2.14).
-    unlikely = wanted == "auto" and model.device.type != "cuda"
-    if wanted is False or unlikely or steps <= 0:
-        return
-    # The probe's prediction tells without a timing that a run is short, by a wide margin.
-    expected = trial.plan.seconds
-    if wanted == "auto" and expected is not None and 2.0 * expected * steps < _WORTH_TRYING_SECONDS:
+    network: Any = trial.trainer.model.network.module
+    if wanted is False or (wanted == "auto" and _is_pointless(trial, steps)) or steps <= 0:
         return
     try:
         _timed(trial)  # warm-up
@@ -84,6 +76,16 @@ def compile_network(
         f"compiled the network's blocks in {took:.0f} s: a micro-batch is {gain:.2f} x as fast"
         + ("" if kept else ", not worth keeping")
     )
+
+
+def _is_pointless(trial: Trial, steps: int) -> bool:
+    # Not on the CPU: there runs repeat bit for bit, and a timing must not decide how they round. It
+    # gained 1 to 3 % (34 million weights, torch 2.15) and 15 % (the embedded model, torch 2.14).
+    if trial.trainer.model.device.type != "cuda":
+        return True
+    # The probe's prediction tells without a timing that a run is short, by a wide margin.
+    expected = trial.plan.seconds
+    return expected is not None and 2.0 * expected * steps < _WORTH_TRYING_SECONDS
 
 
 def _timed(trial: Trial) -> float:
