@@ -21,6 +21,7 @@ from alignprop_cli import __version__
 from alignprop_cli.commands import evaluate, score, soup, train
 from alignprop_cli.console import Console
 from alignprop_cli.errors import AlignPropError, Terminated, explained
+from alignprop_cli.waiting import choose_waiting
 
 ISSUES = "please report it with the output of --debug"
 
@@ -67,6 +68,7 @@ def main(args: Sequence[str] | None = None) -> None:
         _quieten_libraries()
     _prepare_streams()
     _catch_signals()
+    choose_waiting()
     console = Console()
     try:
         app(arguments)

@@ -31,7 +31,10 @@ PACKAGE = ROOT / "alignprop_cli"
 # Where each module, or each folder of modules, lives. A new one is placed here first.
 STORY = ("schedule", "guidance", "sampling", "estimators", "losses", "images", "rng")
 LAYER = {
-    **{name: name for name in ("errors", "console", "config", "evaluation", "training", "scoring")},
+    **{
+        name: name
+        for name in ("errors", "waiting", "console", "config", "evaluation", "training", "scoring")
+    },
     **dict.fromkeys(STORY, "story"),
     **dict.fromkeys(("paths", "parsing"), "outside"),
     **dict.fromkeys(("device", "storage", "hub", "prompts"), "ground"),
@@ -49,6 +52,7 @@ _PARTS = {"errors", "outside", "story", "config", "ground", "parts"}
 MAY_IMPORT = {
     "root": set[str](),
     "errors": set[str](),
+    "waiting": set[str](),
     "console": {"errors"},
     "story": {"errors"},
     "outside": {"errors"},
@@ -60,7 +64,7 @@ MAY_IMPORT = {
     "training": {*_PARTS, "console", "evaluation"},
     "scoring": {*_PARTS, "console", "evaluation"},
     "commands": {*_PARTS, "console", "evaluation", "training", "scoring"},
-    "cli": {"errors", "console", "commands"},
+    "cli": {"errors", "waiting", "console", "commands"},
     "main": {"cli"},
 }
 
