@@ -12,6 +12,9 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+# Characters of a key that a message repeats.
+_LONGEST_KEY = 200
+
 
 class AlignPropError(Exception):
     """Base class of all errors that are shown to the user as one message, without a traceback.
@@ -45,7 +48,9 @@ class Problem:
 
     def __str__(self) -> str:
         where = f" (from {self.origin})" if self.origin else ""
-        return f"{self.key}: {self.message}{where}"
+        # A key that a user has mistyped may be a whole text.
+        key = self.key if len(self.key) <= _LONGEST_KEY else f"{self.key[:_LONGEST_KEY]}…"
+        return f"{key}: {self.message}{where}"
 
 
 class ConfigError(AlignPropError):

@@ -69,7 +69,9 @@ def write_whole(path: Path, write: Callable[[Path], object], *, replace: bool = 
         _sync(path.parent)
     finally:
         os.close(handle)
-        # After an exchange this is the old folder.
+        # After an exchange this is the old folder, or a file that had the name.
+        if temporary.is_file():
+            temporary.unlink()
         shutil.rmtree(temporary, ignore_errors=True)
 
 

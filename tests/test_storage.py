@@ -37,6 +37,13 @@ def test_a_folder_is_replaced_whole(tmp_path: Path, monkeypatch, kernel: str) ->
     assert names(tmp_path / "a") == ["new"]
 
 
+def test_a_file_in_the_way_is_replaced_and_gone(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("a note", encoding="utf-8")
+    write_whole(tmp_path / "a", one_file("new"))
+    assert names(tmp_path) == ["a"]
+    assert names(tmp_path / "a") == ["new"]
+
+
 def test_an_empty_folder_may_always_be_replaced(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     write_whole(tmp_path / "a", one_file("new"), replace=False)

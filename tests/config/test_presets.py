@@ -200,3 +200,9 @@ def test_all_unreadable_assignments_are_reported_at_once() -> None:
 def test_an_assignment_through_a_value_is_refused() -> None:
     with pytest.raises(ConfigError, match="'steps' is a value, not a section"):
         presets.resolve(preset="tiny", assignments=["train.steps.more=1"])
+
+
+def test_a_whole_text_in_place_of_a_key_is_not_repeated() -> None:
+    with pytest.raises(ConfigError, match="expected key=value") as caught:
+        presets.resolve(preset="tiny", assignments=["word " * 6000])
+    assert len(caught.value.message) < 400

@@ -126,7 +126,7 @@ def mixed(run: Any, file: Path, place: Path, network: UNet2DConditionModel) -> d
 def started(file: Path) -> dict[str, Tensor]:
     """Return the weights that training starts with from `lora.init`."""
     config = presets.resolve(preset="tiny", assignments=[f"lora.init={file}"])
-    setup.check(config)
+    setup.check(config, None)
     model = embedded()
     try:
         setup.prepare_lora(config, model, None, Console(quiet=True))
