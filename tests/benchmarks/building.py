@@ -6,12 +6,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from accelerate import Accelerator
 
 from alignprop_cli.config.schema import Config
 from alignprop_cli.console import Console
-from alignprop_cli.device import available, keep_memory, make_accelerator
+from alignprop_cli.device import available, keep_memory, make_accelerator, set_deterministic
 from alignprop_cli.models.base import Model
 from alignprop_cli.models.families import open_model
 from alignprop_cli.planning import request as planning
@@ -56,8 +55,8 @@ def open_parts(config: Config, prompts: Sequence[str], also: Sequence[str] = ())
     size, source = available(device)
     if device.type == "cpu":
         keep_memory()
-    torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(mode=True, warn_only=True)
+    # As in a run: the CPU's kernels repeat, a GPU's need not.
+    set_deterministic(device, wanted=device.type == "cpu")
     asked = [*prompts, *also, config.sample.negative_prompt]
     model = open_model(config.model, asked, device)
     setup.prepare_lora(config, model, None, Console(quiet=True))
