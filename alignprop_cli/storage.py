@@ -75,6 +75,18 @@ def write_whole(path: Path, write: Callable[[Path], object], *, replace: bool = 
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def remove(folder: Path) -> None:
+    """Remove a folder whole or not at all: a killed process leaves no half of it.
+
+    Raises:
+        OSError: From the operating system.
+    """
+    # Under this name it is what `sweep` removes.
+    unnamed = folder.with_name(f".{folder.name[:_LONGEST]}-{os.getpid()}{_SUFFIX}")
+    folder.rename(unnamed)
+    shutil.rmtree(unnamed)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -44,6 +44,21 @@ def test_a_file_in_the_way_is_replaced_and_gone(tmp_path: Path) -> None:
     assert names(tmp_path / "a") == ["new"]
 
 
+def test_a_folder_is_removed_whole_or_not_at_all(tmp_path: Path, monkeypatch) -> None:
+    for name in ("a", "b"):
+        write_whole(tmp_path / name, one_file("new"))
+    storage.remove(tmp_path / "a")
+    assert names(tmp_path) == ["b"]
+
+    # Killed before the first file of it is gone.
+    monkeypatch.setattr(storage.shutil, "rmtree", lambda *_, **__: None)
+    storage.remove(tmp_path / "b")
+    monkeypatch.undo()
+    assert not (tmp_path / "b").exists()
+    storage.sweep(tmp_path)
+    assert names(tmp_path) == []
+
+
 def test_an_empty_folder_may_always_be_replaced(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     write_whole(tmp_path / "a", one_file("new"), replace=False)

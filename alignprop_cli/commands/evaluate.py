@@ -111,7 +111,7 @@ def evaluate(
         from alignprop_cli.evaluation.run import run_evaluation, variants
 
         console = Console(as_json=as_json, quiet=quiet)
-        run_evaluation(resolved, console, variants(located, strengths), folder)
+        run_evaluation(resolved, console, variants(located, strengths), folder, replace=overwrite)
 
 
 def _locate(targets: list[str]) -> list[Located]:

@@ -121,10 +121,10 @@ def soup(
         if evaluate or shares is not None:
             flags = {"model.id": model, "eval.images": images}
             config = settings.for_soup(made, sets=sets, reward=reward, flags=flags)
-        _make(console, made, config)
+        _make(console, made, config, replace=overwrite)
 
 
-def _make(console: Console, soup: Soup, config: Config | None) -> None:
+def _make(console: Console, soup: Soup, config: Config | None, *, replace: bool) -> None:
     """Make the mixes; print what was made or, with a `config`, evaluate them."""
     from alignprop_cli.commands import settings
     from alignprop_cli.lora.files import locate
@@ -133,7 +133,7 @@ def _make(console: Console, soup: Soup, config: Config | None) -> None:
         console.warn(text)
     for text in soup.remarks:
         console.note(text)
-    values, lines = soup.make()
+    values, lines = soup.make(replace=replace)
     if config is None:
         lines.append(f"next: {settings.evaluate_command(soup.folder, soup.header)}")
         console.result("alignprop.soup/1", values, lines)
@@ -147,4 +147,4 @@ def _make(console: Console, soup: Soup, config: Config | None) -> None:
         for m in soup.mixes
     ]
     folder, axis = soup.folder / "evaluation", "share of the first member"
-    run_evaluation(config, console, mixes, folder, axis=axis)
+    run_evaluation(config, console, mixes, folder, replace=replace, axis=axis)

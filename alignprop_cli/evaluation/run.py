@@ -68,6 +68,7 @@ def run_evaluation(
     chosen: Sequence[Variant],
     folder: Path,
     *,
+    replace: bool,
     axis: str = "strength of the LoRA",
 ) -> None:
     """Sample, measure, compare, write the folder, and print the result.
@@ -76,7 +77,8 @@ def run_evaluation(
         config: The complete configuration.
         console: For people and for the result.
         chosen: The LoRAs; without any, only the base model is sampled.
-        folder: Where the result is written; replaced if it exists.
+        folder: Where the result is written.
+        replace: Whether a folder of this name is replaced, also one that appears meanwhile.
         axis: Title of the curve's x axis.
 
     Raises:
@@ -120,7 +122,7 @@ def run_evaluation(
         group_of=group_of,
         seconds=time.perf_counter() - started,
     )
-    write_whole(folder, lambda made: write(result, made))
+    write_whole(folder, lambda made: write(result, made), replace=replace)
     show(console, result, folder)
 
 

@@ -114,8 +114,11 @@ class Soup:
             return [f"the shares add up to {total:g}: the mix is not an average"]
         return ["a share is negative: the mix lies beyond a member"] if least < 0.0 else []
 
-    def make(self) -> tuple[dict[str, Any], list[str]]:
+    def make(self, *, replace: bool) -> tuple[dict[str, Any], list[str]]:
         """Write the mixes.
+
+        Args:
+            replace: Whether folders of their names are replaced, also those that appear meanwhile.
 
         Returns:
             For a single mix: what was made, for programs and for people. For a sweep nothing.
@@ -128,7 +131,7 @@ class Soup:
         # for its file, as all together may not fit the memory.
         for mix in self.mixes if len(self.mixes) > 1 else ():
             _mixed(mix, self.members, self.recipe)
-        made = [_make(mix, self.members, self.recipe) for mix in self.mixes]
+        made = [_make(mix, self.members, self.recipe, replace=replace) for mix in self.mixes]
         return made[0] if self.mixes[0].share is None else ({}, [])
 
 
@@ -213,7 +216,9 @@ def _check_members(adapters: Sequence[Adapter], allow_missing: bool) -> None:
             )
 
 
-def _make(mix: Mix, members: Sequence[Member], recipe: Recipe) -> tuple[dict[str, Any], list[str]]:
+def _make(
+    mix: Mix, members: Sequence[Member], recipe: Recipe, *, replace: bool
+) -> tuple[dict[str, Any], list[str]]:
     """Mix the members, write the folder whole or not at all, and return what was made."""
     # 1. The arithmetic.
     mixed = _mixed(mix, members, recipe)
@@ -235,6 +240,7 @@ def _make(mix: Mix, members: Sequence[Member], recipe: Recipe) -> tuple[dict[str
     write_whole(
         mix.folder,
         lambda made: files.save(made, weights, header, prefix=prefix, adapter_metadata=metadata),
+        replace=replace,
     )
     return _describe(mix.folder, made_of, mixed, recipe)
 

@@ -13,7 +13,6 @@ runs/<name>/config.yaml            complete; `train --config` on it repeats the 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch import Tensor
 from alignprop_cli.errors import RunError
 from alignprop_cli.lora.files import LORA_FILE, checkpoints, save_tensors
 from alignprop_cli.parsing import read_json
-from alignprop_cli.storage import sha256, write_whole
+from alignprop_cli.storage import remove, sha256, write_whole
 
 _OPTIMIZER = "optimizer.safetensors"
 _STATE = "state.json"
@@ -92,7 +91,7 @@ def drop_old(run: Path, keep: int | None) -> None:
         if old.is_symlink():
             old.unlink()
         else:
-            shutil.rmtree(old)
+            remove(old)
 
 
 def damage(path: Path) -> str | None:

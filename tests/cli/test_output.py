@@ -126,3 +126,19 @@ def test_no_path_at_all_is_refused(capsys):
         assert f"error: {flag}: expected a path, got an empty text" in capsys.readouterr().err
     assert run("train", "--config", "", "--reward", "brightness") == 2
     assert "--config: expected a path" in capsys.readouterr().err
+
+
+def test_what_appears_while_images_are_sampled_stays(tmp_path, capsys, monkeypatch):
+    import alignprop_cli.evaluation.run as evaluation
+
+    check_memory = evaluation.check_memory
+
+    def somebody_writes(*args: object, **more: object) -> None:
+        fill(tmp_path / "out", "note.txt")
+        check_memory(*args, **more)
+
+    monkeypatch.setattr(evaluation, "check_memory", somebody_writes)
+    assert run("evaluate", "base", *QUICK, "-o", tmp_path / "out") == 2
+    assert "out has appeared meanwhile" in " ".join(capsys.readouterr().err.split())
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "note.txt").read_text() == "x"
