@@ -40,7 +40,8 @@ def choose_layout(trial: Trial, note: Callable[[str], object]) -> None:
     if all(weight.is_contiguous() for weight in weights):
         return
     images = min(_FILLS, trial.plan.share)
-    last = _seconds(trial, images)
+    while (last := _seconds(trial, images)) is None and images > 1:
+        images //= 2
     network.to(memory_format=torch.contiguous_format)
     plain = _seconds(trial, images)
     if last is None or plain is None or last < _LEAST_GAIN * plain:
