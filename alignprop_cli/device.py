@@ -7,7 +7,6 @@ import ctypes
 import math
 import os
 import platform
-import resource
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,9 +31,20 @@ def peak_gib(device: torch.device) -> float:
     """Return the peak memory so far in GiB: allocated on CUDA, else the resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / 2**30
+    # Only imported here, since Windows has no such module.
+    import resource
+
     # getrusage counts in kilobytes on Linux, in bytes on macOS.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def release_cached(device: torch.device) -> None:
+    """Return the memory that torch keeps for later to the GPU; elsewhere nothing happens."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def available(device: torch.device) -> tuple[int, str]:

@@ -121,3 +121,31 @@ def test_memory_freed_by_a_step_is_there_for_the_next(kept: bool) -> None:
     )
     pages = 4 * (1 << 26) / resource.getpagesize()
     assert (int(done.stdout) < pages / 100) is kept
+
+
+def test_on_windows_the_peak_is_that_of_the_working_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Windows:
+        def memory_info(self) -> object:
+            return type("Info", (), {"peak_wset": 3 * 2**30})()
+
+    monkeypatch.setattr(machine.sys, "platform", "win32")
+    monkeypatch.setattr(psutil, "Process", Windows)
+    # There is no such module there.
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert machine.peak_gib(torch.device("cpu")) == 3.0
+
+
+def test_the_module_needs_nothing_that_windows_lacks() -> None:
+    # What it imports has been imported: on Linux others do need it.
+    code = "import accelerate, psutil, sys, torch; sys.modules['resource'] = None\n"
+    code += "import alignprop_cli.device"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_only_a_gpu_has_memory_to_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    released: list[None] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: released.append(None))
+    machine.release_cached(torch.device("cpu"))
+    assert not released
+    machine.release_cached(torch.device("cuda", 0))
+    assert len(released) == 1

@@ -292,6 +292,11 @@ class TrainConfig(Section):
         description="Compile the blocks that the network repeats; auto tries it on a GPU, in a run "
         "of more than 20 minutes, and keeps it where it is faster.",
     )
+    cuda_graph: bool | Literal["auto"] = Field(
+        default="auto",
+        description="On a GPU, replay the roll-out's calls from a recording (a CUDA graph); auto "
+        "does it where launching kernels takes most of their time and the memory holds it.",
+    )
     seed: Annotated[int, Field(ge=0)] = Field(
         default=0, description="Seed of everything random in training."
     )

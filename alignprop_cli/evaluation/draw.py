@@ -117,6 +117,7 @@ def draw_shared(
     label: str = "",
     *,
     features: Features | None = None,
+    batch_size: int | None = None,
 ) -> Samples:
     """Sample and measure as the `sample` and `eval` sections say, with a progress bar.
 
@@ -130,6 +131,7 @@ def draw_shared(
         console: Shows the bar.
         label: Text of the bar.
         features: As in `draw_samples`.
+        batch_size: As in `draw_samples`; None is that of the `eval` section.
 
     Raises:
         ConfigError, RunError: As `draw_samples`.
@@ -147,7 +149,7 @@ def draw_shared(
             mixture,
             families.sampler(config.sample, model.family),
             seed=config.eval.seed,
-            batch_size=config.eval.batch_size,
+            batch_size=batch_size or config.eval.batch_size,
             features=features,
             on_batch=bar.advance,
         )
@@ -195,23 +197,23 @@ def draw_samples(
     """
     if not samples:
         raise ConfigError("nothing to sample: no prompts were given")
-    # Merged once for all batches: the LoRA does not change in between.
-    merged = lora.Merged(model.network.module)
     parts: list[Samples] = []
-    for start in range(0, len(samples), batch_size):
-        batch = samples[start : start + batch_size]
-        # Rewards and features are computed before the images are rounded to bytes.
-        images = _images(model, batch, sampler, seed, merged)
-        scores = mixture.score(images, [sample.prompt for sample in batch])
-        parts.append(
-            Samples(
-                tuple(batch),
-                to_uint8(images).numpy(),
-                {name: _numbers(values) for name, values in scores.items()},
-                None if features is None else _numbers(features(images)),
+    # Merged or cast once for all batches: the LoRA does not change in between.
+    with lora.prepared(model.network.module) as merged:
+        for start in range(0, len(samples), batch_size):
+            batch = samples[start : start + batch_size]
+            # Rewards and features are computed before the images are rounded to bytes.
+            images = _images(model, batch, sampler, seed, merged)
+            scores = mixture.score(images, [sample.prompt for sample in batch])
+            parts.append(
+                Samples(
+                    tuple(batch),
+                    to_uint8(images).numpy(),
+                    {name: _numbers(values) for name, values in scores.items()},
+                    None if features is None else _numbers(features(images)),
+                )
             )
-        )
-        on_batch(len(batch))
+            on_batch(len(batch))
     return _joined(parts)
 
 
@@ -241,7 +243,7 @@ def _images(
 
 
 def _numbers(values: Tensor) -> Floats:
-    return cast(Floats, values.double().cpu().numpy())
+    return cast(Floats, values.cpu().double().numpy())
 
 
 def _joined(parts: Sequence[Samples]) -> Samples:

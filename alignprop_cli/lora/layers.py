@@ -10,7 +10,7 @@ import copy
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ParamSpec, TypeVar
 
@@ -25,10 +25,8 @@ from alignprop_cli import rng
 from alignprop_cli.errors import ConfigError, first_line
 from alignprop_cli.lora.factors import adapter_settings, whole
 from alignprop_cli.lora.files import Adapter
+from alignprop_cli.lora.linear import ADAPTER, LoraLinear, take_over
 from alignprop_cli.lora.settings import is_quick
-
-ADAPTER = "default"
-"""peft's name for the only adapter that a network has here."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -82,6 +80,7 @@ def inject(
         if ".lora_A." in name:
             draw = rng.image_noise(seed, "lora", [(index,)], parameter.shape)[0]
             parameter.data.copy_(draw / rank)
+    take_over(network)
     return trainable(network)
 
 
@@ -136,6 +135,7 @@ def load(network: torch.nn.Module, adapter: Adapter, model_id: str) -> None:
         for half, value in (("lora_A", factors.down), ("lora_B", factors.up)):
             parameter = layer.get_submodule(half).get_parameter(f"{ADAPTER}.weight")
             parameter.data = value.to(parameter.device, torch.float32, copy=True)
+    take_over(network)
 
 
 def unload(network: torch.nn.Module) -> None:
@@ -240,7 +240,9 @@ def adapter_metadata(network: torch.nn.Module) -> dict[str, Any]:
 
 def norm(network: torch.nn.Module) -> float:
     """Return the L2 norm over all LoRA parameters; 0 where there is none."""
-    return math.sqrt(sum(float(p.detach().double().square().sum()) for p in trainable(network)))
+    # On the CPU: not every device has float64.
+    weights = (p.detach().cpu().double() for p in trainable(network))
+    return math.sqrt(sum(float(weight.square().sum()) for weight in weights))
 
 
 def is_present(network: torch.nn.Module) -> bool:
@@ -301,12 +303,19 @@ class Merged:
             memo[id(weight)] = torch.nn.Parameter(together, requires_grad=False)
             plain = copy.deepcopy(base, memo)
             self._layers.append((network.get_submodule(parent), name, layer, plain))
+        casts = (tensor for layer in _linear(network) for tensor in layer.casts)
+        self._casts = sum(tensor.numel() * tensor.element_size() for tensor in casts)
+
+    @property
+    def is_empty(self) -> bool:
+        """Return whether no layer is merged."""
+        return not self._layers
 
     @property
     def bytes(self) -> int:
-        """Return the bytes of the merged weights."""
+        """Return the bytes of the merged weights, and of factors that are cast meanwhile."""
         weights = (plain.get_parameter("weight") for *_, plain in self._layers)
-        return sum(weight.numel() * weight.element_size() for weight in weights)
+        return sum(weight.numel() * weight.element_size() for weight in weights) + self._casts
 
     def around(self, call: Callable[P, R]) -> Callable[P, R]:
         """Return a function that makes the same call inside the block."""
@@ -324,6 +333,33 @@ class Merged:
     def __exit__(self, *exception: object) -> None:
         for parent, name, layer, _ in self._layers:
             setattr(parent, name, layer)
+
+
+@contextmanager
+def prepared(network: torch.nn.Module) -> Iterator[Merged]:
+    """Make all calls inside the block cheaper; the LoRA must not change meanwhile.
+
+    What can be merged is merged for calls without gradient. Where it cannot, in half precision, the
+    factors are cast once instead of in every call.
+    """
+    layers = _linear(network)
+    try:
+        for layer in layers:
+            layer.prepare()
+        yield Merged(network)
+    finally:
+        for layer in layers:
+            layer.release()
+
+
+def addresses(network: torch.nn.Module) -> tuple[int, ...]:
+    """Return where the memory begins that the network's calls read: weights, LoRA and its casts."""
+    casts = (tensor for layer in _linear(network) for tensor in layer.casts)
+    return tuple(t.data_ptr() for t in (*network.parameters(), *network.buffers(), *casts))
+
+
+def _linear(network: torch.nn.Module) -> list[LoraLinear]:
+    return [layer for layer in network.modules() if isinstance(layer, LoraLinear)]
 
 
 def _mergeable(layer: torch.nn.Module) -> bool:

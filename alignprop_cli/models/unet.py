@@ -19,6 +19,7 @@ from alignprop_cli.errors import AssetError, ConfigError
 from alignprop_cli.guidance import Conditioning, Embeds
 from alignprop_cli.models import configs, loading
 from alignprop_cli.models.base import MetaModel, Parts, Source
+from alignprop_cli.models.recompute import decoder_blocks
 from alignprop_cli.paths import user_path
 from alignprop_cli.prompts import for_tokenizer
 from alignprop_cli.schedule import NoiseSchedule, diffusion_schedule
@@ -190,15 +191,12 @@ class VaeDecoder:
 
     def decode(self, latents: Tensor, *, recompute: bool = False) -> Tensor:
         """Decode to images in [0, 1]; see `Decoder`."""
-        # The switch is a flag of the module that decode reads, so it is set at every call.
         vae = self.module
-        if recompute:
-            vae.enable_gradient_checkpointing()
-        else:
-            vae.disable_gradient_checkpointing()
-        # (B, C, h, w) -> (B, 3, H, W), about -1 to 1
-        decoded = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)
-        return images.from_decoder(decoded[0])
+        latents = (latents / vae.config.scaling_factor).to(vae.dtype)
+        with decoder_blocks(vae, recompute):
+            # (B, C, h, w) -> (B, 3, H, W), about -1 to 1
+            decoded = vae.decode(latents, return_dict=False)[0]
+        return images.from_decoder(decoded)
 
 
 def load_text_encoders(source: Source, device: torch.device) -> ClipText:

@@ -47,10 +47,10 @@ def measure(
     there = [*network.module.parameters(), *(t for e in embeds for t in e.tensors.values())]
     trained = sum(parameter.numel() for parameter in lora.trainable(network.module))
 
-    # 1. Calls without gradient, with the LoRA merged into the weights as in training.
-    merged = lora.Merged(network.module)
-    plain = torch.no_grad()(merged.around(denoise))
-    rollout = count(plain, shape, there=there, device_type=device_type, has_grad=False)
+    # 1. Calls without gradient, with the LoRA merged or cast as in training.
+    with lora.prepared(network.module) as merged:
+        plain = torch.no_grad()(merged.around(denoise))
+        rollout = count(plain, shape, there=there, device_type=device_type, has_grad=False)
 
     # 2. Calls with gradient, with and without gradient in their input, by what is recomputed. The
     #    LoRA's float32 gradients are the one thing whose size does not depend on the batch.
@@ -59,13 +59,12 @@ def measure(
 
     def call(*, has_grad: bool, blocks: bool) -> Work:
         network.recompute_blocks(blocks)
-        found = counted(has_grad=has_grad, fixed_backward=fixed)
-        network.recompute_blocks(False)
-        return found
+        with lora.prepared(network.module):
+            return counted(has_grad=has_grad, fixed_backward=fixed)
 
     def by_level(*, has_grad: bool) -> dict[Level, Work]:
-        stored = call(has_grad=has_grad, blocks=False)
         blocks = call(has_grad=has_grad, blocks=True)
+        stored = call(has_grad=has_grad, blocks=False)  # last: nothing stays recomputed
         return {"none": stored, "block": blocks, "call": _recomputed_call(stored, rollout, latents)}
 
     return Footprint(

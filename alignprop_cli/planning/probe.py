@@ -14,7 +14,7 @@ from alignprop_cli.errors import RunError
 from alignprop_cli.planning.choose import make_plan
 from alignprop_cli.planning.estimate import UNCORRECTED, Budget, Correction, Footprint, estimate
 from alignprop_cli.planning.plan import Plan, PlanRequest
-from alignprop_cli.planning.speed import Pace, Times, step_seconds
+from alignprop_cli.planning.speed import PARTS, Pace, Times, step_seconds
 
 MeasurePeak = Callable[[Callable[[], object]], int]
 """Runs something and returns the peak of the bytes in use on the device meanwhile."""
@@ -63,8 +63,8 @@ class Trial(Protocol):
         """Run one roll-out batch and one micro-batch with the longest possible path."""
         ...
 
-    def part_seconds(self, images: int) -> dict[str, float]:
-        """Return the seconds of each part of a step for a batch, by the fields of `Times`."""
+    def part_seconds(self, images: int, names: Sequence[str] = PARTS) -> dict[str, float]:
+        """Return the seconds of parts of a step for a batch, by the fields of `Times`."""
         ...
 
     def largest(self, value: int | None) -> int | None:
@@ -107,8 +107,7 @@ def measure_times(trial: Trial, share: int) -> Times:
         launch = _slowest(trial, one[name])
         return Pace(launch, launch if many is None else _slowest(trial, many[name]) / images)
 
-    names = ("rollout", "call", "decoder", "reward")
-    return Times(**{name: pace(name) for name in names}, source="measured")
+    return Times(**{name: pace(name) for name in PARTS}, source="measured")
 
 
 def _slowest(trial: Trial, seconds: float) -> float:

@@ -18,7 +18,7 @@ from alignprop_cli.errors import RunError
 from alignprop_cli.models import families
 from alignprop_cli.models.meta import meta_model
 from alignprop_cli.planning import footprint
-from alignprop_cli.planning.estimate import GIB
+from alignprop_cli.planning.estimate import GIB, Budget, Footprint, expected_correction
 from alignprop_cli.rewards import registry
 
 
@@ -92,6 +92,28 @@ def check_memory(config: Config, device: torch.device, *, models: int) -> None:
         if fits >= 1
         else "set a smaller sample.height and width, or model.vae_tile_size: 256",
     )
+
+
+def fitting_batch(footprint: Footprint, budget: Budget, wanted: int, *, held: float = 0.0) -> int:
+    """Return how many images can be sampled together beside what training holds.
+
+    Args:
+        footprint: What the parts of a training step need.
+        budget: The memory of one process.
+        wanted: Images to sample together.
+        held: Bytes that the training holds besides weights, LoRA and optimiser.
+
+    Returns:
+        At most `wanted`; 1 where not even one fits by the estimate.
+    """
+    # A part whose blocks are recomputed stores next to nothing in forward, as without gradient.
+    parts = footprint.rollout, footprint.decoder[True], footprint.reward[True]
+    each = max(part.forward.each for part in parts)
+    # float32: the LoRA, its gradients and AdamW's two moments, 4 bytes each.
+    held += sum(footprint.weights.values()) + 16 * footprint.trained
+    correction = expected_correction(budget.device_type)
+    room = (budget.usable - correction(held)) / max(correction(each), 1.0)
+    return max(1, min(wanted, math.floor(room)))
 
 
 @torch.no_grad()

@@ -41,6 +41,8 @@ class Times:
         decoder: From latents to images and back, nothing recomputed.
         reward: From images to the loss and back, nothing recomputed.
         source: Where the numbers come from, for people.
+        replayed: A network call without gradient that is replayed from a recording, which launches
+            nothing by itself; None where none is.
     """
 
     rollout: Pace
@@ -48,6 +50,11 @@ class Times:
     decoder: Pace
     reward: Pace
     source: str
+    replayed: Pace | None = None
+
+
+PARTS = ("rollout", "call", "decoder", "reward")
+"""The parts of a step that are timed."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +154,8 @@ def step_seconds(
     """
     # 1. Calls without gradient, by `rollout_batch`.
     with_grad = chain.ends * chain.mean
-    total = (chain.calls - with_grad) * _batches(times.rollout, division.rollout_batch, images)
+    plain = times.replayed or times.rollout
+    total = (chain.calls - with_grad) * _batches(plain, division.rollout_batch, images)
 
     # 2. Calls with gradient, by `micro_batch`. A block or a call that is recomputed runs forward
     #    once more; what is left over from calls is stored.

@@ -17,8 +17,8 @@ from accelerate import Accelerator
 from alignprop_cli import __version__
 from alignprop_cli.config.schema import Config
 from alignprop_cli.console import Console
-from alignprop_cli.evaluation import sheet
-from alignprop_cli.evaluation.draw import Sample, draw_shared
+from alignprop_cli.device import release_cached
+from alignprop_cli.evaluation import draw, sheet
 from alignprop_cli.lora import files
 from alignprop_cli.lora import layers as lora
 from alignprop_cli.training import checkpoint
@@ -43,6 +43,7 @@ class Run:
         held_out: Samples taken before and after training.
         samples: Samples taken during training.
         inputs: Hashes of the files that the run reads; see `setup.inputs`.
+        sample_batch: Images sampled together; None is `eval.batch_size`.
     """
 
     config: Config
@@ -50,9 +51,28 @@ class Run:
     trainer: Trainer
     accelerator: Accelerator
     console: Console
-    held_out: Sequence[Sample]
-    samples: Sequence[Sample]
+    held_out: Sequence[draw.Sample]
+    samples: Sequence[draw.Sample]
     inputs: Mapping[str, str] = field(default_factory=dict[str, str])
+    sample_batch: int | None = None
+
+    def sample(
+        self, samples: Sequence[draw.Sample], console: Console, label: str = ""
+    ) -> draw.Samples:
+        """Sample with the LoRA as it is, on all processes, and measure; training is not touched."""
+        trainer = self.trainer
+        found = draw.draw_shared(
+            trainer.model,
+            samples,
+            trainer.mixture,
+            self.config,
+            console,
+            label,
+            batch_size=self.sample_batch,
+        )
+        # What torch keeps for other sizes than training's would be missing there.
+        release_cached(self.accelerator.device)
+        return found
 
 
 class Callback:
@@ -99,7 +119,7 @@ class Samples(Callback):
         run, step = self._run, self._run.trainer.step_number
         # A second progress bar would push the training's aside.
         quiet = Console(quiet=True)
-        found = draw_shared(run.trainer.model, run.samples, run.trainer.mixture, run.config, quiet)
+        found = run.sample(run.samples, quiet)
         if run.accelerator.is_main_process:
             cells = [
                 sheet.Cell(sample.prompt, (image,), (found.caption(i),))

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from alignprop_cli.errors import first_line
-from alignprop_cli.models.compiled import take_back
+from alignprop_cli.models.compiled import compile_blocks, take_back
 from alignprop_cli.training.trial import Trial
 
 # Compiling takes about a minute, and its gain is unknown before: too much for a short run.
@@ -17,7 +17,7 @@ _WORTH_TRYING_SECONDS = 1200.0
 # Two timings of the same code differ by up to this factor.
 _LEAST_GAIN = 1.03
 # Dynamo's limit of compiled versions of one function; its default of 8 is too few, see below.
-_FORMS = 64
+_FORMS = 256
 
 
 def compile_network(
@@ -57,7 +57,8 @@ def compile_network(
     dynamo = torch._dynamo.config
     dynamo.recompile_limit = max(_FORMS, dynamo.recompile_limit)
     try:
-        network.compile_repeated_blocks(dynamic=False, backend=backend)
+        compile_blocks(network, dynamic=False, backend=backend)
+        trial.apply_plan(trial.plan)  # what was recorded of the roll-out is not compiled
         # The longest path first: compiled blocks may store more, and memory must not run out later.
         trial.run_micro_batch()
         _timed(trial)

@@ -14,18 +14,20 @@ from torch import Tensor
 
 from alignprop_cli.config.schema import Config, dump
 from alignprop_cli.console import Console
-from alignprop_cli.device import available, hold_memory, make_accelerator
+from alignprop_cli.device import available, hold_memory, make_accelerator, release_cached
 from alignprop_cli.planning import request as planning
 from alignprop_cli.planning.choose import make_plan
 from alignprop_cli.planning.estimate import Budget, Footprint, expected_correction
 from alignprop_cli.planning.plan import Plan, PlanRequest
 from alignprop_cli.planning.probe import measure_times, settle
+from alignprop_cli.planning.sampling import fitting_batch
 from alignprop_cli.planning.speed import CARDS, Times, assumed, card_for, find_card
 from alignprop_cli.training import folders, setup
 from alignprop_cli.training.callbacks import Run
 from alignprop_cli.training.compiling import compile_network
 from alignprop_cli.training.resume import newest, refuse_changes
 from alignprop_cli.training.trial import Trial
+from alignprop_cli.training.tuning import choose_layout, replay_rollout
 
 
 def describe(
@@ -119,15 +121,34 @@ def try_out(run: Run, request: PlanRequest, footprint: Footprint | None, budget:
         started, plan = time.perf_counter(), run.trainer.plan
         # Timed with everything stored; recomputation is added up from the parts.
         trial.apply_plan(replace(plan, checkpoint_network="none", stored_calls=0))
+        choose_layout(trial, run.console.note)
         times = measure_times(trial, plan.share)
         if plan.checkpoint_reward:  # it cannot be switched off again
             request = replace(request, checkpoint_reward=True)
         trial.apply_plan(_first_plan(request, footprint, budget, times))
         settle(trial, request, footprint, budget, times=times)
-        torch.cuda.empty_cache()
+        release_cached(run.accelerator.device)
         run.console.note(
             f"measured in {time.perf_counter() - started:.0f} s: {run.trainer.plan.describe()}"
         )
+        replay_rollout(
+            trial,
+            run.config.train.cuda_graph,
+            run.console.note,
+            times=times,
+            footprint=footprint,
+            request=request,
+            budget=budget,
+        )
+    if footprint is not None:
+        held = run.trainer.replay.held_bytes
+        wanted = run.config.eval.batch_size
+        run.sample_batch = fitting_batch(footprint, budget, wanted, held=held)
+        if run.sample_batch < wanted:
+            run.console.note(
+                f"samples are drawn by {run.sample_batch}: eval.batch_size {wanted} does not fit "
+                "beside what training holds"
+            )
     steps = run.config.train.steps - run.trainer.step_number
     compile_network(trial, steps, run.config.train.compile, run.console.note)
 

@@ -133,7 +133,7 @@ class Totals:
 
         # Float64: the order of the images, and so the division of the batch, leaves the mean alone.
         def joined(parts: list[Tensor]) -> Tensor:
-            return cast(Tensor, accelerator.gather(torch.cat(parts))).double().cpu()
+            return cast(Tensor, accelerator.gather(torch.cat(parts))).cpu().double()
 
         scores = {name: joined(parts) for name, parts in self._scores.items()}
         return StepRecord(

@@ -27,6 +27,7 @@ _MAY_CHANGE = (
     "gradient.checkpoint_decoder",
     "gradient.checkpoint_reward",
     "train.compile",
+    "train.cuda_graph",
     "train.memory_limit",
     "train.on_nonfinite",
     "train.nonfinite_limit",

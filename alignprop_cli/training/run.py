@@ -109,10 +109,10 @@ def run_training(
 
         # 4. Sample the base model, train, sample again.
         with lora.disabled(run.trainer.model.network.module):
-            base = _sample(run, "base model")
+            base = run.sample(run.held_out, run.console, "base model")
         _standardise(run, base)
         checkpoints = _train(run, callbacks)
-        tuned = _sample(run, "tuned model")
+        tuned = run.sample(run.held_out, run.console, "tuned model")
         checkpoints.drop_old()
         if accelerator.is_main_process:
             finish(run, base, tuned, time.perf_counter() - started)
@@ -191,14 +191,6 @@ def _open_folder(run: Run, found: Path | None) -> None:
         run.console.note(f"resuming from {found}")
     elif began:
         run.console.note(f"{run.folder} has no checkpoint yet: starting it again")
-
-
-def _sample(run: Run, label: str) -> draw.Samples:
-    """Sample the held-out prompts with the LoRA as it is."""
-    trainer = run.trainer
-    return draw.draw_shared(
-        trainer.model, run.held_out, trainer.mixture, run.config, run.console, label
-    )
 
 
 def _standardise(run: Run, base: draw.Samples) -> None:

@@ -27,6 +27,7 @@ from alignprop_cli.training.batches import Settings, StepImage, batches, images_
 from alignprop_cli.training.nonfinite import Guard
 from alignprop_cli.training.optimizer import Optimizer
 from alignprop_cli.training.record import StepRecord, Totals, skipped_step
+from alignprop_cli.training.replay import Replay
 
 
 class Trainer:
@@ -53,12 +54,11 @@ class Trainer:
         note: Callable[[str], object] = lambda text: None,
     ) -> None:
         self.settings, self.model, self.mixture = settings, model, mixture
-        self.accelerator, self.note = accelerator, note
-        self.step_number = 0
-        network, sampler = model.network, settings.sampler
-        half = any(p.dtype == torch.float16 for p in network.module.parameters())
-        trainable = lora.named_trainable(network.module)
-        self.optimizer = Optimizer(trainable, settings.optimizer, scaled=half)
+        self.accelerator, self.note, self.step_number = accelerator, note, 0
+        network, module, sampler = model.network, model.network.module, settings.sampler
+        half = any(p.dtype == torch.float16 for p in module.parameters())
+        self.optimizer = Optimizer(lora.named_trainable(module), settings.optimizer, scaled=half)
+        self.replay = Replay(module, note)
         self.guard = Guard(settings.on_nonfinite, settings.nonfinite_limit, self.optimizer)
         self.shape = network.latent_shape(sampler.height, sampler.width)
         self.schedule = network.schedule(sampler.num_inference_steps, self.shape)
@@ -68,6 +68,7 @@ class Trainer:
     def apply_plan(self, plan: Plan) -> None:
         """Divide a step by another plan from now on."""
         self.plan = plan
+        self.replay.forget()
         self.model.network.recompute_blocks(plan.checkpoint_network == "block")
 
     def step(self) -> StepRecord:
@@ -107,9 +108,9 @@ class Trainer:
         while True:
             try:
                 self.optimizer.zero_grad()
-                merged = lora.Merged(self.model.network.module)
-                images = self.images()
-                return self.go_back(images, self.roll_out(images, merged), merged)
+                with lora.prepared(self.model.network.module) as merged:
+                    images = self.images()
+                    return self.go_back(images, self.roll_out(images, merged), merged)
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error) or not self.plan.can_be_halved:
                     raise
@@ -127,7 +128,7 @@ class Trainer:
         for batch in batches(images, self.plan.rollout_batch, key=lambda i: i.schedule):
             denoise, draw_noise = self.chain(batch)
             latents = rollout(
-                merged.around(denoise),
+                self.replay.around(merged.around(denoise)),
                 self._noise("noise", batch),
                 batch[0].schedule,
                 stops=[image.rollout_calls for image in batch],

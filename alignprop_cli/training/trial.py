@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import cast
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from alignprop_cli.lora import layers as lora
 from alignprop_cli.planning.plan import Plan
+from alignprop_cli.planning.speed import PARTS
 from alignprop_cli.rewards.mixture import Mixture
 from alignprop_cli.training.trainer import Trainer
 
@@ -65,23 +66,30 @@ class Trial:
         images = [replace(i, path=path, schedule=trainer.schedule) for i in trainer.images()]
         # 2. A roll-out batch, and where it is smaller than the micro-batch, the rest of that.
         try:
-            merged = lora.Merged(trainer.model.network.module)
-            starts = trainer.roll_out(images[: self.plan.rollout_batch], merged)
-            starts |= trainer.roll_out(images[len(starts) : self.plan.micro_batch], merged)
-            trainer.go_back(images[: self.plan.micro_batch], starts, merged)
+            with lora.prepared(trainer.model.network.module) as merged:
+                starts = trainer.roll_out(images[: self.plan.rollout_batch], merged)
+                starts |= trainer.roll_out(images[len(starts) : self.plan.micro_batch], merged)
+                trainer.go_back(images[: self.plan.micro_batch], starts, merged)
         finally:
             trainer.optimizer.zero_grad()
 
-    def part_seconds(self, images: int) -> dict[str, float]:
-        """Return the seconds of each part of a step for a batch; nothing is learned.
+    def part_seconds(self, images: int, names: Sequence[str] = PARTS) -> dict[str, float]:
+        """Return the seconds of parts of a step for a batch; nothing is learned.
 
         Args:
             images: Size of the batch.
-
-        Returns:
-            The fields of `speed.Times`: a call without gradient; a call with gradient, decoder and
-            reward, each forward and backward with nothing recomputed.
+            names: The parts, fields of `speed.Times`: a call without gradient; a call with
+                gradient, decoder and reward, each forward and backward with nothing recomputed.
         """
+        try:
+            with lora.prepared(self.trainer.model.network.module) as merged:
+                parts = self._parts(images, merged)
+                return {name: self._timed(parts[name]) for name in names}
+        finally:
+            self.trainer.optimizer.zero_grad()
+
+    def _parts(self, images: int, merged: lora.Merged) -> dict[str, Callable[[], object]]:
+        """Return the parts of a step for a batch, as `part_seconds` names them."""
         # 1. A batch with one call in the window, from noise: what it shows makes no difference.
         trainer = self.trainer
         steps, found = len(trainer.schedule), list(trainer.images())
@@ -90,14 +98,14 @@ class Trial:
         prompts = [image.prompt for image in batch]
         denoise = trainer.chain(batch)[0]
         latents = torch.randn(images, *trainer.shape, device=trainer.model.device)
-        merged = lora.Merged(trainer.model.network.module)
         pictures = self._decoded(latents)
         upstream = torch.ones_like(pictures)
+        plain = trainer.replay.around(merged.around(denoise))
 
         # 2. The four parts, as a step runs them.
         @torch.no_grad()
         def rollout() -> None:
-            merged.around(denoise)(latents, trainer.schedule.steps[-1])
+            plain(latents, trainer.schedule.steps[-1])
 
         def call() -> None:
             ends = trainer.run_path(batch, latents, merged)
@@ -110,11 +118,7 @@ class Trial:
         def reward() -> None:
             trainer.mixture.differentiate(pictures, prompts, lambda losses: losses.sum())
 
-        try:
-            parts = {"rollout": rollout, "call": call, "decoder": decoder, "reward": reward}
-            return {name: self._timed(part) for name, part in parts.items()}
-        finally:
-            trainer.optimizer.zero_grad()
+        return {"rollout": rollout, "call": call, "decoder": decoder, "reward": reward}
 
     @torch.no_grad()
     def _decoded(self, latents: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from accelerate import Accelerator
 
@@ -16,7 +16,7 @@ from alignprop_cli.models.families import open_model
 from alignprop_cli.planning import request as planning
 from alignprop_cli.planning.choose import make_plan
 from alignprop_cli.planning.estimate import Budget
-from alignprop_cli.planning.probe import settle
+from alignprop_cli.planning.probe import measure_times, settle
 from alignprop_cli.rewards.mixture import Mixture, build_mixture
 from alignprop_cli.training import setup
 from alignprop_cli.training.trainer import Trainer
@@ -61,7 +61,7 @@ def open_parts(config: Config, prompts: Sequence[str], also: Sequence[str] = ())
     model = open_model(config.model, asked, device)
     setup.prepare_lora(config, model, None, Console(quiet=True))
     mixture = build_mixture(config.reward, config.loss, device)
-    budget = Budget(size, device.type, source)
+    budget = Budget(size, device.type, source, has_context=device.type == "cuda")
     return Parts(model, mixture, prompts, accelerator, budget)
 
 
@@ -85,5 +85,10 @@ def build_trainer(config: Config, parts: Parts) -> Trainer:
         lambda text: print(text, file=sys.stderr, flush=True),
     )
     if footprint is not None and budget.device_type == "cuda":
-        settle(Trial(trainer), request, footprint, budget)
+        # As `alignprop train` does: by the times of this device, and tried on it.
+        trial = Trial(trainer)
+        trial.apply_plan(replace(plan, checkpoint_network="none", stored_calls=0))
+        times = measure_times(trial, plan.share)
+        trial.apply_plan(make_plan(request, footprint=footprint, budget=budget, times=times))
+        settle(trial, request, footprint, budget, times=times)
     return trainer

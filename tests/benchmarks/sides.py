@@ -157,6 +157,11 @@ class Side:
         code = self._process.wait()
         raise RuntimeError(f"{self._script} ended with status {code}; see what it printed above")
 
+    def kill(self) -> None:
+        """End the process whatever it does."""
+        self._process.kill()
+        self._process.wait()
+
     def close(self) -> None:
         """End the process."""
         assert self._process.stdin is not None

@@ -12,8 +12,12 @@ the window keeps and then what the tail (decoder and reward) keeps besides, both
 batch 8, Stable Diffusion 1.5, 512 pixels, bfloat16; the peak of torch's allocator instead. Every
 turn there begins with a step that is not timed and leaves the memory to the other side.
 
+With --parts each part of our speed is measured on and off instead, at K = 10, 1, random and 50, in
+at most --seconds (parts.py).
+
 Run:  python tests/benchmarks/step.py --threads 2 --output tests/benchmarks/results/step_X.md
       python tests/benchmarks/step.py --device cuda --model sd-1.5 --peer-path FOLDER --reps 3
+      python tests/benchmarks/step.py --device cuda --model sd-1.5 --parts --lines FILE --no-trl
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import parts
 import trl_environment
 from sides import HERE, Case, Report, Side, environment, machine, median, words, write_model
 
@@ -49,6 +54,19 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 """By device; the CPU's were chosen before plans were, and are kept for comparison."""
 
 
+def case_of(arguments: argparse.Namespace, model: Path) -> Case:
+    """Return what both sides compute a step of."""
+    return Case(
+        model=str(model),
+        steps=arguments.steps,
+        batch_size=arguments.batch_size,
+        peer_batch=arguments.peer_batch or arguments.batch_size,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        threads=arguments.threads,
+    )
+
+
 class Pair:
     """Both sides, started when they are first asked.
 
@@ -59,15 +77,7 @@ class Pair:
 
     def __init__(self, arguments: argparse.Namespace, model: Path) -> None:
         self._arguments = arguments
-        self._case = Case(
-            model=str(model),
-            steps=arguments.steps,
-            batch_size=arguments.batch_size,
-            peer_batch=arguments.peer_batch or arguments.batch_size,
-            device=arguments.device,
-            dtype=arguments.dtype,
-            threads=arguments.threads,
-        )
+        self._case = case_of(arguments, model)
         self._peer = trl_environment.python_and_path(arguments)
         self._started: dict[str, Side] = {}
 
@@ -228,11 +238,20 @@ def main() -> None:
         default=50,
         help="windows of so many calls and more are measured in processes of their own",
     )
+    parser.add_argument("--parts", action="store_true", help="measure parts of ours on and off")
+    parser.add_argument("--seconds", type=float, default=450.0, help="that --parts may take")
+    parser.add_argument("--lines", type=Path, help="file to append the answers of --parts to")
+    parser.add_argument(
+        "--no-trl", dest="trl", action="store_false", help="leave TRL out of --parts"
+    )
     trl_environment.add_options(parser, "alignprop-trl-0.22.2")
     parser.add_argument("--output", type=Path, help="file to append the report to")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = write_model(arguments.model, Path(folder) / "model", arguments.device)
+        if arguments.parts:
+            parts.measure(arguments, case_of(arguments, model))
+            return
         pair = Pair(arguments, model)
         report = Report((__doc__ or "").splitlines()[0], arguments.output)
         compare(arguments, pair, report)

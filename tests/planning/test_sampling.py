@@ -16,7 +16,9 @@ from alignprop_cli.errors import RunError
 from alignprop_cli.guidance import guided
 from alignprop_cli.models.families import open_model, sampler
 from alignprop_cli.planning import meter, sampling
-from alignprop_cli.planning.sampling import check_memory, measure
+from alignprop_cli.planning import request as planning
+from alignprop_cli.planning.estimate import Budget
+from alignprop_cli.planning.sampling import check_memory, fitting_batch, measure
 from alignprop_cli.rewards.clip import ClipReward
 from tests.factories import randn, small_pipeline
 
@@ -111,3 +113,21 @@ def test_what_fits_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(SystemExit) as ended:
         main([*ask, "-o", str(tmp_path / "out"), "-q"])
     assert not ended.value.code, capsys.readouterr().err
+
+
+def test_samples_fit_beside_what_training_holds() -> None:
+    settings = config()
+    parts = planning.measure(settings, "cuda")
+    weights = sum(parts.weights.values()) + 16 * parts.trained
+    # What is planned for an image is what it takes without gradient, or a little more.
+    largest = max(measure(settings, CPU).each.values())
+    each = max(p.forward.each for p in (parts.rollout, parts.decoder[True], parts.reward[True]))
+    assert largest <= each < 1.3 * largest
+
+    def fits(images: float, held: float = 0.0) -> int:
+        # By what an estimate is exceeded on a GPU.
+        size = Budget(0, "cuda", "").least(int(1.04 * (weights + images * each)))
+        return fitting_batch(parts, Budget(size, "cuda", ""), 8, held=held)
+
+    assert [fits(n) for n in (0.5, 1.01, 3.01, 7.99, 8.01, 50.0)] == [1, 1, 3, 7, 8, 8]
+    assert fits(3.01, held=each) == 2
