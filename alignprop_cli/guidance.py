@@ -34,6 +34,12 @@ class Embeds:
         """Return a copy on a device."""
         return Embeds({name: tensor.to(device) for name, tensor in self.tensors.items()})
 
+    def with_guidance(self, scale: float) -> Embeds:
+        """Return a copy of a batch with the guidance scale as "guidance", shape (B,), float32."""
+        some = next(iter(self.tensors.values()))
+        guidance = torch.full((len(some),), scale, device=some.device)
+        return Embeds({**self.tensors, "guidance": guidance})
+
     def __getitem__(self, rows: slice) -> Embeds:
         return Embeds({name: tensor[rows] for name, tensor in self.tensors.items()})
 
@@ -78,6 +84,8 @@ class Guidance:
         origin: What w (c - u) is added to: "uncond" is u + w (c - u), "text" is c + w (c - u), for
             the predictions u of the unconditional and c of the text branch.
         rescale: Applied to the guided prediction; None leaves it as it is.
+        embedded: Whether the network takes w as an input (`Embeds` "guidance"), as models do that
+            guidance was distilled into; there is one branch then.
 
     Source of the interval: Kynkaanniemi et al. 2024, arXiv:2404.07724.
     """
@@ -86,13 +94,14 @@ class Guidance:
     interval: tuple[float, float] = (0.0, 1.0)
     origin: Literal["uncond", "text"] = "uncond"
     rescale: Rescale | None = None
+    embedded: bool = False
 
     @property
     def enabled(self) -> bool:
         """Return whether any call needs both branches."""
         # As diffusers has it: up to the scale at which the formula returns c, there is no guidance.
         # Models that were distilled without it, such as SD-Turbo, are published with scale 0.
-        return self.scale > (1.0 if self.origin == "uncond" else 0.0)
+        return not self.embedded and self.scale > (1.0 if self.origin == "uncond" else 0.0)
 
     def applies(self, sigma: float) -> bool:
         """Return whether a call at this noise level needs both branches."""
@@ -126,6 +135,8 @@ def guided(predict: Predict, conditioning: Conditioning, guidance: Guidance) -> 
     @functools.cache
     def first(rows: int) -> tuple[Embeds, Embeds | None]:
         part = conditioning[slice(rows)]
+        if guidance.embedded:
+            return part.text.with_guidance(guidance.scale), None
         both = None if part.negative is None else part.negative.followed_by(part.text)
         return part.text, both
 

@@ -31,7 +31,8 @@ def predict_x0_epsilon(
 ) -> tuple[Tensor, Tensor]:
     """Turn the output of the network into the clean sample and the noise it implies.
 
-    Both satisfy latents = alpha x0 + sigma epsilon.
+    Both satisfy latents = alpha x0 + sigma epsilon, but for a consistency model, whose x0 is
+    c_out x0 + c_skip latents.
 
     Args:
         noise_pred: Output of the network, shape (B, C, h, w).
@@ -49,14 +50,18 @@ def predict_x0_epsilon(
     # divides by zero: NoiseSchedule refuses epsilon at alpha = 0, and steps start at sigma > 0.
     alpha, sigma = step.alpha, step.sigma
     if prediction_type == "epsilon":
-        return (latents - sigma * noise_pred) / alpha, noise_pred
-    if prediction_type == "v_prediction":
+        x0, epsilon = (latents - sigma * noise_pred) / alpha, noise_pred
+    elif prediction_type == "v_prediction":
         # v = alpha epsilon - sigma x0, a rotation of (x0, epsilon): alpha^2 + sigma^2 = 1.
-        return alpha * latents - sigma * noise_pred, alpha * noise_pred + sigma * latents
-    if prediction_type == "sample":
-        return noise_pred, (latents - alpha * noise_pred) / sigma
-    # flow: velocity = epsilon - x0 and latents = (1 - sigma) x0 + sigma epsilon
-    return latents - sigma * noise_pred, latents + alpha * noise_pred
+        x0, epsilon = alpha * latents - sigma * noise_pred, alpha * noise_pred + sigma * latents
+    elif prediction_type == "sample":
+        x0, epsilon = noise_pred, (latents - alpha * noise_pred) / sigma
+    else:
+        # flow: velocity = epsilon - x0 and latents = (1 - sigma) x0 + sigma epsilon
+        x0, epsilon = latents - sigma * noise_pred, latents + alpha * noise_pred
+    if step.c_skip != 0.0 or step.c_out != 1.0:
+        x0 = step.c_out * x0 + step.c_skip * latents
+    return x0, epsilon
 
 
 def ddim_step(
@@ -71,7 +76,8 @@ def ddim_step(
     """Take one step of DDIM, for diffusion and for rectified flow alike.
 
     latents' = alpha' x0 + sqrt(sigma'^2 - s^2) epsilon + s noise, where
-    s = eta (sigma' / sigma) sqrt(sigma^2 - (alpha sigma' / alpha')^2).
+    s = eta (sigma' / sigma) sqrt(sigma^2 - (alpha sigma' / alpha')^2), or s = eta sigma' where the
+    step renoises, as in consistency models.
 
     Args:
         noise_pred: Output of the network, guidance applied, shape (B, C, h, w).
@@ -95,7 +101,9 @@ def ddim_step(
 
     # 2. Spread of the fresh noise. max(): rounding can leave a tiny negative under the root.
     spread = 0.0
-    if eta > 0.0:
+    if eta > 0.0 and step.renoises:
+        spread = eta * step.sigma_next
+    elif eta > 0.0:
         kept = step.alpha * step.sigma_next / step.alpha_next
         spread = eta * step.sigma_next / step.sigma * math.sqrt(max(step.sigma**2 - kept**2, 0.0))
 
@@ -116,7 +124,7 @@ def rollout(
     schedule: NoiseSchedule,
     *,
     stops: Sequence[int] | None = None,
-    eta: float = 0.0,
+    eta: float | None = None,
     draw_noise: DrawNoise | None = None,
 ) -> Tensor:
     """Run the chain without any gradient; images may stop at different calls.
@@ -124,11 +132,11 @@ def rollout(
     Args:
         denoise: (latents, step) -> noise_pred with guidance applied. Once images have stopped it
             gets only the rows of the others, which are the first ones.
-        latents: Standard normal noise at the first step, shape (B, C, h, w).
+        latents: Standard normal noise, shape (B, C, h, w); scaled here as the schedule says.
         schedule: Noise levels of all steps.
         stops: The call before which each image stops, descending, B numbers in [0, T]; None runs
             all calls of all images.
-        eta: Share of fresh noise per step in [0, 1].
+        eta: Share of fresh noise per step in [0, 1]; None is the schedule's own.
         draw_noise: Gives the fresh noise of step i of all B images; needed where eta > 0.
 
     Returns:
@@ -141,7 +149,10 @@ def rollout(
     stops = [len(schedule)] * len(latents) if stops is None else stops
     if list(stops) != sorted(stops, reverse=True) or len(stops) != len(latents):
         raise ValueError(f"expected {len(latents)} descending stops, got {list(stops)}")
+    eta = schedule.eta if eta is None else eta
     with torch.no_grad():
+        if schedule.initial_scale != 1.0:
+            latents = schedule.initial_scale * latents
         for i, step in enumerate(schedule.steps[: max(stops, default=0)]):
             # Stops descend, so the images that still run are the first rows: a view, no copy.
             active = sum(stop > i for stop in stops)
@@ -157,7 +168,7 @@ def backprop(
     schedule: NoiseSchedule,
     path: GradPath,
     *,
-    eta: float = 0.0,
+    eta: float | None = None,
     draw_noise: DrawNoise | None = None,
     plain: Denoise | None = None,
     recomputed: Collection[int] = (),
@@ -173,7 +184,7 @@ def backprop(
         latents: What `rollout` returned for `path.rollout_calls` calls, shape (B, C, h, w).
         schedule: Noise levels of all steps.
         path: Which calls carry gradient, what their input is and where the chain ends.
-        eta: Share of fresh noise per step in [0, 1].
+        eta: Share of fresh noise per step in [0, 1]; None is the schedule's own.
         draw_noise: Gives the fresh noise of step i; needed where eta > 0. With `path.copies` also
             that of the copies, numbered from T on.
         plain: Used instead of `denoise` at calls without gradient, where a cheaper call gives the
@@ -195,6 +206,7 @@ def backprop(
     # With `leaps` the gradient travels apart from the values: `latents` are those of the true
     # chain, `jump` is one large step from the last call with gradient to where the next one begins.
     jump: Tensor | None = None
+    eta = schedule.eta if eta is None else eta
     for i in range(path.rollout_calls(len(schedule)), len(schedule)):
         step = schedule.steps[i]
         if i in path:
@@ -225,7 +237,7 @@ def sample(
     latents: Tensor,
     schedule: NoiseSchedule,
     *,
-    eta: float = 0.0,
+    eta: float | None = None,
     path: GradPath | None = None,
     plain: Denoise | None = None,
     draw_noise: DrawNoise | None = None,
@@ -235,9 +247,9 @@ def sample(
 
     Args:
         denoise: As in `backprop`.
-        latents: Standard normal noise at the first step, shape (B, C, h, w).
+        latents: As in `rollout`.
         schedule: Noise levels of all steps.
-        eta: Share of fresh noise per step in [0, 1].
+        eta: Share of fresh noise per step in [0, 1]; None is the schedule's own.
         path: None means no gradient at all.
         plain: As in `backprop`.
         draw_noise: Gives the fresh noise of step i; needed where eta > 0.

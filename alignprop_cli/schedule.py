@@ -17,6 +17,9 @@ from torch import Tensor
 
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
 
+# Deviation of the data, as consistency models are parametrised.
+_SIGMA_DATA = 0.5
+
 
 @dataclass(frozen=True)
 class Step:
@@ -28,6 +31,10 @@ class Step:
         sigma: Scale of the noise before the step, in [0, 1].
         alpha_next: Scale of the signal after the step, in (0, 1].
         sigma_next: Scale of the noise after the step, in [0, 1].
+        c_skip: Share of the step's input in its clean sample, and
+        c_out: share of the predicted clean sample: a consistency model's boundary condition.
+        renoises: Whether at eta = 1 all noise after the step is fresh, as in consistency models;
+            else at eta = 1 it has the variance of DDPM.
     """
 
     timestep: float
@@ -35,6 +42,9 @@ class Step:
     sigma: float
     alpha_next: float
     sigma_next: float
+    c_skip: float = 0.0
+    c_out: float = 1.0
+    renoises: bool = False
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,8 @@ class NoiseSchedule:
         steps: The steps in the order in which they are taken.
         prediction_type: `epsilon`, `v_prediction` (alpha epsilon - sigma x0), `sample` (x0) or
             `flow` (epsilon - x0, the velocity of a rectified flow).
+        eta: Share of fresh noise per step where the caller does not choose one.
+        initial_scale: Factor on the standard normal noise that the chain starts from.
 
     Raises:
         ValueError: If there is no step, the prediction type is unknown, or the noise is predicted
@@ -55,6 +67,8 @@ class NoiseSchedule:
 
     steps: tuple[Step, ...]
     prediction_type: PredictionType
+    eta: float = 0.0
+    initial_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if self.prediction_type not in get_args(PredictionType):
@@ -101,7 +115,7 @@ class NoiseSchedule:
             )
             for start, stop in itertools.pairwise(edges)
         )
-        return NoiseSchedule(first + self.steps[before:], self.prediction_type)
+        return replace(self, steps=first + self.steps[before:])
 
 
 def diffusion_schedule(
@@ -137,3 +151,87 @@ def diffusion_schedule(
 
     steps = tuple(Step(int(t), *levels(int(t)), *levels(int(t) - stride)) for t in timesteps)
     return NoiseSchedule(steps, prediction_type)
+
+
+def euler_schedule(
+    timesteps: Sequence[float],
+    sigmas: Sequence[float],
+    prediction_type: PredictionType,
+    *,
+    eta: float,
+    unit_noise: bool,
+) -> NoiseSchedule:
+    """Build the schedule of Euler's method in the variance exploding form, for the same networks.
+
+    With x = x0 + s epsilon, Euler's step x' = x + (s' - s) epsilon is DDIM's step for the latents
+    x / sqrt(1 + s^2), whose alpha is 1 / sqrt(1 + s^2) and sigma s / sqrt(1 + s^2). The ancestral
+    method is DDIM with eta = 1.
+
+    Args:
+        timesteps: T inputs of the network, decreasing, whole or not.
+        sigmas: The T + 1 noise levels s, decreasing; the last one is that of the clean end.
+        prediction_type: What the network predicts.
+        eta: 0 is Euler's method, 1 the ancestral one.
+        unit_noise: Whether x starts as sqrt(1 + s^2) times standard normal noise, which is the
+            whole variance at s; else as s times the noise.
+
+    Returns:
+        The schedule with T steps. Not differentiable.
+
+    Source: Karras et al. 2022, arXiv:2206.00364, section 4; diffusers' Euler(Ancestral)Discrete-
+        Scheduler, whose sigma_up is `ddim_step`'s spread at eta = 1.
+    """
+
+    def levels(sigma: float) -> tuple[float, float]:
+        scale = math.sqrt(1.0 + sigma**2)
+        return 1.0 / scale, sigma / scale
+
+    # The end is left in the variance exploding form, as what is decoded: (1, 0) mostly.
+    after = [levels(sigma) for sigma in sigmas[1:-1]] + [(1.0, sigmas[-1])]
+    steps = tuple(
+        Step(timestep, *levels(sigma), *level)
+        for timestep, sigma, level in zip(timesteps, sigmas[:-1], after, strict=True)
+    )
+    scale = 1.0 if unit_noise or not steps else steps[0].sigma
+    return NoiseSchedule(steps, prediction_type, eta=eta, initial_scale=scale)
+
+
+def consistency_schedule(
+    alphas_cumprod: Tensor,
+    timesteps: Sequence[int],
+    prediction_type: PredictionType,
+    timestep_scaling: float,
+) -> NoiseSchedule:
+    """Build the schedule of multistep sampling from a latent consistency model.
+
+    The clean sample is c_out x0 + c_skip latents with c_skip = d^2 / (u^2 + d^2), c_out = u /
+    sqrt(u^2 + d^2), u = timestep_scaling t and d = 0.5. All steps but the last draw fresh noise.
+
+    Args:
+        alphas_cumprod: Cumulative product of 1 - beta, shape (N,).
+        timesteps: T distinct training timesteps, decreasing.
+        prediction_type: What the network predicts.
+        timestep_scaling: As above; 10 in published models.
+
+    Returns:
+        The schedule with T steps, and eta 1. Not differentiable.
+
+    Source: Luo et al. 2023, arXiv:2310.04378, eq. 9 and algorithm 3; diffusers' LCMScheduler.
+    """
+    cumprod = cast(list[float], alphas_cumprod.double().tolist())  # pyright: ignore[reportUnknownMemberType]
+    levels = [(math.sqrt(cumprod[t]), math.sqrt(1.0 - cumprod[t])) for t in timesteps]
+    steps: list[Step] = []
+    for timestep, level, after in zip(timesteps, levels, [*levels[1:], (1.0, 0.0)], strict=True):
+        scaled = timestep_scaling * timestep
+        total = scaled**2 + _SIGMA_DATA**2
+        steps.append(
+            Step(
+                timestep,
+                *level,
+                *after,
+                c_skip=_SIGMA_DATA**2 / total,
+                c_out=scaled / math.sqrt(total),
+                renoises=True,
+            )
+        )
+    return NoiseSchedule(tuple(steps), prediction_type, eta=1.0)

@@ -14,9 +14,21 @@ from typing import Any
 import numpy as np
 import open_clip
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 from alignprop_cli.evaluation.sheet import save_image
 
@@ -184,6 +196,94 @@ def small_pipeline(
             safety_checker=None,
             feature_extractor=None,
             requires_safety_checker=False,
+        )
+
+    _build(seed, build).save_pretrained(path)
+    return path
+
+
+XL_WIDTHS, XL_POOLED = (32, 48), 24
+"""Widths of the two text encoders of `small_xl_pipeline`, and of the pooled embedding."""
+
+
+def small_xl_pipeline(
+    path: Path, *, seed: int = 0, scheduler: Any = None, **overrides: Any
+) -> Path:
+    """Write a StableDiffusionXLPipeline with random weights: latents (4, 8, 8), pictures 16 x 16.
+
+    Args:
+        path: Folder to write.
+        seed: Of the weights.
+        scheduler: The model's; None is that of Stable Diffusion XL.
+        **overrides: Options of the network, and with a prefix `vae_` of the autoencoder or
+            `pipeline_` of the pipeline.
+
+    Returns:
+        The folder.
+    """
+    unet_options: dict[str, Any] = {
+        "sample_size": 8,
+        "block_out_channels": (32, 64),
+        "layers_per_block": 1,
+        # As in Stable Diffusion XL: attention in the deep levels alone, deeper there.
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2),
+        "cross_attention_dim": sum(XL_WIDTHS),
+        "attention_head_dim": (2, 4),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + XL_POOLED,
+        "norm_num_groups": 8,
+    }
+    vae_options: dict[str, Any] = {
+        "latent_channels": 4,
+        "block_out_channels": (16, 16),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "sample_size": PICTURE_PX,
+        "scaling_factor": 0.13025,
+    }
+    pipeline_options: dict[str, Any] = {"add_watermarker": False}
+    parts = {"vae_": vae_options, "pipeline_": pipeline_options}
+    for key, value in overrides.items():
+        prefix = next((prefix for prefix in parts if key.startswith(prefix)), "")
+        parts.get(prefix, unet_options)[key.removeprefix(prefix)] = value
+
+    def text(width: int, vocab_size: int, kind: Any) -> Any:
+        return kind(
+            CLIPTextConfig(
+                vocab_size=vocab_size,
+                hidden_size=width,
+                intermediate_size=2 * width,
+                projection_dim=XL_POOLED,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                max_position_embeddings=16,
+                bos_token_id=vocab_size - 2,
+                eos_token_id=vocab_size - 1,
+                pad_token_id=vocab_size - 1,
+            )
+        )
+
+    def build() -> StableDiffusionXLPipeline:
+        tokenizers = [small_tokenizer(path / name) for name in ("tokenizer", "tokenizer_2")]
+        vae = AutoencoderKL(**vae_options)
+        torch.nn.init.zeros_(vae.decoder.conv_out.bias)
+        vae.decoder.conv_out.weight.data.mul_(0.5)
+        own = EulerDiscreteScheduler(**SD1_BETAS, steps_offset=1, timestep_spacing="leading")
+        return StableDiffusionXLPipeline(
+            vae=vae,
+            text_encoder=text(XL_WIDTHS[0], len(tokenizers[0]), CLIPTextModel),
+            text_encoder_2=text(XL_WIDTHS[1], len(tokenizers[1]), CLIPTextModelWithProjection),
+            tokenizer=tokenizers[0],
+            tokenizer_2=tokenizers[1],
+            unet=UNet2DConditionModel(**unet_options),
+            scheduler=scheduler or own,
+            **pipeline_options,
         )
 
     _build(seed, build).save_pretrained(path)

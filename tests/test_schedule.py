@@ -11,7 +11,13 @@ from diffusers import DDIMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignprop_cli.schedule import NoiseSchedule, Step, diffusion_schedule
+from alignprop_cli.schedule import (
+    NoiseSchedule,
+    Step,
+    consistency_schedule,
+    diffusion_schedule,
+    euler_schedule,
+)
 from tests.factories import SD1_BETAS
 
 # alphas_cumprod[t] = (10 - t) / 10 for 10 training timesteps: easy to recognise.
@@ -63,7 +69,7 @@ def test_all_levels_of_stable_diffusion_preserve_variance_and_get_cleaner() -> N
 
 def test_coefficients_are_python_numbers() -> None:
     step = diffusion_schedule(CUMPROD, [9, 4], 1.0, "epsilon").steps[0]
-    assert all(type(value) in (int, float) for value in vars(step).values())
+    assert all(type(value) in (int, float, bool) for value in vars(step).values())
 
 
 def test_noise_prediction_without_any_signal_is_refused() -> None:
@@ -123,3 +129,47 @@ def test_steps_that_are_not_there_cannot_be_replaced(before: int, calls: int) ->
     whole = diffusion_schedule(CUMPROD, [8, 6, 4, 2, 0], 1.0, "epsilon")
     with pytest.raises(ValueError, match="expected 1 <= calls <= before <= 5"):
         whole.shortened(before, calls)
+
+
+# --- Euler's method and consistency models; parity with diffusers is in tests/models ---
+
+
+def test_eulers_steps_have_the_levels_of_the_variance_exploding_form() -> None:
+    schedule = euler_schedule([9.0, 4.5], [3.0, 1.0, 0.0], "epsilon", eta=1.0, unit_noise=False)
+    first, last = schedule.steps
+    # x0 + 3 epsilon, divided by sqrt(1 + 3^2).
+    assert (first.alpha, first.sigma) == pytest.approx((1 / 10**0.5, 3 / 10**0.5))
+    assert (first.alpha_next, first.sigma_next) == pytest.approx((0.5**0.5, 0.5**0.5))
+    assert (last.alpha_next, last.sigma_next) == (1.0, 0.0)
+    assert [step.timestep for step in schedule.steps] == [9.0, 4.5]
+    # 3 times the noise is 3 / sqrt(10) times it after the division; sqrt(10) times it is all of it.
+    assert schedule.initial_scale == pytest.approx(3 / 10**0.5)
+    whole = euler_schedule([9.0], [3.0, 0.0], "epsilon", eta=0.0, unit_noise=True)
+    assert (whole.initial_scale, whole.eta, schedule.eta) == (1.0, 0.0, 1.0)
+
+
+def test_a_level_that_is_left_at_the_end_stays_in_the_variance_exploding_form() -> None:
+    (step,) = euler_schedule([5.0], [2.0, 0.25], "epsilon", eta=0.0, unit_noise=True).steps
+    # What is decoded is x0 + 0.25 epsilon.
+    assert (step.alpha_next, step.sigma_next) == (1.0, 0.25)
+
+
+def test_a_consistency_models_clean_sample_is_its_input_where_no_noise_is() -> None:
+    cumprod = torch.tensor([1.0, 0.8, 0.5])
+    first, last = consistency_schedule(cumprod, [2, 0], "epsilon", timestep_scaling=0.25).steps
+    # u = 0.25 x 2 = 0.5 = d: c_skip = 1/2, c_out = 1 / sqrt(2).
+    assert (first.c_skip, first.c_out) == pytest.approx((0.5, 0.5**0.5))
+    assert (last.c_skip, last.c_out) == (1.0, 0.0)
+    assert (first.alpha_next, first.sigma_next) == (last.alpha, last.sigma)
+    assert first.renoises
+    assert (last.alpha_next, last.sigma_next) == (1.0, 0.0)
+
+
+def test_a_shortened_schedule_keeps_what_the_scheduler_says() -> None:
+    whole = euler_schedule([3, 2, 1], [3.0, 2.0, 1.0, 0.0], "epsilon", eta=1.0, unit_noise=False)
+    short = whole.shortened(2, 1)
+    assert (short.eta, short.initial_scale) == (whole.eta, whole.initial_scale)
+    assert len(short) == 2
+    cumprod = torch.tensor([0.9, 0.8, 0.5])
+    lcm = consistency_schedule(cumprod, [2, 1, 0], "epsilon", timestep_scaling=1.0)
+    assert all(step.renoises for step in lcm.shortened(2, 1).steps)

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from alignprop_cli.errors import ConfigError
+from alignprop_cli.lora.recipe import Format, Method
 
 # Typer's options as types, so that an option has the same name and help in every command. Help
 # texts are phrases that begin in lower case.
@@ -41,6 +42,24 @@ RewardOption = Annotated[
 ]
 
 _HINT = "choose another place with --output, or give --overwrite"
+
+# How the members of a soup are mixed.
+MethodOption = Annotated[Method, typer.Option("--method", help="how the members are mixed")]
+RankOption = Annotated[
+    int | None,
+    typer.Option("--rank", min=1, help="rank of svd, ties, dare_linear; default: the largest"),
+]
+DensityOption = Annotated[
+    float | None,
+    typer.Option("--density", help="share of values that ties, dare_linear keep; default 0.5"),
+]
+MixSeedOption = Annotated[int, typer.Option("--seed", min=0, help="of dare_linear")]
+MissingOption = Annotated[
+    bool, typer.Option("--allow-missing", help="mix LoRAs that change different layers")
+]
+FormatOption = Annotated[
+    Format, typer.Option("--format", help="of the file: diffusers' names, or ComfyUI's and A1111's")
+]
 
 
 def reward_names(values: Sequence[str] | None) -> list[str]:

@@ -8,16 +8,22 @@ import typer
 
 from alignprop_cli.commands.options import (
     DebugOption,
+    DensityOption,
+    FormatOption,
     JsonOption,
+    MethodOption,
+    MissingOption,
+    MixSeedOption,
     ModelOption,
     OutputOption,
     OverwriteOption,
     QuietOption,
+    RankOption,
     RewardOption,
     SetOption,
 )
 from alignprop_cli.commands.output import EVALUATION, claimed
-from alignprop_cli.lora.recipe import Method, Recipe, check_recipe, member_shares, sweep_shares
+from alignprop_cli.lora.recipe import Recipe, check_recipe, member_shares, sweep_shares
 
 if TYPE_CHECKING:
     from alignprop_cli.config.schema import Config
@@ -39,19 +45,6 @@ CoefOption = Annotated[
         "default: equal shares",
     ),
 ]
-MethodOption = Annotated[Method, typer.Option("--method", help="how the members are mixed")]
-RankOption = Annotated[
-    int | None,
-    typer.Option("--rank", min=1, help="rank of svd, ties, dare_linear; default: the largest"),
-]
-DensityOption = Annotated[
-    float | None,
-    typer.Option("--density", help="share of values that ties, dare_linear keep; default 0.5"),
-]
-SeedOption = Annotated[int, typer.Option("--seed", min=0, help="of dare_linear")]
-MissingOption = Annotated[
-    bool, typer.Option("--allow-missing", help="mix LoRAs that change different layers")
-]
 EvaluateOption = Annotated[
     bool, typer.Option("--evaluate", help="compare the mix with the base model right away")
 ]
@@ -70,8 +63,9 @@ def soup(
     method: MethodOption = "exact",
     rank: RankOption = None,
     density: DensityOption = None,
-    seed: SeedOption = 0,
+    seed: MixSeedOption = 0,
     allow_missing: MissingOption = False,
+    file_format: FormatOption = "diffusers",
     evaluate: EvaluateOption = False,
     sweep: SweepOption = None,
     reward: RewardOption = None,
@@ -99,7 +93,7 @@ def soup(
 
       alignprop soup runs/clip base --coef 0.5 --output runs/clip-half
 
-      alignprop soup runs/clip=0.5 runs/brightness=0.3 runs/contrast=0.4 --method svd --rank 8
+      alignprop soup runs/clip --format comfyui
 
       alignprop soup runs/clip runs/brightness --sweep 0:1:0.25 --reward clip,brightness
     """
@@ -107,7 +101,7 @@ def soup(
     from alignprop_cli.console import Console
 
     # 1. Everything on the command line is checked before a file is read.
-    recipe = Recipe(method, rank, density, seed, allow_missing)
+    recipe = Recipe(method, rank, density, seed, allow_missing, file_format)
     check_recipe(recipe)
     shares = None if sweep is None else sweep_shares(sweep, members, coef)
     names, coefficients = member_shares(members, coef)

@@ -119,9 +119,23 @@ class SampleConfig(Section):
         "0 is the image, 1 pure noise (for diffusion sqrt(1 - alphas_cumprod)). Other calls cost "
         "half. Changes the images.",
     )
-    # 0 is DDIM; 1 has the variance of DDPM.
-    eta: float = Field(
-        default=0.0, ge=0.0, le=1.0, description="Fresh noise per step, 0 deterministic to 1 DDPM."
+    # What a family does not have is refused by name (models/families.py).
+    scheduler: Literal["model", "ddim", "euler", "euler_ancestral", "lcm"] = Field(
+        default="model",
+        description="How steps are taken: model is the model's own way (DDIM for solvers of higher "
+        "order); the others are diffusers' schedulers with the model's noise.",
+    )
+    spacing: Literal["model", "leading", "trailing", "linspace"] = Field(
+        default="model",
+        description="How the timesteps are spread, as diffusers' timestep_spacing; model is the "
+        "model's own. Few-step models are mostly made for trailing.",
+    )
+    eta: float | None = Field(
+        default=None,
+        ge=0.0,
+        le=1.0,
+        description="Fresh noise per step, 0 deterministic to 1 DDPM; null is the scheduler's own: "
+        "1 for euler_ancestral and lcm, else 0.",
     )
     # Null rather than a number: models were trained at different sizes.
     height: Pixels | None = Field(default=None, description="Pixels; null is the model's own.")

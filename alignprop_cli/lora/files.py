@@ -244,6 +244,27 @@ def save(
     return file
 
 
+def save_for_comfyui(
+    folder: Path, layers: Layers, header: Mapping[str, str], *, prefix: str
+) -> Path:
+    """Write pytorch_lora_weights.safetensors with the names that ComfyUI reads.
+
+    Args:
+        folder: Existing.
+        layers: The LoRA.
+        header: Texts for the header.
+        prefix: As in `save`.
+
+    Returns:
+        The file.
+    """
+    state = formats.for_comfyui(layers, prefix)
+    file = folder / LORA_FILE
+    tensors = {name: value.contiguous() for name, value in state.items()}
+    save_tensors(file, tensors, {"format": "pt", **header})
+    return file
+
+
 def save_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file whose bytes depend on nothing but its content.
 

@@ -3,7 +3,8 @@
     diffusers   unet.<layer>.lora.down.weight and .lora.up.weight, or .lora_A.weight and
                 .lora_B.weight; in old versions .processor.to_q_lora.down.weight and so on
     PEFT        base_model.model.<layer>.lora_A.weight and .lora_B.weight
-    kohya       lora_unet_<layer, _ for .>.lora_down.weight and .lora_up.weight
+    kohya       lora_unet_<layer, _ for .>.lora_down.weight and .lora_up.weight; for Stable
+                Diffusion XL the layers are named as in the original code
 
 Alpha is a tensor of its own (<layer>.alpha) or part of the adapter's configuration. The name of an
 adapter may come before `.weight`. Every tensor is used, or belongs to a text encoder and is
@@ -50,12 +51,30 @@ _TEXT_TENSOR = re.compile(r"[._]lora[._].*|\.(alpha|dora_scale)$")
 # kohya writes _ for every dot. These are the words of a UNet's names that contain a _ themselves.
 _WORDS = (
     *("down_blocks", "mid_block", "up_blocks", "transformer_blocks", "time_embedding"),
-    *("add_embedding", "time_emb_proj", "linear_1", "linear_2", "conv_in", "conv_out"),
+    *("add_embedding", "cond_proj", "time_emb_proj", "linear_1", "linear_2", "conv_in", "conv_out"),
     *("conv_shortcut", "proj_in", "proj_out", "to_q", "to_k", "to_v", "to_out"),
 )
 _WORD = re.compile(rf"(?:{'|'.join(_WORDS)}|[a-z]+\d*|\d+)(?=_|$)")
 _FIRST_WORDS = {"down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out"}
 _FIRST_WORDS |= {"time_embedding", "add_embedding"}
+
+# The original code numbers the blocks of a network with two layers a level through, downsamplers
+# and upsamplers among them. kohya's trainer names the layers of Stable Diffusion XL so.
+_ORIGINAL = re.compile(r"(input_blocks|middle_block|output_blocks)_(\d+)(?:_(\d+))?_(.+)")
+_ORIGINAL_ENDS = {
+    "time_embed_0": "time_embedding_linear_1",
+    "time_embed_2": "time_embedding_linear_2",
+    "label_emb_0_0": "add_embedding_linear_1",
+    "label_emb_0_2": "add_embedding_linear_2",
+    "input_blocks_0_0": "conv_in",
+    "out_2": "conv_out",
+}
+_ORIGINAL_RESNET = {
+    "in_layers_2": "conv1",
+    "emb_layers_1": "time_emb_proj",
+    "out_layers_3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
 
 # Kinds of adapter that are not a plain LoRA, by a part of their tensors' names (a regular
 # expression); settings.py knows them by an option of their configuration.
@@ -206,7 +225,7 @@ def _layer(name: str, file: Path) -> str | None:
         layer = name.removeprefix(PEFT)
         return layer if layer.split(".")[0] in _FIRST_WORDS else None
     if name.startswith(_KOHYA):
-        flat = name.removeprefix(_KOHYA)
+        flat = _present_flat(name.removeprefix(_KOHYA))
         # Split into the known words of a UNet's names: there is one way only, so the renaming can
         # be undone. What does not split belongs to another network.
         words = _WORD.findall(flat)
@@ -214,9 +233,64 @@ def _layer(name: str, file: Path) -> str | None:
             return ".".join(words)
         raise AssetError(
             f"{file}: unexpected layer {name}: it is not named as diffusers names a UNet's layers",
-            hint="kohya's trainer names them so for Stable Diffusion XL, which is not supported",
+            hint="kohya's trainer names those of other networks so, which are not supported",
         )
     return None
+
+
+def _present_flat(flat: str) -> str:
+    """Return diffusers' name of a layer, _ for dots, from that of the original code.
+
+    Other names are returned as they are.
+    """
+    found = _ORIGINAL.fullmatch(flat)
+    if flat in _ORIGINAL_ENDS or found is None:
+        return _ORIGINAL_ENDS.get(flat, flat)
+    side, number, kind, rest = found[1], int(found[2]), found[3], found[4]
+    if side == "middle_block":
+        # resnet, attention, resnet; the kind is part of the layer's own name there.
+        rest = rest if kind is None else f"{kind}_{rest}"
+        block = {0: "resnets_0", 1: "attentions_0", 2: "resnets_1"}.get(number)
+        return flat if block is None else f"mid_block_{block}_{_ORIGINAL_RESNET.get(rest, rest)}"
+    if side == "input_blocks":
+        # conv_in is number 0; each level has two layers and a downsampler.
+        level, place = divmod(number - 1, 3)
+        if rest == "op":
+            return f"down_blocks_{level}_downsamplers_0_conv"
+    else:
+        # Each level has three layers; the upsampler comes after the last.
+        level, place = divmod(number, 3)
+        if rest == "conv":
+            return f"up_blocks_{level}_upsamplers_0_conv"
+    block = "down_blocks" if side == "input_blocks" else "up_blocks"
+    part = {"0": "resnets", "1": "attentions"}.get(kind or "")
+    return (
+        flat
+        if part is None
+        else (f"{block}_{level}_{part}_{place}_{_ORIGINAL_RESNET.get(rest, rest)}")
+    )
+
+
+def for_comfyui(layers: Layers, prefix: str) -> dict[str, Tensor]:
+    """Return the tensors of a LoRA by the names that ComfyUI reads.
+
+    Args:
+        layers: The LoRA.
+        prefix: One of `NETWORKS`. A U-Net's layers get kohya's names, which A1111 reads too; other
+            networks keep diffusers' names.
+
+    Returns:
+        Two factors and alpha of every layer; the scaling is alpha / rank there.
+    """
+    is_unet = prefix == NETWORKS[0]
+    down, up = ("lora_down", "lora_up") if is_unet else ("lora_A", "lora_B")
+    state: dict[str, Tensor] = {}
+    for name, factors in layers.items():
+        layer = f"{_KOHYA}{name.replace('.', '_')}" if is_unet else f"{prefix}{name}"
+        state[f"{layer}.{down}.weight"] = factors.down
+        state[f"{layer}.{up}.weight"] = factors.up
+        state[f"{layer}.alpha"] = torch.tensor(factors.scaling * factors.rank)
+    return state
 
 
 def _factors(layer: str, tensors: _Tensors, options: Mapping[str, Any], file: Path) -> Factors:

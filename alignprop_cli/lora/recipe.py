@@ -11,6 +11,8 @@ from alignprop_cli.errors import ConfigError
 
 Method = Literal["exact", "factor", "svd", "ties", "dare_linear"]
 
+Format = Literal["diffusers", "comfyui"]
+
 RANKED: tuple[Method, ...] = ("svd", "ties", "dare_linear")
 """The methods whose result has a rank to choose."""
 
@@ -20,13 +22,17 @@ PRUNING: tuple[Method, ...] = ("ties", "dare_linear")
 
 @dataclass(frozen=True)
 class Recipe:
-    """How members are mixed; see `alignprop_cli.lora.mixing.mix`."""
+    """How members are mixed; see `alignprop_cli.lora.mixing.mix`.
+
+    `format` is that of the file: diffusers' names, or those that ComfyUI reads.
+    """
 
     method: Method = "exact"
     rank: int | None = None
     density: float | None = None
     seed: int = 0
     allow_missing: bool = False
+    format: Format = "diffusers"
 
 
 # From 0 to 1 by 0.01. Each mix is sampled with, so more of them are a mistyped step.

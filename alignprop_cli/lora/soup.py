@@ -237,11 +237,14 @@ def _make(
     }
     weights, metadata = files.packed(mixed.layers)
     prefix = adapters[0].prefix
-    write_whole(
-        mix.folder,
-        lambda made: files.save(made, weights, header, prefix=prefix, adapter_metadata=metadata),
-        replace=replace,
-    )
+
+    def save(folder: Path) -> None:
+        if recipe.format == "comfyui":
+            files.save_for_comfyui(folder, mixed.layers, header, prefix=prefix)
+        else:
+            files.save(folder, weights, header, prefix=prefix, adapter_metadata=metadata)
+
+    write_whole(mix.folder, save, replace=replace)
     return _describe(mix.folder, made_of, mixed, recipe)
 
 

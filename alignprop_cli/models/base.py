@@ -41,6 +41,9 @@ class Network(Protocol):
 
     Args:
         module: The network itself, which the LoRA is added to.
+
+    A network that takes the guidance scale as an input has `embeds_guidance = True`, and finds the
+    scale as "guidance" among the embeddings.
     """
 
     module: torch.nn.Module
@@ -55,6 +58,9 @@ class Network(Protocol):
 
     def schedule(self, steps: int, latent_shape: tuple[int, int, int]) -> NoiseSchedule:
         """Return the noise levels of a chain of `steps` steps for latents (C, h, w).
+
+        A family that lists `schedulers` or `spacings` takes the chosen one as a further argument
+        `scheduler` or `spacing`.
 
         Raises:
             ConfigError: If the model's scheduler has no such chain.
@@ -163,6 +169,8 @@ class Family:
         on_meta: Builds network and decoder without weights, from configuration files alone.
         guidance_origin: As `guidance.Guidance.origin`.
         stack: Makes a batch of the embeddings of several prompts.
+        schedulers: Values of `sample.scheduler` besides `model` that its networks can have.
+        spacings: The same for `sample.spacing`.
     """
 
     name: str
@@ -174,6 +182,8 @@ class Family:
     on_meta: Callable[[Source], MetaModel]
     guidance_origin: Literal["uncond", "text"] = "uncond"
     stack: Callable[[Sequence[Embeds]], Embeds] = stack
+    schedulers: tuple[str, ...] = ()
+    spacings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -183,18 +193,28 @@ class Sampler:
     Args:
         num_inference_steps: T, network calls of one chain.
         guidance: How the two branches are combined.
-        eta: Share of fresh noise per step in [0, 1]; 0 is deterministic.
+        eta: Share of fresh noise per step in [0, 1]; 0 is deterministic, None the scheduler's own.
         height: Pixels; None is the model's own.
         width: Pixels; None is the model's own.
         negative_prompt: The prompt of the unconditional branch.
+        choices: Arguments `scheduler` and `spacing` of `Network.schedule`, where they are chosen.
     """
 
     num_inference_steps: int
     guidance: Guidance
-    eta: float = 0.0
+    eta: float | None = None
     height: int | None = None
     width: int | None = None
     negative_prompt: str = ""
+    choices: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    def schedule(self, network: Network, latent_shape: tuple[int, int, int]) -> NoiseSchedule:
+        """Return the noise levels of the chain for latents (C, h, w).
+
+        Raises:
+            ConfigError: If the model has no such chain.
+        """
+        return network.schedule(self.num_inference_steps, latent_shape, **self.choices)
 
 
 @dataclass

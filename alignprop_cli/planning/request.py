@@ -103,8 +103,8 @@ def measure(config: Config, device_type: str) -> Footprint:
     # 1. The model with the LoRA that will be trained, whose values (and so the seed) do not matter.
     #    The text encoders are not counted: they are dropped before the network is loaded.
     family, _ = families.find(config.model)
-    sampler = families.sampler(config.sample, family)
     model = meta_model(config.model, _dtype(config.model.dtype, device_type))
+    sampler = families.sampler(config.sample, family, model.parts.network)
     network, decoder = model.parts.network.module, model.parts.decoder.module
     network_bytes = _bytes(network)  # before the LoRA, whose weights are counted with the optimiser
     lora.inject(

@@ -128,8 +128,8 @@ def measure(config: Config, device: torch.device) -> SamplingNeed:
         AssetError, ConfigError: As `check_memory`.
     """
     family, _ = families.find(config.model)
-    sampler = families.sampler(config.sample, family)
     model = meta_model(config.model, resolve_dtype(config.model.dtype, device))
+    sampler = families.sampler(config.sample, family, model.parts.network)
     network, decoder = model.parts.network, model.parts.decoder
     shape = network.latent_shape(sampler.height, sampler.width)
     height, width = model.image_size(shape)

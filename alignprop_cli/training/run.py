@@ -159,7 +159,7 @@ def _build(
         mixture.recompute()
     config = setup.prepare_lora(config, model, found, console)
     trainer = Trainer(
-        setup.settings(config, model.family, request.estimator),
+        setup.settings(config, model, request.estimator),
         plan,
         model,
         mixture,

@@ -18,7 +18,7 @@ from alignprop_cli.errors import AlignPropError, AssetError, ConfigError, explai
 from alignprop_cli.estimators import Estimator, window_group
 from alignprop_cli.lora import files
 from alignprop_cli.lora import layers as lora
-from alignprop_cli.models.base import Family, Model
+from alignprop_cli.models.base import Model
 from alignprop_cli.models.families import sampler
 from alignprop_cli.prompts import check_prompts, load_prompts
 from alignprop_cli.rewards import registry
@@ -61,12 +61,12 @@ def settled(config: Config) -> Config:
     return config.model_copy(update={"gradient": gradient, "output": output})
 
 
-def settings(config: Config, family: Family, estimator: Estimator) -> Settings:
+def settings(config: Config, model: Model, estimator: Estimator) -> Settings:
     """Return what a step computes.
 
     Args:
         config: The complete configuration.
-        family: The model's family.
+        model: The model, which says what its guidance scale means.
         estimator: Where the gradient flows.
     """
     train = config.train
@@ -80,7 +80,7 @@ def settings(config: Config, family: Family, estimator: Estimator) -> Settings:
         max_grad_norm=train.max_grad_norm,
     )
     return Settings(
-        sampler=sampler(config.sample, family),
+        sampler=sampler(config.sample, model.family, model.network),
         estimator=estimator,
         optimizer=optimizer,
         batch_size=train.batch_size,

@@ -2,18 +2,21 @@
 
 The pace is that of the card that a dry run assumes for such a memory (`planning/speed.py`).
 
-Run:  python tests/benchmarks/what_fits.py
+Run:  python tests/benchmarks/what_fits.py [--presets]
 """
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alignprop_cli.config import presets
+from alignprop_cli.config.schema import Config
 from alignprop_cli.errors import RunError
 from alignprop_cli.planning import request as planning
 from alignprop_cli.planning.choose import make_plan
-from alignprop_cli.planning.estimate import GIB, Budget, expected_correction
+from alignprop_cli.planning.estimate import GIB, Budget, Footprint, expected_correction
 from alignprop_cli.planning.speed import assumed, card_for
 
 MODELS = {
@@ -27,42 +30,63 @@ WINDOWS: dict[str, dict[str, Any]] = {
     "K random": {"gradient.method": "random_k"},
     "K = 50": {"gradient.method": "full"},
 }
+# With `--presets`: presets as they are, on the cards that people have.
+PRESETS = ("sdxl_hps", "sdxl_turbo_aesthetic", "lcm_aesthetic")
+PRESET_CARDS = (12, 16, 24, 48)
 SHORT = {"none": "", "block": " b", "call": " c"}
 
 
 def main() -> None:
-    """Print one row for each model and window."""
-    names = [f"{card} GB ({card_for(card * GIB)})" for card in CARDS]
-    print("| model | window |", " | ".join(names), "|")
-    print("|---|---|", "---|" * len(CARDS), sep="")
+    """Print one row for each model and window, or for each preset."""
+    if "--presets" in sys.argv:
+        print_head("| preset |", PRESET_CARDS)
+        for name in PRESETS:
+            config = presets.resolve(preset=name)
+            footprint = planning.measure(config, "cuda")
+            print(f"| `{name}` |", cells(config, footprint, PRESET_CARDS), "|", flush=True)
+        return
+    print_head("| model | window |", CARDS)
     for title, model in MODELS.items():
         footprint = None
         for window, flags in WINDOWS.items():
-            config = presets.resolve(preset="aesthetic", flags={"model.id": model, **flags})
+            config = resolved(model, flags)
             footprint = footprint or planning.measure(config, "cuda")
-            request = planning.plan_request(config, processes=1)
-            cells: list[str] = []
-            for card in CARDS:
-                budget = Budget(card * GIB, "cuda", "a card")
-                try:
-                    times = assumed(footprint, card_for(budget.bytes))
-                    plan = make_plan(
-                        request,
-                        footprint=footprint,
-                        budget=budget,
-                        correction=expected_correction("cuda"),
-                        times=times,
-                    )
-                except RunError:
-                    cells.append("-")
-                    continue
-                assert plan.images_per_hour is not None
-                again = SHORT[plan.checkpoint_network]
-                again += str(plan.stored_calls or "") + " d" * plan.checkpoint_decoder
-                again += " r" * plan.checkpoint_reward
-                batches = f"{plan.rollout_batch}/{plan.micro_batch}/{plan.decode_batch}"
-                cells.append(f"{batches}{again}, {plan.images_per_hour:,.0f}")
-            print(f"| {title} | {window} |", " | ".join(cells), "|", flush=True)
+            print(f"| {title} | {window} |", cells(config, footprint, CARDS), "|", flush=True)
+
+
+def print_head(first: str, cards: Sequence[int]) -> None:
+    print(first, " | ".join(f"{card} GB ({card_for(card * GIB)})" for card in cards), "|")
+    print("|", "---|" * (first.count("|") - 1 + len(cards)), sep="")
+
+
+def resolved(model: str, flags: Mapping[str, Any]) -> Config:
+    return presets.resolve(preset="aesthetic", flags={"model.id": model, **flags})
+
+
+def cells(config: Config, footprint: Footprint, cards: Sequence[int]) -> str:
+    """Return the plan for each card: batches, what is recomputed, images an hour."""
+    request = planning.plan_request(config, processes=1)
+    found: list[str] = []
+    for card in cards:
+        budget = Budget(card * GIB, "cuda", "a card")
+        try:
+            plan = make_plan(
+                request,
+                footprint=footprint,
+                budget=budget,
+                correction=expected_correction("cuda"),
+                times=assumed(footprint, card_for(budget.bytes)),
+            )
+        except RunError:
+            found.append("-")
+            continue
+        assert plan.images_per_hour is not None
+        again = SHORT[plan.checkpoint_network]
+        again += str(plan.stored_calls or "") + " d" * plan.checkpoint_decoder
+        again += " r" * plan.checkpoint_reward
+        batches = f"{plan.rollout_batch}/{plan.micro_batch}/{plan.decode_batch}"
+        found.append(f"{batches}{again}, {plan.images_per_hour:,.0f}")
+    return " | ".join(found)
 
 
 if __name__ == "__main__":

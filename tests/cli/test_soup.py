@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from alignprop_cli.cli import main
 from alignprop_cli.config.schema import ModelConfig
@@ -362,3 +362,21 @@ def test_sweeps_that_make_no_sense_are_refused(capsys, tmp_path, args, words):
     assert (code, out) == (2, "")
     assert words in " ".join(err.split())
     assert not (tmp_path / "m").exists()
+
+
+def test_a_mix_for_comfyui_has_its_names_and_the_same_updates(capsys, tmp_path):
+    a, b = make(tmp_path / "a", 1), make(tmp_path / "b", 2, rank=3)
+    for name in ("diffusers", "comfyui"):
+        code, _, err = run(capsys, a, b, "--format", name, "--output", tmp_path / name)
+        assert code == 0, err
+    names = set(load_file(tmp_path / "comfyui" / LORA_FILE))
+    assert {f"lora_unet_x_to_q.{part}" for part in ("lora_down.weight", "alpha")} <= names
+    # These toy layers are none of a network, so they are compared by the tensors.
+    found = load_file(tmp_path / "comfyui" / LORA_FILE)
+    for name, factors in layers_of(tmp_path / "diffusers").items():
+        flat = f"lora_unet_{name.replace('.', '_')}"
+        down, up = (found[f"{flat}.lora_{half}.weight"] for half in ("down", "up"))
+        scaling = float(found[f"{flat}.alpha"]) / len(down)
+        torch.testing.assert_close((scaling * up.double() @ down.double()), factors.delta())
+    header = adapter.read_header(tmp_path / "comfyui" / LORA_FILE)
+    assert header["alignprop.base_model"] == "model f1"

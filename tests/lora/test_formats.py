@@ -176,6 +176,114 @@ def test_kohyas_names_are_those_of_the_layers_with_other_dots(architecture: str)
     assert sorted(layers) == sorted(names)
 
 
+def original_names() -> dict[str, str]:
+    """Return the layers of Stable Diffusion XL by kohya's names, from how the network is built.
+
+    The original code numbers everything through: conv_in, then two layers and a downsampler a
+    level; three layers a level on the way up, the last of them with an upsampler.
+    """
+    resnet = {
+        "in_layers_2": "conv1",
+        "emb_layers_1": "time_emb_proj",
+        "out_layers_3": "conv2",
+        "skip_connection": "conv_shortcut",
+    }
+    attention = [("proj_in", "proj_in"), ("proj_out", "proj_out")]
+    for block in range(10):
+        inner = f"transformer_blocks_{block}_"
+        for name in (
+            *(f"attn{n}_to_{kind}" for n in (1, 2) for kind in ("q", "k", "v", "out_0")),
+            *("ff_net_0_proj", "ff_net_2"),
+        ):
+            dotted = name.replace("attn1_", "attn1.").replace("attn2_", "attn2.")
+            dotted = dotted.replace("to_out_0", "to_out.0").replace(
+                "ff_net_0_proj", "ff.net.0.proj"
+            )
+            dotted = dotted.replace("ff_net_2", "ff.net.2")
+            attention.append((inner + name, f"transformer_blocks.{block}.{dotted}"))
+    found = {
+        "time_embed_0": "time_embedding.linear_1",
+        "time_embed_2": "time_embedding.linear_2",
+        "label_emb_0_0": "add_embedding.linear_1",
+        "label_emb_0_2": "add_embedding.linear_2",
+        "input_blocks_0_0": "conv_in",
+        "out_2": "conv_out",
+        "input_blocks_3_0_op": "down_blocks.0.downsamplers.0.conv",
+        "input_blocks_6_0_op": "down_blocks.1.downsamplers.0.conv",
+        "output_blocks_2_2_conv": "up_blocks.0.upsamplers.0.conv",
+        "output_blocks_5_2_conv": "up_blocks.1.upsamplers.0.conv",
+    }
+    places = {f"middle_block_{2 * n}": f"mid_block.resnets.{n}" for n in (0, 1)}
+    attentions = {"middle_block_1": "mid_block.attentions.0"}
+    for number, (level, place) in {
+        1: (0, 0),
+        2: (0, 1),
+        4: (1, 0),
+        5: (1, 1),
+        7: (2, 0),
+        8: (2, 1),
+    }.items():
+        places[f"input_blocks_{number}_0"] = f"down_blocks.{level}.resnets.{place}"
+        attentions[f"input_blocks_{number}_1"] = f"down_blocks.{level}.attentions.{place}"
+    for number in range(9):
+        level, place = number // 3, number % 3
+        places[f"output_blocks_{number}_0"] = f"up_blocks.{level}.resnets.{place}"
+        attentions[f"output_blocks_{number}_1"] = f"up_blocks.{level}.attentions.{place}"
+    for old, new in places.items():
+        found |= {f"{old}_{kind}": f"{new}.{name}" for kind, name in resnet.items()}
+    for old, new in attentions.items():
+        found |= {f"{old}_{kind}": f"{new}.{name}" for kind, name in attention}
+    return found
+
+
+def test_kohyas_names_of_stable_diffusion_xl_are_those_of_the_original_code() -> None:
+    config = PACKAGE / "models" / "architectures" / "sdxl" / "unet" / "config.json"
+    with torch.device("meta"):
+        network = UNet2DConditionModel.from_config(json.loads(config.read_text()))
+    layers = {
+        name
+        for name, module in network.named_modules()
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d)
+    }
+    # Of all names that there could be, those whose layer there is: each layer has one.
+    names = {old: new for old, new in original_names().items() if new in layers}
+    assert sorted(names.values()) == sorted(layers)
+    state = {}
+    for old in names:
+        state[f"lora_unet_{old}.lora_down.weight"] = torch.ones(2, 3)
+        state[f"lora_unet_{old}.lora_up.weight"] = torch.ones(4, 2)
+    found, _ = formats.read_layers(state, {}, Path("kohya.safetensors"))
+    assert sorted(found) == sorted(layers)
+    # And those of each one: a rank by which it is known.
+    for rank, (old, new) in enumerate(sorted(names.items())[:40], start=1):
+        down, up = torch.ones(rank, 3), torch.ones(4, rank)
+        one = {f"lora_unet_{old}.lora_down.weight": down, f"lora_unet_{old}.lora_up.weight": up}
+        (layer,) = formats.read_layers(one, {}, Path("kohya.safetensors"))[0]
+        assert layer == new
+
+
+@pytest.mark.parametrize("prefix", ["unet.", "transformer."])
+def test_a_file_for_comfyui_is_read_back_with_its_scaling(tmp_path: Path, prefix: str) -> None:
+    layers = {
+        "mid_block.attentions.0.proj_in": Factors(torch.ones(2, 3), torch.ones(4, 2), 6.0),
+        # rsLoRA: alpha / sqrt(rank) is written as an alpha whose quotient by the rank is the same.
+        "conv_in": Factors(torch.ones(4, 3, 1, 1), torch.ones(5, 4, 1, 1), 3.0, True),
+    }
+    state = formats.for_comfyui(layers, prefix)
+    names = {
+        "unet.": "lora_unet_mid_block_attentions_0_proj_in.lora_down.weight",
+        "transformer.": "transformer.mid_block.attentions.0.proj_in.lora_A.weight",
+    }
+    assert names[prefix] in state
+    assert len(state) == 6
+    file = files.save_for_comfyui(tmp_path, layers, {"note": "x"}, prefix=prefix)
+    found = files.read(file)
+    assert found.header["note"] == "x"
+    for name, factors in layers.items():
+        torch.testing.assert_close(found.layers[name].delta(), factors.delta())
+    assert [found.layers[n].alpha for n in layers] == [6.0, 6.0]
+
+
 X = "unet.x.to_q"
 PAIR = {f"{X}.lora.down.weight": torch.ones(2, 4), f"{X}.lora.up.weight": torch.ones(6, 2)}
 HALVES = (("A", "down"), ("B", "up"))

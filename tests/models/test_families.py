@@ -259,18 +259,31 @@ def test_another_family_on_the_hub_is_refused_before_anything_is_downloaded(
     assert asked == [("a/b", "model_index.json", {"revision": "v2"})]
 
 
+# The pipeline, pixels, width of the text embeddings and parameters of the network (as published:
+# 0.860, 0.866 and 2.567 billion; the input for the guidance scale adds 256 x 320).
+EXPECTED = {
+    "sd-1.5": ("StableDiffusionPipeline", 512, 768, 859_520_964),
+    "sd-2.1": ("StableDiffusionPipeline", 768, 1024, 865_910_724),
+    "sd-2.1-base": ("StableDiffusionPipeline", 512, 1024, 865_910_724),
+    "sd-turbo": ("StableDiffusionPipeline", 512, 1024, 865_910_724),
+    "lcm-dreamshaper-v7": ("LatentConsistencyModelPipeline", 768, 768, 859_520_964 + 256 * 320),
+    "sdxl": ("StableDiffusionXLPipeline", 1024, 2048, 2_567_463_684),
+    "sdxl-turbo": ("StableDiffusionXLPipeline", 512, 2048, 2_567_463_684),
+}
+
+
 @pytest.mark.parametrize("name", sorted(PUBLISHED))
 def test_published_models_are_planned_without_the_hub(name: str) -> None:
     config = ModelConfig(id=name)
     family, path = find(config)
-    assert (family.pipeline_class, path) == ("StableDiffusionPipeline", None)
+    kind, size, width, parameters = EXPECTED[PUBLISHED[name]]
+    assert (family.pipeline_class, path) == (kind, None)
     made = meta_model(config, torch.bfloat16)
-    size = 768 if name == "stabilityai/stable-diffusion-2-1" else 512
+    assert sum(p.numel() for p in made.parts.network.module.parameters()) == parameters
     assert made.image_size(made.parts.network.latent_shape(None, None)) == (size, size)
     negative = made.conditioning.negative
     assert negative is not None
     for embeds in (made.conditioning.text, negative):
-        width = 1024 if "2-1" in name else 768
         assert embeds.tensors["hidden"].shape == (1, 77, width)
     everything = [
         *made.parts.network.module.parameters(),

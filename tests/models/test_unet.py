@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import weakref
 from collections.abc import Sequence
@@ -40,6 +39,7 @@ from alignprop_cli.planning import meter as memory
 from alignprop_cli.sampling import sample
 from alignprop_cli.schedule import NoiseSchedule
 from tests.factories import TEXT_WIDTH, fill_lora_b, randn, small_pipeline
+from tests.models.original import original_unet, original_vae
 
 CPU = torch.device("cpu")
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -409,14 +409,6 @@ def to_original_layout(folder: Path) -> dict[str, Tensor]:
     unet = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
     vae = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
     text = load_file(folder / "text_encoder" / "model.safetensors")
-    resnet = {
-        "norm1": "in_layers.0",
-        "conv1": "in_layers.2",
-        "time_emb_proj": "emb_layers.1",
-        "norm2": "out_layers.0",
-        "conv2": "out_layers.3",
-        "conv_shortcut": "skip_connection",
-    }
     blocks = {
         "time_embedding.linear_1.": "time_embed.0.",
         "time_embedding.linear_2.": "time_embed.2.",
@@ -439,35 +431,7 @@ def to_original_layout(folder: Path) -> dict[str, Tensor]:
         "up_blocks.1.resnets.1.": "output_blocks.3.0.",
         "up_blocks.1.attentions.1.": "output_blocks.3.1.",
     }
-    state: dict[str, Tensor] = {}
-    for name, value in unet.items():
-        (old,) = [prefix for prefix in blocks if name.startswith(prefix)]
-        rest = name.removeprefix(old)
-        if ".resnets." in f".{old}":
-            part, _, kind = rest.rpartition(".")
-            rest = f"{resnet[part]}.{kind}"
-        state[f"model.diffusion_model.{blocks[old]}{rest}"] = value
-    for name, value in vae.items():
-        new = re.sub(r"down_blocks\.(\d)\.resnets\.(\d)", r"down.\1.block.\2", name)
-        new = re.sub(r"down_blocks\.(\d)\.downsamplers\.0", r"down.\1.downsample", new)
-        # On the way up the original counts levels from the picture, diffusers from the latents.
-        new = re.sub(
-            r"up_blocks\.(\d)\.resnets\.(\d)",
-            lambda m: f"up.{1 - int(m[1])}.block.{m[2]}",
-            new,
-        )
-        new = re.sub(
-            r"up_blocks\.(\d)\.upsamplers\.0", lambda m: f"up.{1 - int(m[1])}.upsample", new
-        )
-        new = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", new)
-        new = new.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
-        if "mid_block.attentions.0" in new:
-            new = new.replace("mid_block.attentions.0", "mid.attn_1")
-            new = new.replace("group_norm", "norm").replace("to_out.0", "proj_out")
-            new = re.sub(r"to_([qkv])\.", r"\1.", new)
-            # The original writes attention as convolutions of one pixel.
-            value = value if value.ndim == 1 else value[:, :, None, None]
-        state[f"first_stage_model.{new}"] = value.contiguous()
+    state = original_unet(unet, blocks) | original_vae(vae)
     for name, value in text.items():
         new = name.removeprefix("text_model.")
         state[f"cond_stage_model.transformer.text_model.{new}"] = value
@@ -583,11 +547,11 @@ def test_a_folder_that_is_no_model_is_reported(tmp_path: Path) -> None:
 
 
 def test_another_family_of_models_is_refused_by_name(folder: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(folder, tmp_path / "xl"))
+    copy = Path(shutil.copytree(folder, tmp_path / "inpainting"))
     index = copy / "model_index.json"
-    text = index.read_text().replace('"StableDiffusionPipeline"', '"StableDiffusionXLPipeline"')
-    index.write_text(text)
-    with pytest.raises(ConfigError, match="StableDiffusionXLPipeline") as caught:
+    other = "StableDiffusionInpaintPipeline"
+    index.write_text(index.read_text().replace('"StableDiffusionPipeline"', f'"{other}"'))
+    with pytest.raises(ConfigError, match=f"is a {other}; supported: ") as caught:
         load(copy)
     assert "supported: StableDiffusionPipeline (Stable Diffusion 1.x" in caught.value.message
 

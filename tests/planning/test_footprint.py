@@ -28,7 +28,7 @@ from alignprop_cli.training.batches import Settings, StepImage
 from alignprop_cli.training.optimizer import OptimizerSettings
 from alignprop_cli.training.record import Totals
 from alignprop_cli.training.trainer import Trainer
-from tests.factories import mid_pipeline, small_pipeline
+from tests.factories import mid_pipeline, small_pipeline, small_xl_pipeline
 
 STEPS = 5
 PROMPT = "one small red circle on a black background"
@@ -193,6 +193,26 @@ def test_the_bytes_of_narrow_heads_are_those_of_the_attention_that_the_cpu_takes
         assert path(made, 2, 2).requires_grad
     found = planning.measure(chosen, "cpu")
     assert kept.total == pytest.approx(expected_bytes(found, plan, 2), rel=0.01)
+
+
+@pytest.mark.parametrize("level", ["none", "block", "call"])
+def test_the_bytes_of_stable_diffusion_xl_are_the_predicted_ones(
+    tmp_path: Path, level: Level
+) -> None:
+    # Wider than in other tests: the sizes and pooled embeddings, which are not counted, are small.
+    folder = small_xl_pipeline(tmp_path / "xl", sample_size=16, vae_sample_size=32)
+    chosen = config(str(folder), steps=3)
+    found = planning.measure(chosen, "cpu")
+    plan = plan_of(2, level)
+    made = trainer(plan, chosen)
+    with meter.SavedBytes(weights_of(made)) as kept:
+        ends = path(made, 2, 3)
+    assert ends.requires_grad
+    assert kept.total == pytest.approx(expected_bytes(found, plan, 3), rel=0.02)
+    with meter.SavedBytes(weights_of(made)) as kept:
+        tail(made, 2, ends.detach())
+    parts = (found.decoder[False], found.reward[False])
+    assert kept.total == pytest.approx(sum(part.saved(2) for part in parts), rel=0.02)
 
 
 @pytest.mark.slow

@@ -67,7 +67,7 @@ def make_trainer(
         parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     mixture = mixture or build_mixture(config.reward, config.loss, accelerator.device)
     request = plan_request(config, 1)
-    settings = setup.settings(config, model.family, request.estimator)
+    settings = setup.settings(config, model, request.estimator)
     plan = plan or make_plan(request)
     return Trainer(settings, plan, model, mixture, prompts, accelerator)
 
