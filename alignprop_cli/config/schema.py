@@ -64,6 +64,11 @@ class ModelConfig(Section):
         description="Decode in overlapping tiles of this many pixels: less memory, and images "
         "change a little. Null decodes them whole.",
     )
+    t5: Literal["model", "none"] = Field(
+        default="model",
+        description="Stable Diffusion 3's largest text encoder (9.5 GB): `none` leaves it out, and "
+        "long or spelled-out prompts are followed less.",
+    )
     dtype: Dtype = Field(
         default="auto",
         description="Precision of the frozen weights; auto is bfloat16 on a GPU that has it, "
@@ -108,6 +113,11 @@ class SampleConfig(Section):
     num_inference_steps: PositiveInt = Field(
         default=50, description="T, network calls of one chain."
     )
+    spacing: Literal["model", "linear"] = Field(
+        default="model",
+        description="Noise levels of a rectified flow: those of the model's own pipeline, or equal "
+        "steps before the shift, whose last step is not tiny. Changes the images.",
+    )
     guidance_scale: float = Field(
         default=7.5,
         ge=0.0,
@@ -139,6 +149,11 @@ class GradientConfig(Section):
     # enough to try another one.
     k: PositiveInt = Field(
         default=1, description="last_k: number of calls, counted from the image."
+    )
+    path_share: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
+        default=None,
+        description="last_k: take the smallest k whose calls cover this share of the path through "
+        "the noise, instead of k.",
     )
     k_min: PositiveInt = Field(default=1, description="random_k: smallest number of calls.")
     k_max: PositiveInt | None = Field(default=None, description="random_k: largest; null is all T.")

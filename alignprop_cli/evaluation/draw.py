@@ -221,7 +221,7 @@ def _images(
     """Return the images of a batch, shape (B, 3, H, W), in [0, 1]."""
     network = model.network
     shape = network.latent_shape(sampler.height, sampler.width)
-    schedule = network.schedule(sampler.num_inference_steps, shape)
+    schedule = sampler.schedule(network, shape)
     keys = [(sample.prompt_index, sample.image_index) for sample in batch]
 
     def draw_noise(i: int) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from alignprop_cli.config.schema import ModelConfig
+from alignprop_cli.errors import ConfigError
 from alignprop_cli.guidance import Conditioning, Embeds, Guidance
 from alignprop_cli.schedule import NoiseSchedule
 
@@ -157,23 +158,27 @@ class Family:
         name: For people.
         pipeline_class: The pipeline's class in diffusers, as model_index.json names it.
         lora_prefix: What diffusers puts before the names of the network's layers in a LoRA file.
-        target_modules: Endings of the names of the layers that get a LoRA by default.
+        target_modules: The layers that get a LoRA by default: endings of their names, or one
+            regular expression for whole names.
         load_text_encoders: Loads the text encoders on a device.
         load_parts: Loads network and decoder on a device, frozen.
         on_meta: Builds network and decoder without weights, from configuration files alone.
         guidance_origin: As `guidance.Guidance.origin`.
         stack: Makes a batch of the embeddings of several prompts.
+        guides: Whether there is classifier-free guidance at all; False for a model whose
+            model_index.json says that it was distilled without it.
     """
 
     name: str
     pipeline_class: str
     lora_prefix: str
-    target_modules: tuple[str, ...]
+    target_modules: tuple[str, ...] | str
     load_text_encoders: Callable[[Source, torch.device], TextEncoders]
     load_parts: Callable[[Source, torch.device], Parts]
     on_meta: Callable[[Source], MetaModel]
     guidance_origin: Literal["uncond", "text"] = "uncond"
     stack: Callable[[Sequence[Embeds]], Embeds] = stack
+    guides: bool = True
 
 
 @dataclass(frozen=True)
@@ -187,6 +192,8 @@ class Sampler:
         height: Pixels; None is the model's own.
         width: Pixels; None is the model's own.
         negative_prompt: The prompt of the unconditional branch.
+        spacing: "model" takes the steps of the model's own pipeline, "linear" equal ones before the
+            shift, which rectified flows alone have.
     """
 
     num_inference_steps: int
@@ -195,6 +202,24 @@ class Sampler:
     height: int | None = None
     width: int | None = None
     negative_prompt: str = ""
+    spacing: Literal["model", "linear"] = "model"
+
+    def schedule(self, network: Network, latent_shape: tuple[int, int, int]) -> NoiseSchedule:
+        """Return the noise levels of the chain for latents (C, h, w).
+
+        Raises:
+            ConfigError: If the model has no such chain.
+        """
+        if self.spacing == "model":
+            return network.schedule(self.num_inference_steps, latent_shape)
+        # No part of the contract: diffusion models have none.
+        linear = getattr(network, "linear_schedule", None)
+        if linear is None:
+            raise ConfigError(
+                "sample.spacing: linear is for rectified flows (Stable Diffusion 3, FLUX.2): this "
+                "model has sample.spacing: model alone"
+            )
+        return linear(self.num_inference_steps, latent_shape)
 
 
 @dataclass

@@ -8,11 +8,19 @@ value that the libraries would stumble over later. `--dry-run` looks at the same
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 from alignprop_cli.errors import AssetError, ConfigError
+from alignprop_cli.models.rules import NOTHING as _NOTHING
+from alignprop_cli.models.rules import SIZE as _SIZE
+from alignprop_cli.models.rules import Rule
+from alignprop_cli.models.rules import either as _either
+from alignprop_cli.models.rules import list_of as _list_of
+from alignprop_cli.models.rules import number as _number
+from alignprop_cli.models.rules import one_of as _one_of
+from alignprop_cli.models.rules import whole as _whole
 from alignprop_cli.parsing import ParseError, read_json
 from alignprop_cli.paths import read_text
 
@@ -79,48 +87,8 @@ _NOT_OBEYED = {
 }
 
 _MOST_TIMESTEPS = 100_000
-_MOST_SIZE = 65_536
 # Bytes of a configuration, and of a vocabulary.
 _MOST_CONFIG, _MOST_VOCABULARY = 2**20, 64 * 2**20
-
-Rule = tuple[Callable[[Any], bool], str]
-
-
-def _whole(low: int, high: int) -> Rule:
-    def holds(value: Any) -> bool:
-        # In Python True is an int.
-        return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-    return holds, f"a whole number from {low} to {high}"
-
-
-def _number(low: float, high: float) -> Rule:
-    def holds(value: Any) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and low < value < high
-
-    return holds, f"a number between {low:g} and {high:g}"
-
-
-def _one_of(*values: object) -> Rule:
-    def holds(value: Any) -> bool:
-        return any(value == one and type(value) is type(one) for one in values)
-
-    return holds, " or ".join(map(str, values))
-
-
-def _list_of(rule: Rule) -> Rule:
-    def holds(value: Any) -> bool:
-        return isinstance(value, list | tuple) and bool(value) and all(map(rule[0], value))
-
-    return holds, f"a list, each {rule[1]}"
-
-
-def _either(*rules: Rule) -> Rule:
-    return lambda value: any(rule[0](value) for rule in rules), ", or ".join(r[1] for r in rules)
-
-
-_NOTHING: Rule = (lambda value: value is None, "null")
-_SIZE = _whole(1, _MOST_SIZE)
 
 # What values must be where they are given. The libraries have defaults for the others.
 _RULES: Mapping[str, Mapping[str, Rule]] = {

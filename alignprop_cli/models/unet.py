@@ -186,7 +186,13 @@ class VaeDecoder:
 
     def parameters(self) -> list[Tensor]:
         """Return the weights that `decode` uses."""
-        return [*self.module.post_quant_conv.parameters(), *self.module.decoder.parameters()]
+        # Some autoencoders have no convolution there.
+        used = (self.module.post_quant_conv, self.module.decoder)
+        return [p for module in used if module is not None for p in module.parameters()]
+
+    def to_autoencoder(self, latents: Tensor) -> Tensor:
+        """Return the latents in the autoencoder's own units; differentiable."""
+        return latents / self.module.config.scaling_factor
 
     def decode(self, latents: Tensor, *, recompute: bool = False) -> Tensor:
         """Decode to images in [0, 1]; see `Decoder`."""
@@ -197,7 +203,7 @@ class VaeDecoder:
         else:
             vae.disable_gradient_checkpointing()
         # (B, C, h, w) -> (B, 3, H, W), about -1 to 1
-        decoded = vae.decode((latents / vae.config.scaling_factor).to(vae.dtype), return_dict=False)
+        decoded = vae.decode(self.to_autoencoder(latents).to(vae.dtype), return_dict=False)
         return images.from_decoder(decoded[0])
 
 

@@ -100,7 +100,7 @@ def guided_call(
     """Return a network call with both branches, if guidance applies at any noise level."""
     # The costliest kind of call there is in the chain; all calls are planned like it.
     network = model.parts.network
-    steps = network.schedule(sampler.num_inference_steps, shape).steps
+    steps = sampler.schedule(network, shape).steps
     step = next((step for step in steps if sampler.guidance.applies(step.sigma)), steps[0])
     denoise = guided(network.predict, model.conditioning, sampler.guidance)
     return lambda latents: denoise(latents, step)

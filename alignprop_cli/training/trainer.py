@@ -61,7 +61,7 @@ class Trainer:
         self.optimizer = Optimizer(trainable, settings.optimizer, scaled=half)
         self.guard = Guard(settings.on_nonfinite, settings.nonfinite_limit, self.optimizer)
         self.shape = network.latent_shape(sampler.height, sampler.width)
-        self.schedule = network.schedule(sampler.num_inference_steps, self.shape)
+        self.schedule = sampler.schedule(network, self.shape)
         self._stream = PromptStream(list(prompts), settings.seed)
         self.apply_plan(plan)
 
