@@ -11,7 +11,7 @@ from diffusers import DDIMScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignprop_cli.schedule import NoiseSchedule, Step, diffusion_schedule
+from alignprop_cli.schedule import NoiseSchedule, Step, diffusion_schedule, flow_schedule
 from tests.factories import SD1_BETAS
 
 # alphas_cumprod[t] = (10 - t) / 10 for 10 training timesteps: easy to recognise.
@@ -123,3 +123,20 @@ def test_steps_that_are_not_there_cannot_be_replaced(before: int, calls: int) ->
     whole = diffusion_schedule(CUMPROD, [8, 6, 4, 2, 0], 1.0, "epsilon")
     with pytest.raises(ValueError, match="expected 1 <= calls <= before <= 5"):
         whole.shortened(before, calls)
+
+
+def test_a_rectified_flow_has_alpha_one_minus_sigma_and_refuses_levels_that_rise() -> None:
+    schedule = flow_schedule([1.0, 0.75, 0.25, 0.0], [1000.0, 750.0, 250.0])
+    assert schedule.prediction_type == "flow"
+    assert schedule.steps[1] == Step(750.0, 0.25, 0.75, 0.75, 0.25)
+    for levels in ([1.0, 0.5, 0.6, 0.0], [1.1, 0.5, 0.2, 0.0], [1.0, 0.5, 0.5, 0.0]):
+        with pytest.raises(ValueError, match=r"do not decrease from 1 to 0: 1"):
+            flow_schedule(levels, [3.0, 2.0, 1.0])
+
+
+def test_the_share_of_the_path_is_what_the_steps_take_off_sigma() -> None:
+    schedule = flow_schedule([0.8, 0.6, 0.2, 0.0], [3.0, 2.0, 1.0])
+    assert schedule.path_share(range(3)) == pytest.approx(1.0)
+    assert schedule.path_share([2]) == pytest.approx(0.25)
+    assert schedule.path_share([0, 2]) == pytest.approx(0.5)
+    assert schedule.path_share([]) == 0.0

@@ -7,14 +7,17 @@ Run:  python tests/benchmarks/what_fits.py
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from alignprop_cli.config import presets
+from alignprop_cli.config.schema import Config
 from alignprop_cli.errors import RunError
 from alignprop_cli.planning import request as planning
 from alignprop_cli.planning.choose import make_plan
-from alignprop_cli.planning.estimate import GIB, Budget, expected_correction
+from alignprop_cli.planning.estimate import GIB, Budget, Footprint, expected_correction
 from alignprop_cli.planning.speed import assumed, card_for
+from alignprop_cli.planning.window import with_window
 
 MODELS = {
     "SD 1.5, 512": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -27,42 +30,70 @@ WINDOWS: dict[str, dict[str, Any]] = {
     "K random": {"gradient.method": "random_k"},
     "K = 50": {"gradient.method": "full"},
 }
+# Rectified flows, each as its preset has it: (preset, what differs).
+FLOWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "SD 3.5 medium, 512, last 2 of 25": ("sd35_hps", {}),
+    "SD 3.5 medium, 1024, last 2 of 25": ("sd35_hps", {"sample.height": 1024}),
+    "FLUX.2-klein 4B, 512, all 4": ("klein_hps", {}),
+    "FLUX.2-klein 4B, 1024, all 4": ("klein_hps", {"sample.height": 1024}),
+    "FLUX.2-klein 9B, 512, all 4": (
+        "klein_hps",
+        {"model.id": "black-forest-labs/FLUX.2-klein-9B"},
+    ),
+}
+FLOW_CARDS = (12, 16, 24, 48, 80)
 SHORT = {"none": "", "block": " b", "call": " c"}
 
 
 def main() -> None:
     """Print one row for each model and window."""
-    names = [f"{card} GB ({card_for(card * GIB)})" for card in CARDS]
-    print("| model | window |", " | ".join(names), "|")
-    print("|---|---|", "---|" * len(CARDS), sep="")
+    print_head(CARDS, "model | window")
     for title, model in MODELS.items():
         footprint = None
         for window, flags in WINDOWS.items():
             config = presets.resolve(preset="aesthetic", flags={"model.id": model, **flags})
             footprint = footprint or planning.measure(config, "cuda")
-            request = planning.plan_request(config, processes=1)
-            cells: list[str] = []
-            for card in CARDS:
-                budget = Budget(card * GIB, "cuda", "a card")
-                try:
-                    times = assumed(footprint, card_for(budget.bytes))
-                    plan = make_plan(
-                        request,
-                        footprint=footprint,
-                        budget=budget,
-                        correction=expected_correction("cuda"),
-                        times=times,
-                    )
-                except RunError:
-                    cells.append("-")
-                    continue
-                assert plan.images_per_hour is not None
-                again = SHORT[plan.checkpoint_network]
-                again += str(plan.stored_calls or "") + " d" * plan.checkpoint_decoder
-                again += " r" * plan.checkpoint_reward
-                batches = f"{plan.rollout_batch}/{plan.micro_batch}/{plan.decode_batch}"
-                cells.append(f"{batches}{again}, {plan.images_per_hour:,.0f}")
-            print(f"| {title} | {window} |", " | ".join(cells), "|", flush=True)
+            print_row(f"{title} | {window}", config, footprint, CARDS)
+    print()
+    print_head(FLOW_CARDS, "model, pixels, calls with gradient")
+    for title, (preset, flags) in FLOWS.items():
+        # Square, whatever is named.
+        flags = {**flags, "sample.width": flags.get("sample.height", 512)}
+        config = with_window(presets.resolve(preset=preset, flags=flags))
+        print_row(title, config, planning.measure(config, "cuda"), FLOW_CARDS)
+
+
+def print_head(cards: Sequence[int], first: str) -> None:
+    """Print the first two lines of a table."""
+    names = [f"{card} GB ({card_for(card * GIB)})" for card in cards]
+    print(f"| {first} |", " | ".join(names), "|")
+    print("|---" * (first.count("|") + 1 + len(cards)), "|", sep="")
+
+
+def print_row(title: str, config: Config, footprint: Footprint, cards: Sequence[int]) -> None:
+    """Print the plans of a configuration for some cards."""
+    request = planning.plan_request(config, processes=1)
+    cells: list[str] = []
+    for card in cards:
+        budget = Budget(card * GIB, "cuda", "a card")
+        try:
+            plan = make_plan(
+                request,
+                footprint=footprint,
+                budget=budget,
+                correction=expected_correction("cuda"),
+                times=assumed(footprint, card_for(budget.bytes)),
+            )
+        except RunError:
+            cells.append("-")
+            continue
+        assert plan.images_per_hour is not None
+        again = SHORT[plan.checkpoint_network]
+        again += str(plan.stored_calls or "") + " d" * plan.checkpoint_decoder
+        again += " r" * plan.checkpoint_reward
+        batches = f"{plan.rollout_batch}/{plan.micro_batch}/{plan.decode_batch}"
+        cells.append(f"{batches}{again}, {plan.images_per_hour:,.0f}")
+    print(f"| {title} |", " | ".join(cells), "|", flush=True)
 
 
 if __name__ == "__main__":

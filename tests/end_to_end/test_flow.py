@@ -22,6 +22,7 @@ from alignprop_cli.evaluation.draw import Sample, draw_samples
 from alignprop_cli.lora import files
 from alignprop_cli.lora import layers as lora
 from alignprop_cli.models.families import open_model, sampler
+from alignprop_cli.planning.window import with_window
 from alignprop_cli.rewards.mixture import build_mixture
 from tests.flow_models import small_klein, small_sd3
 
@@ -63,11 +64,18 @@ def options(folder: Path) -> list[str]:
         "--set=sample.width=16",
         "--set=gradient.method=full",
         "--set=train.batch_size=2",
+        # All that a plan leaves open, so that nothing has to be measured.
+        "--set=train.micro_batch=2",
+        "--set=train.rollout_batch=2",
+        "--set=train.decode_batch=2",
+        "--set=gradient.checkpoint_network=none",
+        "--set=gradient.checkpoint_decoder=false",
+        "--set=gradient.checkpoint_reward=false",
         "--set=train.learning_rate=0.05",
         "--set=eval.images=2",
         "--set=eval.sample_images=2",
         "--set=lora.rank=2",
-        "--set=lora.alpha=null",
+        "--set=lora.target_modules=null",
     ]
 
 
@@ -104,12 +112,15 @@ def drawn(config: Config, prompt: str, file: Path | None) -> Tensor:
 def test_two_steps_resumed_to_three_give_the_image_of_plain_diffusers(
     run: Callable[..., tuple[int, str, str]], name: str, folder: Path
 ) -> None:
-    given = options(folder)
+    # One family with an alpha that is not the rank.
+    alpha = 3.0 if name == "sd3" else 2.0
+    given = [*options(folder), f"--set=lora.alpha={alpha}"]
     code, out, err = run("train", *given, "--steps=2", "--output=r", "--json")
     assert code == 0, err
     assert "cover 100.0% of the path from noise to image" in err
     first = load_file(Path("r/checkpoints/step-000002") / files.LORA_FILE)
-    code, out, err = run("train", "--resume=r", "--set=train.steps=3", "--json")
+    resumed_by = ["--resume=r", f"--set=model.id={folder}", "--set=train.steps=3"]
+    code, out, err = run("train", *resumed_by, "--json")
     assert code == 0, err
     assert json.loads(out)["steps"] == 3
     code, _, err = run("train", *given, "--steps=3", "--output=whole", "--json")
@@ -119,10 +130,11 @@ def test_two_steps_resumed_to_three_give_the_image_of_plain_diffusers(
     assert all(torch.equal(resumed[key], whole[key]) for key in whole)
     assert any(not torch.equal(first[key], resumed[key]) for key in first)
 
-    # Every layer has its name in ComfyUI's map, which without `.alpha` scales by 1, as we do.
+    # Every layer has its name in ComfyUI's map, which without `.alpha` scales by 1.
     layers = {re.sub(r"\.lora_[AB]\.weight$", "", key) for key in resumed}
     assert all(re.fullmatch(COMFYUI[name], layer) for layer in layers)
-    assert all(factors.scaling == 1.0 for factors in files.read(file).layers.values())
+    assert {factors.scaling for factors in files.read(file).layers.values()} == {alpha / 2}
+    assert ("load the LoRA with strength 1.5 there" in err) is (name == "sd3")
 
     # The file in plain diffusers, and our own image.
     config = presets.resolve(config=Path("r/config.yaml"))
@@ -168,27 +180,26 @@ def test_a_lora_of_another_family_is_refused(
     assert "this LoRA does not belong to model" in err
 
 
-def test_a_window_is_asked_for_as_a_share_of_the_path_and_a_tiny_one_is_warned_of(
+def test_a_tiny_window_is_warned_of_and_another_asked_for_as_a_share_of_the_path(
     run: Callable[..., tuple[int, str, str]], tmp_path: Path
 ) -> None:
     folder = small_sd3(tmp_path / "model")
-    given = [*options(folder), "--set=sample.num_inference_steps=28", "--dry-run", "--json"]
+    last = {"sample.num_inference_steps": 28, "gradient.method": "last_k", "gradient.k": 1}
+    given = [*options(folder), *(f"--set={key}={value}" for key, value in last.items())]
+    # The last step of the pipeline's own list is 0.9 % of the path.
+    code, out, err = run("train", *given, "--dry-run")
+    assert code == 0, err
+    said = "the calls with gradient cover 0.9% of the path from noise to image"
+    assert f"window: {said}" in out
+    assert f"{said}, so they can change next to nothing: set gradient.path_share" in err
 
-    def plan(*more: str) -> tuple[dict[str, Any], str]:
-        code, out, err = run("train", *given, "--set=gradient.method=last_k", *more)
-        assert code == 0, err
-        return json.loads(out)["config"]["gradient"], err
+    def k_of(share: float, **more: Any) -> int:
+        flags = {"model.id": str(folder), **last, "gradient.path_share": share, **more}
+        return with_window(presets.resolve(preset="tiny", flags=flags)).gradient.k
 
-    # The last step of the pipeline's own list is 0.9 % of the path, the last two are 11.1 %.
-    gradient, err = plan()
-    assert gradient["k"] == 1
-    assert "cover 0.9% of the path" in err
-    assert "gradient.path_share" in err
-    gradient, err = plan("--set=gradient.path_share=0.1")
-    assert gradient["k"] == 2
-    assert "path" not in err
-    # Of equal steps the last is shift(1 / 28) = 3 / 30 = 10 %.
-    gradient, err = plan("--set=gradient.path_share=0.099", "--set=sample.spacing=linear")
-    assert gradient["k"] == 1
-    gradient, err = plan("--set=gradient.path_share=1.0")
-    assert gradient["k"] == 28
+    # Its last two are 11.1 %. Of equal steps the last is shift(1 / 28) = 3 / 30 = 10 %.
+    assert [k_of(share) for share in (0.001, 0.1, 0.112, 1.0)] == [1, 2, 3, 28]
+    assert k_of(0.099, **{"sample.spacing": "linear"}) == 1
+    assert k_of(0.101, **{"sample.spacing": "linear"}) == 2
+    # Other estimators have options of their own and ignore this one.
+    assert k_of(0.5, **{"gradient.method": "full"}) == 1

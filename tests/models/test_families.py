@@ -259,7 +259,11 @@ def test_another_family_on_the_hub_is_refused_before_anything_is_downloaded(
     assert asked == [("a/b", "model_index.json", {"revision": "v2"})]
 
 
-@pytest.mark.parametrize("name", sorted(PUBLISHED))
+# Those of other families: tests/models/test_flow.py.
+OLDER = sorted(name for name, place in PUBLISHED.items() if place.startswith(("sd-1", "sd-2")))
+
+
+@pytest.mark.parametrize("name", OLDER)
 def test_published_models_are_planned_without_the_hub(name: str) -> None:
     config = ModelConfig(id=name)
     family, path = find(config)
