@@ -66,8 +66,7 @@ class ModelConfig(Section):
     )
     t5: Literal["model", "none"] = Field(
         default="model",
-        description="Stable Diffusion 3's largest text encoder (9.5 GB): `none` leaves it out, and "
-        "long or spelled-out prompts are followed less.",
+        description="none leaves out the largest text encoder of Stable Diffusion 3 (9.5 GB).",
     )
     dtype: Dtype = Field(
         default="auto",
@@ -152,8 +151,7 @@ class GradientConfig(Section):
     )
     path_share: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
         default=None,
-        description="last_k: take the smallest k whose calls cover this share of the path through "
-        "the noise, instead of k.",
+        description="last_k: instead of k, the share of the path from noise to image to cover.",
     )
     k_min: PositiveInt = Field(default=1, description="random_k: smallest number of calls.")
     k_max: PositiveInt | None = Field(default=None, description="random_k: largest; null is all T.")

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from alignprop_cli.config.schema import ModelConfig
-from alignprop_cli.errors import ConfigError
 from alignprop_cli.guidance import Conditioning, Embeds, Guidance
 from alignprop_cli.schedule import NoiseSchedule
 
@@ -56,6 +55,8 @@ class Network(Protocol):
 
     def schedule(self, steps: int, latent_shape: tuple[int, int, int]) -> NoiseSchedule:
         """Return the noise levels of a chain of `steps` steps for latents (C, h, w).
+
+        A family that lists `spacings` takes the chosen one as a further argument `spacing`.
 
         Raises:
             ConfigError: If the model's scheduler has no such chain.
@@ -165,6 +166,7 @@ class Family:
         on_meta: Builds network and decoder without weights, from configuration files alone.
         guidance_origin: As `guidance.Guidance.origin`.
         stack: Makes a batch of the embeddings of several prompts.
+        spacings: Values of `sample.spacing` besides `model` that its networks can have.
         guides: Whether there is classifier-free guidance at all; False for a model whose
             model_index.json says that it was distilled without it.
     """
@@ -178,6 +180,7 @@ class Family:
     on_meta: Callable[[Source], MetaModel]
     guidance_origin: Literal["uncond", "text"] = "uncond"
     stack: Callable[[Sequence[Embeds]], Embeds] = stack
+    spacings: tuple[str, ...] = ()
     guides: bool = True
 
 
@@ -192,8 +195,7 @@ class Sampler:
         height: Pixels; None is the model's own.
         width: Pixels; None is the model's own.
         negative_prompt: The prompt of the unconditional branch.
-        spacing: "model" takes the steps of the model's own pipeline, "linear" equal ones before the
-            shift, which rectified flows alone have.
+        choices: Arguments `spacing` of `Network.schedule`, where it is chosen.
     """
 
     num_inference_steps: int
@@ -202,7 +204,7 @@ class Sampler:
     height: int | None = None
     width: int | None = None
     negative_prompt: str = ""
-    spacing: Literal["model", "linear"] = "model"
+    choices: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def schedule(self, network: Network, latent_shape: tuple[int, int, int]) -> NoiseSchedule:
         """Return the noise levels of the chain for latents (C, h, w).
@@ -210,16 +212,7 @@ class Sampler:
         Raises:
             ConfigError: If the model has no such chain.
         """
-        if self.spacing == "model":
-            return network.schedule(self.num_inference_steps, latent_shape)
-        # No part of the contract: diffusion models have none.
-        linear = getattr(network, "linear_schedule", None)
-        if linear is None:
-            raise ConfigError(
-                "sample.spacing: linear is for rectified flows (Stable Diffusion 3, FLUX.2): this "
-                "model has sample.spacing: model alone"
-            )
-        return linear(self.num_inference_steps, latent_shape)
+        return network.schedule(self.num_inference_steps, latent_shape, **self.choices)
 
 
 @dataclass

@@ -82,6 +82,7 @@ FAMILIES: dict[str, Family] = {
             load_text_encoders=_from("sd3", "load_text_encoders"),
             load_parts=_from("sd3", "load_parts"),
             on_meta=_from("sd3", "on_meta"),
+            spacings=("linear",),
         ),
         Family(
             name="FLUX.2-klein",
@@ -94,6 +95,7 @@ FAMILIES: dict[str, Family] = {
             load_text_encoders=_from("flux2", "load_text_encoders"),
             load_parts=_from("flux2", "load_parts"),
             on_meta=_from("flux2", "on_meta"),
+            spacings=("linear",),
         ),
     )
 }
@@ -256,7 +258,19 @@ def sampler(config: SampleConfig, family: Family) -> Sampler:
     Args:
         config: The `sample` section.
         family: Says what its guidance scale means.
+
+    Raises:
+        ConfigError: If something is chosen that the family does not have.
     """
+    choices: dict[str, str] = {}
+    for key, chosen, known in (("spacing", config.spacing, family.spacings),):
+        if chosen not in ("model", *known):
+            raise ConfigError(
+                f"sample.{key}: {chosen} is not for {family.name}; it has {', '.join(known)}"
+                if known
+                else f"sample.{key}: {family.name} has no other than `model`, got {chosen}"
+            )
+        choices |= {key: chosen} if chosen != "model" else {}
     return Sampler(
         num_inference_steps=config.num_inference_steps,
         guidance=Guidance(
@@ -268,5 +282,5 @@ def sampler(config: SampleConfig, family: Family) -> Sampler:
         height=config.height,
         width=config.width,
         negative_prompt=config.negative_prompt,
-        spacing=config.spacing,
+        choices=choices,
     )

@@ -10,7 +10,7 @@ import numpy as np
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from alignprop_cli.errors import ConfigError
-from alignprop_cli.models.parts import PartRules, recompute
+from alignprop_cli.models.components import PartRules, recompute
 from alignprop_cli.models.rules import NOTHING, either, number, one_of, whole
 from alignprop_cli.schedule import NoiseSchedule, flow_schedule
 
@@ -98,19 +98,17 @@ class FlowTransformer:
         """Return (C, h, w); see `Network`."""
         return self.sizes.latent_shape(height, width, self._model_id)
 
-    def linear_schedule(self, steps: int, latent_shape: tuple[int, int, int]) -> NoiseSchedule:
-        """Return the levels of linspace(1, 1 / T, T), shifted as the model's scheduler does."""
-        # In float32, as the scheduler makes of it.
-        return self._schedule(steps, latent_shape, np.linspace(1.0, 1.0 / steps, steps))
-
-    def shift(self, steps: int, latent_shape: tuple[int, int, int]) -> float | None:
-        """Return mu of the scheduler's dynamic shift, as the model's pipeline computes it."""
-        raise NotImplementedError
-
-    def _schedule(
-        self, steps: int, latent_shape: tuple[int, int, int], sigmas: Any = None
+    def schedule(
+        self, steps: int, latent_shape: tuple[int, int, int], spacing: str = "model"
     ) -> NoiseSchedule:
-        """Return the levels that diffusers' scheduler makes of these, or of its own."""
+        """Return the levels of the model's own pipeline; see `Network`.
+
+        Args:
+            steps: T.
+            latent_shape: (C, h, w).
+            spacing: `model`, or `linear` for linspace(1, 1 / T, T), shifted by the scheduler.
+        """
+        sigmas = self.own_sigmas(steps) if spacing == "model" else _linear(steps)
         scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(self._scheduler_config)
         mu = self.shift(steps, latent_shape)
         options = {} if mu is None else {"mu": mu}
@@ -123,9 +121,24 @@ class FlowTransformer:
         except ValueError as error:
             raise ConfigError(f"model.id: {self._model_id}: scheduler: {error}") from error
 
+    def own_sigmas(self, steps: int) -> Any:
+        """Return the levels before the shift that the model's pipeline gives to the scheduler.
+
+        None where the scheduler makes them. Mostly they are linear.
+        """
+        return _linear(steps)
+
+    def shift(self, steps: int, latent_shape: tuple[int, int, int]) -> float | None:
+        """Return mu of the scheduler's dynamic shift, as the model's pipeline computes it."""
+        raise NotImplementedError
+
     def recompute_blocks(self, on: bool) -> None:
         """Switch checkpointing of the network's blocks on or off; see `Network`."""
         if on:
             self.module.enable_gradient_checkpointing(recompute)
         else:
             self.module.disable_gradient_checkpointing()
+
+
+def _linear(steps: int) -> Any:
+    return np.linspace(1.0, 1.0 / steps, steps)

@@ -13,14 +13,13 @@ from transformers import Qwen2TokenizerFast, Qwen3ForCausalLM
 
 from alignprop_cli.errors import ConfigError
 from alignprop_cli.guidance import Conditioning, Embeds
-from alignprop_cli.models import loading, parts
+from alignprop_cli.models import components, loading
 from alignprop_cli.models.base import MetaModel, Parts, Source
+from alignprop_cli.models.components import PartRules
 from alignprop_cli.models.flow import SCHEDULER, FlowTransformer, Sizes
-from alignprop_cli.models.parts import PartRules
 from alignprop_cli.models.rules import SIZE, list_of, number, one_of
 from alignprop_cli.models.unet import VaeDecoder
 from alignprop_cli.prompts import for_tokenizer
-from alignprop_cli.schedule import NoiseSchedule
 
 LENGTH = 512
 """Tokens that the pipeline conditions on by default; shorter prompts are padded."""
@@ -107,12 +106,9 @@ class QwenText:
 class Flux2Transformer(FlowTransformer):
     """The network; see `Network`. A latent pixel is a 2 x 2 patch of the autoencoder's latents."""
 
-    def schedule(self, steps: int, latent_shape: tuple[int, int, int]) -> NoiseSchedule:
-        """Return the pipeline's levels, which are equal steps before the shift; see `Network`."""
-        # Unless the scheduler is told to make its own.
-        if self._scheduler_config.get("use_flow_sigmas"):
-            return self._schedule(steps, latent_shape)
-        return self.linear_schedule(steps, latent_shape)
+    def own_sigmas(self, steps: int) -> Any:
+        """Return linear levels, unless the scheduler is told to make its own."""
+        return None if self._scheduler_config.get("use_flow_sigmas") else super().own_sigmas(steps)
 
     def shift(self, steps: int, latent_shape: tuple[int, int, int]) -> float | None:
         """Return the mu that was fitted to the number of latent pixels and steps."""
@@ -165,9 +161,9 @@ def load_text_encoders(source: Source, device: torch.device) -> QwenText:
         ConfigError: If a part is of another class, or its embeddings are not what the network
             reads.
     """
-    parts.check(source.path, _RULES)
-    encoder = parts.load_network(source, "text_encoder", Qwen3ForCausalLM)
-    tokenizer = parts.load_tokenizer(
+    components.check(source.path, _RULES)
+    encoder = components.load_network(source, "text_encoder", Qwen3ForCausalLM)
+    tokenizer = components.load_tokenizer(
         source, "tokenizer", Qwen2TokenizerFast, encoder.config.vocab_size
     )
     with loading.explained(source.config, source.path):
@@ -177,7 +173,7 @@ def load_text_encoders(source: Source, device: torch.device) -> QwenText:
         made = QwenText(tokenizer, encoder.to(device))
         # What is wrong with them shows in the first use.
         width = made.encode([""])[0].tensors["hidden"].shape[-1]
-    network = parts.load_config(source, "transformer")
+    network = components.load_config(source, "transformer")
     if network.get("joint_attention_dim") not in (None, width):
         raise ConfigError(
             f"model.id: {source.path}: transformer: joint_attention_dim: the network reads "
@@ -194,9 +190,9 @@ def load_parts(source: Source, device: torch.device) -> Parts:
         ConfigError: If a part is of another class or has a setting that is not obeyed, or if
             network and autoencoder do not fit each other.
     """
-    parts.check(source.path, _RULES)
-    network = parts.load_network(source, "transformer", Flux2Transformer2DModel)
-    vae = parts.load_network(source, "vae", AutoencoderKLFlux2)
+    components.check(source.path, _RULES)
+    network = components.load_network(source, "transformer", Flux2Transformer2DModel)
+    vae = components.load_network(source, "vae", AutoencoderKLFlux2)
     return _parts(network.to(device), vae.to(device), source)
 
 
@@ -207,9 +203,9 @@ def on_meta(source: Source) -> MetaModel:
         AssetError: If a configuration is missing or damaged.
         ConfigError: As `load_parts`.
     """
-    parts.check(source.path, _RULES)
-    network = parts.network_on_meta(source, "transformer", Flux2Transformer2DModel)
-    vae = parts.network_on_meta(source, "vae", AutoencoderKLFlux2)
+    components.check(source.path, _RULES)
+    network = components.network_on_meta(source, "transformer", Flux2Transformer2DModel)
+    vae = components.network_on_meta(source, "vae", AutoencoderKLFlux2)
     made = _parts(network, vae, source)
     shape = (1, LENGTH, network.config.joint_attention_dim)
     embeds = Embeds({"hidden": torch.empty(shape, dtype=source.dtype, device="meta")})
@@ -228,7 +224,7 @@ def _parts(network: Any, vae: Any, source: Source) -> Parts:
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     # The pipeline's default is 128 of the autoencoder's latents, whatever the network's size.
     sizes = Sizes(channels, per_latent=2 * factor, unit=2 * factor, default=128 * factor)
-    scheduler = parts.load_config(source, "scheduler", SCHEDULER.file)
+    scheduler = components.load_config(source, "scheduler", SCHEDULER.file)
     return Parts(
         network=Flux2Transformer(network, scheduler, sizes, source.config.id),
         decoder=Flux2Decoder(vae, factor, source.config.vae_tile_size, source.config.id),

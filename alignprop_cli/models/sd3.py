@@ -18,14 +18,13 @@ from transformers import (
 
 from alignprop_cli.errors import ConfigError
 from alignprop_cli.guidance import Conditioning, Embeds
-from alignprop_cli.models import loading, parts
+from alignprop_cli.models import components, loading
 from alignprop_cli.models.base import MetaModel, Parts, Source
+from alignprop_cli.models.components import PartRules
 from alignprop_cli.models.flow import SCHEDULER, FlowTransformer, Sizes
-from alignprop_cli.models.parts import PartRules
 from alignprop_cli.models.rules import NOTHING, SIZE, either, list_of, number, one_of
 from alignprop_cli.models.unet import VaeDecoder
 from alignprop_cli.prompts import for_tokenizer
-from alignprop_cli.schedule import NoiseSchedule
 
 T5_LENGTH = 256
 """Tokens of T5 that the pipeline conditions on by default."""
@@ -127,13 +126,11 @@ def _tokens(tokenizer: Any, prompt: str, length: int, encoder: Any) -> Tensor:
 class Sd3Transformer(FlowTransformer):
     """The network; see `Network`."""
 
-    def schedule(self, steps: int, latent_shape: tuple[int, int, int]) -> NoiseSchedule:
-        """Return the pipeline's own levels; see `Network`.
-
-        The scheduler makes them of a list that is shifted already and shifts it again, so the last
-        step is tiny: 0.9 % of the path with 28 steps. `linear_schedule` has none like that.
-        """
-        return self._schedule(steps, latent_shape)
+    def own_sigmas(self, steps: int) -> Any:
+        """Return None: the scheduler makes the levels."""
+        # Of a list that is shifted already, which it shifts again. So the last step is tiny: 0.9 %
+        # of the path with 28 steps.
+        return None
 
     def shift(self, steps: int, latent_shape: tuple[int, int, int]) -> float | None:
         """Return mu by the number of patches; None where the shift is static."""
@@ -178,21 +175,23 @@ def load_text_encoders(source: Source, device: torch.device) -> Sd3Text:
         AssetError: If something is missing or damaged.
         ConfigError: If a part is of another class or has a setting that is not obeyed.
     """
-    parts.check(source.path, _RULES)
+    components.check(source.path, _RULES)
     clips: list[tuple[Any, Any]] = []
     for which in ("", "_2"):
-        encoder = parts.load_network(source, f"text_encoder{which}", CLIPTextModelWithProjection)
+        encoder = components.load_network(
+            source, f"text_encoder{which}", CLIPTextModelWithProjection
+        )
         rows = encoder.config.vocab_size
-        words = parts.load_tokenizer(source, f"tokenizer{which}", CLIPTokenizer, rows)
+        words = components.load_tokenizer(source, f"tokenizer{which}", CLIPTokenizer, rows)
         clips.append((words, encoder.to(device)))
     t5 = None
-    if source.config.t5 == "model" and parts.has_part(source.path, "text_encoder_3"):
+    if source.config.t5 == "model" and components.has_part(source.path, "text_encoder_3"):
         hint = "model.t5: none samples without it, as diffusers does for such a model"
-        encoder = parts.load_network(source, "text_encoder_3", T5EncoderModel, hint=hint)
+        encoder = components.load_network(source, "text_encoder_3", T5EncoderModel, hint=hint)
         rows = encoder.config.vocab_size
-        words = parts.load_tokenizer(source, "tokenizer_3", T5TokenizerFast, rows)
+        words = components.load_tokenizer(source, "tokenizer_3", T5TokenizerFast, rows)
         t5 = words, encoder.to(device)
-    network = parts.load_config(source, "transformer")
+    network = components.load_config(source, "transformer")
     with loading.explained(source.config, source.path):
         made = Sd3Text(clips, t5, network.get("joint_attention_dim", 4096))
         # What is wrong with them shows in the first use.
@@ -209,9 +208,9 @@ def load_parts(source: Source, device: torch.device) -> Parts:
         ConfigError: If the network needs more input than latents (inpainting, ControlNet), or a
             part is of another class or has a setting that is not obeyed.
     """
-    parts.check(source.path, _RULES)
-    network = parts.load_network(source, "transformer", SD3Transformer2DModel)
-    vae = parts.load_network(source, "vae", AutoencoderKL)
+    components.check(source.path, _RULES)
+    network = components.load_network(source, "transformer", SD3Transformer2DModel)
+    vae = components.load_network(source, "vae", AutoencoderKL)
     return _parts(network.to(device), vae.to(device), source)
 
 
@@ -222,11 +221,11 @@ def on_meta(source: Source) -> MetaModel:
         AssetError: If a configuration is missing or damaged.
         ConfigError: As `load_parts`.
     """
-    parts.check(source.path, _RULES)
-    network = parts.network_on_meta(source, "transformer", SD3Transformer2DModel)
-    vae = parts.network_on_meta(source, "vae", AutoencoderKL)
+    components.check(source.path, _RULES)
+    network = components.network_on_meta(source, "transformer", SD3Transformer2DModel)
+    vae = components.network_on_meta(source, "vae", AutoencoderKL)
     made = _parts(network, vae, source)
-    clip = parts.read_object(source.path / "text_encoder" / "config.json") or {}
+    clip = components.read_object(source.path / "text_encoder" / "config.json") or {}
     length, config = clip.get("max_position_embeddings", 77) + T5_LENGTH, network.config
     shapes = {
         "hidden": (length, config.joint_attention_dim),
@@ -266,7 +265,7 @@ def _parts(network: Any, vae: Any, source: Source) -> Parts:
     )
     return Parts(
         network=Sd3Transformer(
-            network, parts.load_config(source, "scheduler", SCHEDULER.file), sizes, model_id
+            network, components.load_config(source, "scheduler", SCHEDULER.file), sizes, model_id
         ),
         decoder=Sd3Decoder(vae, factor, source.config.vae_tile_size, model_id),
     )

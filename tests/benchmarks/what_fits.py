@@ -2,12 +2,13 @@
 
 The pace is that of the card that a dry run assumes for such a memory (`planning/speed.py`).
 
-Run:  python tests/benchmarks/what_fits.py
+Run:  python tests/benchmarks/what_fits.py [--presets | --flows]
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alignprop_cli.config import presets
@@ -30,12 +31,17 @@ WINDOWS: dict[str, dict[str, Any]] = {
     "K random": {"gradient.method": "random_k"},
     "K = 50": {"gradient.method": "full"},
 }
-# Rectified flows, each as its preset has it: (preset, what differs).
+# With `--presets`: presets as they are, on the cards that people have.
+PRESETS = ("sd35_hps", "klein_hps", "klein_aesthetic")
+PRESET_CARDS = (12, 16, 24, 48)
+
+LARGE: dict[str, Any] = {"sample.height": 1024}
+# With `--flows`: rectified flows as their presets have them, and what differs.
 FLOWS: dict[str, tuple[str, dict[str, Any]]] = {
     "SD 3.5 medium, 512, last 2 of 25": ("sd35_hps", {}),
-    "SD 3.5 medium, 1024, last 2 of 25": ("sd35_hps", {"sample.height": 1024}),
+    "SD 3.5 medium, 1024, last 2 of 25": ("sd35_hps", LARGE),
     "FLUX.2-klein 4B, 512, all 4": ("klein_hps", {}),
-    "FLUX.2-klein 4B, 1024, all 4": ("klein_hps", {"sample.height": 1024}),
+    "FLUX.2-klein 4B, 1024, all 4": ("klein_hps", LARGE),
     "FLUX.2-klein 9B, 512, all 4": (
         "klein_hps",
         {"model.id": "black-forest-labs/FLUX.2-klein-9B"},
@@ -46,34 +52,44 @@ SHORT = {"none": "", "block": " b", "call": " c"}
 
 
 def main() -> None:
-    """Print one row for each model and window."""
-    print_head(CARDS, "model | window")
+    """Print one row for each model and window, or for each preset."""
+    if "--presets" in sys.argv:
+        print_head("| preset |", PRESET_CARDS)
+        for name in PRESETS:
+            config = presets.resolve(preset=name)
+            footprint = planning.measure(config, "cuda")
+            print(f"| `{name}` |", cells(config, footprint, PRESET_CARDS), "|", flush=True)
+        return
+    if "--flows" in sys.argv:
+        print_head("| model, pixels, calls with gradient |", FLOW_CARDS)
+        for title, (preset, flags) in FLOWS.items():
+            flags = {**flags, "sample.width": flags.get("sample.height", 512)}  # square
+            config = with_window(presets.resolve(preset=preset, flags=flags))
+            footprint = planning.measure(config, "cuda")
+            print(f"| {title} |", cells(config, footprint, FLOW_CARDS), "|", flush=True)
+        return
+    print_head("| model | window |", CARDS)
     for title, model in MODELS.items():
         footprint = None
         for window, flags in WINDOWS.items():
-            config = presets.resolve(preset="aesthetic", flags={"model.id": model, **flags})
+            config = resolved(model, flags)
             footprint = footprint or planning.measure(config, "cuda")
-            print_row(f"{title} | {window}", config, footprint, CARDS)
-    print()
-    print_head(FLOW_CARDS, "model, pixels, calls with gradient")
-    for title, (preset, flags) in FLOWS.items():
-        # Square, whatever is named.
-        flags = {**flags, "sample.width": flags.get("sample.height", 512)}
-        config = with_window(presets.resolve(preset=preset, flags=flags))
-        print_row(title, config, planning.measure(config, "cuda"), FLOW_CARDS)
+            print(f"| {title} | {window} |", cells(config, footprint, CARDS), "|", flush=True)
 
 
-def print_head(cards: Sequence[int], first: str) -> None:
-    """Print the first two lines of a table."""
-    names = [f"{card} GB ({card_for(card * GIB)})" for card in cards]
-    print(f"| {first} |", " | ".join(names), "|")
-    print("|---" * (first.count("|") + 1 + len(cards)), "|", sep="")
+def print_head(first: str, cards: Sequence[int]) -> None:
+    print(first, " | ".join(f"{card} GB ({card_for(card * GIB)})" for card in cards), "|")
+    print("|", "---|" * (first.count("|") - 1 + len(cards)), sep="")
 
 
-def print_row(title: str, config: Config, footprint: Footprint, cards: Sequence[int]) -> None:
-    """Print the plans of a configuration for some cards."""
+def resolved(model: str, flags: Mapping[str, Any]) -> Config:
+    return presets.resolve(preset="aesthetic", flags={"model.id": model, **flags})
+
+
+def cells(config: Config, footprint: Footprint, cards: Sequence[int]) -> str:
+    """Return the plan for each card: batches, what is recomputed, images an hour."""
     request = planning.plan_request(config, processes=1)
-    cells: list[str] = []
+    found: list[str] = []
     for card in cards:
         budget = Budget(card * GIB, "cuda", "a card")
         try:
@@ -85,15 +101,15 @@ def print_row(title: str, config: Config, footprint: Footprint, cards: Sequence[
                 times=assumed(footprint, card_for(budget.bytes)),
             )
         except RunError:
-            cells.append("-")
+            found.append("-")
             continue
         assert plan.images_per_hour is not None
         again = SHORT[plan.checkpoint_network]
         again += str(plan.stored_calls or "") + " d" * plan.checkpoint_decoder
         again += " r" * plan.checkpoint_reward
         batches = f"{plan.rollout_batch}/{plan.micro_batch}/{plan.decode_batch}"
-        cells.append(f"{batches}{again}, {plan.images_per_hour:,.0f}")
-    print(f"| {title} |", " | ".join(cells), "|", flush=True)
+        found.append(f"{batches}{again}, {plan.images_per_hour:,.0f}")
+    return " | ".join(found)
 
 
 if __name__ == "__main__":

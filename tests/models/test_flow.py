@@ -299,7 +299,7 @@ def test_guidance_is_off_outside_its_interval_in_sigma(case: Case, model: Model)
     start, shape = noise(model, size), model.network.latent_shape(*size)
     conditioning, predict = model.conditioning(PROMPTS, ""), model.network.predict
     denoise = guided(predict, conditioning, Guidance(4.0, (0.3, 0.9)))
-    for step in model.network.linear_schedule(6, shape).steps:  # type: ignore[attr-defined]
+    for step in model.network.schedule(6, shape, spacing="linear").steps:  # type: ignore[call-arg]
         plain = guided(predict, conditioning, Guidance(1.0))(start, step)
         inside = 0.3 <= step.sigma <= 0.9
         assert torch.equal(denoise(start, step), plain) is not inside
@@ -496,8 +496,8 @@ def test_the_share_of_the_path_that_the_last_calls_cover() -> None:
         return 3.0 * u / (1.0 + 2.0 * u)
 
     assert last(network.schedule(28, shape), 1) == pytest.approx(shift(shift(0.001)), rel=1e-5)
-    assert last(network.linear_schedule(28, shape), 1) == pytest.approx(shift(1 / 28), rel=1e-5)
-    assert last(network.linear_schedule(28, shape), 28) == pytest.approx(1.0)
+    assert last(network.schedule(28, shape, "linear"), 1) == pytest.approx(shift(1 / 28), rel=1e-5)
+    assert last(network.schedule(28, shape, "linear"), 28) == pytest.approx(1.0)
     klein: Any = meta_model(
         ModelConfig(id="black-forest-labs/FLUX.2-klein-4B"), torch.float32
     ).parts.network
@@ -668,10 +668,9 @@ def test_sizes_that_the_network_cannot_sample_name_the_nearest(sd3: Path, klein:
 
 
 def test_linear_spacing_is_refused_for_a_diffusion_model(tmp_path: Path) -> None:
-    model = load(small_pipeline(tmp_path / "sd"), ())
-    chain = sampler(SampleConfig(spacing="linear"), model.family)
-    with pytest.raises(ConfigError, match=r"sample\.spacing: linear is for rectified flows"):
-        chain.schedule(model.network, (4, 8, 8))
+    family, _ = find(ModelConfig(id=str(small_pipeline(tmp_path / "sd"))))
+    with pytest.raises(ConfigError, match=r"sample\.spacing: .*Stable Diffusion 1.x and 2.x"):
+        sampler(SampleConfig(spacing="linear"), family)
 
 
 def test_the_published_flows_are_those_whose_index_names_a_flow() -> None:
