@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, cast, get_args
 
@@ -87,6 +87,19 @@ class NoiseSchedule:
 
     def __len__(self) -> int:
         return len(self.steps)
+
+    def path_share(self, calls: Iterable[int]) -> float:
+        """Return the share of the path through the noise that the steps of these calls cover.
+
+        A step covers sigma - sigma_next of it, and all steps together 1. A call moves a rectified
+        flow, and so passes gradient on, in proportion to that.
+
+        Args:
+            calls: Indices of steps.
+        """
+        whole = self.steps[0].sigma - self.steps[-1].sigma_next
+        covered = (self.steps[i].sigma - self.steps[i].sigma_next for i in calls)
+        return sum(covered) / whole
 
     def shortened(self, before: int, calls: int) -> NoiseSchedule:
         """Return the schedule with fewer, larger steps at its beginning.
@@ -235,3 +248,33 @@ def consistency_schedule(
             )
         )
     return NoiseSchedule(tuple(steps), prediction_type, eta=1.0)
+
+
+def flow_schedule(sigmas: Sequence[float], timesteps: Sequence[float]) -> NoiseSchedule:
+    """Build the schedule of a rectified flow: alpha = 1 - sigma, and the network predicts flow.
+
+    Args:
+        sigmas: T + 1 noise levels in [0, 1], decreasing: before every step, and after the last.
+        timesteps: T inputs of the network.
+
+    Returns:
+        The schedule with T steps. Not differentiable.
+
+    Raises:
+        ValueError: If the levels do not decrease or leave [0, 1].
+
+    Source: Liu et al. 2023, arXiv:2209.03003, with time running from data to noise.
+    """
+    pairs = list(itertools.pairwise(sigmas))
+    if any(not 1.0 >= sigma > after >= 0.0 for sigma, after in pairs):
+        raise ValueError(f"the noise levels do not decrease from 1 to 0: {_some(sigmas)}")
+    steps = tuple(
+        Step(timestep, 1.0 - sigma, sigma, 1.0 - after, after)
+        for timestep, (sigma, after) in zip(timesteps, pairs, strict=True)
+    )
+    return NoiseSchedule(steps, "flow")
+
+
+def _some(levels: Sequence[float]) -> str:
+    shown = [f"{level:.4g}" for level in levels[:5]]
+    return ", ".join([*shown, "..."] if len(levels) > 5 else shown)

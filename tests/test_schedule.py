@@ -17,6 +17,7 @@ from alignprop_cli.schedule import (
     consistency_schedule,
     diffusion_schedule,
     euler_schedule,
+    flow_schedule,
 )
 from tests.factories import SD1_BETAS
 
@@ -173,3 +174,20 @@ def test_a_shortened_schedule_keeps_what_the_scheduler_says() -> None:
     cumprod = torch.tensor([0.9, 0.8, 0.5])
     lcm = consistency_schedule(cumprod, [2, 1, 0], "epsilon", timestep_scaling=1.0)
     assert all(step.renoises for step in lcm.shortened(2, 1).steps)
+
+
+def test_a_rectified_flow_has_alpha_one_minus_sigma_and_refuses_levels_that_rise() -> None:
+    schedule = flow_schedule([1.0, 0.75, 0.25, 0.0], [1000.0, 750.0, 250.0])
+    assert schedule.prediction_type == "flow"
+    assert schedule.steps[1] == Step(750.0, 0.25, 0.75, 0.75, 0.25)
+    for levels in ([1.0, 0.5, 0.6, 0.0], [1.1, 0.5, 0.2, 0.0], [1.0, 0.5, 0.5, 0.0]):
+        with pytest.raises(ValueError, match=r"do not decrease from 1 to 0: 1"):
+            flow_schedule(levels, [3.0, 2.0, 1.0])
+
+
+def test_the_share_of_the_path_is_what_the_steps_take_off_sigma() -> None:
+    schedule = flow_schedule([0.8, 0.6, 0.2, 0.0], [3.0, 2.0, 1.0])
+    assert schedule.path_share(range(3)) == pytest.approx(1.0)
+    assert schedule.path_share([2]) == pytest.approx(0.25)
+    assert schedule.path_share([0, 2]) == pytest.approx(0.5)
+    assert schedule.path_share([]) == 0.0

@@ -64,6 +64,10 @@ class ModelConfig(Section):
         description="Decode in overlapping tiles of this many pixels: less memory, and images "
         "change a little. Null decodes them whole.",
     )
+    t5: Literal["model", "none"] = Field(
+        default="model",
+        description="none leaves out the largest text encoder of Stable Diffusion 3 (9.5 GB).",
+    )
     dtype: Dtype = Field(
         default="auto",
         description="Precision of the frozen weights; auto is bfloat16 on a GPU that has it, "
@@ -107,6 +111,11 @@ class SampleConfig(Section):
 
     num_inference_steps: PositiveInt = Field(
         default=50, description="T, network calls of one chain."
+    )
+    spacing: Literal["model", "linear"] = Field(
+        default="model",
+        description="Noise levels of a rectified flow: those of the model's own pipeline, or equal "
+        "steps before the shift, whose last step is not tiny. Changes the images.",
     )
     guidance_scale: float = Field(
         default=7.5,
@@ -153,6 +162,10 @@ class GradientConfig(Section):
     # enough to try another one.
     k: PositiveInt = Field(
         default=1, description="last_k: number of calls, counted from the image."
+    )
+    path_share: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
+        default=None,
+        description="last_k: instead of k, the share of the path from noise to image to cover.",
     )
     k_min: PositiveInt = Field(default=1, description="random_k: smallest number of calls.")
     k_max: PositiveInt | None = Field(default=None, description="random_k: largest; null is all T.")

@@ -57,6 +57,9 @@ _WORDS = (
 _WORD = re.compile(rf"(?:{'|'.join(_WORDS)}|[a-z]+\d*|\d+)(?=_|$)")
 _FIRST_WORDS = {"down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out"}
 _FIRST_WORDS |= {"time_embedding", "add_embedding"}
+# The same of a transformer's names, which no kohya name is split into.
+_TRANSFORMER_WORDS = {"transformer_blocks", "single_transformer_blocks", "context_embedder"}
+_TRANSFORMER_WORDS |= {"x_embedder", "pos_embed", "time_text_embed", "norm_out", "proj_out"}
 
 # The original code numbers the blocks of a network with two layers a level through, downsamplers
 # and upsamplers among them. kohya's trainer names the layers of Stable Diffusion XL so.
@@ -131,7 +134,16 @@ def read_settings(text: str, where: str) -> dict[str, Any]:
 
 def network_of(names: Iterable[str]) -> str:
     """Return diffusers' prefix of these names; a U-Net's where they have none."""
-    return next((p for n in names for p in NETWORKS if n.startswith(p)), NETWORKS[0])
+    for name in names:
+        if name.startswith(NETWORKS):
+            return next(prefix for prefix in NETWORKS if name.startswith(prefix))
+        if name.startswith(PEFT) and _first_word(name) in _TRANSFORMER_WORDS:
+            return NETWORKS[1]
+    return NETWORKS[0]
+
+
+def _first_word(name: str) -> str:
+    return name.removeprefix(PEFT).split(".")[0]
 
 
 def without_network(name: str) -> str:
@@ -222,8 +234,8 @@ def _layer(name: str, file: Path) -> str | None:
     if name.startswith(NETWORKS):
         return without_network(name)
     if name.startswith(PEFT):
-        layer = name.removeprefix(PEFT)
-        return layer if layer.split(".")[0] in _FIRST_WORDS else None
+        known = _FIRST_WORDS | _TRANSFORMER_WORDS
+        return name.removeprefix(PEFT) if _first_word(name) in known else None
     if name.startswith(_KOHYA):
         flat = _present_flat(name.removeprefix(_KOHYA))
         # Split into the known words of a UNet's names: there is one way only, so the renaming can

@@ -163,7 +163,8 @@ class Family:
         name: For people.
         pipeline_class: The pipeline's class in diffusers, as model_index.json names it.
         lora_prefix: What diffusers puts before the names of the network's layers in a LoRA file.
-        target_modules: Endings of the names of the layers that get a LoRA by default.
+        target_modules: The layers that get a LoRA by default: endings of their names, or one
+            regular expression for whole names.
         load_text_encoders: Loads the text encoders on a device.
         load_parts: Loads network and decoder on a device, frozen.
         on_meta: Builds network and decoder without weights, from configuration files alone.
@@ -171,12 +172,14 @@ class Family:
         stack: Makes a batch of the embeddings of several prompts.
         schedulers: Values of `sample.scheduler` besides `model` that its networks can have.
         spacings: The same for `sample.spacing`.
+        guides: Whether there is classifier-free guidance at all; False for a model whose
+            model_index.json says that it was distilled without it.
     """
 
     name: str
     pipeline_class: str
     lora_prefix: str
-    target_modules: tuple[str, ...]
+    target_modules: tuple[str, ...] | str
     load_text_encoders: Callable[[Source, torch.device], TextEncoders]
     load_parts: Callable[[Source, torch.device], Parts]
     on_meta: Callable[[Source], MetaModel]
@@ -184,6 +187,7 @@ class Family:
     stack: Callable[[Sequence[Embeds]], Embeds] = stack
     schedulers: tuple[str, ...] = ()
     spacings: tuple[str, ...] = ()
+    guides: bool = True
 
 
 @dataclass(frozen=True)

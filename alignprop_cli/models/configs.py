@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from alignprop_cli.errors import AssetError, ConfigError
+from alignprop_cli.models.rules import NOTHING, SIZE, Rule, either, list_of, number, one_of, whole
 from alignprop_cli.parsing import ParseError, read_json
 from alignprop_cli.paths import read_text
 
@@ -87,88 +88,48 @@ _NOT_OBEYED = {
 }
 
 _MOST_TIMESTEPS = 100_000
-_MOST_SIZE = 65_536
 # Bytes of a configuration, and of a vocabulary.
 _MOST_CONFIG, _MOST_VOCABULARY = 2**20, 64 * 2**20
-
-Rule = tuple[Callable[[Any], bool], str]
-
-
-def _whole(low: int, high: int) -> Rule:
-    def holds(value: Any) -> bool:
-        # In Python True is an int.
-        return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high
-
-    return holds, f"a whole number from {low} to {high}"
-
-
-def _number(low: float, high: float) -> Rule:
-    def holds(value: Any) -> bool:
-        return isinstance(value, int | float) and not isinstance(value, bool) and low < value < high
-
-    return holds, f"a number between {low:g} and {high:g}"
-
-
-def _one_of(*values: object) -> Rule:
-    def holds(value: Any) -> bool:
-        return any(value == one and type(value) is type(one) for one in values)
-
-    return holds, " or ".join(map(str, values))
-
-
-def _list_of(rule: Rule) -> Rule:
-    def holds(value: Any) -> bool:
-        return isinstance(value, list | tuple) and bool(value) and all(map(rule[0], value))
-
-    return holds, f"a list, each {rule[1]}"
-
-
-def _either(*rules: Rule) -> Rule:
-    return lambda value: any(rule[0](value) for rule in rules), ", or ".join(r[1] for r in rules)
-
-
-_NOTHING: Rule = (lambda value: value is None, "null")
-_SIZE = _whole(1, _MOST_SIZE)
 
 # What values must be where they are given. The libraries have defaults for the others.
 _RULES: Mapping[str, Mapping[str, Rule]] = {
     "scheduler": {
-        "num_train_timesteps": _whole(1, _MOST_TIMESTEPS),
-        "beta_start": _number(0.0, 1.0),
-        "beta_end": _number(0.0, 1.0),
-        "beta_schedule": _one_of("linear", "scaled_linear", "squaredcos_cap_v2"),
-        "trained_betas": _either(_list_of(_number(0.0, 1.0)), _NOTHING),
-        "prediction_type": _one_of("epsilon", "v_prediction", "sample"),
-        "timestep_spacing": _one_of("leading", "trailing", "linspace"),
+        "num_train_timesteps": whole(1, _MOST_TIMESTEPS),
+        "beta_start": number(0.0, 1.0),
+        "beta_end": number(0.0, 1.0),
+        "beta_schedule": one_of("linear", "scaled_linear", "squaredcos_cap_v2"),
+        "trained_betas": either(list_of(number(0.0, 1.0)), NOTHING),
+        "prediction_type": one_of("epsilon", "v_prediction", "sample"),
+        "timestep_spacing": one_of("leading", "trailing", "linspace"),
         # The other kind gives the network the logarithm of the noise instead of a timestep.
-        "timestep_type": _either(_one_of("discrete"), _NOTHING),
-        "steps_offset": _whole(0, _MOST_TIMESTEPS),
-        "original_inference_steps": _whole(1, _MOST_TIMESTEPS),
-        "timestep_scaling": _number(0.0, math.inf),
-        "rescale_betas_zero_snr": _one_of(True, False),
-        "set_alpha_to_one": _one_of(True, False),
+        "timestep_type": either(one_of("discrete"), NOTHING),
+        "steps_offset": whole(0, _MOST_TIMESTEPS),
+        "original_inference_steps": whole(1, _MOST_TIMESTEPS),
+        "timestep_scaling": number(0.0, math.inf),
+        "rescale_betas_zero_snr": one_of(True, False),
+        "set_alpha_to_one": one_of(True, False),
     },
     "unet": {
-        "in_channels": _SIZE,
-        "out_channels": _SIZE,
-        "sample_size": _either(_SIZE, _list_of(_SIZE)),
-        "block_out_channels": _list_of(_SIZE),
-        "cross_attention_dim": _either(_SIZE, _list_of(_SIZE)),
-        "time_cond_proj_dim": _either(_whole(2, _MOST_SIZE), _NOTHING),
+        "in_channels": SIZE,
+        "out_channels": SIZE,
+        "sample_size": either(SIZE, list_of(SIZE)),
+        "block_out_channels": list_of(SIZE),
+        "cross_attention_dim": either(SIZE, list_of(SIZE)),
+        "time_cond_proj_dim": either(whole(2, 65_536), NOTHING),
         # Other kinds need more than the embeddings of the prompt.
-        "encoder_hid_dim_type": _either(_one_of("text_proj"), _NOTHING),
+        "encoder_hid_dim_type": either(one_of("text_proj"), NOTHING),
     },
     "vae": {
-        "latent_channels": _SIZE,
-        "block_out_channels": _list_of(_SIZE),
-        "scaling_factor": _number(0.0, math.inf),
+        "latent_channels": SIZE,
+        "block_out_channels": list_of(SIZE),
+        "scaling_factor": number(0.0, math.inf),
     },
     "text_encoder": {
-        "hidden_size": _SIZE,
-        "max_position_embeddings": _SIZE,
-        "vocab_size": _whole(1, 2**24),
+        "hidden_size": SIZE,
+        "max_position_embeddings": SIZE,
+        "vocab_size": whole(1, 2**24),
     },
-    "tokenizer": {"model_max_length": _SIZE},
+    "tokenizer": {"model_max_length": SIZE},
 }
 
 
@@ -306,7 +267,7 @@ def check_words(
     tokenizer, text = found[f"tokenizer{suffix}"], found[f"text_encoder{suffix}"]
     words = folder / f"tokenizer{suffix}" / "tokenizer_config.json"
     if tokenizer is not None and "model_max_length" not in tokenizer:
-        raise wrong(str(words), "model_max_length", _SIZE[1], None)
+        raise wrong(str(words), "model_max_length", SIZE[1], None)
     if text is None:
         return
     positions, rows = text.get("max_position_embeddings", 77), text.get("vocab_size", 49408)

@@ -40,8 +40,18 @@ PUBLISHED = {
     "SimianLuo/LCM_Dreamshaper_v7": "lcm-dreamshaper-v7",
     "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
     "stabilityai/sdxl-turbo": "sdxl-turbo",
+    "stabilityai/stable-diffusion-3-medium-diffusers": "sd-3-medium",
+    "stabilityai/stable-diffusion-3.5-medium": "sd-3.5-medium",
+    "stabilityai/stable-diffusion-3.5-large": "sd-3.5-large",
+    "black-forest-labs/FLUX.2-klein-4B": "flux.2-klein-4b",
+    "black-forest-labs/FLUX.2-klein-9B": "flux.2-klein-9b",
+    "black-forest-labs/FLUX.2-klein-base-4B": "flux.2-klein-base-4b",
+    "black-forest-labs/FLUX.2-klein-base-9B": "flux.2-klein-base-9b",
 }
 """Hub ids whose configurations are shipped, and their folder in `ARCHITECTURES`."""
+
+
+_MODULAR = "modular_model_index.json"
 
 
 def _from(module: str, name: str) -> Callable[..., Any]:
@@ -91,6 +101,32 @@ FAMILIES: dict[str, Family] = {
             on_meta=_from("sdxl", "on_meta"),
             schedulers=_SCHEDULERS,
             spacings=_SPACINGS,
+        ),
+        Family(
+            name="Stable Diffusion 3 and 3.5",
+            pipeline_class="StableDiffusion3Pipeline",
+            lora_prefix="transformer.",
+            target_modules=(
+                *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+                *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+            ),
+            load_text_encoders=_from("sd3", "load_text_encoders"),
+            load_parts=_from("sd3", "load_parts"),
+            on_meta=_from("sd3", "on_meta"),
+            spacings=("linear",),
+        ),
+        Family(
+            name="FLUX.2-klein",
+            pipeline_class="Flux2KleinPipeline",
+            lora_prefix="transformer.",
+            # Names of attention layers alone would miss the single blocks, most of the network; and
+            # in the dual blocks to_out is a list of layers.
+            target_modules=r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0)"
+            r"|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)",
+            load_text_encoders=_from("flux2", "load_text_encoders"),
+            load_parts=_from("flux2", "load_parts"),
+            on_meta=_from("flux2", "on_meta"),
+            spacings=("linear",),
         ),
     )
 }
@@ -164,8 +200,11 @@ def _looks_like_a_path(name: str) -> bool:
 
 def _family(index: Path, place: str) -> Family:
     """Return the family that a model_index.json names."""
+    if not index.exists() and (index.parent / _MODULAR).exists():
+        raise ConfigError(f"model.id: {place} is a ModularPipeline ({_MODULAR}): {_supported()}")
     try:
-        name = read_json(read_text(index, "model.id"))["_class_name"]
+        found = read_json(read_text(index, "model.id"))
+        name = found["_class_name"]
     except (AssetError, ParseError, KeyError, TypeError) as error:
         raise AssetError(
             f"{place}: not a model in diffusers format: cannot read {index.name}",
@@ -173,9 +212,15 @@ def _family(index: Path, place: str) -> Family:
         ) from error
     # A pipeline with its own code has a list [module, class] there.
     if not isinstance(name, str) or name not in FAMILIES:
-        supported = ", ".join(f"{f.pipeline_class} ({f.name})" for f in FAMILIES.values())
-        raise ConfigError(f"model.id: {place} is a {str(name)[:100]}; supported: {supported}")
-    return FAMILIES[name]
+        raise ConfigError(f"model.id: {place} is a {str(name)[:100]}; {_supported()}")
+    family = FAMILIES[name]
+    # So diffusers marks models that were distilled without guidance, and turns it off for them.
+    return replace(family, guides=False) if found.get("is_distilled") is True else family
+
+
+def _supported() -> str:
+    named = ", ".join(f"{f.pipeline_class} ({f.name})" for f in FAMILIES.values())
+    return f"supported: {named}"
 
 
 def open_model(
@@ -201,6 +246,8 @@ def open_model(
         ConfigError: If the model is of a family that is not supported, or cannot be trained.
     """
     family, path = find(config)
+    if not family.guides:
+        note(f"{config.id} was distilled without guidance: sample.guidance_scale is not used")
     # 1. All files are fetched first, so that missing ones are reported before any work is done.
     path = path or loading.download(config)
     source = Source(config, path, resolve_dtype(config.dtype, device))
@@ -292,7 +339,7 @@ def sampler(config: SampleConfig, family: Family, network: object = None) -> Sam
     return Sampler(
         num_inference_steps=config.num_inference_steps,
         guidance=Guidance(
-            scale=config.guidance_scale,
+            scale=config.guidance_scale if family.guides else 0.0,
             interval=config.guidance_interval,
             origin=family.guidance_origin,
             embedded=embedded,

@@ -61,6 +61,8 @@ def download(config: ModelConfig) -> Path:
 
     # A part that is passed as None is not downloaded.
     unused = dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder"))
+    if config.t5 == "none":
+        unused |= dict.fromkeys(("text_encoder_3", "tokenizer_3"))
     with explained(config):
         folder: str | Path = DiffusionPipeline.download(
             config.id, revision=config.revision, variant=config.variant, **unused

@@ -195,15 +195,20 @@ class VaeDecoder:
 
     def parameters(self) -> list[Tensor]:
         """Return the weights that `decode` uses."""
-        return [*self.module.post_quant_conv.parameters(), *self.module.decoder.parameters()]
+        # Some autoencoders have no convolution there.
+        used = (self.module.post_quant_conv, self.module.decoder)
+        return [p for module in used if module is not None for p in module.parameters()]
+
+    def to_autoencoder(self, latents: Tensor) -> Tensor:
+        """Return the latents in the autoencoder's own units; differentiable."""
+        return latents / self.module.config.scaling_factor
 
     def decode(self, latents: Tensor, *, recompute: bool = False) -> Tensor:
         """Decode to images in [0, 1]; see `Decoder`."""
         vae = self.module
-        latents = (latents / vae.config.scaling_factor).to(vae.dtype)
         with decoder_blocks(vae, recompute):
             # (B, C, h, w) -> (B, 3, H, W), about -1 to 1
-            decoded = vae.decode(latents, return_dict=False)[0]
+            decoded = vae.decode(self.to_autoencoder(latents).to(vae.dtype), return_dict=False)[0]
         return images.from_decoder(decoded)
 
 

@@ -141,7 +141,9 @@ def _dtype(name: str, device_type: str) -> torch.dtype:
 
 
 def _bytes(module: torch.nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters())
+    # Buffers too: the position embeddings of Stable Diffusion 3.5 are a tenth of the network.
+    tensors = (*module.parameters(), *module.buffers())
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def _rewards(

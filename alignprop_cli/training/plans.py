@@ -16,6 +16,7 @@ from alignprop_cli.config.schema import Config, dump
 from alignprop_cli.console import Console
 from alignprop_cli.device import available, hold_memory, make_accelerator, release_cached
 from alignprop_cli.planning import request as planning
+from alignprop_cli.planning import window
 from alignprop_cli.planning.choose import make_plan
 from alignprop_cli.planning.estimate import Budget, Footprint, expected_correction
 from alignprop_cli.planning.plan import Plan, PlanRequest
@@ -61,6 +62,7 @@ def describe(
         folders.new_run(config.output.dir, name)
     elif (found := newest(resume, console.warn)) is not None:
         refuse_changes(found, setup.settled(config))
+    config = window.with_window(config)
     # 2. The plan, from shapes alone: neither the weights nor the cards have to be here.
     card = None if gpu is None else find_card(gpu)
     if card is not None and gpu_memory is None:
@@ -82,8 +84,17 @@ def describe(
         "config": config.model_dump(mode="json"),
     }
     lines = [dump(config).rstrip(), "", *planning.describe(plan, budget, times)]
+    lines += _window(config, request, console)
     lines += [f"not counted: {', '.join(footprint.uncounted)}"] if footprint.uncounted else []
     console.result("alignprop.plan/1", values, [*lines, "nothing was done (--dry-run)"])
+
+
+def _window(config: Config, request: PlanRequest, console: Console) -> list[str]:
+    """Return the line about the window's share of the path, and warn where it is small."""
+    said, warning = window.describe(window.schedule_of(config), request.estimator)
+    if warning is not None:
+        console.warn(warning)
+    return [] if said is None else [f"window: {said}"]
 
 
 def plan_here(

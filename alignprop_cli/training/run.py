@@ -29,6 +29,7 @@ from alignprop_cli.evaluation import draw
 from alignprop_cli.lora import layers as lora
 from alignprop_cli.models.families import open_model
 from alignprop_cli.planning import request as planning
+from alignprop_cli.planning import window
 from alignprop_cli.planning.plan import Plan, PlanRequest
 from alignprop_cli.prompts import PromptStream, load_prompts
 from alignprop_cli.rewards.mixture import build_mixture
@@ -83,7 +84,7 @@ def run_training(
     # 1. Refuse what cannot work before anything heavy is loaded.
     wanted = config.output.dir
     setup.check(config, resume)
-    config = setup.settled(config)
+    config = window.with_window(setup.settled(config))
     accelerator = make_accelerator()
     if not accelerator.is_main_process:
         console = Console(quiet=True)
@@ -169,7 +170,17 @@ def _build(
     )
     if found is not None:
         restore(trainer, found, folder, config.train.steps)
+    _tell_window(trainer, console)
     return Run(config, folder, trainer, accelerator, console, held_out, samples, inputs)
+
+
+def _tell_window(trainer: Trainer, console: Console) -> None:
+    """Say how much of a rectified flow's path the calls with gradient cover."""
+    said, warning = window.describe(trainer.schedule, trainer.settings.estimator)
+    if warning is not None:
+        console.warn(warning)
+    elif said is not None:
+        console.note(said)
 
 
 def _prepare_device(accelerator: Accelerator, config: Config) -> None:

@@ -176,7 +176,16 @@ def prepare_lora(config: Config, model: Model, found: Path | None, console: Cons
             "target_modules": metadata["target_modules"],
         }
         console.note(f"lora.init: rank {have['rank']}, alpha {have['alpha']:g}, as in its file")
-    return config.model_copy(update={"lora": wanted.model_copy(update=have)})
+    made = wanted.model_copy(update=have)
+    alpha = made.rank if made.alpha is None else made.alpha
+    if alpha != made.rank and model.family.lora_prefix == "transformer.":
+        # Alpha is in the header, where diffusers reads it. As a tensor of its own, where ComfyUI
+        # would, it makes diffusers refuse the file.
+        console.note(
+            f"ComfyUI does not read lora.alpha: load the LoRA with strength "
+            f"{alpha / made.rank:g} there"
+        )
+    return config.model_copy(update={"lora": made})
 
 
 def _initial(name: str) -> Path:

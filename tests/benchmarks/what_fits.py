@@ -2,7 +2,7 @@
 
 The pace is that of the card that a dry run assumes for such a memory (`planning/speed.py`).
 
-Run:  python tests/benchmarks/what_fits.py [--presets]
+Run:  python tests/benchmarks/what_fits.py [--presets | --flows]
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from alignprop_cli.planning import request as planning
 from alignprop_cli.planning.choose import make_plan
 from alignprop_cli.planning.estimate import GIB, Budget, Footprint, expected_correction
 from alignprop_cli.planning.speed import assumed, card_for
+from alignprop_cli.planning.window import with_window
 
 MODELS = {
     "SD 1.5, 512": "stable-diffusion-v1-5/stable-diffusion-v1-5",
@@ -31,8 +32,25 @@ WINDOWS: dict[str, dict[str, Any]] = {
     "K = 50": {"gradient.method": "full"},
 }
 # With `--presets`: presets as they are, on the cards that people have.
-PRESETS = ("sdxl_hps", "sdxl_turbo_aesthetic", "lcm_aesthetic")
+PRESETS = (
+    *("sdxl_hps", "sdxl_turbo_aesthetic", "lcm_aesthetic"),
+    *("sd35_hps", "klein_hps", "klein_aesthetic"),
+)
 PRESET_CARDS = (12, 16, 24, 48)
+
+LARGE: dict[str, Any] = {"sample.height": 1024}
+# With `--flows`: rectified flows as their presets have them, and what differs.
+FLOWS: dict[str, tuple[str, dict[str, Any]]] = {
+    "SD 3.5 medium, 512, last 2 of 25": ("sd35_hps", {}),
+    "SD 3.5 medium, 1024, last 2 of 25": ("sd35_hps", LARGE),
+    "FLUX.2-klein 4B, 512, all 4": ("klein_hps", {}),
+    "FLUX.2-klein 4B, 1024, all 4": ("klein_hps", LARGE),
+    "FLUX.2-klein 9B, 512, all 4": (
+        "klein_hps",
+        {"model.id": "black-forest-labs/FLUX.2-klein-9B"},
+    ),
+}
+FLOW_CARDS = (12, 16, 24, 48, 80)
 SHORT = {"none": "", "block": " b", "call": " c"}
 
 
@@ -44,6 +62,14 @@ def main() -> None:
             config = presets.resolve(preset=name)
             footprint = planning.measure(config, "cuda")
             print(f"| `{name}` |", cells(config, footprint, PRESET_CARDS), "|", flush=True)
+        return
+    if "--flows" in sys.argv:
+        print_head("| model, pixels, calls with gradient |", FLOW_CARDS)
+        for title, (preset, flags) in FLOWS.items():
+            flags = {**flags, "sample.width": flags.get("sample.height", 512)}  # square
+            config = with_window(presets.resolve(preset=preset, flags=flags))
+            footprint = planning.measure(config, "cuda")
+            print(f"| {title} |", cells(config, footprint, FLOW_CARDS), "|", flush=True)
         return
     print_head("| model | window |", CARDS)
     for title, model in MODELS.items():

@@ -153,12 +153,13 @@ def test_a_layer_whose_name_ends_as_another_keeps_its_own_alpha(tmp_path: Path) 
     assert {n: f.alpha for n, f in read.items()} == {n: f.alpha for n, f in layers.items()}
 
 
-ARCHITECTURES = sorted(place.name for place in (PACKAGE / "models" / "architectures").iterdir())
+SHIPPED = PACKAGE / "models" / "architectures"
+ARCHITECTURES = sorted(file.parent.parent.name for file in SHIPPED.glob("*/unet/config.json"))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_kohyas_names_are_those_of_the_layers_with_other_dots(architecture: str) -> None:
-    config = PACKAGE / "models" / "architectures" / architecture / "unet" / "config.json"
+    config = SHIPPED / architecture / "unet" / "config.json"
     with torch.device("meta"):
         network = UNet2DConditionModel.from_config(json.loads(config.read_text()))
     names = [
@@ -621,3 +622,28 @@ def test_case_a_folder_of_peft_is_read_with_its_configuration(
         files.read(files.locate(str(tmp_path)).file)
     shutil.copy(CASES / PEFT_CONFIG, tmp_path)
     check_adds_up(tiny, files.read(files.locate(str(tmp_path)).file), load_file(file), 4.0)
+
+
+def test_a_peft_file_of_a_transformer_is_read_and_belongs_to_one() -> None:
+    layers = ("transformer_blocks.0.attn.to_q", "single_transformer_blocks.1.attn.to_qkv_mlp_proj")
+    pair = {"lora_A": torch.ones(2, 3), "lora_B": torch.ones(4, 2)}
+    state = {f"base_model.model.{n}.{h}.weight": v for n in layers for h, v in pair.items()}
+    found, _ = formats.read_layers(state, {}, Path("peft.safetensors"))
+    assert set(found) == set(layers)
+    assert formats.network_of(state) == "transformer."
+    assert formats.network_of(["base_model.model.mid_block.x.lora_A.weight"]) == "unet."
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight",
+        "lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight",
+        "lora_transformer_transformer_blocks_0_attn_to_q.lora_down.weight",
+    ],
+)
+def test_other_names_of_a_transformers_layers_are_refused(name: str) -> None:
+    # Fused projections: what they are in diffusers' names depends on the model.
+    state = {name: torch.ones(2, 3), name.replace("A", "B").replace("down", "up"): torch.ones(4, 2)}
+    with pytest.raises(AssetError, match=r"unexpected (tensor|layer) (diffusion_model|lora_)"):
+        formats.read_layers(state, {}, Path("other.safetensors"))

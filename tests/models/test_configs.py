@@ -280,7 +280,10 @@ def test_what_does_not_change_images_is_passed_over(copy: Path) -> None:
     plan(copy)
 
 
-@pytest.mark.parametrize("place", [TINY, *sorted(ARCHITECTURES.iterdir())], ids=lambda p: p.name)
+WITH_UNET = sorted(file.parent.parent for file in ARCHITECTURES.glob("sd-[12]*/unet/config.json"))
+
+
+@pytest.mark.parametrize("place", [TINY, *WITH_UNET], ids=lambda p: p.name)
 def test_what_is_shipped_is_obeyed(place: Path) -> None:
     kind = json.loads((place / INDEX).read_text())["_class_name"]
     is_xl = kind == "StableDiffusionXLPipeline"

@@ -1,0 +1,78 @@
+"""How much of a rectified flow's path the calls with gradient cover, and a window asked for so.
+
+The last steps of two models are not alike: with 28 steps the last one is 0.9 % of the path in
+Stable Diffusion 3.5's own list and 10 % in one of equal steps.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from alignprop_cli.config.schema import Config
+from alignprop_cli.estimators import Estimator
+from alignprop_cli.models import families
+from alignprop_cli.models.meta import meta_model
+from alignprop_cli.schedule import NoiseSchedule
+
+LEAST_SHARE = 0.05
+"""Below this share of the path training changes next to nothing, and a warning says so."""
+
+
+def schedule_of(config: Config) -> NoiseSchedule:
+    """Return the chain's noise levels, from the model's configuration files alone.
+
+    Raises:
+        AssetError, ConfigError: As `meta_model`, or if the model cannot sample such images.
+    """
+    family, _ = families.find(config.model)
+    sampler = families.sampler(config.sample, family)
+    network = meta_model(config.model, torch.float32).parts.network
+    shape = network.latent_shape(sampler.height, sampler.width)
+    return sampler.schedule(network, shape)
+
+
+def with_window(config: Config) -> Config:
+    """Return the configuration with the `gradient.k` that `gradient.path_share` asks for.
+
+    Raises:
+        AssetError, ConfigError: As `schedule_of`.
+    """
+    share, steps = config.gradient.path_share, config.sample.num_inference_steps
+    if share is None or config.gradient.method != "last_k":
+        return config
+    schedule = schedule_of(config)
+    # Rounding may leave all steps together a little below 1.
+    k = next(
+        (k for k in range(1, steps) if schedule.path_share(range(steps - k, steps)) >= share), steps
+    )
+    return config.model_copy(update={"gradient": config.gradient.model_copy(update={"k": k})})
+
+
+def covered(schedule: NoiseSchedule, estimator: Estimator) -> float:
+    """Return the share of the path that the calls with gradient cover, the mean over the draws."""
+    steps = len(schedule)
+    # Half-way into each of 1,000 equal parts of the estimator's random numbers.
+    grid = [(i + 0.5) / 1000 for i in range(1000)] if estimator.calls.uniforms else [0.0]
+    draws = [estimator.calls.draw(steps, [u] * estimator.calls.uniforms) for u in grid]
+    return sum(schedule.path_share(calls) for calls in draws) / len(draws)
+
+
+def describe(schedule: NoiseSchedule, estimator: Estimator) -> tuple[str | None, str | None]:
+    """Return what the plan says about the window, and a warning where it covers next to nothing.
+
+    Args:
+        schedule: Of the whole chain.
+        estimator: Where the gradient flows.
+
+    Returns:
+        (note, warning), None where there is nothing to say. Of diffusion models nothing is said:
+        the share of their sigma is no measure of what a step moves.
+    """
+    if schedule.prediction_type != "flow":
+        return None, None
+    share = covered(schedule, estimator)
+    what = f"the calls with gradient cover {share:.1%} of the path from noise to image"
+    if share >= LEAST_SHARE:
+        return what, None
+    advice = "set gradient.path_share, or sample.spacing: linear"
+    return what, f"{what}, so they can change next to nothing: {advice}"

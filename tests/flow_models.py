@@ -1,0 +1,258 @@
+"""Builders of small rectified flows with random weights, of diffusers' real classes.
+
+As in factories.py they are not trained: tests that use them compare numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    Qwen2TokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
+
+from tests.factories import small_tokenizer
+
+SD3_WIDTH = 48
+"""Width of the text embeddings of `small_sd3`; the two CLIPs together have 24 + 16."""
+
+
+def t5_tokenizer(path: Path) -> T5TokenizerFast:
+    """Write a T5 tokenizer that reads single letters, and return it."""
+    letters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
+    vocab = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    vocab += [(letter, -3.0) for letter in letters]
+    T5TokenizerFast(vocab=vocab, extra_ids=0).save_pretrained(path)
+    return T5TokenizerFast.from_pretrained(path)
+
+
+def small_clip_text(path: Path, *, width: int, projection: int) -> tuple[Any, Any]:
+    """Return (tokenizer, encoder) of a CLIP text tower with 16 positions."""
+    tokenizer = small_tokenizer(path)
+    end = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    config = CLIPTextConfig(
+        vocab_size=end + 1,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=projection,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        max_position_embeddings=16,
+        bos_token_id=end - 1,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
+    return tokenizer, CLIPTextModelWithProjection(config)
+
+
+def small_vae(**options: Any) -> AutoencoderKL:
+    """Return an autoencoder of 8 channels whose latents are half as wide as the image."""
+    made = AutoencoderKL(
+        **{
+            "in_channels": 3,
+            "out_channels": 3,
+            "latent_channels": 8,
+            "block_out_channels": (16, 16),
+            "down_block_types": ("DownEncoderBlock2D",) * 2,
+            "up_block_types": ("UpDecoderBlock2D",) * 2,
+            "layers_per_block": 1,
+            "norm_num_groups": 8,
+            "sample_size": 16,
+            "scaling_factor": 1.5305,
+            "shift_factor": 0.0609,
+            "use_quant_conv": False,
+            "use_post_quant_conv": False,
+            **options,
+        }
+    )
+    return made
+
+
+def small_sd3(path: Path, *, t5: bool = True, seed: int = 0, **overrides: Any) -> Path:
+    """Write a StableDiffusion3Pipeline with random weights: latents (8, 8, 8), images 16 x 16.
+
+    Args:
+        path: Folder to write.
+        t5: Whether it has the third text encoder.
+        seed: Of the weights.
+        **overrides: Options of the transformer, with `scheduler_` or `vae_` before those of others.
+
+    Returns:
+        The folder.
+    """
+    network: dict[str, Any] = {
+        "sample_size": 8,
+        "patch_size": 2,
+        "in_channels": 8,
+        "num_layers": 3,
+        "attention_head_dim": 8,
+        "num_attention_heads": 4,
+        "joint_attention_dim": SD3_WIDTH,
+        "caption_projection_dim": 32,
+        "pooled_projection_dim": 20,
+        "out_channels": 8,
+        "pos_embed_max_size": 8,
+        "dual_attention_layers": (0, 1),
+        "qk_norm": "rms_norm",
+    }
+    scheduler: dict[str, Any] = {"shift": 3.0}
+    vae: dict[str, Any] = {}
+    parts = {"scheduler_": scheduler, "vae_": vae}
+    for key, value in overrides.items():
+        prefix = next((prefix for prefix in parts if key.startswith(prefix)), "")
+        parts.get(prefix, network)[key.removeprefix(prefix)] = value
+
+    def make() -> StableDiffusion3Pipeline:
+        words, clip = small_clip_text(path / "tokenizer", width=24, projection=12)
+        words_2, clip_2 = small_clip_text(path / "tokenizer_2", width=16, projection=8)
+        words_3 = t5_tokenizer(path / "tokenizer_3") if t5 else None
+        t5_config = T5Config(
+            vocab_size=len(words_3) if words_3 else 8,
+            d_model=SD3_WIDTH,
+            d_kv=8,
+            d_ff=32,
+            num_layers=2,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+        )
+        return StableDiffusion3Pipeline(
+            transformer=lively(SD3Transformer2DModel(**network)),
+            scheduler=FlowMatchEulerDiscreteScheduler(**scheduler),
+            vae=small_vae(**vae),
+            text_encoder=clip,
+            tokenizer=words,
+            text_encoder_2=clip_2,
+            tokenizer_2=words_2,
+            text_encoder_3=T5EncoderModel(t5_config) if t5 else None,
+            tokenizer_3=words_3,
+        )
+
+    _seeded(seed, make).save_pretrained(path)
+    return path
+
+
+def qwen_tokenizer(path: Path) -> Qwen2TokenizerFast:
+    """Write a Qwen tokenizer that reads single bytes, with a chat template, and return it."""
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocab = {token: number for number, token in enumerate([*sorted(ByteLevel.alphabet()), *marks])}
+    made = Qwen2TokenizerFast(vocab=vocab, merges=[], additional_special_tokens=marks[1:])
+    # The part of Qwen3's template that a single message reaches.
+    made.chat_template = (
+        "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}"
+        "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
+        "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n"
+        "{% endif %}{% endif %}"
+    )
+    made.save_pretrained(path)
+    return Qwen2TokenizerFast.from_pretrained(path)
+
+
+def small_klein(path: Path, *, is_distilled: bool = False, seed: int = 0, **overrides: Any) -> Path:
+    """Write a Flux2KleinPipeline with random weights: latents (16, 8, 8), images 32 x 32.
+
+    The pipeline's own default size is 256 x 256.
+
+    Args:
+        path: Folder to write.
+        is_distilled: Whether it was distilled without guidance.
+        seed: Of the weights.
+        **overrides: Options of the transformer, with `scheduler_`, `vae_` or `text_` before those
+            of others.
+
+    Returns:
+        The folder.
+    """
+    network: dict[str, Any] = {
+        "patch_size": 1,
+        "in_channels": 16,
+        "num_layers": 2,
+        "num_single_layers": 3,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 24,
+        "axes_dims_rope": (4, 4, 4, 4),
+        "timestep_guidance_channels": 32,
+        "guidance_embeds": False,
+    }
+    scheduler: dict[str, Any] = {"shift": 3.0, "use_dynamic_shifting": True}
+    vae: dict[str, Any] = {
+        "block_out_channels": (16, 16),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "layers_per_block": 1,
+        "norm_num_groups": 8,
+        "sample_size": 32,
+        "latent_channels": 4,
+    }
+    text: dict[str, Any] = {"num_hidden_layers": 28}
+    parts = {"scheduler_": scheduler, "vae_": vae, "text_": text}
+    for key, value in overrides.items():
+        prefix = next((prefix for prefix in parts if key.startswith(prefix)), "")
+        parts.get(prefix, network)[key.removeprefix(prefix)] = value
+
+    def make() -> Flux2KleinPipeline:
+        words = qwen_tokenizer(path / "tokenizer")
+        config = Qwen3Config(
+            vocab_size=len(words),
+            hidden_size=8,
+            intermediate_size=16,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=4,
+            **text,
+        )
+        autoencoder = AutoencoderKLFlux2(**vae)
+        # Statistics that are far from those of noise.
+        autoencoder.bn.running_mean.normal_()
+        autoencoder.bn.running_var.uniform_(0.5, 2.0)
+        return Flux2KleinPipeline(
+            transformer=lively(Flux2Transformer2DModel(**network)),
+            scheduler=FlowMatchEulerDiscreteScheduler(**scheduler),
+            vae=autoencoder,
+            text_encoder=Qwen3ForCausalLM(config),
+            tokenizer=words,
+            is_distilled=is_distilled,
+        )
+
+    _seeded(seed, make).save_pretrained(path)
+    return path
+
+
+def _seeded(seed: int, builder: Callable[[], Any]) -> Any:
+    """Run a builder that takes its random weights from the global generator, and put that back."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return builder()
+
+
+def lively(network: Any) -> Any:
+    """Return the network with larger weights, so that prompt and timestep change its output."""
+    for parameter in network.parameters():
+        if parameter.ndim > 1:
+            parameter.data.mul_(2.0)
+    return network
+
+
+def randn_like_latents(shape: tuple[int, ...], seed: int = 3) -> torch.Tensor:
+    """Return the noise that both sides of a comparison begin with."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

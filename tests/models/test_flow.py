@@ -1,0 +1,679 @@
+"""Rectified flows: each family samples, trains and is saved as diffusers' own pipeline has it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import Flux2KleinPipeline, StableDiffusion3Pipeline
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from alignprop_cli.config.schema import ModelConfig, SampleConfig
+from alignprop_cli.errors import AssetError, ConfigError
+from alignprop_cli.estimators import last_k
+from alignprop_cli.guidance import Embeds, Guidance, guided
+from alignprop_cli.lora import layers as lora
+from alignprop_cli.models.base import Model
+from alignprop_cli.models.families import PUBLISHED, find, open_model, sampler
+from alignprop_cli.models.meta import meta_model
+from alignprop_cli.sampling import sample
+from alignprop_cli.schedule import NoiseSchedule
+from tests.factories import fill_lora_b, randn, small_pipeline
+from tests.flow_models import small_klein, small_sd3
+
+CPU = torch.device("cpu")
+PROMPTS = ["a cat", "two small dogs", "x"]
+"""Of different length, none of which an encoder cuts."""
+
+CLOSE = {"rtol": 0.0, "atol": 1e-4}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family, and how its small model is made and drawn.
+
+    Args:
+        build: Writes the model into a folder.
+        pipeline: diffusers' class.
+        sizes: (height, width) in pixels.
+        layers: Of the network, that the default LoRA changes.
+    """
+
+    build: Callable[..., Path]
+    pipeline: Any
+    sizes: tuple[tuple[int, int], ...]
+    layers: int
+
+
+SD3 = Case(small_sd3, StableDiffusion3Pipeline, ((16, 16), (8, 20)), 3 * 8 - 1)
+KLEIN = Case(small_klein, Flux2KleinPipeline, ((32, 32), (16, 36)), 2 * 4 + 3 * 2)
+CASES = {"sd3": SD3, "klein": KLEIN}
+
+
+@pytest.fixture(scope="module", params=sorted(CASES))
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
+
+
+@pytest.fixture(scope="module")
+def folder(case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return case.build(tmp_path_factory.mktemp("flow") / "model")
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> Model:
+    """Return a loaded model that no test changes."""
+    return load(folder)
+
+
+@pytest.fixture(scope="module")
+def pipeline(case: Case, folder: Path) -> Any:
+    return pipeline_of(case, folder)
+
+
+@pytest.fixture(scope="module")
+def sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_sd3(tmp_path_factory.mktemp("sd3") / "model")
+
+
+@pytest.fixture(scope="module")
+def klein(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_klein(tmp_path_factory.mktemp("klein") / "model")
+
+
+def load(path: Path | str, prompts: tuple[str, ...] = (*PROMPTS, ""), **options: str) -> Model:
+    return open_model(ModelConfig(id=str(path), **({"dtype": "float32"} | options)), prompts, CPU)
+
+
+def pipeline_of(case: Case, folder: Path, **options: Any) -> Any:
+    pipeline = case.pipeline.from_pretrained(folder, **options)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def noise(model: Model, size: tuple[int, int], images: int = 3) -> Tensor:
+    return randn(3, images, *model.network.latent_shape(*size), dtype=torch.float32)
+
+
+@torch.no_grad()
+def draw(
+    model: Model,
+    size: tuple[int, int],
+    guidance: float = 1.0,
+    prompts: list[str] = PROMPTS,
+    *,
+    spacing: Any = "model",
+    steps: int = 4,
+) -> tuple[Tensor, Tensor]:
+    """Return (latents, images)."""
+    config = SampleConfig(
+        num_inference_steps=steps,
+        guidance_scale=guidance,
+        height=size[0],
+        width=size[1],
+        spacing=spacing,
+    )
+    chain = sampler(config, model.family)
+    start = noise(model, size, len(prompts))
+    conditioning = model.conditioning(prompts, "" if chain.guidance.enabled else None)
+    denoise = guided(model.network.predict, conditioning, chain.guidance)
+    latents = sample(denoise, start, chain.schedule(model.network, tuple(start.shape[1:])))
+    return latents, model.decoder.decode(latents)
+
+
+def draw_with_diffusers(
+    pipeline: Any, model: Model, size: tuple[int, int], guidance: float = 1.0, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """Return the same of plain diffusers, for the same noise."""
+    kept: list[Tensor] = []
+
+    def keep(pipeline: Any, i: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        kept.append(tensors["latents"])
+        return tensors
+
+    start = noise(model, size)
+    images = pipeline(
+        prompt=PROMPTS,
+        height=size[0],
+        width=size[1],
+        num_inference_steps=4,
+        guidance_scale=guidance,
+        latents=start,
+        output_type="pt",
+        callback_on_step_end=keep,
+        **options,
+    ).images
+    # FLUX.2's pipeline packs them: (B, h w, C).
+    latents = kept[-1] if kept[-1].ndim == 4 else kept[-1].transpose(1, 2).reshape(start.shape)
+    return latents, images
+
+
+# --- Sampling ---
+
+
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_samples_equal_those_of_the_familys_own_pipeline(
+    case: Case, model: Model, pipeline: Any, guidance: float
+) -> None:
+    for size in case.sizes if guidance > 1.0 else case.sizes[1:]:
+        ours = draw(model, size, guidance)
+        for mine, theirs in zip(
+            ours, draw_with_diffusers(pipeline, model, size, guidance), strict=True
+        ):
+            torch.testing.assert_close(mine, theirs, **CLOSE)
+        assert ours[1].shape == (3, 3, *size)
+        # The tolerance means something: other prompts and another scale change much more.
+        others = draw(model, size, guidance, PROMPTS[::-1])[0]
+        assert float((ours[0] - others)[0].abs().max()) > 1e-2
+        assert float((ours[0] - draw(model, size, 2.0)[0]).abs().max()) > 1e-2
+
+
+def test_the_default_size_is_that_of_the_pipeline(
+    model: Model, pipeline: Any, folder: Path
+) -> None:
+    images = pipeline(
+        prompt="x", num_inference_steps=1, guidance_scale=1.0, output_type="pt"
+    ).images
+    found = meta_model(ModelConfig(id=str(folder)), torch.float32)
+    shape = model.network.latent_shape(None, None)
+    assert found.image_size(shape) == tuple(images.shape[-2:])
+
+
+def test_the_levels_are_exactly_those_that_the_pipeline_steps_through(
+    case: Case, model: Model, pipeline: Any
+) -> None:
+    size = case.sizes[1]
+    pipeline(prompt="x", height=size[0], width=size[1], num_inference_steps=6, output_type="latent")
+    schedule = model.network.schedule(6, model.network.latent_shape(*size))
+    levels = [step.sigma for step in schedule.steps] + [schedule.steps[-1].sigma_next]
+    assert levels == pipeline.scheduler.sigmas.tolist()
+    assert [step.timestep for step in schedule.steps] == pipeline.scheduler.timesteps.tolist()
+    assert schedule.prediction_type == "flow"
+    assert all(step.alpha == 1.0 - step.sigma for step in schedule.steps)
+
+
+def test_linear_spacing_is_the_pipelines_sigmas_argument(
+    case: Case, model: Model, pipeline: Any
+) -> None:
+    size, sigmas = case.sizes[0], np.linspace(1.0, 1.0 / 4, 4)
+    ours = draw(model, size, spacing="linear")
+    expected = draw_with_diffusers(pipeline, model, size, sigmas=sigmas.tolist())
+    for mine, theirs in zip(ours, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, **CLOSE)
+    # Klein's own list is that one already.
+    same = torch.allclose(ours[0], draw(model, size)[0], atol=1e-5)
+    assert same is (case is KLEIN)
+
+
+def test_a_dynamic_shift_of_stable_diffusion_3_depends_on_the_size_as_in_the_pipeline(
+    tmp_path: Path,
+) -> None:
+    options = {"scheduler_use_dynamic_shifting": True, "scheduler_base_image_seq_len": 4}
+    folder = small_sd3(
+        tmp_path / "model",
+        **options,
+        scheduler_max_image_seq_len=40,
+        scheduler_shift_terminal=0.1,
+    )
+    model, pipeline = load(folder), pipeline_of(SD3, folder)
+    for size in SD3.sizes:
+        for mine, theirs in zip(
+            draw(model, size), draw_with_diffusers(pipeline, model, size), strict=True
+        ):
+            torch.testing.assert_close(mine, theirs, **CLOSE)
+    shapes = [model.network.latent_shape(*size) for size in SD3.sizes]
+    one, other = (model.network.schedule(4, shape) for shape in shapes)
+    assert one != other
+    assert one.steps[-1].sigma == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("how", ["the model has none", "model.t5: none"])
+def test_without_t5_the_network_reads_zeros_as_in_the_pipeline(
+    sd3: Path, tmp_path: Path, how: str
+) -> None:
+    if how == "the model has none":
+        sd3, options = small_sd3(tmp_path / "model", t5=False), {}
+    else:
+        options = {"t5": "none"}
+    with_t5, model = load(sd3), load(sd3, **options)
+    pipeline = pipeline_of(SD3, sd3, text_encoder_3=None, tokenizer_3=None)
+    ours, size = draw(model, SD3.sizes[0]), SD3.sizes[0]
+    for mine, theirs in zip(ours, draw_with_diffusers(pipeline, model, size), strict=True):
+        torch.testing.assert_close(mine, theirs, **CLOSE)
+    assert torch.equal(ours[0], draw(with_t5, size)[0]) is (not options)
+
+
+def test_a_distilled_model_is_not_guided_and_says_so(tmp_path: Path) -> None:
+    folder = small_klein(tmp_path / "model", is_distilled=True)
+    said: list[str] = []
+    model = open_model(ModelConfig(id=str(folder)), [*PROMPTS, ""], CPU, said.append)
+    assert any("was distilled without guidance" in text for text in said)
+    chain = sampler(SampleConfig(guidance_scale=4.0), model.family)
+    assert not any(chain.guidance.applies(sigma) for sigma in (0.0, 0.5, 1.0))
+    size, pipeline = KLEIN.sizes[0], pipeline_of(KLEIN, folder)
+    for mine, theirs in zip(
+        draw(model, size, 4.0), draw_with_diffusers(pipeline, model, size, 4.0), strict=True
+    ):
+        torch.testing.assert_close(mine, theirs, **CLOSE)
+    # The planner asks the same row.
+    assert not find(ModelConfig(id=str(folder)))[0].guides
+
+
+def test_the_network_is_given_the_timesteps_of_the_pipeline_bit_for_bit_in_bfloat16(
+    case: Case, folder: Path
+) -> None:
+    seen: list[Tensor] = []
+
+    def spy(module: Any, arguments: Any, options: dict[str, Any]) -> None:
+        seen.append(options["timestep"])
+
+    pipeline = pipeline_of(case, folder, dtype=torch.bfloat16)
+    pipeline.transformer.register_forward_pre_hook(spy, with_kwargs=True)
+    size = case.sizes[0]
+    options = {"height": size[0], "width": size[1], "guidance_scale": 1.0}
+    pipeline(prompt="x", num_inference_steps=7, output_type="latent", **options)
+    theirs, seen = seen, []
+    model = load(folder, dtype="bfloat16")
+    model.network.module.register_forward_pre_hook(spy, with_kwargs=True)
+    start = noise(model, size, 1)
+    shape = model.network.latent_shape(*size)
+    for step in model.network.schedule(7, shape).steps:
+        found = model.network.predict(start, step.timestep, model.conditioning(["x"], None).text)
+        assert found.dtype == start.dtype
+    assert len(seen) == len(theirs) == 7
+    for mine, expected in zip(seen, theirs, strict=True):
+        assert mine.dtype == expected.dtype
+        assert torch.equal(mine, expected)
+
+
+def test_guidance_is_off_outside_its_interval_in_sigma(case: Case, model: Model) -> None:
+    size = case.sizes[0]
+    start, shape = noise(model, size), model.network.latent_shape(*size)
+    conditioning, predict = model.conditioning(PROMPTS, ""), model.network.predict
+    denoise = guided(predict, conditioning, Guidance(4.0, (0.3, 0.9)))
+    for step in model.network.schedule(6, shape, spacing="linear").steps:  # type: ignore[call-arg]
+        plain = guided(predict, conditioning, Guidance(1.0))(start, step)
+        inside = 0.3 <= step.sigma <= 0.9
+        assert torch.equal(denoise(start, step), plain) is not inside
+
+
+# --- Gradients ---
+
+
+class KeepsFloat64(TorchFunctionMode):
+    """Keeps float64 where diffusers goes down to float32: rotary embeddings and RMS norms."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        down = func is torch.Tensor.float or (func is torch.Tensor.to and torch.float32 in args[1:])
+        if down and args[0].dtype == torch.float64:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def in_float64(model: Model) -> list[torch.nn.Parameter]:
+    """Put a LoRA that changes something into the model, turn all of it to float64."""
+    module, decoder = model.network.module, model.decoder.module
+    targets = model.family.target_modules
+    parameters = lora.inject(module, rank=2, alpha=4, target_modules=targets, seed=0)
+    fill_lora_b(module, seed=1)
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = tensor.data.double()
+    decoder.double()
+    # Images within [0, 1], where nothing is clamped.
+    decoder.decoder.conv_out.weight.data.mul_(0.2)
+    decoder.decoder.conv_out.bias.data.zero_()
+    return parameters
+
+
+def test_the_gradient_of_the_lora_equals_central_differences_in_float64(
+    case: Case, folder: Path
+) -> None:
+    model = load(folder)
+    model.embeds = {
+        prompt: Embeds({name: tensor.double() for name, tensor in embeds.tensors.items()})
+        for prompt, embeds in model.embeds.items()
+    }
+    parameters = in_float64(model)
+    assert len(parameters) == 2 * case.layers
+    start = noise(model, case.sizes[0], 2).double()
+    conditioning = model.conditioning(PROMPTS[:2], "")
+    denoise = guided(model.network.predict, conditioning, Guidance(3.0))
+    schedule = model.network.schedule(3, tuple(start.shape[1:]))
+    weight = randn(7, 2, 3, *case.sizes[0])
+
+    def loss() -> Tensor:
+        path = last_k(3).path((0, 1, 2))
+        images = model.decoder.decode(sample(denoise, start, schedule, path=path))
+        low, high = images.detach().min(), images.detach().max()
+        assert 0.0 < float(low) < float(high) < 1.0
+        return (images * weight).sum()
+
+    directions = [randn(20 + i, *p.shape) for i, p in enumerate(parameters)]
+
+    def moved(size: float) -> float:
+        for parameter, direction in zip(parameters, directions, strict=True):
+            parameter.data.add_(size * direction)
+        with torch.no_grad():
+            value = float(loss())
+        for parameter, direction in zip(parameters, directions, strict=True):
+            parameter.data.sub_(size * direction)
+        return value
+
+    with KeepsFloat64():
+        loss().backward()
+        # Richardson's extrapolation of two steps: the error is of fourth order.
+        wide, narrow = ((moved(h) - moved(-h)) / (2.0 * h) for h in (2e-4, 1e-4))
+    expected = (4.0 * narrow - wide) / 3.0
+    # A layer without a part in the result has no gradient: the text's query in the last block.
+    slopes = [
+        (p.grad * d).sum()
+        for p, d in zip(parameters, directions, strict=True)
+        if p.grad is not None
+    ]
+    assert abs(expected) > 1e-2
+    assert float(torch.stack(slopes).sum()) == pytest.approx(expected, rel=1e-6)
+
+
+def test_recomputed_blocks_give_the_same_gradients(case: Case, folder: Path) -> None:
+    model = load(folder)
+    targets = model.family.target_modules
+    parameters = lora.inject(model.network.module, rank=2, alpha=2, target_modules=targets, seed=0)
+    fill_lora_b(model.network.module, seed=1)
+    start = noise(model, case.sizes[0])
+    denoise = guided(model.network.predict, model.conditioning(PROMPTS, ""), Guidance(3.0))
+    step = model.network.schedule(5, tuple(start.shape[1:])).steps[2]
+
+    def gradients(on: bool, has_grad: bool) -> list[Tensor]:
+        model.network.recompute_blocks(on)
+        latents = start.clone().requires_grad_(has_grad)
+        for tensor in parameters:
+            tensor.grad = None
+        denoise(latents, step).square().sum().backward()
+        model.network.recompute_blocks(False)
+        return [tensor.grad for tensor in (*parameters, latents) if tensor.grad is not None]
+
+    for has_grad in (False, True):
+        plain, again = gradients(False, has_grad), gradients(True, has_grad)
+        assert len(plain) == len(again)
+        for a, b in zip(plain, again, strict=True):
+            assert float((a - b).norm()) <= 1e-5 * float(a.norm()) + 1e-12
+        assert max(float(gradient.norm()) for gradient in plain) > 1e-3
+
+
+def test_saturated_pixels_have_the_gradient_that_leads_back(case: Case, folder: Path) -> None:
+    model = load(folder, ())
+    decoder = model.decoder
+    # The last convolution made larger, so that most pixels leave the range.
+    decoder.module.decoder.conv_out.weight.data.mul_(50.0)
+    latents = noise(model, case.sizes[0]).requires_grad_()
+    images = decoder.decode(latents)
+    white = images.detach() == 1.0
+    assert 0.1 < float(white.float().mean()) < 0.9
+    # Loss: less light in the white pixels alone, and more of it. The first leads back.
+    (back,) = torch.autograd.grad((images * white).sum(), [latents], retain_graph=True)
+    (outward,) = torch.autograd.grad(-(images * white).sum(), [latents])
+    assert float(back.norm()) > 1e-2
+    assert float(outward.norm()) == 0.0
+
+
+# --- Shapes without weights ---
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "buffers", "shape"),
+    [
+        ("stabilityai/stable-diffusion-3-medium-diffusers", 2.028, 0.057, (16, 64, 64)),
+        ("stabilityai/stable-diffusion-3.5-medium", 2.243, 0.226, (16, 64, 64)),
+        ("stabilityai/stable-diffusion-3.5-large", 8.057, 0.090, (16, 64, 64)),
+        ("black-forest-labs/FLUX.2-klein-4B", 3.876, 0.0, (128, 32, 32)),
+        ("black-forest-labs/FLUX.2-klein-base-4B", 3.876, 0.0, (128, 32, 32)),
+        ("black-forest-labs/FLUX.2-klein-9B", 9.079, 0.0, (128, 32, 32)),
+        ("black-forest-labs/FLUX.2-klein-base-9B", 9.079, 0.0, (128, 32, 32)),
+    ],
+)
+def test_published_architectures_have_their_known_sizes(
+    name: str, parameters: float, buffers: float, shape: tuple[int, int, int]
+) -> None:
+    """Billions of numbers of the published checkpoints, counted without them."""
+    made = meta_model(ModelConfig(id=name), torch.bfloat16)
+    network = made.parts.network
+    found = [
+        sum(t.numel() for t in tensors) / 1e9
+        for tensors in (network.module.parameters(), network.module.buffers())
+    ]
+    assert found == pytest.approx([parameters, buffers], abs=0.0006)
+    assert network.latent_shape(512, 512) == shape
+    assert made.image_size(shape) == (512, 512)
+    assert made.image_size(network.latent_shape(None, None)) == (1024, 1024)
+    distilled = name.startswith("black") and "base" not in name
+    assert find(ModelConfig(id=name))[0].guides is not distilled
+
+
+def test_on_meta_the_network_is_the_loaded_one_without_its_numbers(
+    case: Case, model: Model, folder: Path
+) -> None:
+    made = meta_model(ModelConfig(id=str(folder)), torch.float32)
+    pairs = (made.parts.network, model.network), (made.parts.decoder, model.decoder)
+    for empty, loaded in pairs:
+        shapes = [
+            {n: (t.shape, t.dtype) for n, t in part.module.state_dict().items()}
+            for part in (empty, loaded)
+        ]
+        assert shapes[0] == shapes[1]
+    shape = model.network.latent_shape(*case.sizes[1])
+    assert made.parts.network.schedule(7, shape) == model.network.schedule(7, shape)
+    if case is SD3:  # its tokenizers, which only a loaded model has, cut at 16 of 77 positions
+        return
+    text = model.conditioning(["x"], None).text.tensors
+    assert {n: t.shape for n, t in made.conditioning.text.tensors.items()} == {
+        n: t.shape for n, t in text.items()
+    }
+
+
+def test_the_share_of_the_path_that_the_last_calls_cover() -> None:
+    """The figures of diffusers' schedulers, from their definitions."""
+    network: Any = meta_model(
+        ModelConfig(id="stabilityai/stable-diffusion-3.5-medium"), torch.float32
+    ).parts.network
+    shape = network.latent_shape(512, 512)
+
+    def last(schedule: NoiseSchedule, k: int) -> float:
+        return schedule.path_share(range(len(schedule) - k, len(schedule)))
+
+    # Shift s: u -> s u / (1 + (s - 1) u). The scheduler's own list runs from 1 to the shifted
+    # 0.001, and is shifted once more.
+    def shift(u: float) -> float:
+        return 3.0 * u / (1.0 + 2.0 * u)
+
+    assert last(network.schedule(28, shape), 1) == pytest.approx(shift(shift(0.001)), rel=1e-5)
+    assert last(network.schedule(28, shape, "linear"), 1) == pytest.approx(shift(1 / 28), rel=1e-5)
+    assert last(network.schedule(28, shape, "linear"), 28) == pytest.approx(1.0)
+    klein: Any = meta_model(
+        ModelConfig(id="black-forest-labs/FLUX.2-klein-4B"), torch.float32
+    ).parts.network
+    assert last(klein.schedule(4, klein.latent_shape(512, 512)), 1) == pytest.approx(
+        0.717, abs=5e-4
+    )
+
+
+# --- What is wrong with a model ---
+
+
+def changed(folder: Path, place: Path, file: str, **values: Any) -> Path:
+    """Return a copy of a model with other values in one of its JSON files."""
+    copy = Path(shutil.copytree(folder, place))
+    found = json.loads((copy / file).read_text())
+    (copy / file).write_text(json.dumps(found | values))
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("family", "part"),
+    [
+        ("sd3", "text_encoder_2"),
+        ("sd3", "text_encoder_3"),
+        ("sd3", "tokenizer_3"),
+        ("sd3", "transformer"),
+        ("sd3", "vae"),
+        ("klein", "text_encoder"),
+        ("klein", "tokenizer"),
+    ],
+)
+def test_a_missing_part_is_named(
+    family: str, part: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    copy = Path(shutil.copytree(request.getfixturevalue(family), tmp_path / "copy"))
+    shutil.rmtree(copy / part)
+    with pytest.raises(AssetError, match=f"it has no folder {part}$") as caught:
+        load(copy)
+    if part == "text_encoder_3":
+        assert "model.t5: none" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("family", ["sd3", "klein"])
+def test_half_a_download_is_reported(
+    family: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    copy = Path(shutil.copytree(request.getfixturevalue(family), tmp_path / "copy"))
+    file = copy / "transformer" / "diffusion_pytorch_model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(AssetError, match=r"model\.id: cannot load .*transformer"):
+        load(copy, ())
+    file.unlink()
+    with pytest.raises(AssetError, match=r"model\.id: cannot load .*transformer"):
+        load(copy, ())
+
+
+@pytest.mark.parametrize(
+    ("family", "file", "values", "message"),
+    [
+        (
+            "sd3",
+            "model_index.json",
+            {"_class_name": "StableDiffusion3InpaintPipeline"},
+            "supported",
+        ),
+        (
+            "sd3",
+            "model_index.json",
+            {"_class_name": "StableDiffusion3ControlNetPipeline"},
+            "StableDiffusion3Pipeline (Stable Diffusion 3 and 3.5)",
+        ),
+        ("klein", "model_index.json", {"_class_name": "Flux2Pipeline"}, "is a Flux2Pipeline"),
+        (
+            "sd3",
+            "model_index.json",
+            {"scheduler": ["diffusers", "FlowMatchHeunDiscreteScheduler"]},
+            "scheduler: FlowMatchHeunDiscreteScheduler is not supported",
+        ),
+        (
+            "sd3",
+            "scheduler/scheduler_config.json",
+            {"stochastic_sampling": True},
+            "stochastic_sampling: expected False, or null, got True",
+        ),
+        ("sd3", "scheduler/scheduler_config.json", {"shift": "three"}, "shift: expected a number"),
+        ("sd3", "vae/config.json", {"shift_factor": None}, "shift_factor: expected a number"),
+        ("sd3", "vae/config.json", {"latents_mean": [0.0]}, "latents_mean: expected null"),
+        (
+            "klein",
+            "transformer/config.json",
+            {"guidance_embeds": True},
+            "guidance_embeds: expected",
+        ),
+        ("klein", "transformer/config.json", {"patch_size": 2}, "patch_size: expected 1, got 2"),
+        (
+            "klein",
+            "model_index.json",
+            {"text_encoder": ["transformers", "Mistral3ForConditionalGeneration"]},
+            "text_encoder: Mistral3ForConditionalGeneration is not supported",
+        ),
+    ],
+)
+def test_what_is_not_supported_is_refused_alike_for_a_run_and_its_plan(
+    family: str,
+    file: str,
+    values: dict[str, Any],
+    message: str,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+) -> None:
+    copy = changed(request.getfixturevalue(family), tmp_path / "copy", file, **values)
+    for refused in (
+        lambda: load(copy),
+        lambda: meta_model(ModelConfig(id=str(copy)), torch.float32),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            refused()
+        assert message in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("build", "options"),
+    [(small_sd3, {"in_channels": 17}), (small_klein, {"in_channels": 20})],
+)
+def test_a_network_that_takes_more_than_latents_is_refused(
+    build: Callable[..., Path], options: dict[str, int], tmp_path: Path
+) -> None:
+    path = build(tmp_path / "model", **options)
+    for refused in (
+        lambda: load(path, ()),
+        lambda: meta_model(ModelConfig(id=str(path)), torch.float32),
+    ):
+        with pytest.raises(ConfigError, match="inpainting models cannot be trained"):
+            refused()
+
+
+def test_text_encoders_of_another_model_are_refused(sd3: Path, klein: Path, tmp_path: Path) -> None:
+    file = "transformer/config.json"
+    copy = changed(sd3, tmp_path / "sd3", file, pooled_projection_dim=24)
+    with pytest.raises(ConfigError, match=r"pooled_projection_dim: .* of width 24, .* have 20"):
+        load(copy)
+    copy = changed(klein, tmp_path / "klein", file, joint_attention_dim=30)
+    with pytest.raises(ConfigError, match=r"joint_attention_dim: .* of width 30, .* have 24"):
+        load(copy)
+
+
+def test_a_model_that_exists_as_a_modular_pipeline_only_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "modular_model_index.json").write_text('{"_class_name": "Flux3ModularPipeline"}')
+    with pytest.raises(
+        ConfigError, match=r"is a ModularPipeline .*supported: .*Flux2KleinPipeline"
+    ):
+        load(tmp_path)
+
+
+def test_sizes_that_the_network_cannot_sample_name_the_nearest(sd3: Path, klein: Path) -> None:
+    shape_of = load(sd3, ()).network.latent_shape
+    with pytest.raises(ConfigError, match=r"sample\.width: 18 is not a multiple of 4.*nearest: 16"):
+        shape_of(16, 18)
+    # Its position embeddings end there.
+    assert shape_of(32, 32) == (8, 16, 16)
+    with pytest.raises(ConfigError, match=r"sample\.height: 36 is more than the 32 that"):
+        shape_of(36, 16)
+    shape_of = load(klein, ()).network.latent_shape
+    with pytest.raises(ConfigError, match=r"sample\.height: 30 is not a multiple of 4"):
+        shape_of(30, 32)
+    assert shape_of(None, 16) == (16, 64, 4)
+
+
+def test_linear_spacing_is_refused_for_a_diffusion_model(tmp_path: Path) -> None:
+    family, _ = find(ModelConfig(id=str(small_pipeline(tmp_path / "sd"))))
+    with pytest.raises(ConfigError, match=r"sample\.spacing: .*Stable Diffusion 1.x and 2.x"):
+        sampler(SampleConfig(spacing="linear"), family)
+
+
+def test_the_published_flows_are_those_whose_index_names_a_flow() -> None:
+    flows = {"StableDiffusion3Pipeline", "Flux2KleinPipeline"}
+    named = {name for name in PUBLISHED if find(ModelConfig(id=name))[0].pipeline_class in flows}
+    assert len(named) == 7
