@@ -8,36 +8,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import ConfigDict, Field, field_validator
 
+from alignprop_cli.config.section import (
+    Dtype,
+    Pixels,
+    PositiveFloat,
+    PositiveInt,
+    Section,
+    Share,
+    Text,
+)
 from alignprop_cli.parsing import write_yaml
-
-# Types of values, with their ranges, so that a range is written once.
-Text = Annotated[str, Field(min_length=1)]
-PositiveInt = Annotated[int, Field(ge=1)]
-PositiveFloat = Annotated[float, Field(gt=0.0)]
-Pixels = Annotated[int, Field(ge=1, le=8192)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-
-
-class Section(BaseModel):
-    """A frozen group of options that refuses unknown keys."""
-
-    # Frozen, so that a run does what is printed and stored with it. Infinity and NaN are valid
-    # YAML, but never what a user means.
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        # pydantic would read `steps: true` as one step.
-        kind = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
-            raise ValueError("expected no true or false here")
-        return value
 
 
 class ModelConfig(Section):
