@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -102,10 +103,7 @@ def run_evaluation(
     # For `compare.diversity`, which needs several images of a prompt.
     repeated = len({sample.prompt_index for sample in samples}) < len(samples)
     features = mixture.features if repeated else None
-
-    def draw(name: str) -> Samples:
-        return draw_shared(model, samples, mixture, config, console, name, features=features)
-
+    draw = partial(draw_shared, model, samples, mixture, config, console, features=features)
     sampled = _draw_all(draw, model, [(v, adapters[v.located.file]) for v in chosen])
     if not accelerator.is_main_process:
         return
