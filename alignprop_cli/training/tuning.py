@@ -100,12 +100,7 @@ def replay_rollout(
         return
     # 2. Nor where it cannot be. What the recorded calls work in is theirs for the whole run.
     held = footprint.rollout.forward(images)
-    why = None
-    if not lora.Merged(trial.trainer.model.network.module).is_empty:
-        why = "the LoRA is merged into float32 weights, which move in every step"
-    elif plan.estimate is None or plan.estimate.peak + held > budget.usable:
-        why = f"it would hold {held / GIB:.2f} GiB more, which do not fit"
-    if why is not None:
+    if (why := _obstacle(trial, held, budget)) is not None:
         if wanted is True:
             note(f"train.cuda_graph: the roll-out is not recorded: {why}")
         return
@@ -128,3 +123,13 @@ def replay_rollout(
         f"the roll-out's calls are replayed from a recording: {gain:.2f} x as fast"
         + ("" if kept else ", not worth keeping")
     )
+
+
+def _obstacle(trial: Trial, held: float, budget: Budget) -> str | None:
+    """Return why the roll-out cannot be recorded; None if it can."""
+    if not lora.Merged(trial.trainer.model.network.module).is_empty:
+        return "the LoRA is merged into float32 weights, which move in every step"
+    estimate = trial.plan.estimate
+    if estimate is None or estimate.peak + held > budget.usable:
+        return f"it would hold {held / GIB:.2f} GiB more, which do not fit"
+    return None
