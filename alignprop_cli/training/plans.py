@@ -151,17 +151,25 @@ def try_out(run: Run, request: PlanRequest, footprint: Footprint | None, budget:
             request=request,
             budget=budget,
         )
+    elif run.config.train.cuda_graph is True:
+        run.console.warn(
+            "train.cuda_graph has no effect: it needs a GPU, and a plan of which something is auto"
+        )
     if footprint is not None:
-        held = run.trainer.replay.held_bytes
-        wanted = run.config.eval.batch_size
-        run.sample_batch = fitting_batch(footprint, budget, wanted, held=held)
-        if run.sample_batch < wanted:
-            run.console.note(
-                f"samples are drawn by {run.sample_batch}: eval.batch_size {wanted} does not fit "
-                "beside what training holds"
-            )
+        _limit_samples(run, footprint, budget)
     steps = run.config.train.steps - run.trainer.step_number
     compile_network(trial, steps, run.config.train.compile, run.console.note)
+
+
+def _limit_samples(run: Run, footprint: Footprint, budget: Budget) -> None:
+    """Choose the batch of the run's own samples, and say where it is not what was asked for."""
+    wanted, held = run.config.eval.batch_size, run.trainer.replay.held_bytes
+    run.sample_batch = fitting_batch(footprint, budget, wanted, held=held)
+    if run.sample_batch < wanted:
+        run.console.note(
+            f"samples are drawn by {run.sample_batch}: eval.batch_size {wanted} does not fit "
+            "beside what training holds"
+        )
 
 
 def budget_here(accelerator: Accelerator, config: Config, gpu_memory: str | None = None) -> Budget:

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from alignprop_cli.lora import layers as lora
-from alignprop_cli.planning.estimate import Budget, Footprint
+from alignprop_cli.planning.estimate import GIB, Budget, Footprint
 from alignprop_cli.planning.plan import PlanRequest
 from alignprop_cli.planning.speed import Pace, Times, step_seconds
 from alignprop_cli.training.replay import Record, cuda_recorder
@@ -94,15 +94,15 @@ def replay_rollout(
     """
     plan, replay = trial.plan, trial.trainer.replay
     images, launch = plan.rollout_batch, times.rollout.launch
-    # 1. Not where the GPU is busy, nor where layers are merged: their weights move in every step.
+    # 1. Not where the GPU is busy anyway.
     bound = images * times.rollout.each < _LAUNCH_BOUND * launch
     if not wanted or (wanted == "auto" and not bound):
         return
-    if not lora.Merged(trial.trainer.model.network.module).is_empty:
-        return
-    # 2. What the recorded calls work in is theirs for the whole run.
+    # 2. Nor where it cannot be. What the recorded calls work in is theirs for the whole run.
     held = footprint.rollout.forward(images)
-    if plan.estimate is None or plan.estimate.peak + held > budget.usable:
+    if (why := _obstacle(trial, held, budget)) is not None:
+        if wanted is True:
+            note(f"train.cuda_graph: the roll-out is not recorded: {why}")
         return
     # 3. Timed without and with it.
     plain = trial.part_seconds(images, ("rollout",))["rollout"]
@@ -123,3 +123,13 @@ def replay_rollout(
         f"the roll-out's calls are replayed from a recording: {gain:.2f} x as fast"
         + ("" if kept else ", not worth keeping")
     )
+
+
+def _obstacle(trial: Trial, held: float, budget: Budget) -> str | None:
+    """Return why the roll-out cannot be recorded; None if it can."""
+    if not lora.Merged(trial.trainer.model.network.module).is_empty:
+        return "the LoRA is merged into float32 weights, which move in every step"
+    estimate = trial.plan.estimate
+    if estimate is None or estimate.peak + held > budget.usable:
+        return f"it would hold {held / GIB:.2f} GiB more, which do not fit"
+    return None

@@ -19,6 +19,7 @@ from alignprop_cli.lora import layers as lora
 from alignprop_cli.planning.estimate import GIB, Budget
 from alignprop_cli.planning.speed import Pace, Times, step_seconds
 from alignprop_cli.training.replay import Replay, cuda_recorder
+from alignprop_cli.training.trainer import Trainer
 from alignprop_cli.training.trial import Trial
 from alignprop_cli.training.tuning import choose_layout, replay_rollout
 from tests.factories import TEXT_WIDTH, fill_lora_b, randn, small_pipeline
@@ -178,14 +179,27 @@ def test_a_step_is_the_same_with_its_roll_out_replayed() -> None:
     assert replayed.replay.recordings == 0
 
 
+@pytest.fixture(scope="module")
+def half() -> Trainer:
+    """Return a trainer of a network in half precision, for tests that leave it as it was."""
+    return make_trainer(small_config(**HALF_CONFIG))
+
+
+@pytest.fixture(scope="module")
+def single() -> Trainer:
+    """Return one of a network in float32."""
+    return make_trainer(small_config())
+
+
 LAUNCH = Times(Pace(0.06, 0.01), Pace(0.2, 0.05), Pace(0.1, 0.1), Pace(0.1, 0.1), "here")
 
 
 @pytest.mark.parametrize("why", ["kept", "slower", "busy", "no memory", "switched off", "wanted"])
 def test_the_roll_out_is_replayed_where_launching_takes_the_time_and_it_fits(
-    why: str, monkeypatch: pytest.MonkeyPatch
+    why: str, half: Trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer, said = make_trainer(small_config(**HALF_CONFIG)), list[str]()
+    trainer, said = half, list[str]()
+    trainer.replay.stop()
     request, parts = test_plan.asked(batch_size=4), test_plan.footprint()
     budget = Budget(8 * GIB, "cuda", "")
     plan = test_plan.make_plan(request, footprint=parts, budget=budget, times=LAUNCH)
@@ -227,16 +241,19 @@ def test_the_roll_out_is_replayed_where_launching_takes_the_time_and_it_fits(
         assert before - trainer.plan.seconds == pytest.approx(mean * 0.04)
 
 
-def test_merged_layers_move_in_every_step_and_are_not_recorded() -> None:
-    trainer = make_trainer(small_config())  # float32
+def test_merged_layers_move_in_every_step_and_are_not_recorded(
+    single: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = single
     plan = test_plan.make_plan(
         test_plan.asked(batch_size=4), footprint=test_plan.footprint(), times=LAUNCH
     )
-    trainer.plan = plan
+    monkeypatch.setattr(trainer, "plan", plan)
+    said: list[str] = []
     replay_rollout(
         Trial(trainer),
         True,
-        pytest.fail,
+        said.append,
         times=LAUNCH,
         footprint=test_plan.footprint(),
         request=test_plan.asked(batch_size=4),
@@ -244,15 +261,17 @@ def test_merged_layers_move_in_every_step_and_are_not_recorded() -> None:
         record=Again,
     )
     assert not trainer.replay.is_on
+    assert "not recorded: the LoRA is merged into float32 weights" in said[0]
 
 
 @pytest.mark.parametrize(
     ("seconds", "contiguous"), [([2.0, 1.0], True), ([2.0, 1.99], False), ([1.0, 2.0], False)]
 )
 def test_the_faster_memory_layout_is_kept(
-    seconds: list[float], contiguous: bool, monkeypatch: pytest.MonkeyPatch
+    seconds: list[float], contiguous: bool, single: Trainer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer, said, times = make_trainer(small_config()), list[str](), iter(seconds)
+    trainer, said, times = single, list[str](), iter(seconds)
+    trainer.model.network.module.to(memory_format=torch.channels_last)
     weight = trainer.model.network.module.conv_in.weight
 
     def timed(trial: Trial, images: int, names: object) -> dict[str, float]:
