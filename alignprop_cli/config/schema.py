@@ -115,20 +115,16 @@ class SampleConfig(Section):
     # What a family does not have is refused by name (models/families.py).
     scheduler: Literal["model", "ddim", "euler", "euler_ancestral", "lcm"] = Field(
         default="model",
-        description="How steps are taken: model is the model's own way (DDIM for solvers of higher "
-        "order); the others are diffusers' schedulers with the model's noise.",
+        description="How steps are taken: as the model's scheduler does (DDIM for those of higher "
+        "order), or as this one of diffusers does with the model's noise.",
     )
     spacing: Literal["model", "leading", "trailing", "linspace"] = Field(
-        default="model",
-        description="How the timesteps are spread, as diffusers' timestep_spacing; model is the "
-        "model's own. Few-step models are mostly made for trailing.",
+        default="model", description="How timesteps are spread; model is the model's own way."
     )
-    eta: float | None = Field(
+    # Null: 1 for euler_ancestral and lcm, else 0.
+    eta: Share | None = Field(
         default=None,
-        ge=0.0,
-        le=1.0,
-        description="Fresh noise per step, 0 deterministic to 1 DDPM; null is the scheduler's own: "
-        "1 for euler_ancestral and lcm, else 0.",
+        description="Fresh noise per step, 0 deterministic to 1 DDPM; null is the scheduler's own.",
     )
     # Null rather than a number: models were trained at different sizes.
     height: Pixels | None = Field(default=None, description="Pixels; null is the model's own.")
