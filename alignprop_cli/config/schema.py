@@ -96,11 +96,6 @@ class SampleConfig(Section):
     num_inference_steps: PositiveInt = Field(
         default=50, description="T, network calls of one chain."
     )
-    spacing: Literal["model", "linear"] = Field(
-        default="model",
-        description="Noise levels of a rectified flow: those of the model's own pipeline, or equal "
-        "steps before the shift, whose last step is not tiny. Changes the images.",
-    )
     guidance_scale: float = Field(
         default=7.5,
         ge=0.0,
@@ -118,8 +113,10 @@ class SampleConfig(Section):
         description="How steps are taken: as the model's scheduler does (DDIM for those of higher "
         "order), or as this one of diffusers does with the model's noise.",
     )
-    spacing: Literal["model", "leading", "trailing", "linspace"] = Field(
-        default="model", description="How timesteps are spread; model is the model's own way."
+    spacing: Literal["model", "leading", "trailing", "linspace", "linear"] = Field(
+        default="model",
+        description="How timesteps are spread; model is the model's own way. linear is for "
+        "rectified flows: equal steps before the shift, so that the last is not tiny.",
     )
     # Null: 1 for euler_ancestral and lcm, else 0.
     eta: Share | None = Field(
