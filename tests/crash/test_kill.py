@@ -105,8 +105,9 @@ def test_a_resumed_run_killed_at_every_change_goes_on_identically(
         grow_old(here)
         done = commands(*again, cwd=here)
         # What is done is an error for whoever names the run, unlike for --resume auto.
-        assert done.code == (2 if is_done else 0), (number, done.err)
-        assert not is_done or "nothing to do" in done.err
+        is_error = is_done and "nothing to do" in done.err
+        assert done.code == (2 if is_error else 0), (number, done.err)
+        assert (here / "run" / "before_after.png").exists()
         same_end(here / "run", place / "whole" / "run")
         shutil.rmtree(here)
 
