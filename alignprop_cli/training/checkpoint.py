@@ -12,6 +12,7 @@ runs/<name>/config.yaml            complete; `train --config` on it repeats the 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -29,6 +30,8 @@ from alignprop_cli.storage import remove, sha256, write_whole
 
 _OPTIMIZER = "optimizer.safetensors"
 _STATE = "state.json"
+# In it: a hash of all the rest of it.
+_CHECK = "check"
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def save(run: Path, state: State, save_lora: Callable[[Path], object]) -> Path:
             "inputs": dict(state.inputs),
             "sha256": {name: sha256(folder / name) for name in (LORA_FILE, _OPTIMIZER)},
         }
-        text = json.dumps(values, indent=2)
+        text = json.dumps({**values, _CHECK: _digest(values)}, indent=2)
         (folder / _STATE).write_text(text + "\n", encoding="utf-8")
 
     write_whole(path, write)
@@ -98,6 +101,8 @@ def damage(path: Path) -> str | None:
     """Return what is wrong with a checkpoint, in words; None if it is as it was written."""
     try:
         values = _counters(path)
+        if values.get(_CHECK) != _digest({k: v for k, v in values.items() if k != _CHECK}):
+            return f"{_STATE} is not as it was written (its hash differs)"
         for name, wanted in values["sha256"].items():
             if sha256(path / name) != wanted:
                 return f"{name} is not as it was written (its SHA-256 differs)"
@@ -143,6 +148,10 @@ def damaged(path: Path, what: str) -> RunError:
         f"{path}: damaged checkpoint: {what}",
         hint="remove this folder to resume from the checkpoint before it",
     )
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _counters(path: Path) -> Mapping[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -105,9 +106,18 @@ def test_new_runs_are_numbered_and_foreign_folders_refused(tmp_path: Path, monke
         latest(Path("runs/none"))
 
 
+def checked(values: dict[str, object]) -> str:
+    text = json.dumps(values, sort_keys=True)
+    return json.dumps({**values, "check": hashlib.sha256(text.encode()).hexdigest()})
+
+
 def test_counters_and_hashes_are_plain_json(tmp_path: Path) -> None:
     path = checkpoint.save(tmp_path, state(3), save_adapter)
-    assert json.loads((path / "state.json").read_text()) == {
+    values = json.loads((path / "state.json").read_text())
+    check = values.pop("check")
+    text = json.dumps(values, sort_keys=True)
+    assert check == hashlib.sha256(text.encode()).hexdigest()
+    assert values == {
         "step": 3,
         "images_seen": 12,
         "skipped_in_row": 0,
@@ -117,7 +127,7 @@ def test_counters_and_hashes_are_plain_json(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("file", ["optimizer.safetensors", LORA_FILE])
+@pytest.mark.parametrize("file", ["optimizer.safetensors", LORA_FILE, "state.json"])
 def test_every_flipped_bit_is_noticed(tmp_path: Path, file: str) -> None:
     path = checkpoint.save(tmp_path, state(1), save_adapter)
     good = (path / file).read_bytes()
@@ -137,8 +147,9 @@ def test_every_flipped_bit_is_noticed(tmp_path: Path, file: str) -> None:
         ("[1]", "cannot be read"),
         ("5", "cannot be read"),
         ("[" * 5000, "nested too deeply"),
-        ('{"step": 1, "sha256": {}}', "lacks a hash"),
-        ('{"step": 1, "sha256": 5}', "cannot be read"),
+        (checked({"step": 1, "sha256": {}}), "lacks a hash"),
+        (checked({"step": 1, "sha256": 5}), "cannot be read"),
+        ('{"step": 1, "sha256": {}}', r"state\.json is not as it was written"),
     ],
 )
 def test_damaged_counters_are_told(tmp_path: Path, text: str, message: str) -> None:
