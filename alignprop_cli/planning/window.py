@@ -25,8 +25,8 @@ def schedule_of(config: Config) -> NoiseSchedule:
         AssetError, ConfigError: As `meta_model`, or if the model cannot sample such images.
     """
     family, _ = families.find(config.model)
-    sampler = families.sampler(config.sample, family)
     network = meta_model(config.model, torch.float32).parts.network
+    sampler = families.sampler(config.sample, family, network)
     shape = network.latent_shape(sampler.height, sampler.width)
     return sampler.schedule(network, shape)
 
