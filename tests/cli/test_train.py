@@ -140,7 +140,7 @@ def test_the_adapter_draws_the_same_pictures_in_plain_diffusers(run) -> None:
     lora.load(model.network.module, files.read(Path(summary["adapter"])), model.id)
     assert lora.is_present(model.network.module)
     mixture = build_mixture(config.reward, config.loss, torch.device("cpu"))
-    how = sampler(config.sample, model.family)
+    how = sampler(config.sample, model.family, model.network)
     ours = draw_samples(model, samples, mixture, how, seed=0, batch_size=2)
     keys = [(s.prompt_index, s.image_index) for s in samples]
     latents = rng.image_noise(0, "eval_noise", keys, model.network.latent_shape(None, None))

@@ -102,7 +102,7 @@ def drawn(config: Config, prompt: str, file: Path | None) -> Tensor:
         model,
         [Sample(prompt, 0, 0)],
         mixture,
-        sampler(config.sample, model.family),
+        sampler(config.sample, model.family, model.network),
         seed=0,
         batch_size=1,
     )

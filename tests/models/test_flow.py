@@ -121,7 +121,7 @@ def draw(
         width=size[1],
         spacing=spacing,
     )
-    chain = sampler(config, model.family)
+    chain = sampler(config, model.family, model.network)
     start = noise(model, size, len(prompts))
     conditioning = model.conditioning(prompts, "" if chain.guidance.enabled else None)
     denoise = guided(model.network.predict, conditioning, chain.guidance)

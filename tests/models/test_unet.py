@@ -167,7 +167,7 @@ def test_the_interval_is_in_sigma_ends_included_and_comes_from_the_configuration
     config = SampleConfig(
         guidance_scale=3.0, guidance_interval=(0.25, 0.75), eta=0.5, negative_prompt="n", width=24
     )
-    made = sampler(config, model.family)
+    made = sampler(config, model.family, model.network)
     assert (made.num_inference_steps, made.eta, made.negative_prompt) == (50, 0.5, "n")
     assert (made.height, made.width) == (None, 24)
     for sigma, inside in ((0.2, False), (0.25, True), (0.75, True), (0.8, False)):
