@@ -314,7 +314,7 @@ PLACES = [
     ({"model": {"id": "../model"}}, ["--model", "../model"]),
     ({"model": {"id": "somebody/model"}}, ["--model", "somebody/model"]),
     ({"model": {"revision": "refs/pr/5"}}, ["--set", "model.revision=refs/pr/5"]),
-    ({"model": {"variant": "fp16"}}, ["--set", "model.variant=fp16"]),
+    ({"model": {"variant": "ema"}}, ["--set", "model.variant=ema"]),
     ({"model": {"config": "/etc"}}, ["--set", "model.config=/etc"]),
     ({"eval": {"prompts": "../prompts.txt"}}, ["--set", "eval.prompts=../prompts.txt"]),
     ({"eval": {"prompts": "null"}}, ["--set", "eval.prompts='null'"]),
