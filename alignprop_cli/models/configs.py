@@ -211,11 +211,15 @@ def check_part(
                 "than the model's"
             )
     for key, (holds, expected) in layout.rules[part].items():
-        if key in values and not holds(values[key]):
-            raise wrong(place, key, expected, values[key])
+        if (key in values or key in _REQUIRED.get(part, ())) and not holds(values.get(key)):
+            raise wrong(place, key, expected, values.get(key))
     betas, steps = values.get("trained_betas"), values.get("num_train_timesteps", 1000)
     if betas is not None and len(betas) != steps:
         raise wrong(place, "trained_betas", f"{steps} numbers", f"{len(betas)} of them")
+
+
+# What the libraries have no default for.
+_REQUIRED = {"unet": ("sample_size",)}
 
 
 def scheduler_class(folder: Path) -> str:
