@@ -12,6 +12,8 @@ from typing import Any
 # Read when the libraries are imported, and inherited by the processes that tests start.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # the other cores have processes of their own
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # it warns in every forked process
 os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # deterministic algorithms on a GPU ask for it
 os.environ["PYTHONPATH"] = os.pathsep.join(

@@ -76,7 +76,7 @@ def build_trainer(config: Config, parts: Parts) -> Trainer:
     if plan.checkpoint_reward:
         parts.mixture.recompute()
     trainer = Trainer(
-        setup.settings(config, parts.model.family, request.estimator),
+        setup.settings(config, parts.model, request.estimator),
         plan,
         parts.model,
         parts.mixture,

@@ -81,7 +81,7 @@ class Ours:
             self.model,
             self.samples,
             self.parts.mixture,
-            sampler(self.config.sample, self.model.family),
+            sampler(self.config.sample, self.model.family, self.model.network),
             seed=self.config.eval.seed,
             batch_size=self.config.eval.batch_size,
         )

@@ -52,7 +52,7 @@ def main() -> None:
             "guidance_scale": 3.0,
             "guidance_interval": list(interval),
         }
-        wanted = sampler(parse(shared | {"sample": sample}).sample, model.family)
+        wanted = sampler(parse(shared | {"sample": sample}).sample, model.family, model.network)
         schedule = whole_schedule
         if calls is not None:
             schedule = schedule.shortened(STEPS - WINDOW, calls)

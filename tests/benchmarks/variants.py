@@ -64,7 +64,7 @@ class Variants(Ours):
         self.request = planning.plan_request(config, 1)
         first = self._planned(None)
         self.trainer = Trainer(
-            setup.settings(config, self.parts.model.family, self.request.estimator),
+            setup.settings(config, self.parts.model, self.request.estimator),
             first,
             self.parts.model,
             self.parts.mixture,
