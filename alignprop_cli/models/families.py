@@ -302,13 +302,13 @@ def _fingerprint(network: torch.nn.Module) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
-def sampler(config: SampleConfig, family: Family, network: object) -> Sampler:
+def sampler(config: SampleConfig, family: Family, network: object = None) -> Sampler:
     """Return how images are sampled from a model of a family.
 
     Args:
         config: The `sample` section.
         family: Says what its guidance scale means.
-        network: Its network, which may take the guidance scale as an input.
+        network: Its network, which may take the guidance scale as an input; None: it does not.
 
     Raises:
         ConfigError: If something is chosen that the family or the network does not have.

@@ -16,6 +16,9 @@ from safetensors.torch import load_file
 
 from alignprop_cli.lora.files import LORA_FILE
 
+# `.ci/run` runs these as well.
+pytestmark = pytest.mark.slow
+
 # Without the last two the launcher asks what the machine's own name resolves to.
 TORCHRUN = ("torch.distributed.run", "--nproc-per-node=2", "--standalone", "--local-addr=localhost")
 
