@@ -346,7 +346,7 @@ def _mutate_tensors(state: dict[str, Any], rng: Random) -> dict[str, Any]:
         elif kind == 3:
             state[name] = tensor[..., :0].clone()
         elif kind == 4:
-            state[name] = tensor[:0].clone()
+            state[name] = tensor.flatten()[:0].clone()
         elif kind == 5:
             dtype = rng.choice(
                 (
