@@ -344,9 +344,9 @@ def _mutate_tensors(state: dict[str, Any], rng: Random) -> dict[str, Any]:
         elif kind == 2:
             state[name] = tensor.flatten().clone()
         elif kind == 3:
-            state[name] = tensor[..., :0].clone()
+            state[name] = torch.atleast_1d(tensor)[..., :0].clone()
         elif kind == 4:
-            state[name] = tensor.flatten()[:0].clone()
+            state[name] = torch.atleast_1d(tensor)[:0].clone()
         elif kind == 5:
             dtype = rng.choice(
                 (
