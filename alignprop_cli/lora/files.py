@@ -156,6 +156,7 @@ def read_header(file: Path) -> dict[str, str]:
     Raises:
         AssetError: If it cannot be read.
     """
+    _refuse_pipe(file)
     try:
         with safe_open(file, framework="pt") as opened:
             return dict(opened.metadata() or {})
@@ -195,6 +196,7 @@ def read(file: Path) -> Adapter:
             alone.
         RunError: If it holds NaN or infinity.
     """
+    _refuse_pipe(file)
     # 1. Tensors and header. `.keys()` is needed: the handle is no mapping.
     try:
         with safe_open(file, framework="pt") as opened:
@@ -305,6 +307,12 @@ def packed(layers: Layers) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "peft_type": "LORA",
     }
     return weights, settings
+
+
+def _refuse_pipe(file: Path) -> None:
+    """Refuse pipes and devices: safetensors would wait for them, whatever signal comes."""
+    if file.exists() and not file.is_file():
+        raise AssetError(f"{file}: is no file", hint="name a .safetensors file")
 
 
 def _refuse_rot(file: Path, digest: str) -> None:

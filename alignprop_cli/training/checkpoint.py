@@ -99,16 +99,21 @@ def drop_old(run: Path, keep: int | None) -> None:
 
 def damage(path: Path) -> str | None:
     """Return what is wrong with a checkpoint, in words; None if it is as it was written."""
+    # First of all: reading a pipe would wait for ever.
+    for name in (_STATE, LORA_FILE, _OPTIMIZER):
+        if not (path / name).is_file():
+            return f"{name} is missing"
     try:
         values = _counters(path)
         if values.get(_CHECK) != _digest({k: v for k, v in values.items() if k != _CHECK}):
             return f"{_STATE} is not as it was written (its hash differs)"
-        for name, wanted in values["sha256"].items():
+        hashes = values["sha256"]
+        # The names too: hashes of no file would always agree.
+        if hashes.keys() != {LORA_FILE, _OPTIMIZER}:
+            return f"{_STATE} lacks a hash"
+        for name, wanted in hashes.items():
             if sha256(path / name) != wanted:
                 return f"{name} is not as it was written (its SHA-256 differs)"
-        # The names too: hashes of no file would always agree.
-        if {LORA_FILE, _OPTIMIZER} - values["sha256"].keys():
-            return f"{_STATE} lacks a hash"
         if path.name != f"step-{values['step']:06d}":
             return f"{_STATE} is of step {values['step']}"
     except FileNotFoundError as error:

@@ -154,8 +154,9 @@ def restore(trainer: Trainer, found: Path, run: Path, steps: int) -> None:
 
 def _summarised(run: Path) -> int | None:
     """Return the step of the run's summary; None if there is no summary, or a damaged one."""
+    file = run / "summary.json"
     try:
-        return int(read_json((run / "summary.json").read_text(encoding="utf-8"))["steps"])
+        return int(read_json(file.read_text(encoding="utf-8"))["steps"]) if file.is_file() else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 
@@ -198,3 +199,11 @@ def test_a_configuration_in_a_header_is_an_object(tmp_path):
     for text in ("[]", '[["a", 1]]', "5", "null", '{"a": NaN}', "[" * 9000, '{"a": "\\ud800"}'):
         with pytest.raises(AssetError, match=r"alignprop\.config in its header is damaged: "):
             adapter.recorded_config({"alignprop.config": text}, tmp_path / "a")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes in a folder")
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / LORA_FILE)
+    for read in (adapter.read, adapter.read_header):
+        with pytest.raises(AssetError, match="is no file"):
+            read(tmp_path / LORA_FILE)
