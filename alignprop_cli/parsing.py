@@ -22,6 +22,8 @@ _MOST_VALUES = 10_000
 _MOST_LEVELS = 50
 _MOST_LEVELS_JSON = 100
 
+# Brackets of a JSON text, and its strings, in which they mean nothing.
+_BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*+"?|[\[\]{}]', re.DOTALL)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -50,17 +52,15 @@ def read_json(text: str, *, strict: bool = True) -> Any:
     Raises:
         ParseError: If it is not JSON, is nested too deeply, or repeats a key.
     """
+    _check_depth(text)
     number = _finite if strict else float
     try:
         value = json.loads(
             text, parse_constant=number, parse_float=number, object_pairs_hook=_unrepeated
         )
-    except RecursionError as error:
-        raise ParseError("nested too deeply") from error
     # Among them: more digits than Python reads as a number.
     except ValueError as error:
         raise ParseError(f"not JSON: {error}") from error
-    _check_depth(value)
     if strict:
         _refuse_surrogates(text, value)
     return value
@@ -95,8 +95,6 @@ def read_yaml_lines(text: str) -> tuple[Any, dict[str, int]]:
         # 2. The values, from the same nodes.
         value = _Loader("").construct_document(root)
         _refuse_surrogates(text, value)
-    except RecursionError as error:
-        raise ParseError("nested too deeply") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         what = getattr(error, "problem", None) or " ".join(str(error).split())
@@ -146,20 +144,14 @@ def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _check_depth(value: Any) -> None:
-    """Refuse values that nest too deeply."""
-    level, depth = [value], 0
-    while level:
-        depth += 1
+def _check_depth(text: str) -> None:
+    """Refuse a JSON text that nests too deeply, before anything recurses into it."""
+    # Python's own limit is no bound: libraries raise it.
+    depth = 0
+    for bracket in _BRACKETS.finditer(text):
+        depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(bracket[0], 0)
         if depth > _MOST_LEVELS_JSON:
             raise ParseError("nested too deeply")
-        inner = [each for each in level if isinstance(each, (dict, list))]
-        level = [
-            part
-            for each in inner
-            for part in (each.values() if isinstance(each, dict) else each)
-            if isinstance(part, (dict, list))
-        ]
 
 
 def _check_size(root: yaml.Node) -> None:
@@ -211,6 +203,18 @@ class _Loader(yaml.SafeLoader):
     # PyYAML's tables belong to the class, so they are replaced and not changed.
     yaml_implicit_resolvers: ClassVar[Any] = {}
     yaml_constructors: ClassVar[Any] = {}
+
+    _level = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Return the next node; refuse it where it is too deep."""
+        self._level += 1
+        # Here and not by Python's own limit, which libraries raise.
+        if self._level > _MOST_LEVELS + 1:
+            raise ParseError("nested too deeply")
+        node = super().compose_node(parent, index)
+        self._level -= 1
+        return node
 
 
 class _Dumper(yaml.SafeDumper):
