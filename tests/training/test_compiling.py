@@ -69,7 +69,6 @@ def test_blocks_compiled_to_machine_code_give_the_same_gradient() -> None:
     assert relative_difference(compiled, plain) < 1e-4
 
 
-@pytest.mark.slow
 def test_all_sizes_of_blocks_are_compiled_and_evaluation_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

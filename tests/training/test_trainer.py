@@ -405,7 +405,7 @@ def division(rollout: int, micro: int, decode: int, batch_size: int = 8) -> Plan
     )
 
 
-@pytest.mark.parametrize("method", ["random_k", pytest.param("last_k", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["random_k", "last_k"])
 def test_three_batches_divide_the_same_step(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is rolled out, gone back through and decoded together.
 
