@@ -303,7 +303,8 @@ class Merged:
             memo[id(weight)] = torch.nn.Parameter(together, requires_grad=False)
             plain = copy.deepcopy(base, memo)
             self._layers.append((network.get_submodule(parent), name, layer, plain))
-        casts = (tensor for layer in _linear(network) for tensor in layer.casts)
+        self._linear = _linear(network)
+        casts = (tensor for layer in self._linear for tensor in layer.casts)
         self._casts = sum(tensor.numel() * tensor.element_size() for tensor in casts)
 
     @property
@@ -327,12 +328,16 @@ class Merged:
         return merged
 
     def __enter__(self) -> None:
+        for layer in self._linear:
+            layer.rounded = True
         for parent, name, _, plain in self._layers:
             setattr(parent, name, plain)
 
     def __exit__(self, *exception: object) -> None:
         for parent, name, layer, _ in self._layers:
             setattr(parent, name, layer)
+        for layer in self._linear:
+            layer.rounded = False
 
 
 @contextmanager
@@ -342,14 +347,9 @@ def prepared(network: torch.nn.Module) -> Iterator[Merged]:
     What can be merged is merged for calls without gradient. Where it cannot, in half precision, the
     factors are cast once instead of in every call.
     """
-    layers = _linear(network)
-    try:
-        for layer in layers:
-            layer.prepare()
-        yield Merged(network)
-    finally:
-        for layer in layers:
-            layer.release()
+    for layer in _linear(network):
+        layer.prepare()
+    yield Merged(network)
 
 
 def addresses(network: torch.nn.Module) -> tuple[int, ...]:

@@ -1,8 +1,9 @@
 """peft's LoRA of a linear layer, with fewer operators and without a float32 copy of its input.
 
 In half precision peft casts the input to float32, multiplies it by A and B, scales, adds and casts
-back: six operators a layer, and autograd keeps the copy of every input for backward. Here they are
-two, in the precision of the layer, and autograd keeps the input itself.
+back: six operators a layer, and autograd keeps the copy of every input for backward. Here calls of
+the roll-out take two, in the precision of the layer. Calls with gradient compute in float32 what
+peft does, and keep the input itself.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ ADAPTER = "default"
 class LoraLinear(Linear):
     """peft's layer with another `forward`; everything else of it stays as it is.
 
-    y = x W^T + b + (x A^T) (s B)^T with s = alpha / rank. A and B are float32; they are rounded to
-    the precision of W, in which the products are taken, and their gradients are float32.
+    y = x W^T + b + s x A^T B^T with s = alpha / rank. A and B are float32, as are the products with
+    them and their gradients, whatever the precision of W. Where `rounded`, A and s B are rounded to
+    the precision of W and so are the products: for calls without gradient, which are most.
     """
 
+    rounded = False
     _casts: tuple[Tensor, Tensor] | None = None
-    _ready = False
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the layer's output. Differentiable in x and in the factors."""
@@ -35,45 +37,37 @@ class LoraLinear(Linear):
         usual = args or kwargs or self.disable_adapters or self.merged_adapters
         if usual or x.dtype != weight.dtype or weight.requires_grad:
             return super().forward(x, *args, **kwargs)
-        # The casts of this step, where there are any; otherwise those of this call.
-        down, up = self._casts if self._ready and self._casts is not None else self._cast()
-        if not torch.is_grad_enabled():
-            return _forward(x, weight, base.bias, down, up)[0]
-        factors = (half[ADAPTER].weight for half in self._halves)
+        if self.rounded and self._casts is not None and not torch.is_grad_enabled():
+            down, up = self._casts
+            out = torch.nn.functional.linear(x, weight, base.bias)
+            # Into the output that was just made: one operator, and no memory.
+            out.view(-1, out.shape[-1]).addmm_(x.reshape(-1, x.shape[-1]) @ down.T, up.T)
+            return out
+        factors = (half[ADAPTER].weight for half in (self.lora_A, self.lora_B))
         scale = self.scaling[ADAPTER]
-        return cast(Tensor, _Product.apply(x, weight, base.bias, *factors, down, up, scale))
-
-    @property
-    def _halves(self) -> tuple[torch.nn.ModuleDict, torch.nn.ModuleDict]:
-        return self.lora_A, self.lora_B
-
-    def _cast(self) -> tuple[Tensor, Tensor]:
-        """Return A and s B in the precision of the layer."""
-        dtype, scale = cast(Tensor, self.base_layer.weight).dtype, self.scaling[ADAPTER]
-        down, up = (cast(Tensor, half[ADAPTER].weight).detach() for half in self._halves)
-        # Scaled first, so that the product is rounded once.
-        return down.to(dtype), (up if scale == 1.0 else scale * up).to(dtype)
+        return cast(Tensor, _Product.apply(x, weight, base.bias, *factors, scale))
 
     def prepare(self) -> None:
-        """Cast the factors now, for all calls until `release`; they must not change meanwhile."""
-        if self.base_layer.weight.dtype == self.lora_A[ADAPTER].weight.dtype:
+        """Round the factors now, for all calls while `rounded`; they must not change meanwhile."""
+        dtype = cast(Tensor, self.base_layer.weight).dtype
+        down, up = (
+            cast(Tensor, half[ADAPTER].weight).detach() for half in (self.lora_A, self.lora_B)
+        )
+        if down.dtype == dtype:
             return
-        new = self._cast()
+        # Scaled first, so that the product is rounded once.
+        scale = self.scaling[ADAPTER]
+        new = down.to(dtype), (up if scale == 1.0 else scale * up).to(dtype)
         # In place, where they are: a recorded call reads them there.
         if self._casts is not None and all(map(_alike, self._casts, new)):
             for kept, cast_now in zip(self._casts, new, strict=True):
                 kept.copy_(cast_now)
         else:
             self._casts = new
-        self._ready = True
-
-    def release(self) -> None:
-        """Cast the factors in every call again."""
-        self._ready = False
 
     @property
     def casts(self) -> tuple[Tensor, ...]:
-        """Return the factors as `prepare` has cast them; none before."""
+        """Return the factors as `prepare` has rounded them; none before."""
         return self._casts or ()
 
 
@@ -97,19 +91,8 @@ def take_over(network: torch.nn.Module) -> None:
             layer.__class__ = LoraLinear
 
 
-def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return the output (..., out) and the hidden product (N, r) of N rows."""
-    hidden = x.reshape(-1, x.shape[-1]) @ down.T
-    out = torch.nn.functional.linear(x, weight, bias)
-    # Into the output that was just made: one operator, and no memory.
-    out.view(-1, out.shape[-1]).addmm_(hidden, up.T)
-    return out, hidden
-
-
 class _Product(torch.autograd.Function):
-    """`_forward` with gradient: what is kept for backward is the input and N x r numbers."""
+    """The layer with gradient: what is kept for backward is the input and N x r numbers."""
 
     @staticmethod
     def forward(
@@ -119,13 +102,16 @@ class _Product(torch.autograd.Function):
         bias: Tensor | None,
         lora_down: Tensor,
         lora_up: Tensor,
-        down: Tensor,
-        up: Tensor,
         scale: float,
     ) -> Tensor:
-        out, hidden = _forward(x, weight, bias, down, up)
-        ctx.save_for_backward(x, hidden, weight, down, up)
-        ctx.scale, ctx.dtypes = scale, (lora_down.dtype, lora_up.dtype)
+        out = torch.nn.functional.linear(x, weight, bias)
+        # 1. s x A^T, (N, r). The cast of the input is dropped at once.
+        hidden = _rows(x, lora_down.dtype) @ lora_down.T
+        hidden = hidden if scale == 1.0 else hidden.mul_(scale)
+        # 2. Into the output that was just made, which is rounded once.
+        _add_product(out.view(-1, out.shape[-1]), hidden, lora_up.T)
+        ctx.save_for_backward(x, hidden, weight, lora_down, lora_up)
+        ctx.scale = scale
         return out
 
     @staticmethod
@@ -133,28 +119,34 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (grad,) = grads
         x, hidden, weight, down, up = ctx.saved_tensors
-        needs_x, _, _, needs_down, needs_up, *_ = ctx.needs_input_grad
-        rows = grad.reshape(-1, grad.shape[-1])  # (N, out)
-        back = rows @ up  # (N, r): the gradient of `hidden`, s included
+        needs_x, _, _, needs_down, needs_up, _ = ctx.needs_input_grad
         grad_x = grad_down = grad_up = None
-        if needs_x:
-            grad_x = (rows @ weight).addmm_(back, down).view(x.shape)
-        if needs_down:
-            grad_down = _outer(back, x.reshape(-1, x.shape[-1]), ctx.dtypes[0])
+        rows = _rows(grad, up.dtype)  # (N, out)
+        # 1. The gradient of x A^T, (N, r).
+        back = rows @ up
+        back = back if ctx.scale == 1.0 else back.mul_(ctx.scale)
+        # 2. The factors' gradients, summed over the rows.
         if needs_up:
-            # `hidden` has no s.
-            grad_up = _outer(rows, hidden, ctx.dtypes[1])
-            grad_up = grad_up if ctx.scale == 1.0 else ctx.scale * grad_up
-        return grad_x, None, None, grad_down, grad_up, None, None, None
+            grad_up = rows.T @ hidden
+        del rows
+        if needs_down:
+            grad_down = back.T @ _rows(x, down.dtype)
+        # 3. The input's, in its own precision.
+        if needs_x:
+            grad_x = _rows(grad, grad.dtype) @ weight
+            _add_product(grad_x, back, down)
+            grad_x = grad_x.view(x.shape)
+        return grad_x, None, None, grad_down, grad_up, None
 
 
-def _outer(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return left^T right, summed over the rows and given in `dtype`."""
-    if left.dtype == dtype:
-        return left.T @ right
-    # A GPU sums in float32 anyway; here it also does not round the sum to half precision.
-    half = left.dtype in (torch.float16, torch.bfloat16)
-    if half and dtype == torch.float32 and left.device.type in ("cuda", "meta"):
-        mm: Any = torch.mm
-        return mm(left.T, right, out_dtype=dtype)
-    return left.to(dtype).T @ right.to(dtype)
+def _rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor (..., D) as (N, D) in a precision."""
+    return tensor.reshape(-1, tensor.shape[-1]).to(dtype)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left @ right to `total` in place, which may be of another precision."""
+    if total.dtype == left.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -62,16 +61,13 @@ def run(network: torch.nn.Module, seed: int = 1, *, grad_in: bool = True) -> tup
     return network(latents, 10, rounded(randn(seed + 1, 2, 5, TEXT_WIDTH))).sample, latents
 
 
-def gradients(
-    network: torch.nn.Module, seed: int = 1, *, prepared: bool = True
-) -> tuple[Tensor, Tensor]:
+def gradients(network: torch.nn.Module, seed: int = 1) -> tuple[Tensor, Tensor]:
     """Return the gradients of the LoRA and of the input, float64."""
     for parameter in lora.trainable(network):
         parameter.grad = None
-    with lora.prepared(network) if prepared else nullcontext():
-        output, latents = run(network, seed)
-        weight = randn(seed + 2, *output.shape).to(torch.bfloat16).to(output.dtype)
-        (output * weight).sum().backward()
+    output, latents = run(network, seed)
+    weight = randn(seed + 2, *output.shape).to(torch.bfloat16).to(output.dtype)
+    (output * weight).sum().backward()
     factors = [p.grad for p in lora.trainable(network) if p.grad is not None]
     assert len(factors) == 2 * LAYERS
     assert latents.grad is not None
@@ -97,10 +93,11 @@ def test_outputs_and_gradients_are_those_of_peft(
         assert relative(one, other) < most
 
 
-def test_in_bfloat16_the_gradient_is_as_good_as_that_of_peft(folder: Path) -> None:
+@pytest.mark.parametrize("scale", [0.02, 0.3])
+def test_in_bfloat16_the_gradient_is_as_good_as_that_of_peft(folder: Path, scale: float) -> None:
     """By the cosine to the gradient without rounding, over several inputs."""
-    exact, half = network_of(folder, torch.float64), network_of(folder, torch.bfloat16)
-    other = network_of(folder, torch.bfloat16)
+    exact = network_of(folder, torch.float64, scale=scale)
+    half, other = (network_of(folder, torch.bfloat16, scale=scale) for _ in range(2))
     plain(other)
 
     def missing(one: Tensor, reference: Tensor) -> float:
@@ -111,36 +108,42 @@ def test_in_bfloat16_the_gradient_is_as_good_as_that_of_peft(folder: Path) -> No
         reference = gradients(exact, seed)[0]
         ours += missing(gradients(half, seed)[0], reference) / 8
         peft += missing(gradients(other, seed)[0], reference) / 8
-    assert 1e-6 < peft < 1e-3
+    assert 1e-6 < peft < 0.2
     # Single inputs differ by more than this either way.
-    assert ours < 1.15 * peft
+    assert ours < 1.05 * peft
 
 
-def test_casting_once_is_casting_in_every_call(folder: Path) -> None:
+def test_only_calls_of_the_roll_out_round_the_factors(folder: Path) -> None:
     network = network_of(folder, torch.bfloat16)
-    once, every = gradients(network), gradients(network, prepared=False)
-    assert all(torch.equal(one, other) for one, other in zip(once, every, strict=True))
-    with lora.prepared(network) as merged:
-        assert merged.is_empty
-        assert merged.bytes == 2 * sum(p.numel() for p in lora.trainable(network))
-        with torch.no_grad():
-            inside = run(network)[0]
-    assert torch.equal(inside, run(network)[0].detach())
+    with torch.no_grad():
+        exact = run(network, grad_in=False)[0]
+        with lora.prepared(network) as merged:
+            assert merged.is_empty
+            assert merged.bytes == 2 * sum(p.numel() for p in lora.trainable(network))
+            rounded = merged.around(run)(network, grad_in=False)[0]
+            assert torch.equal(run(network, grad_in=False)[0], exact)
+        # The same function up to rounding, of which the plain calls have less.
+        assert not torch.equal(rounded, exact)
+        assert relative(rounded.double(), exact.double()) < 0.05
+    assert torch.equal(run(network)[0].detach(), exact)
 
 
 def test_casts_follow_the_factors_in_the_same_memory(folder: Path) -> None:
     network = network_of(folder, torch.bfloat16)
-    with lora.prepared(network), torch.no_grad():
-        before, places = run(network)[0], lora.addresses(network)
+
+    def rolled_out() -> tuple[Tensor, tuple[int, ...]]:
+        with lora.prepared(network) as merged, torch.no_grad():
+            return merged.around(run)(network, grad_in=False)[0], lora.addresses(network)
+
+    before, places = rolled_out()
     fill_lora_b(network, seed=11)
-    with lora.prepared(network), torch.no_grad():
-        after = run(network)[0]
-        assert lora.addresses(network) == places
+    after, places_after = rolled_out()
+    assert places_after == places
     assert not torch.equal(before, after)
-    assert torch.equal(after, run(network)[0].detach())
-    # Outside, a change is seen without being told.
-    fill_lora_b(network, seed=12)
-    assert not torch.equal(after, run(network)[0].detach())
+    fresh = network_of(folder, torch.bfloat16)
+    fill_lora_b(fresh, seed=11)
+    with lora.prepared(fresh) as merged, torch.no_grad():
+        assert torch.equal(merged.around(run)(fresh, grad_in=False)[0], after)
 
 
 def test_the_factors_gradients_are_float32_and_sums_over_calls(folder: Path) -> None:
@@ -182,18 +185,20 @@ def added(network: torch.nn.Module, *, grad: bool) -> Counter[str]:
         with torch.set_grad_enabled(grad):
             run(network, grad_in=grad)
 
-    with lora.prepared(network):
-        tuned = operators(call)
+    with lora.prepared(network) as merged:
+        tuned = operators(call if grad else merged.around(call))
     with lora.disabled(network):
         base = operators(call)
     tuned.subtract(base)
     return +tuned
 
 
-def test_a_layer_adds_two_operators_instead_of_six(folder: Path) -> None:
+def test_a_layer_adds_fewer_operators_than_the_six_of_peft(folder: Path) -> None:
     network = network_of(folder, torch.bfloat16)
     assert added(network, grad=False) == {"mm": LAYERS, "addmm_": LAYERS}
-    assert added(network, grad=True) == {"mm": LAYERS, "addmm_": LAYERS}
+    # Cast in, scale, two products, add.
+    counts = {"_to_copy": LAYERS, "mul_": LAYERS, "mm": 2 * LAYERS, "add_": LAYERS}
+    assert added(network, grad=True) == counts
     plain(network)
     # Cast in, two products, scale, add, cast out.
     assert sum(added(network, grad=False).values()) == 6 * LAYERS
