@@ -91,6 +91,8 @@ def destination(
     if target is not None:
         if resume and overwrite:
             raise ConfigError("--resume keeps what is there and --overwrite replaces it: give one")
+        if target.is_dir():
+            raise ConfigError(f"--output: {target} is a folder, expected a file")
         if len(target.name.encode("utf-8", "surrogateescape")) > _LONGEST_NAME:
             raise ConfigError(f"--output: {target.name[:40]}...: the name is too long")
         make_parent(target)

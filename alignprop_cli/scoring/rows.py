@@ -218,9 +218,12 @@ def _checked(row: Row, names: Sequence[str], place: str) -> Row:
         AssetError: With the file and the line.
     """
     texts = {name: row.get(name) for name in ("file", *_FIXED) if name != "prompt"}
+    prompt = row.get("prompt")
     wrong = [
         *(name for name, text in texts.items() if not isinstance(text, str) or not text),
-        *(["prompt"] if not isinstance(row.get("prompt"), str | None) else []),
+        *(["prompt"] if not isinstance(prompt, str | None) else []),
+        # What could not be written again.
+        *(name for name, text in {**texts, "prompt": prompt}.items() if not _is_text(name, text)),
         *(n for n in names if not isinstance(row.get(n), float) or not math.isfinite(row[n])),
     ]
     if not wrong and tuple(row) == columns(names):
@@ -230,6 +233,17 @@ def _checked(row: Row, names: Sequence[str], place: str) -> Row:
         f"--resume: {place}: this row is damaged: {what}",
         hint="mend or remove the line, or start again with --overwrite",
     )
+
+
+def _is_text(name: str, value: object) -> bool:
+    """Return whether a cell can be written: UTF-8, and of a file's name any bytes."""
+    if not isinstance(value, str):
+        return True
+    try:
+        value.encode("utf-8", "surrogateescape" if name == "file" else "strict")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class Resumed:

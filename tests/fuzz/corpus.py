@@ -153,4 +153,11 @@ CORPUS: list[Example] = [
     Example("rows_nan", rows(ROW % "NaN"), (3,)),
     Example("rows_without_file", rows((ROW % "0.5").replace('"file"', '"nofile"'))),
     Example("rows_nested", rows('{"a":' * 5000), (3,)),
+    Example(
+        "rows_half_a_pair",
+        rows((ROW % "0.5").replace('"prompt": null', '"prompt": "\\ud800"')),
+        (3,),
+    ),
+    # Flags.
+    Example("output_of_rows_here", written(["score", ".", "--output=."]), (2,), "is a folder"),
 ]
