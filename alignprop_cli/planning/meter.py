@@ -26,6 +26,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+from alignprop_cli.planning import memo
+
 _ATEN = torch.ops.aten
 
 
@@ -119,17 +121,18 @@ class Meter(TorchDispatchMode):
         packet = func._overloadpacket
         # 1. The formula, looked up at every call: custom operators may register theirs later.
         formula = _FORMULAS.get(packet) or flop_registry.get(packet)
-        if formula is None:
+        if formula is None and func not in _WHOLE:
             # Without autograd a composite operator arrives whole. Taken apart, its pieces come here
             # again and have formulas.
             with self:
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
+            _WHOLE.add(func)
         # 2. The operator itself. Views and in-place results share a storage with an input and are
         #    no new memory.
         inputs = {_storage(t) for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
-        result = func(*args, **kwargs)
+        result = memo.call(func, args, kwargs)
         if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=result)
         self.launches += not (func.is_view or packet in _NO_WORK)
@@ -170,6 +173,9 @@ _FORMULAS: dict[Any, Any] = {
     _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
 
+
+# Operators that are no composites of others.
+_WHOLE: set[Any] = set()
 
 # Operators without a kernel, besides views.
 _NO_WORK = {_ATEN.empty, _ATEN.empty_like, _ATEN.empty_strided, _ATEN.detach, _ATEN._unsafe_view}
