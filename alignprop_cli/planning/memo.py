@@ -6,6 +6,7 @@ shape. A network repeats the same few hundred kinds of call thousands of times.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -40,6 +41,15 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return result
     described = _RETURNED[key]
     return func(*args, **kwargs) if described is None else _made(described, args)
+
+
+def tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """Yield the tensors among an operator's arguments or results, also those in lists."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from tensors(cast(list[Any], value))
 
 
 def _key(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -79,22 +89,11 @@ def _described(result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         return None
     if args and result is args[0]:
         return _FIRST
-    inputs = (v for v in (*args, *kwargs.values()) if isinstance(v, (Tensor, list, tuple)))
-    storage = result.untyped_storage()
-    shares = any(storage._cdata == t.untyped_storage()._cdata for t in _tensors(inputs))
+    storage, inputs = result.untyped_storage(), tensors((*args, *kwargs.values()))
+    shares = any(storage._cdata == each.untyped_storage()._cdata for each in inputs)
     described = result.shape, result.stride(), result.dtype
     whole = _empty(described).untyped_storage().nbytes() == storage.nbytes()
     return described if whole and not shares and result.device.type == "meta" else None
-
-
-def _tensors(values: Any) -> list[Tensor]:
-    found = list[Tensor]()
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, (list, tuple)):
-            found += _tensors(cast(list[Any], value))
-    return found
 
 
 def _made(described: Any, args: tuple[Any, ...]) -> Any:

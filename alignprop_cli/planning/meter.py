@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from alignprop_cli.planning import memo
@@ -131,14 +130,13 @@ class Meter(TorchDispatchMode):
             _WHOLE.add(func)
         # 2. The operator itself. Views and in-place results share a storage with an input and are
         #    no new memory.
-        inputs = {_storage(t) for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)}
+        inputs = {_storage(tensor) for tensor in memo.tensors((*args, *kwargs.values()))}
         result = memo.call(func, args, kwargs)
         if formula is not None:
             self.flops += formula(*args, **kwargs, out_val=result)
         self.launches += not (func.is_view or packet in _NO_WORK)
-        for tensor in tree_iter(result):
-            if isinstance(tensor, Tensor):
-                self._add(tensor, inputs)
+        for tensor in memo.tensors((result,)):
+            self._add(tensor, inputs)
         return result
 
     def _add(self, tensor: Tensor, inputs: set[int]) -> None:
