@@ -16,8 +16,9 @@ from alignprop_cli.planning import request as planning
 from alignprop_cli.planning.choose import make_plan
 from alignprop_cli.planning.estimate import GIB, Budget, Level
 from alignprop_cli.training.trainer import Trainer
-from tests.flow_models import small_klein, small_sd3
+from tests.flow_models import small_klein, small_sd3, small_zimage
 from tests.planning.test_footprint import (
+    PROMPT,
     expected_bytes,
     path,
     plan_of,
@@ -34,6 +35,7 @@ BUILD: dict[str, Callable[..., Path]] = {
     "klein": lambda folder: small_klein(
         folder, attention_head_dim=32, num_attention_heads=2, axes_dims_rope=(8, 8, 8, 8)
     ),
+    "zimage": lambda folder: small_zimage(folder, dim=64, axes_dims=[8, 12, 12]),
 }
 
 
@@ -58,12 +60,14 @@ def test_the_bytes_that_a_real_step_stores_are_the_predicted_ones(
             "train": {"prompts": "shapes", "batch_size": 8},
         }
     )
+    # Z-Image reads prompts as long as they are, and is planned for the longest.
+    prompt = 20 * PROMPT if family == "zimage" else PROMPT
     found = planning.measure(chosen, "cpu")
     levels: list[Level] = ["none", "block", "call"]
     stored: dict[Level, int] = {}
     for level in levels:
         plan = plan_of(2, level)
-        made = trainer(plan, chosen)
+        made = trainer(plan, chosen, prompt)
         for k in (1, 3):
             with meter.SavedBytes(there(made)) as kept:
                 ends = path(made, 2, k)
@@ -76,7 +80,7 @@ def test_the_bytes_that_a_real_step_stores_are_the_predicted_ones(
     assert stored["call"] < stored["block"] < 0.5 * stored["none"]
 
     # Decoder and reward.
-    made = trainer(plan_of(2), chosen)
+    made = trainer(plan_of(2), chosen, prompt)
     latents = path(made, 2, 1).detach()
     with meter.SavedBytes(there(made)) as kept:
         tail(made, 2, latents)
