@@ -729,9 +729,7 @@ def test_sizes_that_the_network_cannot_sample_name_the_nearest(
         shape_of(30, 32)
     assert shape_of(None, 16) == (16, 64, 4)
     shape_of = load(zimage, ()).network.latent_shape
-    with pytest.raises(
-        ConfigError, match=r"sample\.width: 40 is not a multiple of 16.*nearest: 32"
-    ):
+    with pytest.raises(ConfigError, match=r"sample\.width: 40 is not a multiple.*nearest: 32"):
         shape_of(64, 40)
     assert shape_of(1024, 16) == (8, 128, 2)
     with pytest.raises(ConfigError, match=r"sample\.height: 1040 is more than the 1024 that"):

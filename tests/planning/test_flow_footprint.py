@@ -107,12 +107,27 @@ def test_buffers_count_as_weights(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_plan_of_a_published_transformer_recomputes_blocks_where_memory_is_short() -> None:
+@pytest.mark.parametrize(
+    ("name", "calls", "card", "gib"),
+    [
+        # Measured on meta in 2026: 0.9 GiB an image; 2.2 with short prompts, here of 512 tokens.
+        ("black-forest-labs/FLUX.2-klein-4B", 4, 12, (0.7, 1.2)),
+        ("Tongyi-MAI/Z-Image-Turbo", 8, 24, (2.5, 3.3)),
+    ],
+)
+def test_a_plan_of_a_published_transformer_recomputes_blocks_where_memory_is_short(
+    name: str, calls: int, card: int, gib: tuple[float, float]
+) -> None:
     chosen = parse(
         {
-            "model": {"id": "black-forest-labs/FLUX.2-klein-4B"},
+            "model": {"id": name},
             "lora": {"rank": 16},
-            "sample": {"num_inference_steps": 4, "height": 512, "width": 512},
+            "sample": {
+                "num_inference_steps": calls,
+                "guidance_scale": 0.0,
+                "height": 512,
+                "width": 512,
+            },
             "gradient": {"method": "full"},
             "reward": {"clip": {"model": "tiny"}},
             "train": {"batch_size": 8},
@@ -120,8 +135,8 @@ def test_a_plan_of_a_published_transformer_recomputes_blocks_where_memory_is_sho
     )
     found = planning.measure(chosen, "cuda")
     request = planning.plan_request(chosen, 1)
-    plan = make_plan(request, footprint=found, budget=Budget(12 * GIB, "cuda", "a card"))
+    plan = make_plan(request, footprint=found, budget=Budget(card * GIB, "cuda", "a card"))
     assert plan.checkpoint_network != "none"
-    # All four calls with blocks recomputed: 0.9 GiB an image (families of 2026, measured on meta).
-    chain = found.first["block"].saved(1) + 3 * found.call["block"].saved(1)
-    assert 0.7 * GIB < chain < 1.2 * GIB
+    # All calls with blocks recomputed, of one image.
+    chain = found.first["block"].saved(1) + (calls - 1) * found.call["block"].saved(1)
+    assert gib[0] * GIB < chain < gib[1] * GIB
