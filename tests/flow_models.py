@@ -18,6 +18,8 @@ from diffusers import (
     Flux2Transformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
@@ -26,6 +28,7 @@ from transformers import (
     Qwen2TokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3Model,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -232,6 +235,72 @@ def small_klein(path: Path, *, is_distilled: bool = False, seed: int = 0, **over
             text_encoder=Qwen3ForCausalLM(config),
             tokenizer=words,
             is_distilled=is_distilled,
+        )
+
+    _seeded(seed, make).save_pretrained(path)
+    return path
+
+
+def small_zimage(path: Path, *, seed: int = 0, **overrides: Any) -> Path:
+    """Write a ZImagePipeline with random weights: latents (8, 8, 8), images 64 x 64.
+
+    The pipeline's own default size is 1024 x 1024, which is the largest that it has positions for.
+
+    Args:
+        path: Folder to write.
+        seed: Of the weights.
+        **overrides: Options of the transformer, with `scheduler_` or `vae_` before those of others.
+
+    Returns:
+        The folder.
+    """
+    network: dict[str, Any] = {
+        "in_channels": 8,
+        "dim": 32,
+        "n_layers": 3,
+        "n_refiner_layers": 1,
+        "n_heads": 2,
+        "n_kv_heads": 2,
+        "cap_feat_dim": 24,
+        "axes_dims": [4, 6, 6],
+        "axes_lens": [600, 64, 64],
+    }
+    scheduler: dict[str, Any] = {"shift": 3.0}
+    vae: dict[str, Any] = {
+        "block_out_channels": (8,) * 4,
+        "down_block_types": ("DownEncoderBlock2D",) * 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 4,
+        "norm_num_groups": 4,
+        "sample_size": 64,
+        "scaling_factor": 0.3611,
+        "shift_factor": 0.1159,
+    }
+    parts = {"scheduler_": scheduler, "vae_": vae}
+    for key, value in overrides.items():
+        prefix = next((prefix for prefix in parts if key.startswith(prefix)), "")
+        parts.get(prefix, network)[key.removeprefix(prefix)] = value
+
+    def make() -> ZImagePipeline:
+        words = qwen_tokenizer(path / "tokenizer")
+        config = Qwen3Config(
+            vocab_size=len(words),
+            hidden_size=24,
+            intermediate_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=12,
+        )
+        transformer = lively(ZImageTransformer2DModel(**network))
+        # What fills texts and images up to whole multiples of 32 tokens; zeros when made.
+        transformer.x_pad_token.data.normal_()
+        transformer.cap_pad_token.data.normal_()
+        return ZImagePipeline(
+            transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(**scheduler),
+            vae=small_vae(**vae),
+            text_encoder=Qwen3Model(config),
+            tokenizer=words,
         )
 
     _seeded(seed, make).save_pretrained(path)

@@ -99,7 +99,8 @@ class SampleConfig(Section):
     guidance_scale: float = Field(
         default=7.5,
         ge=0.0,
-        description="Classifier-free guidance; at most 1 means none and halves the cost.",
+        description="Classifier-free guidance, as the model's pipeline counts it; at most 1 (for "
+        "Z-Image 0) means none and halves the cost.",
     )
     guidance_interval: tuple[Share, Share] = Field(
         default=(0.0, 1.0),

@@ -47,6 +47,8 @@ PUBLISHED = {
     "black-forest-labs/FLUX.2-klein-9B": "flux.2-klein-9b",
     "black-forest-labs/FLUX.2-klein-base-4B": "flux.2-klein-base-4b",
     "black-forest-labs/FLUX.2-klein-base-9B": "flux.2-klein-base-9b",
+    "Tongyi-MAI/Z-Image-Turbo": "z-image-turbo",
+    "Tongyi-MAI/Z-Image": "z-image",
 }
 """Hub ids whose configurations are shipped, and their folder in `ARCHITECTURES`."""
 
@@ -126,6 +128,20 @@ FAMILIES: dict[str, Family] = {
             load_text_encoders=_from("flux2", "load_text_encoders"),
             load_parts=_from("flux2", "load_parts"),
             on_meta=_from("flux2", "on_meta"),
+            spacings=("linear",),
+        ),
+        Family(
+            name="Z-Image",
+            pipeline_class="ZImagePipeline",
+            lora_prefix="transformer.",
+            # Endings of names would also mean the refiners, which prepare noise and text for the
+            # layers.
+            target_modules=r"layers\.\d+\.attention\.(to_q|to_k|to_v|to_out\.0)",
+            load_text_encoders=_from("zimage", "load_text_encoders"),
+            load_parts=_from("zimage", "load_parts"),
+            on_meta=_from("zimage", "on_meta"),
+            guidance_origin="text",
+            stack=_from("zimage", "stack"),
             spacings=("linear",),
         ),
     )

@@ -62,7 +62,7 @@ class Trainer:
         self.guard = Guard(settings.on_nonfinite, settings.nonfinite_limit, self.optimizer)
         self.shape = network.latent_shape(sampler.height, sampler.width)
         self.schedule = sampler.schedule(network, self.shape)
-        self._stream = PromptStream(list(prompts), settings.seed)
+        self.stream = PromptStream(list(prompts), settings.seed)
         self.apply_plan(plan)
 
     def apply_plan(self, plan: Plan) -> None:
@@ -101,7 +101,7 @@ class Trainer:
     def images(self) -> list[StepImage]:
         """Return this process's images of the next step."""
         process = (self.accelerator.process_index, self.plan.processes)
-        return images_of_step(self.settings, self._stream, self.schedule, self.step_number, process)
+        return images_of_step(self.settings, self.stream, self.schedule, self.step_number, process)
 
     def _accumulate(self) -> Totals:
         """Compute the gradient of this process's images, in smaller parts if memory runs out."""

@@ -35,6 +35,7 @@ WINDOWS: dict[str, dict[str, Any]] = {
 PRESETS = (
     *("sdxl_hps", "sdxl_turbo_aesthetic", "lcm_aesthetic"),
     *("sd35_hps", "klein_hps", "klein_aesthetic"),
+    "zimage_turbo_hps",
 )
 PRESET_CARDS = (12, 16, 24, 48)
 
@@ -49,6 +50,8 @@ FLOWS: dict[str, tuple[str, dict[str, Any]]] = {
         "klein_hps",
         {"model.id": "black-forest-labs/FLUX.2-klein-9B"},
     ),
+    "Z-Image-Turbo, 512, all 8": ("zimage_turbo_hps", {}),
+    "Z-Image-Turbo, 1024, all 8": ("zimage_turbo_hps", LARGE),
 }
 FLOW_CARDS = (12, 16, 24, 48, 80)
 SHORT = {"none": "", "block": " b", "call": " c"}

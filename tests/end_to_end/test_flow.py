@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import Flux2KleinPipeline, StableDiffusion3Pipeline
+from diffusers import Flux2KleinPipeline, StableDiffusion3Pipeline, ZImagePipeline
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -24,21 +24,23 @@ from alignprop_cli.lora import layers as lora
 from alignprop_cli.models.families import open_model, sampler
 from alignprop_cli.planning.window import with_window
 from alignprop_cli.rewards.mixture import build_mixture
-from tests.flow_models import small_klein, small_sd3
+from tests.flow_models import small_klein, small_sd3, small_zimage
 
 CPU = torch.device("cpu")
 CASES: dict[str, tuple[Callable[..., Path], Any]] = {
     "sd3": (small_sd3, StableDiffusion3Pipeline),
     "klein": (small_klein, Flux2KleinPipeline),
+    "zimage": (small_zimage, ZImagePipeline),
 }
 
-# What ComfyUI's key maps hold for these two networks (comfy/lora.py and comfy/utils.py of commit
-# 17358c8, model_lora_keys_unet: mmdit_to_diffusers and flux_to_diffusers).
+# What ComfyUI's key maps hold for these networks (comfy/lora.py and comfy/utils.py of commit
+# 17358c8, model_lora_keys_unet: mmdit_to_diffusers, flux_to_diffusers and z_image_to_diffusers).
 COMFYUI = {
     "sd3": r"transformer\.transformer_blocks\.\d+\.attn2?\.(to_[qkv]|to_out\.0)"
     r"|transformer\.transformer_blocks\.\d+\.attn\.(add_[qkv]_proj|to_add_out)",
     "klein": r"transformer\.transformer_blocks\.\d+\.attn\.(to_[qkv]|to_out\.0)"
     r"|transformer\.single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)",
+    "zimage": r"transformer\.layers\.\d+\.attention\.(to_[qkv]|to_out\.0)",
 }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import Flux2KleinPipeline, StableDiffusion3Pipeline
+from diffusers import Flux2KleinPipeline, StableDiffusion3Pipeline, ZImagePipeline
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -27,7 +27,7 @@ from alignprop_cli.models.meta import meta_model
 from alignprop_cli.sampling import sample
 from alignprop_cli.schedule import NoiseSchedule
 from tests.factories import fill_lora_b, randn, small_pipeline
-from tests.flow_models import small_klein, small_sd3
+from tests.flow_models import small_klein, small_sd3, small_zimage
 
 CPU = torch.device("cpu")
 PROMPTS = ["a cat", "two small dogs", "x"]
@@ -45,17 +45,20 @@ class Case:
         pipeline: diffusers' class.
         sizes: (height, width) in pixels.
         layers: Of the network, that the default LoRA changes.
+        unguided: The guidance scale that means none.
     """
 
     build: Callable[..., Path]
     pipeline: Any
     sizes: tuple[tuple[int, int], ...]
     layers: int
+    unguided: float = 1.0
 
 
 SD3 = Case(small_sd3, StableDiffusion3Pipeline, ((16, 16), (8, 20)), 3 * 8 - 1)
 KLEIN = Case(small_klein, Flux2KleinPipeline, ((32, 32), (16, 36)), 2 * 4 + 3 * 2)
-CASES = {"sd3": SD3, "klein": KLEIN}
+ZIMAGE = Case(small_zimage, ZImagePipeline, ((64, 64), (32, 80)), 3 * 4, unguided=0.0)
+CASES = {"sd3": SD3, "klein": KLEIN, "zimage": ZIMAGE}
 
 
 @pytest.fixture(scope="module", params=sorted(CASES))
@@ -87,6 +90,11 @@ def sd3(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def klein(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_klein(tmp_path_factory.mktemp("klein") / "model")
+
+
+@pytest.fixture(scope="module")
+def zimage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_zimage(tmp_path_factory.mktemp("zimage") / "model")
 
 
 def load(path: Path | str, prompts: tuple[str, ...] = (*PROMPTS, ""), **options: str) -> Model:
@@ -141,7 +149,7 @@ def draw_with_diffusers(
 
     start = noise(model, size)
     images = pipeline(
-        prompt=PROMPTS,
+        prompt=list(PROMPTS),  # which Z-Image's pipeline writes into
         height=size[0],
         width=size[1],
         num_inference_steps=4,
@@ -159,11 +167,12 @@ def draw_with_diffusers(
 # --- Sampling ---
 
 
-@pytest.mark.parametrize("guidance", [1.0, 4.0])
+@pytest.mark.parametrize("guides", [False, True])
 def test_samples_equal_those_of_the_familys_own_pipeline(
-    case: Case, model: Model, pipeline: Any, guidance: float
+    case: Case, model: Model, pipeline: Any, guides: bool
 ) -> None:
-    for size in case.sizes if guidance > 1.0 else case.sizes[1:]:
+    guidance = 4.0 if guides else case.unguided
+    for size in case.sizes if guides else case.sizes[1:]:
         ours = draw(model, size, guidance)
         for mine, theirs in zip(
             ours, draw_with_diffusers(pipeline, model, size, guidance), strict=True
@@ -177,10 +186,10 @@ def test_samples_equal_those_of_the_familys_own_pipeline(
 
 
 def test_the_default_size_is_that_of_the_pipeline(
-    model: Model, pipeline: Any, folder: Path
+    case: Case, model: Model, pipeline: Any, folder: Path
 ) -> None:
     images = pipeline(
-        prompt="x", num_inference_steps=1, guidance_scale=1.0, output_type="pt"
+        prompt="x", num_inference_steps=1, guidance_scale=case.unguided, output_type="pt"
     ).images
     found = meta_model(ModelConfig(id=str(folder)), torch.float32)
     shape = model.network.latent_shape(None, None)
@@ -208,28 +217,27 @@ def test_linear_spacing_is_the_pipelines_sigmas_argument(
     expected = draw_with_diffusers(pipeline, model, size, sigmas=sigmas.tolist())
     for mine, theirs in zip(ours, expected, strict=True):
         torch.testing.assert_close(mine, theirs, **CLOSE)
-    # Klein's own list is that one already.
+    # But for Stable Diffusion 3 the model's own list is that one already.
     same = torch.allclose(ours[0], draw(model, size)[0], atol=1e-5)
-    assert same is (case is KLEIN)
+    assert same is (case is not SD3)
 
 
-def test_a_dynamic_shift_of_stable_diffusion_3_depends_on_the_size_as_in_the_pipeline(
-    tmp_path: Path,
-) -> None:
+@pytest.mark.parametrize("case", [SD3, ZIMAGE], ids=["sd3", "zimage"])
+def test_a_dynamic_shift_depends_on_the_size_as_in_the_pipeline(case: Case, tmp_path: Path) -> None:
     options = {"scheduler_use_dynamic_shifting": True, "scheduler_base_image_seq_len": 4}
-    folder = small_sd3(
+    folder = case.build(
         tmp_path / "model",
         **options,
         scheduler_max_image_seq_len=40,
         scheduler_shift_terminal=0.1,
     )
-    model, pipeline = load(folder), pipeline_of(SD3, folder)
-    for size in SD3.sizes:
+    model, pipeline = load(folder), pipeline_of(case, folder)
+    for size in case.sizes:
         for mine, theirs in zip(
             draw(model, size), draw_with_diffusers(pipeline, model, size), strict=True
         ):
             torch.testing.assert_close(mine, theirs, **CLOSE)
-    shapes = [model.network.latent_shape(*size) for size in SD3.sizes]
+    shapes = [model.network.latent_shape(*size) for size in case.sizes]
     one, other = (model.network.schedule(4, shape) for shape in shapes)
     assert one != other
     assert one.steps[-1].sigma == pytest.approx(0.1)
@@ -273,12 +281,13 @@ def test_the_network_is_given_the_timesteps_of_the_pipeline_bit_for_bit_in_bfloa
     seen: list[Tensor] = []
 
     def spy(module: Any, arguments: Any, options: dict[str, Any]) -> None:
-        seen.append(options["timestep"])
+        # Z-Image's is the second argument.
+        seen.append(options["timestep"] if "timestep" in options else arguments[1])
 
     pipeline = pipeline_of(case, folder, dtype=torch.bfloat16)
     pipeline.transformer.register_forward_pre_hook(spy, with_kwargs=True)
     size = case.sizes[0]
-    options = {"height": size[0], "width": size[1], "guidance_scale": 1.0}
+    options = {"height": size[0], "width": size[1], "guidance_scale": case.unguided}
     pipeline(prompt="x", num_inference_steps=7, output_type="latent", **options)
     theirs, seen = seen, []
     model = load(folder, dtype="bfloat16")
@@ -439,6 +448,8 @@ def test_saturated_pixels_have_the_gradient_that_leads_back(case: Case, folder: 
         ("black-forest-labs/FLUX.2-klein-base-4B", 3.876, 0.0, (128, 32, 32)),
         ("black-forest-labs/FLUX.2-klein-9B", 9.079, 0.0, (128, 32, 32)),
         ("black-forest-labs/FLUX.2-klein-base-9B", 9.079, 0.0, (128, 32, 32)),
+        ("Tongyi-MAI/Z-Image-Turbo", 6.155, 0.0, (16, 64, 64)),
+        ("Tongyi-MAI/Z-Image", 6.155, 0.0, (16, 64, 64)),
     ],
 )
 def test_published_architectures_have_their_known_sizes(
@@ -504,6 +515,11 @@ def test_the_share_of_the_path_that_the_last_calls_cover() -> None:
     assert last(klein.schedule(4, klein.latent_shape(512, 512)), 1) == pytest.approx(
         0.717, abs=5e-4
     )
+    turbo: Any = meta_model(
+        ModelConfig(id="Tongyi-MAI/Z-Image-Turbo"), torch.bfloat16
+    ).parts.network
+    shares = [last(turbo.schedule(8, turbo.latent_shape(512, 512)), k) for k in (1, 2, 3)]
+    assert shares == pytest.approx([shift(k / 8) for k in (1, 2, 3)])  # .3, .5, .643
 
 
 # --- What is wrong with a model ---
@@ -527,6 +543,11 @@ def changed(folder: Path, place: Path, file: str, **values: Any) -> Path:
         ("sd3", "vae"),
         ("klein", "text_encoder"),
         ("klein", "tokenizer"),
+        ("zimage", "text_encoder"),
+        ("zimage", "tokenizer"),
+        ("zimage", "transformer"),
+        ("zimage", "vae"),
+        ("zimage", "scheduler"),
     ],
 )
 def test_a_missing_part_is_named(
@@ -540,7 +561,7 @@ def test_a_missing_part_is_named(
         assert "model.t5: none" in (caught.value.hint or "")
 
 
-@pytest.mark.parametrize("family", ["sd3", "klein"])
+@pytest.mark.parametrize("family", ["sd3", "klein", "zimage"])
 def test_half_a_download_is_reported(
     family: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -599,6 +620,37 @@ def test_half_a_download_is_reported(
             {"text_encoder": ["transformers", "Mistral3ForConditionalGeneration"]},
             "text_encoder: Mistral3ForConditionalGeneration is not supported",
         ),
+        *(
+            ("zimage", "model_index.json", {"_class_name": f"ZImage{kind}"}, f"is a ZImage{kind};")
+            for kind in ("OmniPipeline", "Img2ImgPipeline", "InpaintPipeline", "ControlNetPipeline")
+        ),
+        (
+            "zimage",
+            "transformer/config.json",
+            {"siglip_feat_dim": 1152},
+            "siglip_feat_dim: expected null, got 1152",
+        ),
+        ("zimage", "transformer/config.json", {"all_patch_size": [4]}, "all_patch_size: expected"),
+        ("zimage", "transformer/config.json", {"axes_lens": [600, 64]}, "three whole numbers"),
+        (
+            "zimage",
+            "transformer/config.json",
+            {"axes_lens": [513, 64, 64]},
+            "axes_lens: expected at least 514 positions for texts, got 513",
+        ),
+        ("zimage", "vae/config.json", {"shift_factor": None}, "shift_factor: expected a number"),
+        (
+            "zimage",
+            "model_index.json",
+            {"text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"]},
+            "text_encoder: Qwen2_5_VLForConditionalGeneration is not supported",
+        ),
+        (
+            "zimage",
+            "scheduler/scheduler_config.json",
+            {"_class_name": "UniPCMultistepScheduler"},
+            "_class_name: expected FlowMatchEulerDiscreteScheduler, got UniPC",
+        ),
     ],
 )
 def test_what_is_not_supported_is_refused_alike_for_a_run_and_its_plan(
@@ -621,7 +673,11 @@ def test_what_is_not_supported_is_refused_alike_for_a_run_and_its_plan(
 
 @pytest.mark.parametrize(
     ("build", "options"),
-    [(small_sd3, {"in_channels": 17}), (small_klein, {"in_channels": 20})],
+    [
+        (small_sd3, {"in_channels": 17}),
+        (small_klein, {"in_channels": 20}),
+        (small_zimage, {"in_channels": 17}),
+    ],
 )
 def test_a_network_that_takes_more_than_latents_is_refused(
     build: Callable[..., Path], options: dict[str, int], tmp_path: Path
@@ -635,13 +691,18 @@ def test_a_network_that_takes_more_than_latents_is_refused(
             refused()
 
 
-def test_text_encoders_of_another_model_are_refused(sd3: Path, klein: Path, tmp_path: Path) -> None:
+def test_text_encoders_of_another_model_are_refused(
+    sd3: Path, klein: Path, zimage: Path, tmp_path: Path
+) -> None:
     file = "transformer/config.json"
     copy = changed(sd3, tmp_path / "sd3", file, pooled_projection_dim=24)
     with pytest.raises(ConfigError, match=r"pooled_projection_dim: .* of width 24, .* have 20"):
         load(copy)
     copy = changed(klein, tmp_path / "klein", file, joint_attention_dim=30)
     with pytest.raises(ConfigError, match=r"joint_attention_dim: .* of width 30, .* have 24"):
+        load(copy)
+    copy = changed(zimage, tmp_path / "zimage", file, cap_feat_dim=30)
+    with pytest.raises(ConfigError, match=r"cap_feat_dim: .* of width 30, .* have 24"):
         load(copy)
 
 
@@ -653,7 +714,9 @@ def test_a_model_that_exists_as_a_modular_pipeline_only_is_refused(tmp_path: Pat
         load(tmp_path)
 
 
-def test_sizes_that_the_network_cannot_sample_name_the_nearest(sd3: Path, klein: Path) -> None:
+def test_sizes_that_the_network_cannot_sample_name_the_nearest(
+    sd3: Path, klein: Path, zimage: Path
+) -> None:
     shape_of = load(sd3, ()).network.latent_shape
     with pytest.raises(ConfigError, match=r"sample\.width: 18 is not a multiple of 4.*nearest: 16"):
         shape_of(16, 18)
@@ -665,6 +728,12 @@ def test_sizes_that_the_network_cannot_sample_name_the_nearest(sd3: Path, klein:
     with pytest.raises(ConfigError, match=r"sample\.height: 30 is not a multiple of 4"):
         shape_of(30, 32)
     assert shape_of(None, 16) == (16, 64, 4)
+    shape_of = load(zimage, ()).network.latent_shape
+    with pytest.raises(ConfigError, match=r"sample\.width: 40 is not a multiple.*nearest: 32"):
+        shape_of(64, 40)
+    assert shape_of(1024, 16) == (8, 128, 2)
+    with pytest.raises(ConfigError, match=r"sample\.height: 1040 is more than the 1024 that"):
+        shape_of(1040, 16)
 
 
 def test_linear_spacing_is_refused_for_a_diffusion_model(tmp_path: Path) -> None:
@@ -674,6 +743,6 @@ def test_linear_spacing_is_refused_for_a_diffusion_model(tmp_path: Path) -> None
 
 
 def test_the_published_flows_are_those_whose_index_names_a_flow() -> None:
-    flows = {"StableDiffusion3Pipeline", "Flux2KleinPipeline"}
+    flows = {"StableDiffusion3Pipeline", "Flux2KleinPipeline", "ZImagePipeline"}
     named = {name for name in PUBLISHED if find(ModelConfig(id=name))[0].pipeline_class in flows}
-    assert len(named) == 7
+    assert len(named) == 9

@@ -75,10 +75,10 @@ def predicted() -> Footprint:
     return planning.measure(config(), "cpu")
 
 
-def trainer(plan: Plan, chosen: Config | None = None) -> Trainer:
+def trainer(plan: Plan, chosen: Config | None = None, prompt: str = PROMPT) -> Trainer:
     accelerator = Accelerator(cpu=True)
     chosen = chosen or config()
-    model = open_model(chosen.model, [PROMPT, ""], accelerator.device)
+    model = open_model(chosen.model, [prompt, ""], accelerator.device)
     targets = model.family.target_modules
     lora.inject(model.network.module, rank=4, alpha=4, target_modules=targets, seed=0)
     mixture = build_mixture(chosen.reward, chosen.loss, accelerator.device)
@@ -91,7 +91,7 @@ def trainer(plan: Plan, chosen: Config | None = None) -> Trainer:
         batch_size=8,
         window_group=8,
     )
-    made = Trainer(settings, plan, model, mixture, [PROMPT], accelerator)
+    made = Trainer(settings, plan, model, mixture, [prompt], accelerator)
     tail(made, 1, path(made, 1, 1).detach())  # texts are read once, and kept
     made.optimizer.zero_grad()
     return made
