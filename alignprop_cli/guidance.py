@@ -84,8 +84,8 @@ class Guidance:
         origin: What w (c - u) is added to: "uncond" is u + w (c - u), "text" is c + w (c - u), for
             the predictions u of the unconditional and c of the text branch.
         rescale: Applied to the guided prediction; None leaves it as it is.
-        embedded: Whether the network takes w as an input (`Embeds` "guidance"), as models do that
-            guidance was distilled into; there is one branch then.
+        embedded: The scale that the network takes as an input (`Embeds` "guidance"), as models do
+            that guidance was distilled into; None for a network without such an input.
 
     Source of the interval: Kynkaanniemi et al. 2024, arXiv:2404.07724.
     """
@@ -94,14 +94,14 @@ class Guidance:
     interval: tuple[float, float] = (0.0, 1.0)
     origin: Literal["uncond", "text"] = "uncond"
     rescale: Rescale | None = None
-    embedded: bool = False
+    embedded: float | None = None
 
     @property
     def enabled(self) -> bool:
         """Return whether any call needs both branches."""
         # As diffusers has it: up to the scale at which the formula returns c, there is no guidance.
         # Models that were distilled without it, such as SD-Turbo, are published with scale 0.
-        return not self.embedded and self.scale > (1.0 if self.origin == "uncond" else 0.0)
+        return self.scale > (1.0 if self.origin == "uncond" else 0.0)
 
     def applies(self, sigma: float) -> bool:
         """Return whether a call at this noise level needs both branches."""
@@ -135,10 +135,14 @@ def guided(predict: Predict, conditioning: Conditioning, guidance: Guidance) -> 
     @functools.cache
     def first(rows: int) -> tuple[Embeds, Embeds | None]:
         part = conditioning[slice(rows)]
-        if guidance.embedded:
-            return part.text.with_guidance(guidance.scale), None
-        both = None if part.negative is None else part.negative.followed_by(part.text)
-        return part.text, both
+        text, negative = part.text, part.negative
+        if guidance.embedded is not None:
+            text = text.with_guidance(guidance.embedded)
+        if negative is None or not guidance.enabled:
+            return text, None
+        if guidance.embedded is not None:
+            negative = negative.with_guidance(guidance.embedded)
+        return text, negative.followed_by(text)
 
     def denoise(latents: Tensor, step: Step) -> Tensor:
         text, both = first(len(latents))

@@ -16,6 +16,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
+    FluxPipeline,
+    FluxTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     ZImagePipeline,
@@ -24,6 +26,7 @@ from diffusers import (
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
     CLIPTextConfig,
+    CLIPTextModel,
     CLIPTextModelWithProjection,
     Qwen2TokenizerFast,
     Qwen3Config,
@@ -152,6 +155,75 @@ def small_sd3(path: Path, *, t5: bool = True, seed: int = 0, **overrides: Any) -
 
     _seeded(seed, make).save_pretrained(path)
     return path
+
+
+def small_flux1(path: Path, *, seed: int = 0, **overrides: Any) -> Path:
+    """Write a FluxPipeline with random weights: latents (8, 8, 8), images 16 x 16.
+
+    As FLUX.1-dev it takes the guidance scale as an input. The pipeline's own default size is
+    256 x 256.
+
+    Args:
+        path: Folder to write.
+        seed: Of the weights.
+        **overrides: Options of the transformer, with `scheduler_` or `vae_` before those of others.
+
+    Returns:
+        The folder.
+    """
+    network: dict[str, Any] = {
+        "in_channels": 32,
+        "num_layers": 2,
+        "num_single_layers": 3,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 24,
+        "pooled_projection_dim": 16,
+        "guidance_embeds": True,
+        "axes_dims_rope": (4, 4, 8),
+    }
+    scheduler: dict[str, Any] = {
+        "shift": 3.0,
+        "use_dynamic_shifting": True,
+        "base_image_seq_len": 4,
+        "max_image_seq_len": 40,
+    }
+    vae: dict[str, Any] = {"scaling_factor": 0.3611, "shift_factor": 0.1159}
+    parts = {"scheduler_": scheduler, "vae_": vae}
+    for key, value in overrides.items():
+        prefix = next((prefix for prefix in parts if key.startswith(prefix)), "")
+        parts.get(prefix, network)[key.removeprefix(prefix)] = value
+
+    def make() -> FluxPipeline:
+        words, clip = small_clip_text(path / "tokenizer", width=16, projection=16)
+        words_2 = t5_tokenizer(path / "tokenizer_2")
+        t5_config = T5Config(
+            vocab_size=len(words_2),
+            d_model=24,
+            d_kv=8,
+            d_ff=32,
+            num_layers=2,
+            num_heads=4,
+            feed_forward_proj="gated-gelu",
+        )
+        return FluxPipeline(
+            transformer=lively(FluxTransformer2DModel(**network)),
+            scheduler=FlowMatchEulerDiscreteScheduler(**scheduler),
+            vae=small_vae(**vae),
+            text_encoder=CLIPTextModel(clip.config),
+            tokenizer=words,
+            text_encoder_2=T5EncoderModel(t5_config),
+            tokenizer_2=words_2,
+        )
+
+    _seeded(seed, make).save_pretrained(path)
+    return path
+
+
+def small_schnell(path: Path, **overrides: Any) -> Path:
+    """Write `small_flux1` as FLUX.1-schnell is: without guidance, and a schedule without shift."""
+    static = {"scheduler_use_dynamic_shifting": False, "scheduler_shift": 1.0}
+    return small_flux1(path, guidance_embeds=False, **{**static, **overrides})
 
 
 def qwen_tokenizer(path: Path) -> Qwen2TokenizerFast:
@@ -320,6 +392,13 @@ def lively(network: Any) -> Any:
         if parameter.ndim > 1:
             parameter.data.mul_(2.0)
     return network
+
+
+def as_given(pipeline: Any, noise: torch.Tensor) -> torch.Tensor:
+    """Return noise (B, C, h, w) in the form in which a pipeline takes it as `latents`."""
+    if isinstance(pipeline, FluxPipeline):
+        return pipeline._pack_latents(noise, *noise.shape)
+    return noise
 
 
 def randn_like_latents(shape: tuple[int, ...], seed: int = 3) -> torch.Tensor:

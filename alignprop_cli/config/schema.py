@@ -102,6 +102,12 @@ class SampleConfig(Section):
         description="Classifier-free guidance, as the model's pipeline counts it; at most 1 (for "
         "Z-Image 0) means none and halves the cost.",
     )
+    true_guidance_scale: float = Field(
+        default=1.0,
+        ge=0.0,
+        description="FLUX.1 alone: guidance by a second branch with the negative prompt, as "
+        "diffusers' true_cfg_scale, on top of guidance_scale; at most 1 means none.",
+    )
     guidance_interval: tuple[Share, Share] = Field(
         default=(0.0, 1.0),
         description="Guide only where sigma, the share of noise in the latents, is in this range: "

@@ -39,6 +39,12 @@ class Factors:
         """Return the factor on up @ down."""
         return scaling(self.alpha, self.rank, rank_stabilised=self.rank_stabilised)
 
+    def folded(self) -> Factors:
+        """Return the same update with the scaling in up, so that it is 1: alpha is the rank."""
+        if self.scaling == 1.0:
+            return Factors(self.down, self.up, float(self.rank))
+        return Factors(self.down, self.scaling * self.up.float(), float(self.rank))
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Return the shape of the weight: (out, in) or (out, in, kh, kw)."""

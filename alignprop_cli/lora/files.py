@@ -2,6 +2,7 @@
 
 formats.py knows what the tensors of a file mean. Files are written in diffusers' format, which its
 `load_lora_weights` reads, with rank and alpha as JSON in the header under `lora_adapter_metadata`.
+Those of transformers mean the same to ComfyUI, by the same names.
 """
 
 from __future__ import annotations
@@ -238,12 +239,33 @@ def save(
     Returns:
         The file.
     """
+    weights, adapter_metadata = as_written(weights, adapter_metadata, prefix)
     state = {f"{prefix}{name}": value.contiguous() for name, value in weights.items()}
     settings = {f"{prefix}{name}": value for name, value in adapter_metadata.items()}
     text = json.dumps(settings, indent=2, sort_keys=True)
     file = folder / LORA_FILE
     save_tensors(file, state, {"format": "pt", **header, _METADATA: text})
     return file
+
+
+def as_written(
+    weights: Mapping[str, Tensor], adapter_metadata: Mapping[str, Any], prefix: str
+) -> tuple[Mapping[str, Tensor], Mapping[str, Any]]:
+    """Return the weights and the configuration that `save` writes; its arguments.
+
+    Those of a transformer have the scaling multiplied into B. ComfyUI does not read diffusers'
+    header, and diffusers refuses the `.alpha` tensors that ComfyUI reads.
+    """
+    if prefix != formats.NETWORKS[1]:
+        return weights, adapter_metadata
+    return formats.folded(weights, adapter_metadata)
+
+
+def layers_as_written(layers: Layers, prefix: str) -> Layers:
+    """Return a LoRA with the same update, scaled as `as_written` does."""
+    if prefix != formats.NETWORKS[1]:
+        return layers
+    return {name: factors.folded() for name, factors in layers.items()}
 
 
 def save_for_comfyui(

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from alignprop_cli.errors import AssetError, ConfigError, RunError
 from alignprop_cli.lora import settings
-from alignprop_cli.lora.factors import Factors, Layers, not_finite
+from alignprop_cli.lora.factors import Factors, Layers, not_finite, scaling
 from alignprop_cli.lora.settings import shown
 from alignprop_cli.parsing import ParseError, read_json
 
@@ -292,17 +292,47 @@ def for_comfyui(layers: Layers, prefix: str) -> dict[str, Tensor]:
             networks keep diffusers' names.
 
     Returns:
-        Two factors and alpha of every layer; the scaling is alpha / rank there.
+        Two factors of every layer; of a U-Net also alpha, where the scaling is alpha / rank. It is
+        1 in other networks.
     """
-    is_unet = prefix == NETWORKS[0]
-    down, up = ("lora_down", "lora_up") if is_unet else ("lora_A", "lora_B")
     state: dict[str, Tensor] = {}
     for name, factors in layers.items():
-        layer = f"{_KOHYA}{name.replace('.', '_')}" if is_unet else f"{prefix}{name}"
-        state[f"{layer}.{down}.weight"] = factors.down
-        state[f"{layer}.{up}.weight"] = factors.up
-        state[f"{layer}.alpha"] = torch.tensor(factors.scaling * factors.rank)
+        if prefix == NETWORKS[0]:
+            layer = f"{_KOHYA}{name.replace('.', '_')}"
+            state[f"{layer}.lora_down.weight"] = factors.down
+            state[f"{layer}.lora_up.weight"] = factors.up
+            state[f"{layer}.alpha"] = torch.tensor(factors.scaling * factors.rank)
+        else:
+            state[f"{prefix}{name}.lora_A.weight"] = factors.down
+            state[f"{prefix}{name}.lora_B.weight"] = factors.folded().up
     return state
+
+
+def folded(
+    weights: Mapping[str, Tensor], options: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return a LoRA with the scaling of every layer multiplied into its B: the scaling is 1 then.
+
+    Args:
+        weights: By diffusers' or PEFT's names.
+        options: The adapter's configuration, as peft's `LoraConfig`.
+
+    Returns:
+        Weights and configuration. Tensors that stay as they are, are the same objects.
+    """
+    scaled = dict(weights)
+    for name, value in weights.items():
+        found = _TENSOR.fullmatch(name)
+        if found is None or _HALVES.get(found["half"] or "") != "up":
+            continue
+        alpha = settings.number(options, "lora_alpha", "alpha_pattern", found["layer"])
+        stabilised = settings.flag(options.get("use_rslora", False))
+        factor = scaling(alpha or 0.0, value.shape[1], rank_stabilised=stabilised)
+        if factor != 1.0:
+            scaled[name] = factor * value.float()
+    ranks = options.get("rank_pattern") or {}
+    ones = {"lora_alpha": options["r"], "alpha_pattern": ranks, "use_rslora": False}
+    return scaled, {**options, **ones}
 
 
 def _factors(layer: str, tensors: _Tensors, options: Mapping[str, Any], file: Path) -> Factors:

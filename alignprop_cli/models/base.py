@@ -174,6 +174,8 @@ class Family:
         spacings: The same for `sample.spacing`.
         guides: Whether there is classifier-free guidance at all; False for a model whose
             model_index.json says that it was distilled without it.
+        true_guidance: Whether `sample.guidance_scale` is an input of the network alone (where it
+            has one), and `sample.true_guidance_scale` the scale of two branches.
     """
 
     name: str
@@ -188,6 +190,7 @@ class Family:
     schedulers: tuple[str, ...] = ()
     spacings: tuple[str, ...] = ()
     guides: bool = True
+    true_guidance: bool = False
 
 
 @dataclass(frozen=True)

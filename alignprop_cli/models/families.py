@@ -15,9 +15,10 @@ import torch
 from alignprop_cli.config.schema import ModelConfig, SampleConfig
 from alignprop_cli.device import allow_tf32, resolve_dtype
 from alignprop_cli.errors import AssetError, ConfigError
-from alignprop_cli.guidance import Embeds, Guidance
+from alignprop_cli.guidance import Embeds
 from alignprop_cli.models import loading
 from alignprop_cli.models.base import Family, Model, Sampler, Source
+from alignprop_cli.models.guiding import guidance_of, takes_scale
 from alignprop_cli.parsing import ParseError, read_json
 from alignprop_cli.paths import read_text, user_path
 from alignprop_cli.prompts import cut_note
@@ -43,6 +44,9 @@ PUBLISHED = {
     "stabilityai/stable-diffusion-3-medium-diffusers": "sd-3-medium",
     "stabilityai/stable-diffusion-3.5-medium": "sd-3.5-medium",
     "stabilityai/stable-diffusion-3.5-large": "sd-3.5-large",
+    "black-forest-labs/FLUX.1-dev": "flux.1-dev",
+    "black-forest-labs/FLUX.1-schnell": "flux.1-schnell",
+    "black-forest-labs/FLUX.1-Krea-dev": "flux.1-krea-dev",
     "black-forest-labs/FLUX.2-klein-4B": "flux.2-klein-4b",
     "black-forest-labs/FLUX.2-klein-9B": "flux.2-klein-9b",
     "black-forest-labs/FLUX.2-klein-base-4B": "flux.2-klein-base-4b",
@@ -116,6 +120,23 @@ FAMILIES: dict[str, Family] = {
             load_parts=_from("sd3", "load_parts"),
             on_meta=_from("sd3", "on_meta"),
             spacings=("linear",),
+        ),
+        Family(
+            name="FLUX.1",
+            pipeline_class="FluxPipeline",
+            lora_prefix="transformer.",
+            # Those of diffusers' trainer and of Flow-GRPO (arXiv:2505.05470) on FLUX.1-dev. The
+            # first three are in the single blocks too.
+            target_modules=(
+                *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+                *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
+                *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+            ),
+            load_text_encoders=_from("flux1", "load_text_encoders"),
+            load_parts=_from("flux1", "load_parts"),
+            on_meta=_from("flux1", "on_meta"),
+            spacings=("linear",),
+            true_guidance=True,
         ),
         Family(
             name="FLUX.2-klein",
@@ -278,6 +299,8 @@ def open_model(
 
     # 3. What stays for the whole run.
     parts = family.load_parts(source, device)
+    if family.true_guidance and not takes_scale(parts.network):
+        note(f"{config.id} takes no guidance scale: sample.guidance_scale is not used")
     return Model(
         id=config.id,
         family=family,
@@ -341,25 +364,9 @@ def sampler(config: SampleConfig, family: Family, network: object = None) -> Sam
                 else f"sample.{key}: {family.name} has no other than `model`, got {chosen}"
             )
         choices |= {key: chosen} if chosen != "model" else {}
-    embedded = bool(getattr(network, "embeds_guidance", False))
-    if embedded and config.guidance_interval != (0.0, 1.0):
-        raise ConfigError(
-            f"sample.guidance_interval: {config.guidance_interval} cannot be obeyed: guidance was "
-            "distilled into this model, which takes the scale as an input at every call"
-        )
-    if embedded and config.negative_prompt:
-        raise ConfigError(
-            "sample.negative_prompt: cannot be obeyed: guidance was distilled into this model, "
-            "which has no unconditional branch"
-        )
     return Sampler(
         num_inference_steps=config.num_inference_steps,
-        guidance=Guidance(
-            scale=config.guidance_scale if family.guides else 0.0,
-            interval=config.guidance_interval,
-            origin=family.guidance_origin,
-            embedded=embedded,
-        ),
+        guidance=guidance_of(config, family, network),
         eta=config.eta,
         height=config.height,
         width=config.width,

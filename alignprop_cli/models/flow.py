@@ -23,6 +23,10 @@ SCHEDULER = PartRules(
         "use_dynamic_shifting": one_of(True, False),
         "time_shift_type": one_of("exponential", "linear"),
         "shift_terminal": either(number(0.0, 1.0), NOTHING),
+        "base_image_seq_len": whole(1, 2**20),
+        "max_image_seq_len": whole(1, 2**20),
+        "base_shift": number(-float("inf"), float("inf")),
+        "max_shift": number(-float("inf"), float("inf")),
         # The two that are not obeyed: noise that rises, and fresh noise at every step.
         "invert_sigmas": either(one_of(False), NOTHING),
         "stochastic_sampling": either(one_of(False), NOTHING),
@@ -110,15 +114,15 @@ class FlowTransformer:
         """
         sigmas = self.own_sigmas(steps) if spacing == "model" else _linear(steps)
         scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(self._scheduler_config)
-        mu = self.shift(steps, latent_shape)
-        options = {} if mu is None else {"mu": mu}
-        if sigmas is None:
-            scheduler.set_timesteps(steps, **options)
-        else:
-            scheduler.set_timesteps(sigmas=sigmas, **options)
         try:
+            mu = self.shift(steps, latent_shape)
+            options = {} if mu is None else {"mu": mu}
+            if sigmas is None:
+                scheduler.set_timesteps(steps, **options)
+            else:
+                scheduler.set_timesteps(sigmas=sigmas, **options)
             return flow_schedule(scheduler.sigmas.tolist(), scheduler.timesteps.tolist())
-        except ValueError as error:
+        except (ValueError, ArithmeticError) as error:
             raise ConfigError(f"model.id: {self._model_id}: scheduler: {error}") from error
 
     def own_sigmas(self, steps: int) -> Any:

@@ -29,6 +29,21 @@ from alignprop_cli.prompts import for_tokenizer
 T5_LENGTH = 256
 """Tokens of T5 that the pipeline conditions on by default."""
 
+VAE = PartRules(
+    ("AutoencoderKL",),
+    {
+        "_class_name": one_of("AutoencoderKL"),
+        "latent_channels": SIZE,
+        "block_out_channels": list_of(SIZE),
+        "scaling_factor": number(0.0, float("inf")),
+        "shift_factor": number(-float("inf"), float("inf")),
+        # Statistics by channel would be one more step that the pipeline does not take.
+        "latents_mean": NOTHING,
+        "latents_std": NOTHING,
+    },
+)
+"""The autoencoder of `ShiftedDecoder`."""
+
 _CLIP = PartRules(("CLIPTextModelWithProjection",), {"hidden_size": SIZE, "projection_dim": SIZE})
 _WORDS = ("CLIPTokenizer", "CLIPTokenizerFast")
 _RULES = {
@@ -46,19 +61,7 @@ _RULES = {
             "pos_embed_max_size": SIZE,
         },
     ),
-    "vae": PartRules(
-        ("AutoencoderKL",),
-        {
-            "_class_name": one_of("AutoencoderKL"),
-            "latent_channels": SIZE,
-            "block_out_channels": list_of(SIZE),
-            "scaling_factor": number(0.0, float("inf")),
-            "shift_factor": number(-float("inf"), float("inf")),
-            # Statistics by channel would be one more step that the pipeline does not take.
-            "latents_mean": NOTHING,
-            "latents_std": NOTHING,
-        },
-    ),
+    "vae": VAE,
     "text_encoder": _CLIP,
     "text_encoder_2": _CLIP,
     "text_encoder_3": PartRules(("T5EncoderModel",), {"d_model": SIZE}),
@@ -99,7 +102,7 @@ class Sd3Text:
     def _encode(self, prompt: str) -> Embeds:
         # 1. CLIP: the last hidden states but one, side by side, and the pooled ones.
         found = [
-            encoder(_tokens(words, prompt, self.length, encoder), output_hidden_states=True)
+            encoder(padded_tokens(words, prompt, self.length, encoder), output_hidden_states=True)
             for words, encoder in self.clips
         ]
         clip = torch.cat([f.hidden_states[-2][0] for f in found], dim=-1)  # (L, D)
@@ -109,13 +112,13 @@ class Sd3Text:
             t5 = clip.new_zeros(T5_LENGTH, self.width)
         else:
             words, encoder = self.t5
-            t5 = encoder(_tokens(words, prompt, T5_LENGTH, encoder))[0][0]
+            t5 = encoder(padded_tokens(words, prompt, T5_LENGTH, encoder))[0][0]
         # 3. One after the other, CLIP's filled up with zeros.
         clip = torch.nn.functional.pad(clip, (0, self.width - clip.shape[-1]))
         return Embeds({"hidden": torch.cat([clip, t5.to(clip.dtype)]), "pooled": pooled})
 
 
-def _tokens(tokenizer: Any, prompt: str, length: int, encoder: Any) -> Tensor:
+def padded_tokens(tokenizer: Any, prompt: str, length: int, encoder: Any) -> Tensor:
     """Return the tokens of a prompt, (1, length), cut and padded, on the encoder's device."""
     tokens = tokenizer(
         prompt, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
@@ -159,13 +162,27 @@ class Sd3Transformer(FlowTransformer):
         return flow.to(latents.dtype)
 
 
-class Sd3Decoder(VaeDecoder):
-    """The decoder; see `Decoder`."""
+class ShiftedDecoder(VaeDecoder):
+    """The decoder of latents that are scaled and shifted; see `Decoder`."""
 
     def to_autoencoder(self, latents: Tensor) -> Tensor:
         """Return latents / scaling_factor + shift_factor; differentiable."""
         config = self.module.config
         return latents / config.scaling_factor + config.shift_factor
+
+
+def shifted_decoder(vae: Any, source: Source) -> ShiftedDecoder:
+    """Return the decoder of an autoencoder.
+
+    Raises:
+        ConfigError: If its configuration has no shift.
+    """
+    if vae.config.shift_factor is None:
+        raise ConfigError(
+            f"model.id: {source.path}: vae: shift_factor: expected a number, got null"
+        )
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    return ShiftedDecoder(vae, factor, source.config.vae_tile_size, source.config.id)
 
 
 def load_text_encoders(source: Source, device: torch.device) -> Sd3Text:
@@ -196,7 +213,7 @@ def load_text_encoders(source: Source, device: torch.device) -> Sd3Text:
         made = Sd3Text(clips, t5, network.get("joint_attention_dim", 4096))
         # What is wrong with them shows in the first use.
         found = made.encode([""])[0]
-        _check_widths(found, network, source)
+        check_widths(found, network, source)
         return made
 
 
@@ -250,10 +267,6 @@ def _parts(network: Any, vae: Any, source: Source) -> Parts:
             f"model.id: the network of {model_id} gives {config.out_channels} channels for "
             f"{config.in_channels}"
         )
-    if vae.config.shift_factor is None:
-        raise ConfigError(
-            f"model.id: {source.path}: vae: shift_factor: expected a number, got null"
-        )
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     unit = factor * config.patch_size
     sizes = Sizes(
@@ -267,11 +280,11 @@ def _parts(network: Any, vae: Any, source: Source) -> Parts:
         network=Sd3Transformer(
             network, components.load_config(source, "scheduler", SCHEDULER.file), sizes, model_id
         ),
-        decoder=Sd3Decoder(vae, factor, source.config.vae_tile_size, model_id),
+        decoder=shifted_decoder(vae, source),
     )
 
 
-def _check_widths(found: Embeds, network: dict[str, Any], source: Source) -> None:
+def check_widths(found: Embeds, network: dict[str, Any], source: Source) -> None:
     """Refuse text encoders whose embeddings are not what the network reads."""
     for name, key in (("hidden", "joint_attention_dim"), ("pooled", "pooled_projection_dim")):
         have, wanted = found.tensors[name].shape[-1], network.get(key)

@@ -186,16 +186,12 @@ class Checkpoints(Callback):
             "alignprop.rewards": ",".join(trainer.mixture.names),
             "alignprop.config": json.dumps(run.config.model_dump(mode="json"), sort_keys=True),
         }
-        module = trainer.model.network.module
+        module, prefix = trainer.model.network.module, trainer.model.family.lora_prefix
+        weights, metadata = lora.weights(module), lora.adapter_metadata(module)
+        written, _ = files.as_written(weights, metadata, prefix)
 
         def save_lora(folder: Path) -> None:
-            files.save(
-                folder,
-                lora.weights(module),
-                header,
-                prefix=trainer.model.family.lora_prefix,
-                adapter_metadata=lora.adapter_metadata(module),
-            )
+            files.save(folder, weights, header, prefix=prefix, adapter_metadata=metadata)
 
         seen = trainer.step_number * trainer.settings.batch_size
         state = checkpoint.State(
@@ -205,6 +201,7 @@ class Checkpoints(Callback):
             skipped_in_row=trainer.guard.skipped_in_row,
             metrics=metrics_hash(run.folder, trainer.step_number),
             inputs=run.inputs,
+            trained={n: value for n, value in weights.items() if written[n] is not value},
         )
         checkpoint.save(run.folder, state, save_lora)
 

@@ -3,7 +3,8 @@
 runs/<name>/config.yaml            complete; `train --config` on it repeats the run
             metrics.jsonl          one line per optimiser step
             checkpoints/step-000020/pytorch_lora_weights.safetensors   the adapter, for everyone
-                                    optimizer.safetensors              AdamW's moments
+                                    optimizer.safetensors              AdamW's moments, and B where
+                                                       the adapter has it scaled
                                     state.json                         counters and hashes
             samples/               fixed prompts and seeds over time
             before_after.png  summary.json
@@ -30,7 +31,9 @@ from alignprop_cli.storage import remove, sha256, write_whole
 
 _OPTIMIZER = "optimizer.safetensors"
 _STATE = "state.json"
-# In it: a hash of all the rest of it.
+# In it, before the names of the LoRA's weights as they are trained.
+_TRAINED = "trained:"
+# In _STATE: a hash of all the rest of it.
 _CHECK = "check"
 
 
@@ -45,6 +48,8 @@ class State:
         skipped_in_row: Steps before this one, without a gap, that were skipped.
         metrics: Hash of the lines of metrics.jsonl up to this step.
         inputs: Hashes of the files that the run reads, by key; see `setup.inputs`.
+        trained: Those of the LoRA's weights that the LoRA file holds otherwise than they are
+            trained; see `files.as_written`.
     """
 
     step: int
@@ -53,6 +58,7 @@ class State:
     skipped_in_row: int = 0
     metrics: str = ""
     inputs: Mapping[str, str] = field(default_factory=dict[str, str])
+    trained: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
 
 def save(run: Path, state: State, save_lora: Callable[[Path], object]) -> Path:
@@ -71,7 +77,8 @@ def save(run: Path, state: State, save_lora: Callable[[Path], object]) -> Path:
     # The LoRA file is for everyone; the other two are only needed to resume.
     def write(folder: Path) -> None:
         save_lora(folder)
-        save_tensors(folder / _OPTIMIZER, state.optimizer, {"format": "pt"})
+        trained = {f"{_TRAINED}{name}": value for name, value in state.trained.items()}
+        save_tensors(folder / _OPTIMIZER, {**state.optimizer, **trained}, {"format": "pt"})
         values = {
             "step": state.step,
             "images_seen": state.images_seen,
@@ -135,13 +142,16 @@ def load(path: Path) -> State:
         raise damaged(path, wrong)
     values = _counters(path)
     try:
+        tensors = load_file(path / _OPTIMIZER)
+        trained = {name for name in tensors if name.startswith(_TRAINED)}
         return State(
             int(values["step"]),
             int(values["images_seen"]),
-            load_file(path / _OPTIMIZER),
+            {name: value for name, value in tensors.items() if name not in trained},
             int(values["skipped_in_row"]),
             str(values["metrics"]),
             dict(values["inputs"]),
+            {name.removeprefix(_TRAINED): tensors[name] for name in trained},
         )
     except (ValueError, KeyError, TypeError, SafetensorError) as error:
         raise damaged(path, f"{type(error).__name__}: {error}") from error

@@ -147,7 +147,8 @@ def restore(trainer: Trainer, found: Path, run: Path, steps: int) -> None:
     # 3. Weights, optimiser and counters. Random numbers are keyed by the step: no generator to
     #    restore.
     prefix = trainer.model.family.lora_prefix
-    lora.set_weights(trainer.model.network.module, checkpoint.load_lora(found, prefix))
+    weights = {**checkpoint.load_lora(found, prefix), **state.trained}
+    lora.set_weights(trainer.model.network.module, weights)
     trainer.optimizer.load_state(state.optimizer)
     trainer.step_number, trainer.guard.skipped_in_row = state.step, state.skipped_in_row
 

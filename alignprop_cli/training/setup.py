@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -164,27 +165,23 @@ def prepare_lora(config: Config, model: Model, found: Path | None, console: Cons
     else:
         # From the checkpoint, where there is one: the file of lora.init may be gone by now.
         start = files.read(found / files.LORA_FILE if found else _initial(wanted.init))
-        lora.load(module, start, model.id)
-        lora.make_trainable(module)
         if start.left_out:
             console.warn(f"{start.file}: its layers of the text encoder are left out")
-        # The file's rank and alpha win over lora.rank and lora.alpha.
+        # The file's rank and alpha win over lora.rank and lora.alpha. The run's own checkpoints may
+        # have the scaling in B; it is put there now, so that it is the same when it is resumed.
+        layers = files.layers_as_written(start.layers, model.family.lora_prefix)
+        as_in_file = all(layers[n].alpha == factors.alpha for n, factors in start.layers.items())
+        lora.load(module, replace(start, layers=layers), model.id)
+        lora.make_trainable(module)
         metadata = lora.adapter_metadata(module)
         have = {
             "rank": metadata["r"],
             "alpha": float(metadata["lora_alpha"]),
             "target_modules": metadata["target_modules"],
         }
-        console.note(f"lora.init: rank {have['rank']}, alpha {have['alpha']:g}, as in its file")
+        how = "as in its file" if as_in_file else "its file's scaling multiplied into B"
+        console.note(f"lora.init: rank {have['rank']}, alpha {have['alpha']:g}, {how}")
     made = wanted.model_copy(update=have)
-    alpha = made.rank if made.alpha is None else made.alpha
-    if alpha != made.rank and model.family.lora_prefix == "transformer.":
-        # Alpha is in the header, where diffusers reads it. As a tensor of its own, where ComfyUI
-        # would, it makes diffusers refuse the file.
-        console.note(
-            f"ComfyUI does not read lora.alpha: load the LoRA with strength "
-            f"{alpha / made.rank:g} there"
-        )
     return config.model_copy(update={"lora": made})
 
 

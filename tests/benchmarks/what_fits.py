@@ -34,12 +34,17 @@ WINDOWS: dict[str, dict[str, Any]] = {
 # With `--presets`: presets as they are, on the cards that people have.
 PRESETS = (
     *("sdxl_hps", "sdxl_turbo_aesthetic", "lcm_aesthetic"),
-    *("sd35_hps", "klein_hps", "klein_aesthetic"),
+    *("sd35_hps", "klein_hps", "klein_aesthetic", "flux_hps"),
     "zimage_turbo_hps",
 )
 PRESET_CARDS = (12, 16, 24, 48)
 
 LARGE: dict[str, Any] = {"sample.height": 1024}
+SCHNELL: dict[str, Any] = {
+    "model.id": "black-forest-labs/FLUX.1-schnell",
+    "sample.num_inference_steps": 4,
+    "gradient.method": "full",
+}
 # With `--flows`: rectified flows as their presets have them, and what differs.
 FLOWS: dict[str, tuple[str, dict[str, Any]]] = {
     "SD 3.5 medium, 512, last 2 of 25": ("sd35_hps", {}),
@@ -52,6 +57,9 @@ FLOWS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "Z-Image-Turbo, 512, all 8": ("zimage_turbo_hps", {}),
     "Z-Image-Turbo, 1024, all 8": ("zimage_turbo_hps", LARGE),
+    "FLUX.1-dev, 512, last fifth of 25": ("flux_hps", {}),
+    "FLUX.1-dev, 1024, last fifth of 25": ("flux_hps", LARGE),
+    "FLUX.1-schnell, 512, all 4": ("flux_hps", SCHNELL),
 }
 FLOW_CARDS = (12, 16, 24, 48, 80)
 SHORT = {"none": "", "block": " b", "call": " c"}

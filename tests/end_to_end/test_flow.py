@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import Flux2KleinPipeline, StableDiffusion3Pipeline, ZImagePipeline
+from diffusers import Flux2KleinPipeline, FluxPipeline, StableDiffusion3Pipeline, ZImagePipeline
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -24,12 +24,14 @@ from alignprop_cli.lora import layers as lora
 from alignprop_cli.models.families import open_model, sampler
 from alignprop_cli.planning.window import with_window
 from alignprop_cli.rewards.mixture import build_mixture
-from tests.flow_models import small_klein, small_sd3, small_zimage
+from tests.factories import fill_lora_b
+from tests.flow_models import as_given, small_flux1, small_klein, small_sd3, small_zimage
 
 CPU = torch.device("cpu")
 CASES: dict[str, tuple[Callable[..., Path], Any]] = {
     "sd3": (small_sd3, StableDiffusion3Pipeline),
     "klein": (small_klein, Flux2KleinPipeline),
+    "flux1": (small_flux1, FluxPipeline),
     "zimage": (small_zimage, ZImagePipeline),
 }
 
@@ -41,6 +43,9 @@ COMFYUI = {
     "klein": r"transformer\.transformer_blocks\.\d+\.attn\.(to_[qkv]|to_out\.0)"
     r"|transformer\.single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)",
     "zimage": r"transformer\.layers\.\d+\.attention\.(to_[qkv]|to_out\.0)",
+    "flux1": r"transformer\.transformer_blocks\.\d+\.attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj)"
+    r"|transformer\.transformer_blocks\.\d+\.(attn\.to_add_out|ff(_context)?\.net\.(0\.proj|2))"
+    r"|transformer\.single_transformer_blocks\.\d+\.attn\.to_[qkv]",
 }
 
 
@@ -114,9 +119,8 @@ def drawn(config: Config, prompt: str, file: Path | None) -> Tensor:
 def test_two_steps_resumed_to_three_give_the_image_of_plain_diffusers(
     run: Callable[..., tuple[int, str, str]], name: str, folder: Path
 ) -> None:
-    # One family with an alpha that is not the rank.
-    alpha = 3.0 if name == "sd3" else 2.0
-    given = [*options(folder), f"--set=lora.alpha={alpha}"]
+    # An alpha that is not the rank, and no power of two from it.
+    given = [*options(folder), "--set=lora.alpha=3"]
     code, out, err = run("train", *given, "--steps=2", "--output=r", "--json")
     assert code == 0, err
     assert "cover 100.0% of the path from noise to image" in err
@@ -132,11 +136,16 @@ def test_two_steps_resumed_to_three_give_the_image_of_plain_diffusers(
     assert all(torch.equal(resumed[key], whole[key]) for key in whole)
     assert any(not torch.equal(first[key], resumed[key]) for key in first)
 
-    # Every layer has its name in ComfyUI's map, which without `.alpha` scales by 1.
+    # Every layer has its name in ComfyUI's map, which without `.alpha` scales by 1; the B that is
+    # trained, and resumed from, is another than that in the file.
     layers = {re.sub(r"\.lora_[AB]\.weight$", "", key) for key in resumed}
     assert all(re.fullmatch(COMFYUI[name], layer) for layer in layers)
-    assert {factors.scaling for factors in files.read(file).layers.values()} == {alpha / 2}
-    assert ("load the LoRA with strength 1.5 there" in err) is (name == "sd3")
+    assert {factors.scaling for factors in files.read(file).layers.values()} == {1.0}
+    trained = load_file(file.with_name("optimizer.safetensors"))
+    for layer in layers:
+        (up,) = (resumed[key] for key in resumed if key == f"{layer}.lora_B.weight")
+        own = trained[f"trained:{layer.removeprefix('transformer.')}.lora_B.weight"]
+        assert torch.equal(up, 1.5 * own)
 
     # The file in plain diffusers, and our own image.
     config = presets.resolve(config=Path("r/config.yaml"))
@@ -150,7 +159,7 @@ def test_two_steps_resumed_to_three_give_the_image_of_plain_diffusers(
         guidance_scale=2.0,
         height=16,
         width=16,
-        latents=rng.image_noise(0, "eval_noise", [(0, 0)], shape),
+        latents=as_given(pipeline, rng.image_noise(0, "eval_noise", [(0, 0)], shape)),
         output_type="pt",
     ).images[0]
     expected = image.mul(255.0).round().to(torch.uint8).permute(1, 2, 0)
@@ -164,7 +173,7 @@ def test_two_steps_resumed_to_three_give_the_image_of_plain_diffusers(
 def test_a_lora_of_another_family_is_refused(
     run: Callable[..., tuple[int, str, str]], folder: Path, name: str, tmp_path: Path
 ) -> None:
-    other = "klein" if name == "sd3" else "sd3"
+    other = {"sd3": "klein", "klein": "flux1", "flux1": "klein"}[name]
     theirs = CASES[other][0](tmp_path / "other")
     model = open_model(ModelConfig(id=str(theirs)), [], CPU)
     network = model.network.module
@@ -180,6 +189,35 @@ def test_a_lora_of_another_family_is_refused(
     code, _, err = run("train", *options(folder), "--steps=1", f"--set=lora.init={tmp_path}/lora")
     assert code == 2
     assert "this LoRA does not belong to model" in err
+
+
+def test_a_run_from_a_file_with_an_alpha_is_resumed_as_if_it_had_not_stopped(
+    run: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = small_flux1(tmp_path / "model")
+    # Diffusers' format as others write it: with alpha in the header.
+    network = open_model(ModelConfig(id=str(folder)), [], CPU).network.module
+    lora.inject(network, rank=2, alpha=3, target_modules=["attn.to_q", "attn.to_v"], seed=0)
+    fill_lora_b(network, seed=1)
+    state = {f"transformer.{key}": value for key, value in lora.weights(network).items()}
+    header = {f"transformer.{k}": v for k, v in lora.adapter_metadata(network).items()}
+    metadata = {"lora_adapter_metadata": json.dumps(header)}
+    files.save_tensors(tmp_path / "start.safetensors", state, metadata)
+    given = [*options(folder), "--set=lora.init=start.safetensors"]
+    code, _, err = run("train", *given, "--steps=1", "--output=r", "--json")
+    assert code == 0, err
+    assert "lora.init: rank 2, alpha 2, its file's scaling multiplied into B" in err
+    again = ["--resume=r", f"--set=model.id={folder}", "--set=train.steps=2"]
+    code, _, err = run("train", *again, "--json")
+    assert code == 0, err
+    code, _, err = run("train", *given, "--steps=2", "--output=whole", "--json")
+    assert code == 0, err
+    resumed, whole = (
+        load_file(Path(name) / "checkpoints/step-000002" / files.LORA_FILE)
+        for name in ("r", "whole")
+    )
+    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
 
 
 def test_a_tiny_window_is_warned_of_and_another_asked_for_as_a_share_of_the_path(

@@ -276,13 +276,42 @@ def test_a_file_for_comfyui_is_read_back_with_its_scaling(tmp_path: Path, prefix
         "transformer.": "transformer.mid_block.attentions.0.proj_in.lora_A.weight",
     }
     assert names[prefix] in state
-    assert len(state) == 6
+    # Only a U-Net's have alpha; diffusers refuses those of a transformer with it.
+    alphas = [name for name in state if name.endswith(".alpha")]
+    assert (len(state), len(alphas)) == ((6, 2) if prefix == "unet." else (4, 0))
     file = files.save_for_comfyui(tmp_path, layers, {"note": "x"}, prefix=prefix)
     found = files.read(file)
     assert found.header["note"] == "x"
     for name, factors in layers.items():
         torch.testing.assert_close(found.layers[name].delta(), factors.delta())
-    assert [found.layers[n].alpha for n in layers] == [6.0, 6.0]
+    expected = [6.0, 6.0] if prefix == "unet." else [2.0, 4.0]
+    assert [found.layers[n].alpha for n in layers] == expected
+
+
+def test_the_scaling_of_every_layer_is_multiplied_into_b_for_transformers(tmp_path: Path) -> None:
+    up = torch.arange(8.0).reshape(4, 2)
+    layers = {
+        "transformer_blocks.0.attn.to_q": Factors(torch.ones(2, 3), up, 3.0),
+        "transformer_blocks.0.attn.to_k": Factors(torch.ones(2, 3), up.clone(), 2.0),
+        "transformer_blocks.1.attn.to_q": Factors(torch.ones(4, 3), torch.ones(4, 4), 1.0),
+    }
+    weights, metadata = files.packed(layers)
+    written, settings = files.as_written(weights, metadata, "transformer.")
+    assert {n for n in weights if written[n] is not weights[n]} == {
+        "transformer_blocks.0.attn.to_q.lora.up.weight",
+        "transformer_blocks.1.attn.to_q.lora.up.weight",
+    }
+    options = {"prefix": "transformer.", "adapter_metadata": metadata}
+    found = files.read(files.save(tmp_path, weights, {}, **options)).layers
+    for name, factors in layers.items():
+        assert found[name].scaling == 1.0
+        torch.testing.assert_close(found[name].delta(), factors.delta())
+    assert settings["lora_alpha"] == settings["r"]
+    stabilised, _ = files.as_written(weights, {**metadata, "use_rslora": True}, "transformer.")
+    name = "transformer_blocks.0.attn.to_q.lora.up.weight"
+    torch.testing.assert_close(stabilised[name], 3.0 / 2.0**0.5 * up)
+    # Those of a U-Net are written with the alpha that they have.
+    assert files.as_written(weights, metadata, "unet.") == (weights, metadata)
 
 
 X = "unet.x.to_q"

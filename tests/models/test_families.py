@@ -242,7 +242,7 @@ def test_another_family_on_the_hub_is_refused_before_anything_is_downloaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     index = tmp_path / "model_index.json"
-    index.write_text('{"_class_name": "FluxPipeline"}')
+    index.write_text('{"_class_name": "HunyuanDiTPipeline"}')
     asked: list[tuple[Any, ...]] = []
 
     def download(*arguments: Any, **options: Any) -> str:
@@ -254,7 +254,7 @@ def test_another_family_on_the_hub_is_refused_before_anything_is_downloaded(
 
     monkeypatch.setattr(loading, "hf_hub_download", download)
     monkeypatch.setattr(DiffusionPipeline, "download", refuse)
-    with pytest.raises(ConfigError, match="a/b is a FluxPipeline; supported: "):
+    with pytest.raises(ConfigError, match="a/b is a HunyuanDiTPipeline; supported: "):
         open_model(ModelConfig(id="a/b", revision="v2"), ["cat"], CPU)
     assert asked == [("a/b", "model_index.json", {"revision": "v2"})]
 

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import Flux2KleinPipeline, StableDiffusion3Pipeline, ZImagePipeline
+from diffusers import Flux2KleinPipeline, FluxPipeline, StableDiffusion3Pipeline, ZImagePipeline
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -20,14 +22,23 @@ from alignprop_cli.config.schema import ModelConfig, SampleConfig
 from alignprop_cli.errors import AssetError, ConfigError
 from alignprop_cli.estimators import last_k
 from alignprop_cli.guidance import Embeds, Guidance, guided
+from alignprop_cli.lora import files
 from alignprop_cli.lora import layers as lora
-from alignprop_cli.models.base import Model
+from alignprop_cli.models import flux1 as flux1_family
+from alignprop_cli.models.base import Model, Source
 from alignprop_cli.models.families import PUBLISHED, find, open_model, sampler
 from alignprop_cli.models.meta import meta_model
 from alignprop_cli.sampling import sample
 from alignprop_cli.schedule import NoiseSchedule
 from tests.factories import fill_lora_b, randn, small_pipeline
-from tests.flow_models import small_klein, small_sd3, small_zimage
+from tests.flow_models import (
+    as_given,
+    small_flux1,
+    small_klein,
+    small_schnell,
+    small_sd3,
+    small_zimage,
+)
 
 CPU = torch.device("cpu")
 PROMPTS = ["a cat", "two small dogs", "x"]
@@ -58,7 +69,8 @@ class Case:
 SD3 = Case(small_sd3, StableDiffusion3Pipeline, ((16, 16), (8, 20)), 3 * 8 - 1)
 KLEIN = Case(small_klein, Flux2KleinPipeline, ((32, 32), (16, 36)), 2 * 4 + 3 * 2)
 ZIMAGE = Case(small_zimage, ZImagePipeline, ((64, 64), (32, 80)), 3 * 4, unguided=0.0)
-CASES = {"sd3": SD3, "klein": KLEIN, "zimage": ZIMAGE}
+FLUX1 = Case(small_flux1, FluxPipeline, ((16, 16), (8, 20)), 2 * 12 + 3 * 3)
+CASES = {"sd3": SD3, "klein": KLEIN, "flux1": FLUX1, "zimage": ZIMAGE}
 
 
 @pytest.fixture(scope="module", params=sorted(CASES))
@@ -97,6 +109,11 @@ def zimage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_zimage(tmp_path_factory.mktemp("zimage") / "model")
 
 
+@pytest.fixture(scope="module")
+def flux1(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_flux1(tmp_path_factory.mktemp("flux1") / "model")
+
+
 def load(path: Path | str, prompts: tuple[str, ...] = (*PROMPTS, ""), **options: str) -> Model:
     return open_model(ModelConfig(id=str(path), **({"dtype": "float32"} | options)), prompts, CPU)
 
@@ -105,6 +122,12 @@ def pipeline_of(case: Case, folder: Path, **options: Any) -> Any:
     pipeline = case.pipeline.from_pretrained(folder, **options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def two_branches(model: Model, scale: float, **options: Any) -> Guidance:
+    """Return guidance by two branches, also of a network that takes a scale as an input."""
+    embedded = 3.5 if getattr(model.network, "embeds_guidance", False) else None
+    return Guidance(scale, embedded=embedded, **options)
 
 
 def noise(model: Model, size: tuple[int, int], images: int = 3) -> Tensor:
@@ -118,8 +141,8 @@ def draw(
     guidance: float = 1.0,
     prompts: list[str] = PROMPTS,
     *,
-    spacing: Any = "model",
     steps: int = 4,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Return (latents, images)."""
     config = SampleConfig(
@@ -127,11 +150,12 @@ def draw(
         guidance_scale=guidance,
         height=size[0],
         width=size[1],
-        spacing=spacing,
+        **options,
     )
     chain = sampler(config, model.family, model.network)
     start = noise(model, size, len(prompts))
-    conditioning = model.conditioning(prompts, "" if chain.guidance.enabled else None)
+    negative = chain.negative_prompt if chain.guidance.enabled else None
+    conditioning = model.conditioning(prompts, negative)
     denoise = guided(model.network.predict, conditioning, chain.guidance)
     latents = sample(denoise, start, chain.schedule(model.network, tuple(start.shape[1:])))
     return latents, model.decoder.decode(latents)
@@ -154,13 +178,17 @@ def draw_with_diffusers(
         width=size[1],
         num_inference_steps=4,
         guidance_scale=guidance,
-        latents=start,
+        latents=as_given(pipeline, start),
         output_type="pt",
         callback_on_step_end=keep,
         **options,
     ).images
-    # FLUX.2's pipeline packs them: (B, h w, C).
-    latents = kept[-1] if kept[-1].ndim == 4 else kept[-1].transpose(1, 2).reshape(start.shape)
+    # The pipelines of FLUX pack them: (B, h w, C).
+    latents = kept[-1]
+    if isinstance(pipeline, FluxPipeline):
+        latents = pipeline._unpack_latents(latents, *size, pipeline.vae_scale_factor)
+    elif latents.ndim == 3:
+        latents = latents.transpose(1, 2).reshape(start.shape)
     return latents, images
 
 
@@ -294,9 +322,10 @@ def test_the_network_is_given_the_timesteps_of_the_pipeline_bit_for_bit_in_bfloa
     model.network.module.register_forward_pre_hook(spy, with_kwargs=True)
     start = noise(model, size, 1)
     shape = model.network.latent_shape(*size)
+    conditioning = model.conditioning(["x"], None)
+    denoise = guided(model.network.predict, conditioning, two_branches(model, 1.0))
     for step in model.network.schedule(7, shape).steps:
-        found = model.network.predict(start, step.timestep, model.conditioning(["x"], None).text)
-        assert found.dtype == start.dtype
+        assert denoise(start, step).dtype == start.dtype
     assert len(seen) == len(theirs) == 7
     for mine, expected in zip(seen, theirs, strict=True):
         assert mine.dtype == expected.dtype
@@ -307,11 +336,119 @@ def test_guidance_is_off_outside_its_interval_in_sigma(case: Case, model: Model)
     size = case.sizes[0]
     start, shape = noise(model, size), model.network.latent_shape(*size)
     conditioning, predict = model.conditioning(PROMPTS, ""), model.network.predict
-    denoise = guided(predict, conditioning, Guidance(4.0, (0.3, 0.9)))
+    denoise = guided(predict, conditioning, two_branches(model, 4.0, interval=(0.3, 0.9)))
     for step in model.network.schedule(6, shape, spacing="linear").steps:  # type: ignore[call-arg]
-        plain = guided(predict, conditioning, Guidance(1.0))(start, step)
+        plain = guided(predict, conditioning, two_branches(model, 1.0))(start, step)
         inside = 0.3 <= step.sigma <= 0.9
         assert torch.equal(denoise(start, step), plain) is not inside
+
+
+# --- FLUX.1: a scale that is an input, and true guidance ---
+
+
+@pytest.mark.parametrize("build", [small_flux1, small_schnell])
+def test_true_guidance_is_the_pipelines_with_its_negative_prompt(
+    build: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder, size = build(tmp_path / "model"), FLUX1.sizes[1]
+    model, pipeline = load(folder), pipeline_of(FLUX1, folder)
+    for negative in ("", "two small dogs"):
+        ours = draw(model, size, 2.0, true_guidance_scale=3.0, negative_prompt=negative)
+        theirs = draw_with_diffusers(
+            pipeline, model, size, 2.0, true_cfg_scale=3.0, negative_prompt=[negative] * 3
+        )
+        for mine, expected in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine, expected, **CLOSE)
+    off = draw(model, size, 2.0, true_guidance_scale=1.0)[0]
+    assert float((ours[0] - off).abs().max()) > 1e-2
+    with pytest.raises(ConfigError, match=r"sample\.negative_prompt: x cannot be obeyed") as caught:
+        draw(model, size, 2.0, negative_prompt="x")
+    assert "sample.true_guidance_scale above 1" in (caught.value.hint or "")
+
+
+def test_true_guidance_is_refused_where_the_guidance_scale_is_that_of_two_branches(
+    klein: Path,
+) -> None:
+    family, _ = find(ModelConfig(id=str(klein)))
+    with pytest.raises(ConfigError, match=r"true_guidance_scale: 2 is not for FLUX\.2-klein"):
+        sampler(SampleConfig(true_guidance_scale=2.0), family)
+
+
+def test_schnell_takes_no_guidance_scale_and_says_so(tmp_path: Path) -> None:
+    folder = small_schnell(tmp_path / "model")
+    said: list[str] = []
+    model = open_model(ModelConfig(id=str(folder)), [*PROMPTS, ""], CPU, said.append)
+    assert any("takes no guidance scale: sample.guidance_scale is not used" in s for s in said)
+    pipeline = pipeline_of(FLUX1, folder)
+    for size in FLUX1.sizes:
+        ours = draw(model, size, 4.0)
+        for mine, theirs in zip(ours, draw_with_diffusers(pipeline, model, size, 4.0), strict=True):
+            torch.testing.assert_close(mine, theirs, **CLOSE)
+        assert torch.equal(ours[0], draw(model, size, 0.0)[0])
+    # No shift: equal steps.
+    levels = [step.sigma for step in model.network.schedule(4, (8, 8, 8)).steps]
+    assert levels == pytest.approx([1.0, 0.75, 0.5, 0.25], abs=1e-6)
+
+
+def test_the_noise_of_a_seed_is_that_of_the_pipeline_before_it_is_packed(flux1: Path) -> None:
+    model, pipeline = load(flux1), pipeline_of(FLUX1, flux1)
+    shape = model.network.latent_shape(8, 20)
+    packed, _ = pipeline.prepare_latents(
+        2, shape[0], 8, 20, torch.float32, CPU, torch.Generator().manual_seed(5)
+    )
+    ours = torch.randn((2, *shape), generator=torch.Generator().manual_seed(5))
+    assert torch.equal(pipeline._unpack_latents(packed, 8, 20, 2), ours)
+
+
+def test_t5_in_float16_keeps_what_overflows_in_float32(flux1: Path) -> None:
+    source = Source(ModelConfig(id="x"), flux1, torch.float16)
+    encoders = flux1_family.load_text_encoders(source, CPU)
+    kinds = {name: p.dtype for name, p in encoders.t5[1].named_parameters()}
+    kept = {name for name, dtype in kinds.items() if dtype == torch.float32}
+    assert kept == {name for name in kinds if name.endswith("DenseReluDense.wo.weight")} != set()
+    (found,) = encoders.encode(["a cat"])
+    for tensor in found.tensors.values():
+        assert tensor.dtype == torch.float16
+        assert tensor.isfinite().all()
+
+
+# --- LoRA files ---
+
+
+def test_a_written_file_changes_the_weights_alike_in_diffusers_and_by_comfyuis_rules(
+    case: Case, folder: Path, tmp_path: Path
+) -> None:
+    """ComfyUI: strength (alpha / rank, or 1 without `.alpha`) up @ down (comfy/weight_adapter)."""
+    model, size = load(folder), case.sizes[1]
+    module, prefix = model.network.module, model.family.lora_prefix
+    lora.inject(module, rank=2, alpha=3, target_modules=model.family.target_modules, seed=0)
+    fill_lora_b(module, seed=1)
+    trained = {
+        name: layer.get_delta_weight(lora.ADAPTER).detach()
+        for name, layer in module.named_modules()
+        if isinstance(layer, LoraLayer)
+    }
+    assert len(trained) == case.layers
+    for made in ("diffusers", "comfyui"):
+        place = tmp_path / made
+        place.mkdir()
+        metadata = lora.adapter_metadata(module)
+        file = files.save(place, lora.weights(module), {}, prefix=prefix, adapter_metadata=metadata)
+        if made == "comfyui":
+            file = files.save_for_comfyui(place, files.read(file).layers, {}, prefix=prefix)
+        state, read = load_file(file), files.read(file).layers
+        pipeline = pipeline_of(case, folder)
+        pipeline.load_lora_weights(place)
+        for name, delta in trained.items():
+            up, down = (state[f"{prefix}{name}.lora_{half}.weight"] for half in "BA")
+            alpha = state.get(f"{prefix}{name}.alpha")
+            strength = 1.0 if alpha is None else float(alpha) / len(down)
+            loaded = pipeline.transformer.get_submodule(name).get_delta_weight("default_0")
+            for found in (strength * up @ down, loaded.detach(), read[name].delta().float()):
+                torch.testing.assert_close(found, delta, rtol=1e-5, atol=1e-7)
+        expected = draw_with_diffusers(pipeline, model, size)
+        for mine, theirs in zip(draw(model, size), expected, strict=True):
+            torch.testing.assert_close(mine, theirs, **CLOSE)
 
 
 # --- Gradients ---
@@ -356,7 +493,7 @@ def test_the_gradient_of_the_lora_equals_central_differences_in_float64(
     assert len(parameters) == 2 * case.layers
     start = noise(model, case.sizes[0], 2).double()
     conditioning = model.conditioning(PROMPTS[:2], "")
-    denoise = guided(model.network.predict, conditioning, Guidance(3.0))
+    denoise = guided(model.network.predict, conditioning, two_branches(model, 3.0))
     schedule = model.network.schedule(3, tuple(start.shape[1:]))
     weight = randn(7, 2, 3, *case.sizes[0])
 
@@ -399,7 +536,8 @@ def test_recomputed_blocks_give_the_same_gradients(case: Case, folder: Path) -> 
     parameters = lora.inject(model.network.module, rank=2, alpha=2, target_modules=targets, seed=0)
     fill_lora_b(model.network.module, seed=1)
     start = noise(model, case.sizes[0])
-    denoise = guided(model.network.predict, model.conditioning(PROMPTS, ""), Guidance(3.0))
+    conditioning = model.conditioning(PROMPTS, "")
+    denoise = guided(model.network.predict, conditioning, two_branches(model, 3.0))
     step = model.network.schedule(5, tuple(start.shape[1:])).steps[2]
 
     def gradients(on: bool, has_grad: bool) -> list[Tensor]:
@@ -444,6 +582,9 @@ def test_saturated_pixels_have_the_gradient_that_leads_back(case: Case, folder: 
         ("stabilityai/stable-diffusion-3-medium-diffusers", 2.028, 0.057, (16, 64, 64)),
         ("stabilityai/stable-diffusion-3.5-medium", 2.243, 0.226, (16, 64, 64)),
         ("stabilityai/stable-diffusion-3.5-large", 8.057, 0.090, (16, 64, 64)),
+        ("black-forest-labs/FLUX.1-dev", 11.901, 0.0, (16, 64, 64)),
+        ("black-forest-labs/FLUX.1-Krea-dev", 11.901, 0.0, (16, 64, 64)),
+        ("black-forest-labs/FLUX.1-schnell", 11.891, 0.0, (16, 64, 64)),
         ("black-forest-labs/FLUX.2-klein-4B", 3.876, 0.0, (128, 32, 32)),
         ("black-forest-labs/FLUX.2-klein-base-4B", 3.876, 0.0, (128, 32, 32)),
         ("black-forest-labs/FLUX.2-klein-9B", 9.079, 0.0, (128, 32, 32)),
@@ -466,7 +607,7 @@ def test_published_architectures_have_their_known_sizes(
     assert network.latent_shape(512, 512) == shape
     assert made.image_size(shape) == (512, 512)
     assert made.image_size(network.latent_shape(None, None)) == (1024, 1024)
-    distilled = name.startswith("black") and "base" not in name
+    distilled = "klein" in name and "base" not in name
     assert find(ModelConfig(id=name))[0].guides is not distilled
 
 
@@ -548,6 +689,9 @@ def changed(folder: Path, place: Path, file: str, **values: Any) -> Path:
         ("zimage", "transformer"),
         ("zimage", "vae"),
         ("zimage", "scheduler"),
+        ("flux1", "text_encoder"),
+        ("flux1", "text_encoder_2"),
+        ("flux1", "transformer"),
     ],
 )
 def test_a_missing_part_is_named(
@@ -561,7 +705,7 @@ def test_a_missing_part_is_named(
         assert "model.t5: none" in (caught.value.hint or "")
 
 
-@pytest.mark.parametrize("family", ["sd3", "klein", "zimage"])
+@pytest.mark.parametrize("family", sorted(CASES))
 def test_half_a_download_is_reported(
     family: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -651,6 +795,18 @@ def test_half_a_download_is_reported(
             {"_class_name": "UniPCMultistepScheduler"},
             "_class_name: expected FlowMatchEulerDiscreteScheduler, got UniPC",
         ),
+        *(
+            ("flux1", "model_index.json", {"_class_name": name}, f"is a {name}; supported: ")
+            for name in ("FluxFillPipeline", "FluxControlPipeline", "FluxKontextPipeline")
+        ),
+        ("flux1", "transformer/config.json", {"patch_size": 2}, "patch_size: expected 1, got 2"),
+        (
+            "flux1",
+            "scheduler/scheduler_config.json",
+            {"base_shift": "half"},
+            "base_shift: expected a number",
+        ),
+        ("flux1", "vae/config.json", {"shift_factor": None}, "shift_factor: expected a number"),
     ],
 )
 def test_what_is_not_supported_is_refused_alike_for_a_run_and_its_plan(
@@ -677,6 +833,8 @@ def test_what_is_not_supported_is_refused_alike_for_a_run_and_its_plan(
         (small_sd3, {"in_channels": 17}),
         (small_klein, {"in_channels": 20}),
         (small_zimage, {"in_channels": 17}),
+        # As FLUX.1-Fill and FLUX.1-Canny are.
+        (small_flux1, {"in_channels": 96, "out_channels": 32}),
     ],
 )
 def test_a_network_that_takes_more_than_latents_is_refused(
@@ -706,6 +864,22 @@ def test_text_encoders_of_another_model_are_refused(
         load(copy)
 
 
+def test_flux1_cannot_do_without_t5_nor_with_the_text_encoders_of_another_model(
+    flux1: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=r"model\.t5: none: FLUX\.1 cannot do without T5"):
+        load(flux1, t5="none")
+    copy = changed(flux1, tmp_path / "copy", "transformer/config.json", pooled_projection_dim=30)
+    with pytest.raises(ConfigError, match=r"pooled_projection_dim: .* of width 30, .* have 16"):
+        load(copy)
+    # A shift that is linear between the same two numbers of tokens.
+    copy = changed(
+        flux1, tmp_path / "shift", "scheduler/scheduler_config.json", base_image_seq_len=40
+    )
+    with pytest.raises(ConfigError, match=r"scheduler: float division by zero"):
+        load(copy, ()).network.schedule(4, (8, 8, 8))
+
+
 def test_a_model_that_exists_as_a_modular_pipeline_only_is_refused(tmp_path: Path) -> None:
     (tmp_path / "modular_model_index.json").write_text('{"_class_name": "Flux3ModularPipeline"}')
     with pytest.raises(
@@ -715,7 +889,7 @@ def test_a_model_that_exists_as_a_modular_pipeline_only_is_refused(tmp_path: Pat
 
 
 def test_sizes_that_the_network_cannot_sample_name_the_nearest(
-    sd3: Path, klein: Path, zimage: Path
+    sd3: Path, klein: Path, flux1: Path, zimage: Path
 ) -> None:
     shape_of = load(sd3, ()).network.latent_shape
     with pytest.raises(ConfigError, match=r"sample\.width: 18 is not a multiple of 4.*nearest: 16"):
@@ -734,6 +908,9 @@ def test_sizes_that_the_network_cannot_sample_name_the_nearest(
     assert shape_of(1024, 16) == (8, 128, 2)
     with pytest.raises(ConfigError, match=r"sample\.height: 1040 is more than the 1024 that"):
         shape_of(1040, 16)
+    shape_of = load(flux1, ()).network.latent_shape
+    with pytest.raises(ConfigError, match=r"sample\.width: 18 is not a multiple of 4"):
+        shape_of(16, 18)
 
 
 def test_linear_spacing_is_refused_for_a_diffusion_model(tmp_path: Path) -> None:
@@ -743,6 +920,9 @@ def test_linear_spacing_is_refused_for_a_diffusion_model(tmp_path: Path) -> None
 
 
 def test_the_published_flows_are_those_whose_index_names_a_flow() -> None:
-    flows = {"StableDiffusion3Pipeline", "Flux2KleinPipeline", "ZImagePipeline"}
+    flows = {
+        *("StableDiffusion3Pipeline", "FluxPipeline", "Flux2KleinPipeline"),
+        "ZImagePipeline",
+    }
     named = {name for name in PUBLISHED if find(ModelConfig(id=name))[0].pipeline_class in flows}
-    assert len(named) == 9
+    assert len(named) == 12

@@ -16,7 +16,7 @@ from alignprop_cli.planning import request as planning
 from alignprop_cli.planning.choose import make_plan
 from alignprop_cli.planning.estimate import GIB, Budget, Level
 from alignprop_cli.training.trainer import Trainer
-from tests.flow_models import small_klein, small_sd3, small_zimage
+from tests.flow_models import small_flux1, small_klein, small_sd3, small_zimage
 from tests.planning.test_footprint import (
     PROMPT,
     expected_bytes,
@@ -36,6 +36,9 @@ BUILD: dict[str, Callable[..., Path]] = {
         folder, attention_head_dim=32, num_attention_heads=2, axes_dims_rope=(8, 8, 8, 8)
     ),
     "zimage": lambda folder: small_zimage(folder, dim=64, axes_dims=[8, 12, 12]),
+    "flux1": lambda folder: small_flux1(
+        folder, attention_head_dim=32, num_attention_heads=2, axes_dims_rope=(8, 8, 16)
+    ),
 }
 
 

@@ -85,7 +85,7 @@ def trainer(plan: Plan, chosen: Config | None = None, prompt: str = PROMPT) -> T
     if plan.checkpoint_reward:
         mixture.recompute()
     settings = Settings(
-        sampler=sampler(chosen.sample, model.family),
+        sampler=sampler(chosen.sample, model.family, model.network),
         estimator=planning.make_estimator(chosen.gradient),
         optimizer=OptimizerSettings(learning_rate=1.0e-3),
         batch_size=8,
