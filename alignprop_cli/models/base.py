@@ -230,7 +230,8 @@ class Model:
         family: The family's row.
         network: Can carry a LoRA.
         decoder: From latents to images.
-        embeds: Embeddings by prompt, without a batch dimension, on the CPU.
+        embeds: Embeddings by prompt, without a batch dimension, on the CPU (`EmbedsCache`: or on
+            disk).
         fingerprint: Hash of the architecture (names and shapes of the network's weights before a
             LoRA is added): models with the same fingerprint can exchange LoRAs.
         path: The folder or file it was loaded from; None where there is none.

@@ -15,9 +15,10 @@ import torch
 from alignprop_cli.config.schema import ModelConfig, SampleConfig
 from alignprop_cli.device import allow_tf32, resolve_dtype
 from alignprop_cli.errors import AssetError, ConfigError
-from alignprop_cli.guidance import Embeds, Guidance
+from alignprop_cli.guidance import Guidance
 from alignprop_cli.models import loading
 from alignprop_cli.models.base import Family, Model, Sampler, Source
+from alignprop_cli.models.embeddings import EmbedsCache, budget
 from alignprop_cli.parsing import ParseError, read_json
 from alignprop_cli.paths import read_text, user_path
 from alignprop_cli.prompts import cut_note
@@ -268,7 +269,7 @@ def open_model(
         network=parts.network,
         decoder=parts.decoder,
         embeds=embeds,
-        fingerprint=_fingerprint(parts.network.module),
+        fingerprint=fingerprint(parts.network.module),
         path=path,
     )
 
@@ -279,13 +280,14 @@ def _encode(
     prompts: list[str],
     device: torch.device,
     note: Callable[[str], object],
-) -> dict[str, Embeds]:
-    """Return the embeddings of each prompt, on the CPU.
+) -> EmbedsCache:
+    """Return the embeddings of each prompt, on the CPU or on disk.
 
     The encoders are local to this function, so nothing holds them when it returns.
     """
+    kept = EmbedsCache(budget())
     if not prompts:
-        return {}
+        return kept
     encoders = family.load_text_encoders(source, device)
     # A family need not say what its encoders cut.
     cuts: Callable[[str], bool] = getattr(encoders, "cuts", lambda _: False)
@@ -293,10 +295,15 @@ def _encode(
         note(cut_note(source.config.id, cut, len(prompts)))
     cpu = torch.device("cpu")
     # One by one: the embeddings of thousands of prompts would not fit the device together.
-    return {prompt: encoders.encode([prompt])[0].to(cpu) for prompt in prompts}
+    for prompt in prompts:
+        kept.add(prompt, encoders.encode([prompt])[0].to(cpu))
+    if kept.filed_bytes:
+        note(kept.describe())
+    return kept
 
 
-def _fingerprint(network: torch.nn.Module) -> str:
+def fingerprint(network: torch.nn.Module) -> str:
+    """Return a hash of a network's architecture, which may be on the meta device."""
     # Names and shapes, not values: a fine-tuned checkpoint accepts the LoRAs of its base.
     lines = sorted(f"{name} {tuple(p.shape)}" for name, p in network.named_parameters())
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
