@@ -115,7 +115,7 @@ def load(network: torch.nn.Module, adapter: Adapter, model_id: str) -> None:
     """
     if is_present(network):
         raise ValueError("the network has a LoRA already")
-    _check_fits(network, adapter, model_id)
+    check_fits(network, adapter, model_id)
     # 1. Which layers. The file's own target modules are short and go into the header of the next
     #    file; they are kept only if in this network they mean exactly the layers of the file.
     targets = _as_peft_takes_it(adapter.target_modules or sorted(adapter.layers))
@@ -159,25 +159,34 @@ def _selected(network: torch.nn.Module, target_modules: list[str] | str) -> set[
     return {n for n, _ in network.named_modules() if n and check_target_module_exists(config, n)}
 
 
-def _check_fits(network: torch.nn.Module, adapter: Adapter, model_id: str) -> None:
-    """Refuse a LoRA whose layers do not fit this network."""
+def check_fits(network: torch.nn.Module, adapter: Adapter, model_id: str) -> None:
+    """Refuse a LoRA whose layers do not fit this network.
+
+    Raises:
+        ConfigError: With the first layer that does not, and both shapes.
+    """
+    why = misfit(network, adapter)
+    if why is not None:
+        raise ConfigError(
+            f"{adapter.file}: this LoRA does not belong to model {model_id}: {why}",
+            hint="give the model it was trained on with --model",
+        )
+
+
+def misfit(network: torch.nn.Module, adapter: Adapter) -> str | None:
+    """Return why a LoRA does not fit a network, which may be on the meta device; else None."""
     layers = dict(network.named_modules())
     for name, factors in adapter.layers.items():
         layer = layers.get(name)
-        why = None
         if not isinstance(layer, torch.nn.Linear | torch.nn.Conv2d):
-            why = f"it has a layer {name}, which this model lacks"
-        elif layer.weight.shape[1] != factors.shape[1]:
+            return f"it has a layer {name}, which this model lacks"
+        if layer.weight.shape[1] != factors.shape[1]:
             # Mostly the width of the text embeddings, in which SD 1.x and 2.x differ.
             channels = f"{layer.weight.shape[1]} channels here, {factors.shape[1]} there"
-            why = f"{name} takes {channels}"
-        elif tuple(layer.weight.shape) != factors.shape:
-            why = f"{name} is {tuple(layer.weight.shape)} here, {factors.shape} there"
-        if why is not None:
-            raise ConfigError(
-                f"{adapter.file}: this LoRA does not belong to model {model_id}: {why}",
-                hint="give the model it was trained on with --model",
-            )
+            return f"{name} takes {channels}"
+        if tuple(layer.weight.shape) != factors.shape:
+            return f"{name} is {tuple(layer.weight.shape)} here, {factors.shape} there"
+    return None
 
 
 def trainable(network: torch.nn.Module) -> list[torch.nn.Parameter]:
