@@ -21,8 +21,9 @@ from alignprop_cli.errors import ConfigError
 from alignprop_cli.evaluation.compare import Evaluation, Identity
 from alignprop_cli.evaluation.draw import Samples, choose_samples, draw_shared
 from alignprop_cli.evaluation.results import show, write
-from alignprop_cli.lora import files
+from alignprop_cli.lora import files, fit
 from alignprop_cli.lora import layers as lora
+from alignprop_cli.lora.factors import is_dora
 from alignprop_cli.lora.files import Adapter, Located
 from alignprop_cli.models.base import Model
 from alignprop_cli.models.families import find, fingerprint, open_model
@@ -174,8 +175,14 @@ def _identity(variant: Variant, adapter: Adapter) -> Identity:
 
 
 def _read(chosen: Sequence[Variant], config: Config) -> dict[Path, Adapter]:
-    """Return the LoRAs by file; one that does not fit the model is refused before that is loaded."""
+    """Return the LoRAs by file; what does not fit the model is refused before that is loaded."""
     adapters = {file: files.read(file) for file in {v.located.file: None for v in chosen}}
+    for variant in chosen:
+        if variant.strength != 1.0 and is_dora(adapters[variant.located.file].layers):
+            raise ConfigError(
+                f"--scale {variant.strength:g}: {variant.located.file} is a DoRA, which has no "
+                "strengths: with 0 it would not be the base model"
+            )
     _, path = find(config.model)
     # The configuration of a single file is a guess, which is checked once it is loaded.
     if path is None or not path.is_file():
@@ -192,7 +199,7 @@ def _check(
         recorded = adapter.header.get("alignprop.base_fingerprint")
         trained_on = adapter.header.get("alignprop.base_model")
         if recorded and recorded != architecture:
-            why = lora.misfit(network, adapter) or (
+            why = fit.misfit(network, adapter) or (
                 "the LoRA's own layers fit, but the networks differ in others"
             )
             raise ConfigError(
@@ -201,7 +208,7 @@ def _check(
                 hint="give the model it was trained on, or another one of the same architecture, "
                 "with --model",
             )
-        lora.check_fits(network, adapter, model_id)
+        fit.check(network, adapter, model_id)
 
 
 def _say(adapters: Iterable[Adapter], config: Config, console: Console) -> None:

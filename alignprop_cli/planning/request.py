@@ -113,6 +113,8 @@ def measure(config: Config, device_type: str) -> Footprint:
         alpha=config.lora.alpha or config.lora.rank,
         target_modules=config.lora.target_modules or family.target_modules,
         seed=0,
+        rslora=config.lora.rslora,
+        dora=config.lora.dora,
     )
 
     # 2. The rewards, for images of this size.

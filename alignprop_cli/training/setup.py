@@ -18,6 +18,7 @@ from alignprop_cli.errors import AlignPropError, AssetError, ConfigError, explai
 from alignprop_cli.estimators import Estimator, window_group
 from alignprop_cli.lora import files
 from alignprop_cli.lora import layers as lora
+from alignprop_cli.lora.factors import is_dora, scaling
 from alignprop_cli.models.base import Model
 from alignprop_cli.models.families import sampler
 from alignprop_cli.prompts import check_prompts, load_prompts
@@ -159,11 +160,18 @@ def prepare_lora(config: Config, model: Model, found: Path | None, console: Cons
             alpha=wanted.alpha or wanted.rank,
             target_modules=targets,
             seed=config.train.seed,
+            rslora=wanted.rslora,
+            dora=wanted.dora,
         )
         have: dict[str, Any] = {"target_modules": targets}
     else:
         # From the checkpoint, where there is one: the file of lora.init may be gone by now.
         start = files.read(found / files.LORA_FILE if found else _initial(wanted.init))
+        if wanted.dora and not is_dora(start.layers):
+            raise ConfigError(
+                f"lora.dora: lora.init: {start.file} is no DoRA",
+                hint="leave out lora.dora, or lora.init to begin a DoRA from nothing",
+            )
         lora.load(module, start, model.id)
         lora.make_trainable(module)
         if start.left_out:
@@ -174,16 +182,23 @@ def prepare_lora(config: Config, model: Model, found: Path | None, console: Cons
             "rank": metadata["r"],
             "alpha": float(metadata["lora_alpha"]),
             "target_modules": metadata["target_modules"],
+            "rslora": metadata["use_rslora"],
+            "dora": metadata["use_dora"],
         }
-        console.note(f"lora.init: rank {have['rank']}, alpha {have['alpha']:g}, as in its file")
+        kind = " (DoRA)" if have["dora"] else " (rsLoRA)" if have["rslora"] else ""
+        console.note(
+            f"lora.init: rank {have['rank']}, alpha {have['alpha']:g}{kind}, as in its file"
+        )
     made = wanted.model_copy(update=have)
     alpha = made.rank if made.alpha is None else made.alpha
-    if alpha != made.rank and model.family.lora_prefix == "transformer.":
+    strength = scaling(alpha, made.rank, rank_stabilised=made.rslora)
+    if made.dora:
+        console.note("ComfyUI does not read a DoRA of this kind; diffusers does")
+    elif strength != 1.0 and model.family.lora_prefix == "transformer.":
         # Alpha is in the header, where diffusers reads it. As a tensor of its own, where ComfyUI
         # would, it makes diffusers refuse the file.
         console.note(
-            f"ComfyUI does not read lora.alpha: load the LoRA with strength "
-            f"{alpha / made.rank:g} there"
+            f"ComfyUI does not read lora.alpha: load the LoRA with strength {strength:g} there"
         )
     return config.model_copy(update={"lora": made})
 

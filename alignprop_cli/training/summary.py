@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,9 +12,7 @@ from alignprop_cli.device import peak_gib
 from alignprop_cli.evaluation.compare import Paired, checks, compare
 from alignprop_cli.evaluation.draw import Samples
 from alignprop_cli.evaluation.sheet import Cell, contact_sheet
-from alignprop_cli.guidance import Embeds
 from alignprop_cli.lora.files import LORA_FILE, latest
-from alignprop_cli.models.embeddings import EmbedsCache
 from alignprop_cli.shipped import next_command
 from alignprop_cli.storage import write_text
 from alignprop_cli.training.callbacks import Run
@@ -27,8 +24,10 @@ def finish(run: Run, base: Samples, tuned: Samples, seconds: float) -> None:
     folder, config, trainer = run.folder, run.config, run.trainer
     images_seen = trainer.step_number * config.train.batch_size
     peak = peak_gib(trainer.model.device)
-    names = trainer.mixture.metrics
-    paired = {n: compare(base.samples, base.rewards[n], tuned.rewards[n]) for n in names}
+    paired = {
+        name: compare(base.samples, base.rewards[name], tuned.rewards[name])
+        for name in trainer.mixture.metrics
+    }
     checked = {
         part: compare(base.samples, right["base"], right["tuned"])
         for part, right in checks({"base": base, "tuned": tuned}).items()
@@ -47,7 +46,6 @@ def finish(run: Run, base: Samples, tuned: Samples, seconds: float) -> None:
         "images_seen": images_seen,
         "seconds": seconds,
         "peak_memory_gib": peak,
-        "embeddings": _embeddings(trainer.model.embeds),
         "held_out": {
             "prompts": config.eval.prompts,
             "images": len(base.samples),
@@ -80,14 +78,6 @@ def finish(run: Run, base: Samples, tuned: Samples, seconds: float) -> None:
             f"next: {command}",
         ],
     )
-
-
-def _embeddings(embeds: Mapping[str, Embeds]) -> dict[str, int]:
-    """Return how many prompts were encoded, and the bytes of their embeddings."""
-    sizes = {"prompts": len(embeds)}
-    if isinstance(embeds, EmbedsCache):
-        sizes |= {"bytes": embeds.held_bytes + embeds.filed_bytes, "on_disk": embeds.filed_bytes}
-    return sizes
 
 
 def _write_sheet(path: Path, base: Samples, tuned: Samples) -> None:

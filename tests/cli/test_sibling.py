@@ -17,19 +17,17 @@ from diffusers import (
 )
 from PIL import Image
 
-from alignprop_cli import rng
 from alignprop_cli.cli import main
 from alignprop_cli.config import presets
-from alignprop_cli.config.schema import Config, ModelConfig, SampleConfig, dump
-from alignprop_cli.guidance import guided
+from alignprop_cli.config.schema import ModelConfig, SampleConfig, dump
 from alignprop_cli.lora import files
 from alignprop_cli.lora import layers as lora
 from alignprop_cli.models import defaults
-from alignprop_cli.models.families import PUBLISHED, fingerprint, open_model, sampler
+from alignprop_cli.models.families import PUBLISHED, fingerprint, open_model
 from alignprop_cli.models.meta import meta_model
-from alignprop_cli.sampling import rollout
 from tests.factories import SD1_BETAS, fill_lora_b, small_pipeline, small_xl_pipeline
 from tests.flow_models import small_klein, small_sd3
+from tests.plain import both
 
 CPU = torch.device("cpu")
 PROMPTS = ("a cat", "dogs")
@@ -78,31 +76,9 @@ def trained(folder: Path, base: Path, **flags: Any) -> Path:
 
 def check_images(out: Path, sibling: Path, run: Path, kind: Any, sample: dict[str, Any]) -> None:
     """Compare all images with those of plain diffusers, and the decoded images before rounding."""
-    options = {key: sample[key] for key in ("num_inference_steps", "guidance_scale")}
-    options |= {key: sample[key] for key in ("height", "width") if sample[key] is not None}
-    pipeline = kind.from_pretrained(sibling)
-    pipeline.set_progress_bar_config(disable=True)
-    config = Config(model=ModelConfig(id=str(sibling)), sample=SampleConfig(**sample))
-    model = open_model(config.model, [*PROMPTS, ""], CPU)
-    chain = sampler(config.sample, model.family, model.network)
-    shape = model.network.latent_shape(sample["height"], sample["width"])
     file = files.locate(str(run)).file
-    for name in ("base", "tuned"):
-        if name == "tuned":
-            pipeline.load_lora_weights(file.parent)
-            lora.load(model.network.module, files.read(file), "sibling")
-        for number, prompt in enumerate(PROMPTS):
-            noise = rng.image_noise(0, "eval_noise", [(number, 0)], shape)
-            expected = pipeline(
-                prompt=prompt, latents=noise.clone(), output_type="pt", **options
-            ).images
-            negative = "" if chain.guidance.enabled else None
-            denoise = guided(
-                model.network.predict, model.conditioning([prompt], negative), chain.guidance
-            )
-            with torch.no_grad():
-                schedule = chain.schedule(model.network, shape)
-                ours = model.decoder.decode(rollout(denoise, noise, schedule, eta=0.0))
+    for name, adapter in (("base", None), ("tuned", file)):
+        for number, (ours, expected) in enumerate(both(sibling, kind, adapter, sample, PROMPTS)):
             torch.testing.assert_close(ours, expected, rtol=0.0, atol=1e-4)
             written = np.asarray(Image.open(out / "images" / name / f"{number:04d}.png"))
             image = expected[0].mul(255.0).round().permute(1, 2, 0).numpy()
