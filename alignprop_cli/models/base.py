@@ -174,6 +174,7 @@ class Family:
         spacings: The same for `sample.spacing`.
         guides: Whether there is classifier-free guidance at all; False for a model whose
             model_index.json says that it was distilled without it.
+        single_files: Whether a single file with all of a model's weights can be loaded.
     """
 
     name: str
@@ -188,6 +189,7 @@ class Family:
     schedulers: tuple[str, ...] = ()
     spacings: tuple[str, ...] = ()
     guides: bool = True
+    single_files: bool = False
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import importlib
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -54,6 +55,12 @@ PUBLISHED = {
 
 _MODULAR = "modular_model_index.json"
 
+# Tensors of the single files of rectified flows, as the original code and diffusers name them.
+_TRANSFORMER = re.compile(
+    r"(model\.diffusion_model\.)?"
+    r"(joint_blocks|double_blocks|single_blocks|(single_)?transformer_blocks|layers)\.\d"
+)
+
 
 def _from(module: str, name: str) -> Callable[..., Any]:
     """Return a stand-in for a function of a family's file, imported when it is first called."""
@@ -80,6 +87,7 @@ _STABLE_DIFFUSION = Family(
     on_meta=_from("unet", "on_meta"),
     schedulers=_SCHEDULERS,
     spacings=_SPACINGS,
+    single_files=True,
 )
 
 FAMILIES: dict[str, Family] = {
@@ -102,6 +110,7 @@ FAMILIES: dict[str, Family] = {
             on_meta=_from("sdxl", "on_meta"),
             schedulers=_SCHEDULERS,
             spacings=_SPACINGS,
+            single_files=True,
         ),
         Family(
             name="Stable Diffusion 3 and 3.5",
@@ -180,8 +189,13 @@ def _family_of_file(file: Path, config: ModelConfig) -> Family:
     if config.config is not None:
         index = user_path(config.config, "model.config") / "model_index.json"
         if index.is_file():
-            return _family(index, str(index.parent))
+            family = _family(index, str(index.parent))
+            if not family.single_files:
+                raise _no_single_file(file, f"model.config is {family.name}", str(index.parent))
+            return family
     names = loading.tensor_names(file)
+    if any(map(_TRANSFORMER.match, names)):
+        raise _no_single_file(file, "it holds a transformer", "FOLDER")
     # The original code numbers the text encoders of Stable Diffusion XL; its refiner has one.
     if any(name.startswith("conditioner.embedders.1.") for name in names):
         return FAMILIES["StableDiffusionXLPipeline"]
@@ -191,6 +205,14 @@ def _family_of_file(file: Path, config: ModelConfig) -> Family:
             "itself"
         )
     return FAMILIES["StableDiffusionPipeline"]
+
+
+def _no_single_file(file: Path, why: str, folder: str) -> ConfigError:
+    return ConfigError(
+        f"model.id: {file}: {why}, of whose family no single files are loaded",
+        hint="give the folder in diffusers format with all parts: --model "
+        f"{folder} (diffusers' from_single_file and save_pretrained make it)",
+    )
 
 
 def _looks_like_a_path(name: str) -> bool:
