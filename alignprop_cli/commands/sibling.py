@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from pydantic import ValidationError
+
 from alignprop_cli.config import presets
 from alignprop_cli.config.schema import Config, ModelConfig
 from alignprop_cli.errors import ConfigError
@@ -64,7 +66,11 @@ def own_settings(
 
     revision = _at(typed, "model", "revision")
     revision = revision if isinstance(revision, str) else None
-    known = own_sampling(ModelConfig(id=wanted, revision=revision))
+    try:
+        model = ModelConfig(id=wanted, revision=revision)
+    except ValidationError:
+        return {}  # told later, with everything else that is wrong
+    known = own_sampling(model)
     if known is not None:
         return own | dict(zip((_STEPS, _GUIDANCE), known, strict=True))
     # Without a record nothing is known that could be wrong here: the schema's defaults stay.
