@@ -70,10 +70,9 @@ def inject(
             convolutions.
     """
     network.requires_grad_(False)
-    named = _as_peft_takes_it(target_modules)
-    if named == ALL_LINEAR:
-        # Not left to peft, which keeps the short name in the header: other readers do not know it.
-        named = [n for n, m in network.named_modules() if isinstance(m, torch.nn.Linear)]
+    # Not left to peft, which keeps the short name in the header: other readers do not know it.
+    is_short = target_modules == ALL_LINEAR
+    named = _all_linear(network) if is_short else _as_peft_takes_it(target_modules)
     config = LoraConfig(
         r=rank,
         lora_alpha=whole(alpha),  # type: ignore[arg-type]
@@ -98,6 +97,11 @@ def inject(
             parameter.data.copy_(draw / rank)
     take_over(network)
     return trainable(network)
+
+
+def _all_linear(network: torch.nn.Module) -> list[str]:
+    """Return the names of all linear layers."""
+    return [name for name, layer in network.named_modules() if isinstance(layer, torch.nn.Linear)]
 
 
 def _no_targets(named: list[str] | str, error: Exception) -> ConfigError:
