@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignprop_cli.commands.sibling import own_settings
+from alignprop_cli.commands.typed import refuse_untyped, typed_values
 from alignprop_cli.config import presets, trust
 from alignprop_cli.config.schema import Config
 from alignprop_cli.errors import ConfigError
@@ -67,7 +69,8 @@ def build(
 ) -> Config:
     """Return the complete configuration to evaluate with.
 
-    Later wins: defaults < header or run < preset < config < assignments < rewards < flags.
+    Later wins: defaults < header or run < preset < config < assignments < rewards < flags. Where
+    the model is not the recorded one, its own settings replace recorded ones (sibling.py).
 
     Args:
         header: Values from the header of a LoRA file.
@@ -81,15 +84,17 @@ def build(
         source: Name of the configuration in messages.
 
     Raises:
-        ConfigError, AssetError: As `presets.resolve` and `trust.refuse_untyped`.
+        ConfigError, AssetError: As `presets.resolve`, `own_settings` and `trust.refuse_untyped`.
     """
     given: dict[str, Any] = {"preset": preset, "config": config, "assignments": assignments}
     given |= {"rewards": dict.fromkeys(rewards), "flags": flags}
     given_once = {"default_reward": DEFAULT_REWARD, "source": source, "training": False}
-    found = presets.resolve(recorded=header, run=run, **given_once, **given)
+    # A preset or a file that the user names is for the model that they name.
+    own = {} if preset or config else own_settings(header, run, typed_values(given))
+    found = presets.resolve(recorded=header, run=run, replaced=own, **given_once, **given)
     # Without recorded values everything was typed.
     if header or run is not None:
-        _refuse_untyped(found, given, source, trust.TO_EVALUATE)
+        refuse_untyped(found, given, source, trust.TO_EVALUATE)
     return found
 
 
@@ -132,18 +137,5 @@ def resume(
     given |= {"rewards": rewards, "flags": flags}
     # `lora.init` is only read until there is a checkpoint.
     keys = trust.TO_RESUME if checkpoints(run) else (*trust.TO_RESUME, "lora.init")
-    _refuse_untyped(found, given, str(source), keys)
+    refuse_untyped(found, given, str(source), keys)
     return found
-
-
-def _refuse_untyped(
-    found: Config, given: Mapping[str, Any], source: str, keys: Sequence[str]
-) -> None:
-    """Refuse a configuration that names anything that is neither shipped nor typed."""
-    # Imports torch, so only now: mistakes in the configuration are reported without it.
-    from alignprop_cli.shipped import shipped_names
-
-    # The command line by itself, so that no recorded value can pass for a typed one.
-    typed = presets.Layers()
-    presets.stack(typed, **given)
-    trust.refuse_untyped(found, typed.values, shipped_names(), source=source, keys=keys)

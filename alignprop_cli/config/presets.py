@@ -216,6 +216,7 @@ def resolve(
     config: Path | None = None,
     recorded: Mapping[str, Any] | None = None,
     run: Path | None = None,
+    replaced: Mapping[str, Any] | None = None,
     assignments: Iterable[str] = (),
     rewards: Mapping[str, float | None] | None = None,
     default_reward: str | None = None,
@@ -230,6 +231,7 @@ def resolve(
         config: File of the user's own; read after the preset.
         recorded: Values from the header of a LoRA file.
         run: The folder of a run, whose configuration must be complete.
+        replaced: Dotted key to the value that counts instead of the recorded one.
         assignments: Texts of `--set`.
         rewards: Those of `--reward`, with their weights; see `choose_rewards`.
         default_reward: Used if nothing names a reward.
@@ -244,6 +246,8 @@ def resolve(
     # Later wins, so what came with the weights goes first.
     if run is not None:
         read(run / "config.yaml", layers, complete=True)
+    for key, value in (replaced or {}).items():
+        layers.set(key, value, "the model's own")
     stack(
         layers,
         preset=preset,

@@ -60,7 +60,7 @@ class ModelConfig(Section):
 
 
 class LoraConfig(Section):
-    """The trained low-rank weights: W + (alpha / rank) B A."""
+    """The trained low-rank weights: W + (alpha / rank) B A, or a variant of it."""
 
     rank: PositiveInt = Field(
         default=4, description="Rank of B A; higher can change more, costs memory."
@@ -71,8 +71,17 @@ class LoraConfig(Section):
     # Null, since layers have different names in every family (models/families.py).
     target_modules: Annotated[tuple[Text, ...], Field(min_length=1)] | Text | None = Field(
         default=None,
-        description="Layers of the network that get a LoRA: a list of endings of their names, or "
-        "one regular expression for whole names; null is the default of the model's family.",
+        description="Layers of the network that get a LoRA: a list of endings of their names, "
+        "one regular expression for whole names, or all-linear; null is the default of the model's "
+        "family.",
+    )
+    rslora: bool = Field(
+        default=False, description="rsLoRA: alpha / sqrt(rank) instead of alpha / rank."
+    )
+    dora: bool = Field(
+        default=False,
+        description="DoRA: the rows' lengths of a weight are trained beside its direction. Slower, "
+        "and cannot be mixed or sampled at other strengths.",
     )
     init: str | None = Field(
         default=None, description="LoRA folder or file to start from instead of a fresh one."

@@ -70,12 +70,14 @@ class Identity:
         sha256: Hash of the file.
         strength: Factor on its update.
         trained_on: Names of the rewards it was trained on, if the file records them.
+        base_model: Id of the model it was trained on; None if the file does not record it.
     """
 
     file: str
     sha256: str
     strength: float
     trained_on: list[str]
+    base_model: str | None = None
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ class Evaluation:
     """The result of an evaluation: what was sampled and measured, and how the models compare.
 
     Args:
-        model: The base model's id and fingerprint.
+        model: Id and fingerprint of the base model that sampled all images.
         variants: The LoRAs by name.
         prompt_set: Name or file of the prompt set.
         seed: Seed of the noise.
@@ -115,6 +117,12 @@ class Evaluation:
     def trained_on(self) -> set[str]:
         """Return the rewards that any of the LoRAs was trained on."""
         return {reward for variant in self.variants.values() for reward in variant.trained_on}
+
+    @property
+    def other_models(self) -> list[str]:
+        """Return the models that LoRAs were trained on, where it is not the one that sampled."""
+        found = {v.base_model: None for v in self.variants.values() if v.base_model}
+        return [name for name in found if name != self.model["id"]]
 
     # Cached, since several outputs read them and each interval is a bootstrap.
     @cached_property

@@ -82,6 +82,8 @@ def _metadata(result: Evaluation, name: str, index: int) -> dict[str, str]:
     if name in result.variants:
         texts["adapter_sha256"] = result.variants[name].sha256
         texts["adapter_strength"] = str(result.variants[name].strength)
+        if (trained_on := result.variants[name].base_model) is not None:
+            texts["adapter_base_model"] = trained_on
     return texts
 
 
@@ -200,6 +202,7 @@ def _write_page(result: Evaluation, values: Mapping[str, Any], folder: Path) -> 
         "evaluation.html",
         title=f"{', '.join(result.variants) or 'base'}: {result.model['id']}",
         values=values,
+        sampled_with=_sampled_with(result) if result.other_models else None,
         rows=_rows(result.metrics, result.trained_on),
         groups={g: _rows(each, result.trained_on) for g, each in result.groups.items()},
         checker=_rows(result.checker, set(), shares=True),
@@ -245,6 +248,8 @@ def show(console: Console, result: Evaluation, folder: Path) -> None:
     values["sheet"] = str(files["sheet.png"].resolve())
     values["report"] = str(files["report.html"].resolve())
     parts: list[Any] = [_table(result)]
+    if result.other_models:
+        parts.append(_sampled_with(result))
     parts += ["", *(f"{name:12s} {path}" for name, path in files.items())]
     # Said, since a sheet of 60 looks complete.
     count = len(result.samples)
@@ -254,6 +259,14 @@ def show(console: Console, result: Evaluation, folder: Path) -> None:
             + (f", the report {_PAGE_CARDS}" if count > _PAGE_CARDS else "")
         )
     console.result(SCHEMA, values, parts)
+
+
+def _sampled_with(result: Evaluation) -> str:
+    """Return which model sampled and which ones were trained on, where they differ."""
+    return (
+        f"all images, with and without a LoRA, are sampled with {result.model['id']}; "
+        f"trained on {', '.join(result.other_models)}"
+    )
 
 
 def _table(result: Evaluation) -> Any:

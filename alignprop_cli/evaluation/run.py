@@ -21,11 +21,13 @@ from alignprop_cli.errors import ConfigError
 from alignprop_cli.evaluation.compare import Evaluation, Identity
 from alignprop_cli.evaluation.draw import Samples, choose_samples, draw_shared
 from alignprop_cli.evaluation.results import show, write
-from alignprop_cli.lora import files
+from alignprop_cli.lora import files, fit
 from alignprop_cli.lora import layers as lora
+from alignprop_cli.lora.factors import is_dora
 from alignprop_cli.lora.files import Adapter, Located
 from alignprop_cli.models.base import Model
-from alignprop_cli.models.families import open_model
+from alignprop_cli.models.families import find, fingerprint, open_model
+from alignprop_cli.models.meta import meta_model
 from alignprop_cli.planning.sampling import check_memory
 from alignprop_cli.prompts import load_groups, load_prompts
 from alignprop_cli.rewards.jpeg import true_size
@@ -89,14 +91,15 @@ def run_evaluation(
     settings = config.eval
     # 1. Everything that may be refused is read before anything is loaded or sampled.
     prompts, group_of = load_prompts(settings.prompts), load_groups(settings.prompts)
-    adapters = {file: files.read(file) for file in {v.located.file: None for v in chosen}}
+    adapters = _read(chosen, config)
     accelerator = make_accelerator()
-    check_memory(config, accelerator.device, models=1 + len(chosen))
     console = console if accelerator.is_main_process else Console(quiet=True)
+    check_memory(config, accelerator.device, models=1 + len(chosen))
     samples = choose_samples(prompts, settings.images, settings.images_per_prompt)
     wanted = [*(sample.prompt for sample in samples), config.sample.negative_prompt]
     model = open_model(config.model, wanted, accelerator.device, console.note)
-    _check(adapters.values(), model, console)
+    _check(adapters.values(), model.network.module, model.fingerprint, model.id)
+    _say(adapters.values(), config, console)
     mixture = _mixture(config, accelerator.device, wanted, console)
 
     # 2. The same samples with every model.
@@ -167,22 +170,56 @@ def _identity(variant: Variant, adapter: Adapter) -> Identity:
         sha256=adapter.sha256,
         strength=variant.strength,
         trained_on=[name for name in trained_on if name],
+        base_model=adapter.header.get("alignprop.base_model"),
     )
 
 
-def _check(adapters: Iterable[Adapter], model: Model, console: Console) -> None:
-    """Refuse LoRAs that record another architecture than the model's."""
+def _read(chosen: Sequence[Variant], config: Config) -> dict[Path, Adapter]:
+    """Return the LoRAs by file; what does not fit the model is refused before that is loaded."""
+    adapters = {file: files.read(file) for file in {v.located.file: None for v in chosen}}
+    for variant in chosen:
+        if variant.strength != 1.0 and is_dora(adapters[variant.located.file].layers):
+            raise ConfigError(
+                f"--scale {variant.strength:g}: {variant.located.file} is a DoRA, which has no "
+                "strengths: with 0 it would not be the base model"
+            )
+    _, path = find(config.model)
+    # The configuration of a single file is a guess, which is checked once it is loaded.
+    if path is None or not path.is_file():
+        network = meta_model(config.model, torch.float32).parts.network.module
+        _check(adapters.values(), network, fingerprint(network), config.model.id)
+    return adapters
+
+
+def _check(
+    adapters: Iterable[Adapter], network: torch.nn.Module, architecture: str, model_id: str
+) -> None:
+    """Refuse LoRAs that record another architecture than the network's, or do not fit it."""
     for adapter in adapters:
         recorded = adapter.header.get("alignprop.base_fingerprint")
         trained_on = adapter.header.get("alignprop.base_model")
-        if recorded and recorded != model.fingerprint:
+        if recorded and recorded != architecture:
+            why = fit.misfit(network, adapter) or (
+                "the LoRA's own layers fit, but the networks differ in others"
+            )
             raise ConfigError(
                 f"{adapter.file}: this LoRA was trained on {trained_on}, whose layers are not "
-                f"those of {model.id}",
-                hint="give the model it was trained on with --model",
+                f"those of {model_id}: {why}",
+                hint="give the model it was trained on, or another one of the same architecture, "
+                "with --model",
             )
-        # Another checkpoint of the same architecture works, and may be a mistake.
-        if trained_on and trained_on != model.id:
-            console.warn(f"{adapter.file} was trained on {trained_on}, and is used with {model.id}")
+        fit.check(network, adapter, model_id)
+
+
+def _say(adapters: Iterable[Adapter], config: Config, console: Console) -> None:
+    """Say which LoRAs sample with another model than they were trained on, and what is left out."""
+    sample = config.sample
+    for adapter in adapters:
+        trained_on = adapter.header.get("alignprop.base_model")
+        if trained_on and trained_on != config.model.id:
+            console.note(
+                f"{adapter.file} was trained on {trained_on}, and is used with {config.model.id}: "
+                f"{sample.num_inference_steps} steps, guidance {sample.guidance_scale:g}"
+            )
         if adapter.left_out:
             console.warn(f"{adapter.file}: its layers of the text encoder are left out")

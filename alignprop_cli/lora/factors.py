@@ -6,7 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,17 +17,24 @@ from torch import Tensor
 class Factors:
     """The LoRA of one layer: delta = scaling up @ down.
 
+    The weight becomes W + delta; as a DoRA, m (W + delta) / |W + delta|, where the norm is that of
+    each row, all that goes into one output.
+
     Args:
         down: A, shape (r, in) of a linear layer, (r, in, kh, kw) of a convolution.
         up: B, shape (out, r), or (out, r, 1, 1).
         alpha: Numerator of the scaling.
         rank_stabilised: Whether the scaling is alpha / sqrt(r), as in rsLoRA; else it is alpha / r.
+        magnitude: m of a DoRA, shape (out,), or (1, out, 1, 1) of a convolution; None for a LoRA.
+
+    Source of DoRA: Liu et al. 2024, arXiv:2402.09353, eq. 5.
     """
 
     down: Tensor
     up: Tensor
     alpha: float
     rank_stabilised: bool = False
+    magnitude: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -41,9 +48,8 @@ class Factors:
 
     def folded(self) -> Factors:
         """Return the same update with the scaling in up, so that it is 1: alpha is the rank."""
-        if self.scaling == 1.0:
-            return Factors(self.down, self.up, float(self.rank))
-        return Factors(self.down, self.scaling * self.up.float(), float(self.rank))
+        up = self.up if self.scaling == 1.0 else self.scaling * self.up.float()
+        return replace(self, up=up, alpha=float(self.rank), rank_stabilised=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -61,6 +67,11 @@ Layers = Mapping[str, Factors]
 """A whole LoRA: the factors of every layer it changes, by the layer's name in the network."""
 
 
+def is_dora(layers: Layers) -> bool:
+    """Return whether a LoRA is a DoRA; all of its layers are then."""
+    return any(factors.magnitude is not None for factors in layers.values())
+
+
 def scaling(alpha: float, rank: int, *, rank_stabilised: bool = False) -> float:
     """Return the factor on up @ down: alpha / rank, or alpha / sqrt(rank) for rsLoRA.
 
@@ -74,8 +85,8 @@ def not_finite(layers: Layers) -> str | None:
     """Return which layer of a LoRA holds NaN or infinity, in words; None if none does."""
     for name, factors in layers.items():
         # As float32, which every use of them is: a larger number in float64 would become infinite.
-        halves = (factors.down.float(), factors.up.float())
-        finite = all(bool(torch.isfinite(half).all()) for half in halves)
+        parts = (factors.down, factors.up, factors.magnitude)
+        finite = all(bool(torch.isfinite(p.float()).all()) for p in parts if p is not None)
         if not finite or not math.isfinite(factors.alpha):
             return f"layer {name} holds NaN or infinity"
     return None
@@ -85,8 +96,8 @@ def adapter_settings(layers: Layers) -> dict[str, Any]:
     """Return rank and alpha of every layer as fields of peft's `LoraConfig`.
 
     Returns:
-        `r` and `lora_alpha` of most layers, `rank_pattern` and `alpha_pattern` of the others, and
-        `use_rslora`.
+        `r` and `lora_alpha` of most layers, `rank_pattern` and `alpha_pattern` of the others,
+        `use_rslora` and `use_dora`.
     """
     # The most common pair is the default, so that most files have no patterns at all.
     kinds = Counter((factors.rank, factors.alpha) for factors in layers.values())
@@ -99,6 +110,7 @@ def adapter_settings(layers: Layers) -> dict[str, Any]:
         "rank_pattern": {_pattern(name, layers): value for name, value in other_ranks.items()},
         "alpha_pattern": {_pattern(name, layers): value for name, value in other_alphas.items()},
         "use_rslora": any(factors.rank_stabilised for factors in layers.values()),
+        "use_dora": is_dora(layers),
     }
 
 

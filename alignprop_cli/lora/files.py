@@ -321,10 +321,11 @@ def packed(layers: Layers) -> tuple[dict[str, Tensor], dict[str, Any]]:
     for name, factors in layers.items():
         weights[f"{name}.lora.down.weight"] = factors.down
         weights[f"{name}.lora.up.weight"] = factors.up
+        if factors.magnitude is not None:
+            weights[f"{name}.lora_magnitude_vector"] = factors.magnitude
     settings: dict[str, Any] = {
         **adapter_settings(layers),
         "target_modules": sorted(layers),
-        "use_dora": False,
         "bias": "none",
         "peft_type": "LORA",
     }

@@ -7,8 +7,10 @@
                 Diffusion XL the layers are named as in the original code
 
 Alpha is a tensor of its own (<layer>.alpha) or part of the adapter's configuration. The name of an
-adapter may come before `.weight`. Every tensor is used, or belongs to a text encoder and is
-counted, or the file is refused: nothing is dropped silently.
+adapter may come before `.weight`. A DoRA has <layer>.lora_magnitude_vector beside the factors, in
+the first two formats; kohya's dora_scale, which others compute differently, is refused. Every
+tensor is used, or belongs to a text encoder and is counted, or the file is refused: nothing is
+dropped silently.
 """
 
 from __future__ import annotations
@@ -42,7 +44,8 @@ _HALVES = {"lora_A": "down", "lora.down": "down", "lora_down": "down"}
 _HALVES |= {"lora_B": "up", "lora.up": "up", "lora_up": "up"}
 _TENSOR = re.compile(
     rf"(?P<layer>.+?)\.(?:(?P<half>{'|'.join(map(re.escape, _HALVES))})"
-    r"(?:\.(?P<adapter>[^.]+))?\.weight|alpha)"
+    r"(?:\.(?P<adapter>[^.]+))?\.weight|alpha"
+    r"|(?P<magnitude>lora_magnitude_vector)(?:(?:\.(?P<of>[^.]+))?\.weight)?)"
 )
 # Old versions of diffusers put the LoRA into the attention processors.
 _OLD = re.compile(r"\.processor\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight$")
@@ -82,7 +85,7 @@ _ORIGINAL_RESNET = {
 # Kinds of adapter that are not a plain LoRA, by a part of their tensors' names (a regular
 # expression); settings.py knows them by an option of their configuration.
 _OTHER_KINDS = {
-    r"dora_scale|lora_magnitude_vector": "a DoRA",
+    r"dora_scale": "a DoRA in kohya's format",
     r"hada_.*": "a LoHa",
     r"lokr_.*": "a LoKr",
     r"lora_mid": "a LoCon with a Tucker factor",
@@ -100,7 +103,10 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 @dataclass
 class _Tensors:
-    """The tensors of one layer while they are collected, each with its name in the file."""
+    """The tensors of one layer while they are collected, each with its name in the file.
+
+    The magnitudes of a DoRA are among the halves.
+    """
 
     halves: dict[str, tuple[str, Tensor]] = field(default_factory=dict[str, tuple[str, Tensor]])
     alpha: tuple[str, Tensor] | None = None
@@ -183,6 +189,8 @@ def read_layers(
     layers = {
         layer: _factors(layer, tensors, options, file) for layer, tensors in sorted(grouped.items())
     }
+    if len({factors.magnitude is None for factors in layers.values()}) > 1:
+        raise AssetError(f"{file}: is a DoRA in some of its layers and a LoRA in others")
     damage = not_finite(layers)
     if damage:
         raise RunError(f"{file}: {damage}", hint="use an earlier checkpoint or another copy")
@@ -209,11 +217,11 @@ def _group(state: Mapping[str, Tensor], names: list[str], file: Path) -> dict[st
         if found is None or layer is None:
             raise AssetError(f"{file}: cannot be read as a LoRA: unexpected tensor {shown(name)}")
         tensors = grouped.setdefault(layer, _Tensors())
-        half = _HALVES.get(found["half"] or "")
+        half = "magnitude" if found["magnitude"] else _HALVES.get(found["half"] or "")
         if half is None:
             tensors.alpha = (name, state[name])
             continue
-        adapters.add(found["adapter"] or "")
+        adapters.add(found["adapter"] or found["of"] or "")
         # Twice by two formats or two adapters in one file; which one is meant cannot be known.
         if half in tensors.halves:
             first = tensors.halves[half][0]
@@ -338,7 +346,7 @@ def folded(
 def _factors(layer: str, tensors: _Tensors, options: Mapping[str, Any], file: Path) -> Factors:
     """Return the factors of one layer, checking that its tensors and numbers fit together."""
     # 1. Both factors, of floats.
-    if set(tensors.halves) != {"down", "up"}:
+    if set(tensors.halves) - {"magnitude"} != {"down", "up"}:
         odd = next(iter(tensors.halves.values()), tensors.alpha)
         assert odd is not None
         raise AssetError(
@@ -361,12 +369,13 @@ def _factors(layer: str, tensors: _Tensors, options: Mapping[str, Any], file: Pa
     ):
         raise AssetError(f"{file}: layer {layer}: shapes {shapes} share no rank")
     rank = down.shape[0]
+    magnitude = _magnitude(layer, tensors, options, file)
     # 3. Rank and alpha as the configuration and the file have them. A foreign file may hold
     #    anything: wrong types, broken patterns, numbers that are too large.
     try:
         recorded = settings.number(options, "r", "rank_pattern", layer)
         alpha = settings.number(options, "lora_alpha", "alpha_pattern", layer)
-        stabilised = settings.flag(options.get("use_rslora", False))
+        stabilised = settings.flag(options, "use_rslora")
         stored = None if tensors.alpha is None else _scalar(tensors.alpha[1])
     except (AttributeError, TypeError, ValueError, OverflowError, re.error) as error:
         raise AssetError(
@@ -384,7 +393,29 @@ def _factors(layer: str, tensors: _Tensors, options: Mapping[str, Any], file: Pa
         raise AssetError(f"{file}: its configuration has a rank and no lora_alpha")
     # Without any alpha the scaling is 1, by the convention of diffusers and kohya.
     known = stored if alpha is None else alpha
-    return Factors(down, up, float(rank) if known is None else known, stabilised)
+    return Factors(down, up, float(rank) if known is None else known, stabilised, magnitude)
+
+
+def _magnitude(
+    layer: str, tensors: _Tensors, options: Mapping[str, Any], file: Path
+) -> Tensor | None:
+    """Return the magnitudes of a layer of a DoRA; None of a LoRA."""
+    _, found = tensors.halves.get("magnitude", ("", None))
+    wanted = options.get("use_dora") or False
+    # Without a configuration the tensors say it, as in diffusers.
+    if options and wanted is not (found is not None):
+        has = "no lora_magnitude_vector" if found is None else "a lora_magnitude_vector"
+        raise AssetError(
+            f"{file}: layer {layer} has {has}, and use_dora of its configuration is {shown(wanted)}"
+        )
+    up = tensors.halves["up"][1]
+    one_each = (len(up),) if up.ndim == 2 else (1, len(up), 1, 1)
+    if found is not None and tuple(found.shape) != one_each:
+        raise AssetError(
+            f"{file}: lora_magnitude_vector of layer {layer} is {tuple(found.shape)}, expected "
+            f"{one_each}"
+        )
+    return found
 
 
 def _scalar(value: Tensor) -> float:

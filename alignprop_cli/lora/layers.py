@@ -1,7 +1,7 @@
 """A LoRA in a network: put it in, take it out, merge it, read and write its weights.
 
 A layer's weight becomes W + (alpha / rank) B A, with A of shape (rank, in) and B of shape
-(out, rank), both in float32 whatever the precision of W.
+(out, rank), both in float32 whatever the precision of W. rsLoRA and DoRA: see factors.py.
 """
 
 from __future__ import annotations
@@ -23,10 +23,15 @@ from torch import Tensor
 
 from alignprop_cli import rng
 from alignprop_cli.errors import ConfigError, first_line
+from alignprop_cli.lora import fit
+from alignprop_cli.lora.dora import start_magnitudes
 from alignprop_cli.lora.factors import adapter_settings, whole
 from alignprop_cli.lora.files import Adapter
 from alignprop_cli.lora.linear import ADAPTER, LoraLinear, take_over
 from alignprop_cli.lora.settings import is_quick
+
+ALL_LINEAR = "all-linear"
+"""Instead of names of layers: every linear layer of the network."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -39,18 +44,23 @@ def inject(
     alpha: float,
     target_modules: Sequence[str] | str,
     seed: int,
+    rslora: bool = False,
+    dora: bool = False,
 ) -> list[torch.nn.Parameter]:
     """Put a fresh LoRA into the network; everything else is frozen.
 
-    A is normal with standard deviation 1 / rank, B is zero: the network's output is unchanged.
+    A is normal with standard deviation 1 / rank, B is zero, and the magnitudes of a DoRA are those
+    of the weights: the network's output is unchanged.
 
     Args:
         network: Changed in place.
         rank: Rows of A and columns of B.
         alpha: Numerator of the scaling.
-        target_modules: Endings of the names of the layers to change, or one regular expression
-            for their whole names.
+        target_modules: Endings of the names of the layers to change, one regular expression for
+            their whole names, or `all-linear`.
         seed: Seed of A's values.
+        rslora: Whether the scaling is alpha / sqrt(rank).
+        dora: Whether it is a DoRA.
 
     Returns:
         The trainable parameters, float32, in a fixed order.
@@ -60,12 +70,16 @@ def inject(
             convolutions.
     """
     network.requires_grad_(False)
-    named = _as_peft_takes_it(target_modules)
+    # Not left to peft, which keeps the short name in the header: other readers do not know it.
+    is_short = target_modules == ALL_LINEAR
+    named = _all_linear(network) if is_short else _as_peft_takes_it(target_modules)
     config = LoraConfig(
         r=rank,
         lora_alpha=whole(alpha),  # type: ignore[arg-type]
         target_modules=named,
         init_lora_weights="gaussian",
+        use_rslora=rslora,
+        use_dora=dora,
     )
     try:
         inject_adapter_in_model(config, network, adapter_name=ADAPTER)
@@ -73,6 +87,7 @@ def inject(
         raise _no_targets(named, error) from error
     # diffusers reads this flag before it saves, switches or unloads adapters.
     network._hf_peft_config_loaded = True  # type: ignore[assignment]
+    start_magnitudes(network)
     # A's values are drawn again, keyed by the index of the parameter: peft draws them from the
     # global generator, in the network's precision.
     for index, (name, parameter) in enumerate(_named(network)):
@@ -82,6 +97,11 @@ def inject(
             parameter.data.copy_(draw / rank)
     take_over(network)
     return trainable(network)
+
+
+def _all_linear(network: torch.nn.Module) -> list[str]:
+    """Return the names of all linear layers."""
+    return [name for name, layer in network.named_modules() if isinstance(layer, torch.nn.Linear)]
 
 
 def _no_targets(named: list[str] | str, error: Exception) -> ConfigError:
@@ -115,7 +135,7 @@ def load(network: torch.nn.Module, adapter: Adapter, model_id: str) -> None:
     """
     if is_present(network):
         raise ValueError("the network has a LoRA already")
-    _check_fits(network, adapter, model_id)
+    fit.check(network, adapter, model_id)
     # 1. Which layers. The file's own target modules are short and go into the header of the next
     #    file; they are kept only if in this network they mean exactly the layers of the file.
     targets = _as_peft_takes_it(adapter.target_modules or sorted(adapter.layers))
@@ -132,8 +152,11 @@ def load(network: torch.nn.Module, adapter: Adapter, model_id: str) -> None:
     #    numbers, so they are replaced as a whole.
     for name, factors in adapter.layers.items():
         layer = network.get_submodule(name)
-        for half, value in (("lora_A", factors.down), ("lora_B", factors.up)):
-            parameter = layer.get_submodule(half).get_parameter(f"{ADAPTER}.weight")
+        parts = {"lora_A": factors.down, "lora_B": factors.up}
+        if factors.magnitude is not None:
+            parts["lora_magnitude_vector"] = factors.magnitude
+        for part, value in parts.items():
+            parameter = layer.get_submodule(part).get_parameter(f"{ADAPTER}.weight")
             parameter.data = value.to(parameter.device, torch.float32, copy=True)
     take_over(network)
 
@@ -157,27 +180,6 @@ def _selected(network: torch.nn.Module, target_modules: list[str] | str) -> set[
     """Return the names of the modules of this network that `target_modules` means."""
     config = LoraConfig(target_modules=target_modules)
     return {n for n, _ in network.named_modules() if n and check_target_module_exists(config, n)}
-
-
-def _check_fits(network: torch.nn.Module, adapter: Adapter, model_id: str) -> None:
-    """Refuse a LoRA whose layers do not fit this network."""
-    layers = dict(network.named_modules())
-    for name, factors in adapter.layers.items():
-        layer = layers.get(name)
-        why = None
-        if not isinstance(layer, torch.nn.Linear | torch.nn.Conv2d):
-            why = f"it has a layer {name}, which this model lacks"
-        elif layer.weight.shape[1] != factors.shape[1]:
-            # Mostly the width of the text embeddings, in which SD 1.x and 2.x differ.
-            channels = f"{layer.weight.shape[1]} channels here, {factors.shape[1]} there"
-            why = f"{name} takes {channels}"
-        elif tuple(layer.weight.shape) != factors.shape:
-            why = f"{name} is {tuple(layer.weight.shape)} here, {factors.shape} there"
-        if why is not None:
-            raise ConfigError(
-                f"{adapter.file}: this LoRA does not belong to model {model_id}: {why}",
-                hint="give the model it was trained on with --model",
-            )
 
 
 def trainable(network: torch.nn.Module) -> list[torch.nn.Parameter]:

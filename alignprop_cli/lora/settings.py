@@ -14,7 +14,6 @@ from alignprop_cli.errors import AssetError, ConfigError
 
 # Kinds of adapter that are not a plain LoRA, by the option that makes them.
 _OTHER_SETTINGS = {
-    "use_dora": "a DoRA",
     "lora_bias": "a LoRA with biases",
     "use_qalora": "a QALoRA",
     "use_bdlora": "a BD-LoRA",
@@ -36,7 +35,7 @@ _WITHOUT_EFFECT = {
     *("megatron_config", "megatron_core", "peft_type", "peft_version", "qalora_group_size"),
     *("revision", "runtime_config", "target_modules", "task_type", "velora_config"),
 }
-_READ = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora"}
+_READ = {"r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora"}
 # peft's initialisations that change the base weights as well.
 _CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga", "mica")
 # Bounds on what is somebody else's: of a text in a message, and of patterns, as Python's matcher
@@ -114,10 +113,15 @@ def _ending(pattern: str) -> re.Pattern[str]:
     return re.compile(rf"(.*\.)?({pattern})$")
 
 
-def flag(value: object) -> bool:
-    """Return whether the scaling is that of rsLoRA."""
+def flag(settings: Mapping[str, Any], name: str) -> bool:
+    """Return an option that is true or false, and false where it is not given.
+
+    Raises:
+        TypeError: If it is anything else.
+    """
+    value = settings.get(name, False)
     if not isinstance(value, bool):
-        raise TypeError(f"use_rslora: expected true or false, got {shown(value)}")
+        raise TypeError(f"{name}: expected true or false, got {shown(value)}")
     return value
 
 
@@ -147,7 +151,8 @@ def refuse(where: str, what: str) -> NoReturn:
     """
     raise ConfigError(
         f"{where}: is {what}: its update of a weight is not alpha / rank B A",
-        hint="only plain LoRAs and rsLoRAs can be sampled with, trained further and mixed",
+        hint="LoRAs and rsLoRAs can be sampled with, trained further and mixed; DoRAs as PEFT and "
+        "diffusers write them can be sampled with and trained further",
     )
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from alignprop_cli import __version__
 from alignprop_cli.errors import ConfigError
 from alignprop_cli.lora import files, mixing
+from alignprop_cli.lora.factors import is_dora
 from alignprop_cli.lora.files import LORA_FILE, Adapter
 from alignprop_cli.lora.recipe import RANKED, Recipe
 from alignprop_cli.paths import user_path
@@ -153,8 +154,8 @@ def prepare(
 
     Raises:
         AlignPropError: As `files.locate` and `files.read`.
-        ConfigError: If the members are of different base models or of different layers, or all are
-            the base model.
+        ConfigError: If the members are of different base models or of different layers, one is a
+            DoRA, or all are the base model.
     """
     if all(name == BASE for name in names):
         raise ConfigError("soup: all members are the base model: there is nothing to mix")
@@ -164,6 +165,13 @@ def prepare(
         Member(name, found.label, files.read(found.file)) if found else Member(name, "base", None)
         for name, found in zip(names, located, strict=True)
     ]
+    for member in members:
+        if member.adapter is not None and is_dora(member.adapter.layers):
+            raise ConfigError(
+                f"soup: {member.adapter.file} is a DoRA: its update of a weight is no sum, so it "
+                "can be neither mixed nor written for ComfyUI",
+                hint="evaluate it, train it further with lora.init, or load it in diffusers",
+            )
     _check_members([m.adapter for m in members if m.adapter is not None], recipe.allow_missing)
     # 2. The folders: one for a single mix, for a sweep one per share inside it.
     labels = [member.label for member in members]

@@ -176,6 +176,7 @@ class Family:
             model_index.json says that it was distilled without it.
         true_guidance: Whether `sample.guidance_scale` is an input of the network alone (where it
             has one), and `sample.true_guidance_scale` the scale of two branches.
+        single_files: Whether a single file with all of a model's weights can be loaded.
     """
 
     name: str
@@ -191,6 +192,7 @@ class Family:
     spacings: tuple[str, ...] = ()
     guides: bool = True
     true_guidance: bool = False
+    single_files: bool = False
 
 
 @dataclass(frozen=True)
@@ -233,7 +235,8 @@ class Model:
         family: The family's row.
         network: Can carry a LoRA.
         decoder: From latents to images.
-        embeds: Embeddings by prompt, without a batch dimension, on the CPU.
+        embeds: Embeddings by prompt, without a batch dimension, on the CPU (`EmbedsCache`: or on
+            disk).
         fingerprint: Hash of the architecture (names and shapes of the network's weights before a
             LoRA is added): models with the same fingerprint can exchange LoRAs.
         path: The folder or file it was loaded from; None where there is none.

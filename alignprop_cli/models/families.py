@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import importlib
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +16,9 @@ import torch
 from alignprop_cli.config.schema import ModelConfig, SampleConfig
 from alignprop_cli.device import allow_tf32, resolve_dtype
 from alignprop_cli.errors import AssetError, ConfigError
-from alignprop_cli.guidance import Embeds
 from alignprop_cli.models import loading
 from alignprop_cli.models.base import Family, Model, Sampler, Source
+from alignprop_cli.models.embeddings import EmbedsCache, budget
 from alignprop_cli.models.guiding import guidance_of, takes_scale
 from alignprop_cli.parsing import ParseError, read_json
 from alignprop_cli.paths import read_text, user_path
@@ -59,6 +60,12 @@ PUBLISHED = {
 
 _MODULAR = "modular_model_index.json"
 
+# Tensors of the single files of rectified flows, as the original code and diffusers name them.
+_TRANSFORMER = re.compile(
+    r"(model\.diffusion_model\.)?"
+    r"(joint_blocks|double_blocks|single_blocks|(single_)?transformer_blocks|layers)\.\d"
+)
+
 
 def _from(module: str, name: str) -> Callable[..., Any]:
     """Return a stand-in for a function of a family's file, imported when it is first called."""
@@ -85,6 +92,7 @@ _STABLE_DIFFUSION = Family(
     on_meta=_from("unet", "on_meta"),
     schedulers=_SCHEDULERS,
     spacings=_SPACINGS,
+    single_files=True,
 )
 
 FAMILIES: dict[str, Family] = {
@@ -107,6 +115,7 @@ FAMILIES: dict[str, Family] = {
             on_meta=_from("sdxl", "on_meta"),
             schedulers=_SCHEDULERS,
             spacings=_SPACINGS,
+            single_files=True,
         ),
         Family(
             name="Stable Diffusion 3 and 3.5",
@@ -216,8 +225,13 @@ def _family_of_file(file: Path, config: ModelConfig) -> Family:
     if config.config is not None:
         index = user_path(config.config, "model.config") / "model_index.json"
         if index.is_file():
-            return _family(index, str(index.parent))
+            family = _family(index, str(index.parent))
+            if not family.single_files:
+                raise _no_single_file(file, f"model.config is {family.name}", str(index.parent))
+            return family
     names = loading.tensor_names(file)
+    if any(map(_TRANSFORMER.match, names)):
+        raise _no_single_file(file, "it holds a transformer", "FOLDER")
     # The original code numbers the text encoders of Stable Diffusion XL; its refiner has one.
     if any(name.startswith("conditioner.embedders.1.") for name in names):
         return FAMILIES["StableDiffusionXLPipeline"]
@@ -227,6 +241,14 @@ def _family_of_file(file: Path, config: ModelConfig) -> Family:
             "itself"
         )
     return FAMILIES["StableDiffusionPipeline"]
+
+
+def _no_single_file(file: Path, why: str, folder: str) -> ConfigError:
+    return ConfigError(
+        f"model.id: {file}: {why}, of whose family no single files are loaded",
+        hint="give the folder in diffusers format with all parts: --model "
+        f"{folder} (diffusers' from_single_file and save_pretrained make it)",
+    )
 
 
 def _looks_like_a_path(name: str) -> bool:
@@ -307,7 +329,7 @@ def open_model(
         network=parts.network,
         decoder=parts.decoder,
         embeds=embeds,
-        fingerprint=_fingerprint(parts.network.module),
+        fingerprint=fingerprint(parts.network.module),
         path=path,
     )
 
@@ -318,13 +340,14 @@ def _encode(
     prompts: list[str],
     device: torch.device,
     note: Callable[[str], object],
-) -> dict[str, Embeds]:
-    """Return the embeddings of each prompt, on the CPU.
+) -> EmbedsCache:
+    """Return the embeddings of each prompt, on the CPU or on disk.
 
     The encoders are local to this function, so nothing holds them when it returns.
     """
+    kept = EmbedsCache(budget())
     if not prompts:
-        return {}
+        return kept
     encoders = family.load_text_encoders(source, device)
     # A family need not say what its encoders cut.
     cuts: Callable[[str], bool] = getattr(encoders, "cuts", lambda _: False)
@@ -332,10 +355,15 @@ def _encode(
         note(cut_note(source.config.id, cut, len(prompts)))
     cpu = torch.device("cpu")
     # One by one: the embeddings of thousands of prompts would not fit the device together.
-    return {prompt: encoders.encode([prompt])[0].to(cpu) for prompt in prompts}
+    for prompt in prompts:
+        kept.add(prompt, encoders.encode([prompt])[0].to(cpu))
+    if kept.filed_bytes:
+        note(kept.describe())
+    return kept
 
 
-def _fingerprint(network: torch.nn.Module) -> str:
+def fingerprint(network: torch.nn.Module) -> str:
+    """Return a hash of a network's architecture, which may be on the meta device."""
     # Names and shapes, not values: a fine-tuned checkpoint accepts the LoRAs of its base.
     lines = sorted(f"{name} {tuple(p.shape)}" for name, p in network.named_parameters())
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]

@@ -103,7 +103,7 @@ def measure(config: Config, device_type: str) -> Footprint:
     # 1. The model with the LoRA that will be trained, whose values (and so the seed) do not matter.
     #    The text encoders are not counted: they are dropped before the network is loaded.
     family, _ = families.find(config.model)
-    model = meta_model(config.model, _dtype(config.model.dtype, device_type))
+    model = meta_model(config.model, dtype_on(config.model.dtype, device_type))
     sampler = families.sampler(config.sample, family, model.parts.network)
     network, decoder = model.parts.network.module, model.parts.decoder.module
     network_bytes = _bytes(network)  # before the LoRA, whose weights are counted with the optimiser
@@ -113,6 +113,8 @@ def measure(config: Config, device_type: str) -> Footprint:
         alpha=config.lora.alpha or config.lora.rank,
         target_modules=config.lora.target_modules or family.target_modules,
         seed=0,
+        rslora=config.lora.rslora,
+        dora=config.lora.dora,
     )
 
     # 2. The rewards, for images of this size.
@@ -132,7 +134,7 @@ def measure(config: Config, device_type: str) -> Footprint:
     )
 
 
-def _dtype(name: str, device_type: str) -> torch.dtype:
+def dtype_on(name: str, device_type: str) -> torch.dtype:
     """Return the precision of the frozen weights on a device that this machine may not have."""
     # The card cannot be asked; every card since Ampere (2020) has bfloat16.
     if device_type == "cuda" and not torch.cuda.is_available():

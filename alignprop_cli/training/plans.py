@@ -15,8 +15,8 @@ from torch import Tensor
 from alignprop_cli.config.schema import Config, dump
 from alignprop_cli.console import Console
 from alignprop_cli.device import available, hold_memory, make_accelerator, release_cached
+from alignprop_cli.planning import embeddings, window
 from alignprop_cli.planning import request as planning
-from alignprop_cli.planning import window
 from alignprop_cli.planning.choose import make_plan
 from alignprop_cli.planning.estimate import Budget, Footprint, expected_correction
 from alignprop_cli.planning.plan import Plan, PlanRequest
@@ -72,6 +72,7 @@ def describe(
     request = planning.plan_request(config, gpus or accelerator.num_processes)
     times = _assumed(footprint, budget, card)
     plan = _first_plan(request, footprint, budget, times)
+    prompts, each = embeddings.count(config, budget.device_type)
     values = {
         "plan": {
             **asdict(plan),
@@ -81,10 +82,12 @@ def describe(
         "budget": asdict(budget),
         "times": None if times is None else asdict(times),
         "uncounted": list(footprint.uncounted),
+        "embeddings": {"prompts": prompts, "bytes": prompts * each},
         "config": config.model_dump(mode="json"),
     }
     lines = [dump(config).rstrip(), "", *planning.describe(plan, budget, times)]
     lines += _window(config, request, console)
+    lines.append(embeddings.describe(prompts, each))
     lines += [f"not counted: {', '.join(footprint.uncounted)}"] if footprint.uncounted else []
     console.result("alignprop.plan/1", values, [*lines, "nothing was done (--dry-run)"])
 

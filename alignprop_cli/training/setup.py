@@ -19,6 +19,7 @@ from alignprop_cli.errors import AlignPropError, AssetError, ConfigError, explai
 from alignprop_cli.estimators import Estimator, window_group
 from alignprop_cli.lora import files
 from alignprop_cli.lora import layers as lora
+from alignprop_cli.lora.factors import is_dora
 from alignprop_cli.models.base import Model
 from alignprop_cli.models.families import sampler
 from alignprop_cli.prompts import check_prompts, load_prompts
@@ -160,17 +161,24 @@ def prepare_lora(config: Config, model: Model, found: Path | None, console: Cons
             alpha=wanted.alpha or wanted.rank,
             target_modules=targets,
             seed=config.train.seed,
+            rslora=wanted.rslora,
+            dora=wanted.dora,
         )
         have: dict[str, Any] = {"target_modules": targets}
     else:
         # From the checkpoint, where there is one: the file of lora.init may be gone by now.
         start = files.read(found / files.LORA_FILE if found else _initial(wanted.init))
+        if wanted.dora and not is_dora(start.layers):
+            raise ConfigError(
+                f"lora.dora: lora.init: {start.file} is no DoRA",
+                hint="leave out lora.dora, or lora.init to begin a DoRA from nothing",
+            )
         if start.left_out:
             console.warn(f"{start.file}: its layers of the text encoder are left out")
         # The file's rank and alpha win over lora.rank and lora.alpha. The run's own checkpoints may
         # have the scaling in B; it is put there now, so that it is the same when it is resumed.
         layers = files.layers_as_written(start.layers, model.family.lora_prefix)
-        as_in_file = all(layers[n].alpha == factors.alpha for n, factors in start.layers.items())
+        as_in_file = all(layers[n].scaling == f.scaling for n, f in start.layers.items())
         lora.load(module, replace(start, layers=layers), model.id)
         lora.make_trainable(module)
         metadata = lora.adapter_metadata(module)
@@ -178,10 +186,15 @@ def prepare_lora(config: Config, model: Model, found: Path | None, console: Cons
             "rank": metadata["r"],
             "alpha": float(metadata["lora_alpha"]),
             "target_modules": metadata["target_modules"],
+            "rslora": metadata["use_rslora"],
+            "dora": metadata["use_dora"],
         }
+        kind = " (DoRA)" if have["dora"] else " (rsLoRA)" if have["rslora"] else ""
         how = "as in its file" if as_in_file else "its file's scaling multiplied into B"
-        console.note(f"lora.init: rank {have['rank']}, alpha {have['alpha']:g}, {how}")
+        console.note(f"lora.init: rank {have['rank']}, alpha {have['alpha']:g}{kind}, {how}")
     made = wanted.model_copy(update=have)
+    if made.dora:
+        console.note("ComfyUI does not read a DoRA of this kind; diffusers does")
     return config.model_copy(update={"lora": made})
 
 

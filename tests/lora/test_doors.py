@@ -280,10 +280,16 @@ REFUSED: dict[str, tuple[dict[str, Tensor], str | None, int, str]] = {
     # Kinds of adapter: tensors, header, exit code, words.
     "dora": (KOHYA | {f"{K}.dora_scale": torch.ones(1, 128, 1, 1)}, None, 2, "is a DoRA"),
     "dora of an adapter": (
-        PAIR | {f"{X}.lora_magnitude_vector.default_0.weight": torch.ones(128)},
+        PAIR | {f"{X}.lora_magnitude_vector.default_0.weight": torch.ones(1, 128, 1, 1)},
         None,
-        2,
-        "is a DoRA",
+        3,
+        "holds several adapters",
+    ),
+    "dora of a matrix": (
+        PAIR | {f"{X}.lora_magnitude_vector": torch.ones(128)},
+        None,
+        3,
+        "expected (1, 128, 1, 1)",
     ),
     "loha": ({f"{K}.hada_w1_a": torch.ones(2, 2)}, None, 2, "is a LoHa"),
     "lokr": ({f"{K}.lokr_w1": torch.ones(2, 2), f"{K}.alpha": torch.ones(())}, None, 2, "a LoKr"),

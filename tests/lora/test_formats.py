@@ -332,11 +332,35 @@ def tall(value: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
 
 REFUSED: dict[str, tuple[dict[str, Tensor], type[AlignPropError], str]] = {
     # Other kinds of adapters, by their tensors.
-    "dora of kohya": (KOHYA | {f"{K}.dora_scale": torch.ones(6, 1)}, ConfigError, "is a DoRA"),
-    "dora of peft": (
-        PAIR | {f"{X}.lora_magnitude_vector": torch.ones(6)},
-        ConfigError,
-        r"is a DoRA \(unet\.x\.to_q\.lora_magnitude_vector\)",
+    "dora of kohya": (KOHYA | {f"{K}.dora_scale": torch.ones(6, 1)}, ConfigError, "is a DoRA in"),
+    "dora of another shape": (
+        PAIR | {f"{X}.lora_magnitude_vector": torch.ones(4)},
+        AssetError,
+        r"lora_magnitude_vector of layer x\.to_q is \(4,\), expected \(6,\)",
+    ),
+    "dora twice": (
+        PAIR
+        | {f"{X}.lora_magnitude_vector": torch.ones(6)}
+        | {f"{X}.lora_magnitude_vector.weight": torch.ones(6)},
+        AssetError,
+        "has two tensors for layer",
+    ),
+    "dora in part": (
+        PAIR
+        | {name.replace("to_q", "to_k"): value for name, value in PAIR.items()}
+        | {f"{X}.lora_magnitude_vector": torch.ones(6)},
+        AssetError,
+        "is a DoRA in some of its layers and a LoRA in others",
+    ),
+    "magnitudes alone": (
+        PAIR | {"unet.x.to_v.lora_magnitude_vector": torch.ones(6)},
+        AssetError,
+        "which stands alone",
+    ),
+    "infinite magnitudes": (
+        PAIR | {f"{X}.lora_magnitude_vector": torch.full((6,), torch.inf)},
+        RunError,
+        "NaN or infinity",
     ),
     "loha": (
         {f"{K}.hada_{part}": torch.ones(2, 2) for part in ("w1_a", "w1_b", "w2_a", "w2_b")},
@@ -474,7 +498,7 @@ def test_what_is_more_or_less_than_a_lora_is_refused(tmp_path: Path, case: str) 
 
 
 SETTINGS: dict[str, tuple[str, type[AlignPropError], str]] = {
-    "dora": ('{"unet.use_dora": true}', ConfigError, r"is a DoRA \(use_dora\)"),
+    "dora": ('{"unet.use_dora": true}', AssetError, r"has no lora_magnitude_vector, and use_dora"),
     "bias": ('{"unet.lora_bias": true}', ConfigError, "is a LoRA with biases"),
     "loha": ('{"peft_type": "LOHA"}', ConfigError, "is a LOHA"),
     "repeated": ('{"layer_replication": [[0, 4]]}', ConfigError, "repeated layers"),

@@ -13,6 +13,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import constants
+from safetensors.torch import save_file
 from torch import Tensor
 
 from alignprop_cli.config.schema import ModelConfig, SampleConfig
@@ -311,3 +312,29 @@ def test_on_meta_the_network_is_the_loaded_one_without_its_numbers() -> None:
 def test_every_shipped_architecture_belongs_to_a_published_model() -> None:
     shipped = {path.parent.name for path in ARCHITECTURES.glob("*/model_index.json")}
     assert shipped == set(PUBLISHED.values()) == {path.name for path in ARCHITECTURES.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "layer",
+    ["model.diffusion_model.joint_blocks.0.x", "double_blocks.3.x", "transformer_blocks.0.x"],
+)
+def test_a_single_file_of_a_rectified_flow_is_refused_with_what_to_do(
+    layer: str, tmp_path: Path
+) -> None:
+    file, folder = tmp_path / "model.safetensors", tmp_path / "parts"
+    save_file({layer: torch.ones(2)}, file)
+    folder.mkdir()
+    for kind in ("StableDiffusion3Pipeline", "Flux2KleinPipeline"):
+        (folder / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+        # By both ways to a model: for the plan and for the weights.
+        for door in (
+            lambda config: find(config),
+            lambda config: meta_model(config, torch.float32),
+            lambda config: open_model(config, ["a"], CPU),
+        ):
+            with pytest.raises(ConfigError, match="of whose family no single files") as raised:
+                door(ModelConfig(id=str(file), config=str(folder)))
+            assert f"--model {folder}" in str(raised.value.hint)
+    with pytest.raises(ConfigError, match="it holds a transformer") as raised:
+        find(ModelConfig(id=str(file)))
+    assert "from_single_file" in str(raised.value.hint)
