@@ -334,7 +334,7 @@ def folded(
         if found is None or _HALVES.get(found["half"] or "") != "up":
             continue
         alpha = settings.number(options, "lora_alpha", "alpha_pattern", found["layer"])
-        stabilised = settings.flag(options.get("use_rslora", False))
+        stabilised = settings.flag(options, "use_rslora")
         factor = scaling(alpha or 0.0, value.shape[1], rank_stabilised=stabilised)
         if factor != 1.0:
             scaled[name] = factor * value.float()
