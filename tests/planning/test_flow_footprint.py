@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from alignprop_cli.config.validation import parse
+from alignprop_cli.errors import RunError
 from alignprop_cli.models.meta import meta_model
 from alignprop_cli.planning import meter
 from alignprop_cli.planning import request as planning
@@ -116,6 +117,7 @@ def test_buffers_count_as_weights(tmp_path: Path) -> None:
         # Measured on meta in 2026: 0.9 GiB an image; 2.2 with short prompts, here of 512 tokens.
         ("black-forest-labs/FLUX.2-klein-4B", 4, 12, (0.7, 1.2)),
         ("Tongyi-MAI/Z-Image-Turbo", 8, 24, (2.5, 3.3)),
+        ("black-forest-labs/FLUX.1-schnell", 4, 48, (1.5, 2.7)),
     ],
 )
 def test_a_plan_of_a_published_transformer_recomputes_blocks_where_memory_is_short(
@@ -143,3 +145,7 @@ def test_a_plan_of_a_published_transformer_recomputes_blocks_where_memory_is_sho
     # All calls with blocks recomputed, of one image.
     chain = found.first["block"].saved(1) + (calls - 1) * found.call["block"].saved(1)
     assert gib[0] * GIB < chain < gib[1] * GIB
+    if card > 24:
+        # The weights alone are 22 GiB.
+        with pytest.raises(RunError, match="network weights"):
+            make_plan(request, footprint=found, budget=Budget(24 * GIB, "cuda", "a card"))
