@@ -125,11 +125,13 @@ class Source:
         config: The `model` section of the configuration.
         path: A folder in diffusers format or a single file; for a hub id, the folder in the cache.
         dtype: Precision of the frozen weights.
+        device: Where weights are quantised, if they are; None is where they are loaded.
     """
 
     config: ModelConfig
     path: Path
     dtype: torch.dtype
+    device: torch.device | None = None
 
 
 @dataclass(frozen=True)
@@ -174,6 +176,7 @@ class Family:
         spacings: The same for `sample.spacing`.
         guides: Whether there is classifier-free guidance at all; False for a model whose
             model_index.json says that it was distilled without it.
+        taesd: Hub id of the AutoencoderTiny that was published for it; None where there is none.
     """
 
     name: str
@@ -188,6 +191,7 @@ class Family:
     schedulers: tuple[str, ...] = ()
     spacings: tuple[str, ...] = ()
     guides: bool = True
+    taesd: str | None = None
 
 
 @dataclass(frozen=True)
@@ -234,6 +238,7 @@ class Model:
         fingerprint: Hash of the architecture (names and shapes of the network's weights before a
             LoRA is added): models with the same fingerprint can exchange LoRAs.
         path: The folder or file it was loaded from; None where there is none.
+        tiny_decoder: Decodes the images that are rewarded in training; None: `decoder` does.
     """
 
     id: str
@@ -243,6 +248,12 @@ class Model:
     embeds: Mapping[str, Embeds] = field(default_factory=dict[str, Embeds])
     fingerprint: str = ""
     path: Path | None = None
+    tiny_decoder: Decoder | None = None
+
+    @property
+    def reward_decoder(self) -> Decoder:
+        """Return what decodes the images that are rewarded in training; samples get `decoder`."""
+        return self.tiny_decoder or self.decoder
 
     @property
     def device(self) -> torch.device:

@@ -1,4 +1,4 @@
-"""Recompute the blocks of a decoder in backward, also where diffusers has no switch for it."""
+"""Recompute the blocks of a decoder in backward, finer than diffusers' switch for it does."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,15 +22,10 @@ def decoder_blocks(autoencoder: Any, recompute: bool) -> Iterator[None]:
         autoencoder: One of diffusers' autoencoders, with a `decoder`.
         recompute: Whether the blocks are recomputed in backward.
     """
-    if autoencoder._supports_gradient_checkpointing:
-        # A flag of the modules that the decoder reads, so it is set at every call.
-        if recompute:
-            autoencoder.enable_gradient_checkpointing()
-        else:
-            autoencoder.disable_gradient_checkpointing()
-        yield
-        return
-    wrapped = _blocks(autoencoder.decoder) if recompute else []
+    # diffusers' own switch recomputes whole levels, or all of an AutoencoderTiny, and so most of it
+    # is alive again at once.
+    find = _tiny_blocks if isinstance(autoencoder, AutoencoderTiny) else _blocks
+    wrapped = find(autoencoder.decoder) if recompute else []
     for block in wrapped:
         block.forward = _recomputed(block.forward)
     try:
@@ -52,6 +48,12 @@ def _blocks(decoder: nn.Module) -> list[nn.Module]:
         found += members if members and opened else [level]
     # A block that upsamples by interpolation alone stores nothing worth a second run.
     return [block for block in found if any(True for _ in block.parameters())]
+
+
+def _tiny_blocks(decoder: Any) -> list[nn.Module]:
+    """Return the residual blocks of a tiny decoder, which is one row of layers."""
+    # A convolution by itself stores its input either way.
+    return [layer for layer in decoder.layers if any(True for _ in layer.children())]
 
 
 def _members(module: nn.Module) -> list[nn.Module]:
