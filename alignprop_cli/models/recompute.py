@@ -41,7 +41,7 @@ def _blocks(decoder: nn.Module) -> list[nn.Module]:
     for level in _members(decoder):
         inner = [level] if isinstance(level, nn.Sequential) else [level, *level.children()]
         lists = [part for part in inner if isinstance(part, nn.ModuleList | nn.Sequential)]
-        members = [member for part in lists for member in part]
+        members = [member for part in lists for member in part.children()]
         # Only where nothing of the level is left outside: it is a list of blocks then.
         whole = sum(p.numel() for p in level.parameters())
         opened = sum(p.numel() for member in members for p in member.parameters()) == whole
@@ -61,7 +61,8 @@ def _members(module: nn.Module) -> list[nn.Module]:
     found: list[nn.Module] = []
     for child in module.children():
         if isinstance(child, nn.ModuleList | nn.Sequential):
-            found += list(child)
+            # Not the list itself: it may hold None, for an attention that is left out.
+            found += child.children()
         else:
             found += _members(child)
     return found

@@ -91,7 +91,7 @@ def load(
     if config.decoder == FULL:
         return None
     place = _place(config, family)
-    _check(_configuration(place), full, config, place)
+    _check(_values(config, full, place), full, config, place)
     kind: Any = AutoencoderTiny
     with hub.loading(_OPTION, place, alternative=_ALTERNATIVE), _quiet():
         module, report = kind.from_pretrained(
@@ -102,6 +102,7 @@ def load(
             raise ValueError(f"it lacks {missing[0]} ({len(missing)} tensors are missing)")
         if more := sorted(report["unexpected_keys"]):
             raise ValueError(f"it has a tensor {more[0]} that the configuration knows no layer for")
+    _check(module.config, full, config, place)
     return TinyDecoder(module.to(device), full.to_tiny)  # type: ignore[attr-defined]
 
 
@@ -116,13 +117,10 @@ def on_meta(
     if config.decoder == FULL:
         return None
     place = _place(config, family)
-    # The published ones differ in the channels of the latents alone.
-    published = config.decoder == TAESD
-    values = {"latent_channels": _autoencoder(full).latent_channels}
-    values = values if published else dict(_configuration(place))
+    values = _values(config, full, place)
     _check(values, full, config, place)
     with hub.loading(_OPTION, place), _quiet(), torch.device("meta"):
-        module: Any = AutoencoderTiny.from_config(values)
+        module: Any = AutoencoderTiny.from_config(dict(values))
     return TinyDecoder(torch.nn.Module.to(module, dtype), full.to_tiny)  # type: ignore[attr-defined]
 
 
@@ -161,6 +159,14 @@ def _place(config: ModelConfig, family: Family) -> str:
             hint=f"give the folder of one, or {_ALTERNATIVE}",
         )
     return family.taesd
+
+
+def _values(config: ModelConfig, full: Decoder, place: str) -> Mapping[str, Any]:
+    """Return the configuration of an autoencoder; of the published ones it need not be read."""
+    # They differ in the channels of the latents alone.
+    if config.decoder == TAESD:
+        return {"latent_channels": _autoencoder(full).latent_channels}
+    return _configuration(place)
 
 
 def _configuration(place: str) -> Mapping[str, Any]:

@@ -25,7 +25,7 @@ def main() -> None:
         small = {"sd3": small_sd3(Path(folder) / "a"), "klein": small_klein(Path(folder) / "b")}
         print("model   weights  steps  cosine of the LoRA's gradient")
         for name, place in {"tiny": "tiny", **small}.items():
-            for steps in (1, 4, 20):
+            for steps in (1, 4):
                 whole = lora_gradient(str(place), "none", steps)
                 for how in ways:
                     found = cosine(whole, lora_gradient(str(place), how, steps))

@@ -21,6 +21,7 @@ def kl() -> Any:
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         norm_num_groups=8,
+        mid_block_add_attention=False,  # a list that holds None
     )
 
 
