@@ -74,6 +74,7 @@ WITHOUT_TRAINING = ("alignprop_cli.commands.evaluate", "alignprop_cli.commands.s
 # The only homes of libraries that would otherwise spread. An empty set: nobody.
 ONLY_IMPORTERS = {
     "accelerate": {"device", "training"},
+    "bitsandbytes": {"models"},
     "click": set[str](),
     "diffusers": {"models", "tiny"},
     "jinja2": {"evaluation"},

@@ -57,6 +57,17 @@ class ModelConfig(Section):
         description="Precision of the frozen weights; auto is bfloat16 on a GPU that has it, "
         "float16 on an older one, float32 on the CPU. LoRA weights are always float32.",
     )
+    quantize: Literal["none", "int8", "nf4"] = Field(
+        default="none",
+        description="Hold the linear layers of network and text encoders in 8 bits, or in 4 "
+        "(pip install 'alignprop[quantize]'): images change a little. Never the VAE or the LoRA.",
+    )
+    decoder: Text = Field(
+        default="full",
+        description="What decodes the images that are rewarded in training: full, the model's own; "
+        "taesd, an approximation in a fraction of the memory; or the folder or hub id of another "
+        "AutoencoderTiny. Samples and evaluation are decoded in full.",
+    )
 
 
 class LoraConfig(Section):

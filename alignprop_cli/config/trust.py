@@ -21,7 +21,7 @@ from alignprop_cli.errors import ConfigError, Problem
 TO_EVALUATE = ("model.id", "model.revision", "model.variant", "model.config", "eval.prompts")
 """Keys that name a file, a hub id or a part of one, of those that an evaluation reads."""
 
-TO_RESUME = (*TO_EVALUATE, "train.prompts")
+TO_RESUME = (*TO_EVALUATE, "model.decoder", "train.prompts")
 """Such keys that a resumed run reads; also `lora.init` if the run has no checkpoint yet."""
 
 LARGEST = {
@@ -132,7 +132,7 @@ def _places(config: Config, shipped: ShippedNames, keys: Sequence[str]) -> Itera
     """Yield the paths and hub ids that a configuration names outside its rewards."""
     # A default is shipped, and so are the names of published models and prompt sets.
     defaults, values = Config().model_dump(), config.model_dump()
-    free = {"model.id": shipped.models}
+    free = {"model.id": shipped.models, "model.decoder": ("taesd",)}
     for key in keys:
         path = tuple(key.split("."))
         value = _at(values, path)

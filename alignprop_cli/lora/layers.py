@@ -29,6 +29,7 @@ from alignprop_cli.lora.factors import adapter_settings, whole
 from alignprop_cli.lora.files import Adapter
 from alignprop_cli.lora.linear import ADAPTER, LoraLinear, take_over
 from alignprop_cli.lora.settings import is_quick
+from alignprop_cli.models.quantized import QuantizedLinear
 
 ALL_LINEAR = "all-linear"
 """Instead of names of layers: every linear layer of the network."""
@@ -281,7 +282,8 @@ class Merged:
     be entered many times.
 
     A layer stays as it is in half precision, where a small update would vanish in the rounding of
-    W, and where the LoRA is switched off or is more than a product of two matrices (DoRA).
+    W; where W is held in fewer bits; and where the LoRA is switched off or is more than a product
+    of two matrices (DoRA).
 
     Args:
         network: A network with a LoRA.
@@ -368,6 +370,10 @@ def _mergeable(layer: torch.nn.Module) -> bool:
     # `lora_variant` holds what is more than a product, such as DoRA.
     if not isinstance(layer, LoraLayer) or ADAPTER not in layer.lora_A or layer.lora_variant:
         return False
-    dtype = layer.get_base_layer().get_parameter("weight").dtype
+    base = layer.get_base_layer()
+    # A merged weight would have to be held in full.
+    if isinstance(base, QuantizedLinear):
+        return False
+    dtype = base.get_parameter("weight").dtype
     off: bool = layer.disable_adapters  # type: ignore[attr-defined]
     return dtype in (torch.float32, torch.float64) and not off

@@ -125,11 +125,13 @@ class Source:
         config: The `model` section of the configuration.
         path: A folder in diffusers format or a single file; for a hub id, the folder in the cache.
         dtype: Precision of the frozen weights.
+        device: Where weights are quantised, if they are; None is where they are loaded.
     """
 
     config: ModelConfig
     path: Path
     dtype: torch.dtype
+    device: torch.device | None = None
 
 
 @dataclass(frozen=True)
@@ -177,6 +179,7 @@ class Family:
         true_guidance: Whether `sample.guidance_scale` is an input of the network alone (where it
             has one), and `sample.true_guidance_scale` the scale of two branches.
         single_files: Whether a single file with all of a model's weights can be loaded.
+        taesd: Hub id of the AutoencoderTiny that was published for it; None where there is none.
     """
 
     name: str
@@ -193,6 +196,7 @@ class Family:
     guides: bool = True
     true_guidance: bool = False
     single_files: bool = False
+    taesd: str | None = None
 
 
 @dataclass(frozen=True)
@@ -240,6 +244,7 @@ class Model:
         fingerprint: Hash of the architecture (names and shapes of the network's weights before a
             LoRA is added): models with the same fingerprint can exchange LoRAs.
         path: The folder or file it was loaded from; None where there is none.
+        tiny_decoder: Decodes the images that are rewarded in training; None: `decoder` does.
     """
 
     id: str
@@ -249,6 +254,12 @@ class Model:
     embeds: Mapping[str, Embeds] = field(default_factory=dict[str, Embeds])
     fingerprint: str = ""
     path: Path | None = None
+    tiny_decoder: Decoder | None = None
+
+    @property
+    def reward_decoder(self) -> Decoder:
+        """Return what decodes the images that are rewarded in training; samples get `decoder`."""
+        return self.tiny_decoder or self.decoder
 
     @property
     def device(self) -> torch.device:

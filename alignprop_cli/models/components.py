@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from alignprop_cli.errors import AssetError, ConfigError
 from alignprop_cli.models import loading
 from alignprop_cli.models.base import Source
+from alignprop_cli.models.quantized import quantize_part
 from alignprop_cli.models.rules import Rule
 from alignprop_cli.parsing import ParseError, read_json
 from alignprop_cli.paths import read_text
@@ -79,8 +80,12 @@ def has_part(folder: Path, name: str) -> bool:
     return isinstance(named, list) and any(cast(list[Any], named))
 
 
-def read_object(file: Path) -> dict[str, Any] | None:
+def read_object(file: Path, option: str = "model.id") -> dict[str, Any] | None:
     """Return the object in a JSON file; None if there is no such file.
+
+    Args:
+        file: The file.
+        option: The key that names it or its folder, for messages.
 
     Raises:
         AssetError: If it cannot be read.
@@ -88,11 +93,11 @@ def read_object(file: Path) -> dict[str, Any] | None:
     if not file.exists():
         return None
     try:
-        found = read_json(read_text(file, "model.id", most=_MOST_CONFIG), strict=False)
+        found = read_json(read_text(file, option, most=_MOST_CONFIG), strict=False)
     except ParseError as error:
-        raise AssetError(f"model.id: cannot load {file}: {error}") from error
+        raise AssetError(f"{option}: cannot load {file}: {error}") from error
     if not isinstance(found, dict):
-        raise AssetError(f"model.id: cannot load {file}: expected an object")
+        raise AssetError(f"{option}: cannot load {file}: expected an object")
     return cast(dict[str, Any], found)
 
 
@@ -126,7 +131,7 @@ def load_network(source: Source, name: str, kind: Any, *, hint: str | None = Non
             raise ValueError(f"it lacks {missing[0]} ({len(missing)} tensors are missing)")
         if more and issubclass(kind, torch.nn.Module) and hasattr(kind, "load_config"):
             raise ValueError(f"it has a tensor {more[0]} that the configuration knows no layer for")
-    return freeze(network)
+    return quantize_part(freeze(network), source, name)
 
 
 def load_tokenizer(source: Source, name: str, kind: Any, rows: int) -> Any:
@@ -158,7 +163,7 @@ def network_on_meta(source: Source, name: str, kind: Any) -> Any:
     with loading.explained(source.config, source.path), torch.device("meta"):
         network = kind.from_config(kind.load_config(source.path, subfolder=name))
     # diffusers' own `to` warns about modules that stay in float32; there are none here.
-    return freeze(torch.nn.Module.to(network, source.dtype))
+    return quantize_part(freeze(torch.nn.Module.to(network, source.dtype)), source, name)
 
 
 def load_config(source: Source, name: str, file: str = "config.json") -> dict[str, Any]:

@@ -16,7 +16,7 @@ import torch
 from alignprop_cli.config.schema import ModelConfig, SampleConfig
 from alignprop_cli.device import allow_tf32, resolve_dtype
 from alignprop_cli.errors import AssetError, ConfigError
-from alignprop_cli.models import loading
+from alignprop_cli.models import loading, quantized
 from alignprop_cli.models.base import Family, Model, Sampler, Source
 from alignprop_cli.models.embeddings import EmbedsCache, budget
 from alignprop_cli.models.guiding import guidance_of, takes_scale
@@ -93,6 +93,7 @@ _STABLE_DIFFUSION = Family(
     schedulers=_SCHEDULERS,
     spacings=_SPACINGS,
     single_files=True,
+    taesd="madebyollin/taesd",
 )
 
 FAMILIES: dict[str, Family] = {
@@ -116,6 +117,7 @@ FAMILIES: dict[str, Family] = {
             schedulers=_SCHEDULERS,
             spacings=_SPACINGS,
             single_files=True,
+            taesd="madebyollin/taesdxl",
         ),
         Family(
             name="Stable Diffusion 3 and 3.5",
@@ -129,6 +131,7 @@ FAMILIES: dict[str, Family] = {
             load_parts=_from("sd3", "load_parts"),
             on_meta=_from("sd3", "on_meta"),
             spacings=("linear",),
+            taesd="madebyollin/taesd3",
         ),
         Family(
             name="FLUX.1",
@@ -307,9 +310,11 @@ def open_model(
     family, path = find(config)
     if not family.guides:
         note(f"{config.id} was distilled without guidance: sample.guidance_scale is not used")
-    # 1. All files are fetched first, so that missing ones are reported before any work is done.
+    # 1. All files are fetched first, so that missing ones are reported before any work is done; and
+    #    what cannot be done at all before they are.
+    quantized.check(config.quantize, device)
     path = path or loading.download(config)
-    source = Source(config, path, resolve_dtype(config.dtype, device))
+    source = Source(config, path, resolve_dtype(config.dtype, device), device)
     allow_tf32(source.dtype)
 
     # 2. The text encoders live within this call. They can hold cycles of references, which only the
@@ -365,7 +370,7 @@ def _encode(
 def fingerprint(network: torch.nn.Module) -> str:
     """Return a hash of a network's architecture, which may be on the meta device."""
     # Names and shapes, not values: a fine-tuned checkpoint accepts the LoRAs of its base.
-    lines = sorted(f"{name} {tuple(p.shape)}" for name, p in network.named_parameters())
+    lines = sorted(f"{name} {shape}" for name, shape in quantized.full_shapes(network).items())
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 

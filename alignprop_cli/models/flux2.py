@@ -141,14 +141,17 @@ class Flux2Decoder(VaeDecoder):
 
     def to_autoencoder(self, latents: Tensor) -> Tensor:
         """Undo the batch normalisation and the patches: (B, 4 C, h, w) -> (B, C, 2 h, 2 w)."""
-        # 1. The statistics in their own precision, as the pipeline takes them.
+        # The statistics in their own precision, as the pipeline takes them.
         norm = self.module.bn
         mean = norm.running_mean.view(1, -1, 1, 1).to(latents.dtype)
         deviation = torch.sqrt(
             norm.running_var.view(1, -1, 1, 1) + self.module.config.batch_norm_eps
         )
-        latents = latents * deviation.to(latents.dtype) + mean
-        # 2. Channels c, 2 x 2 patches: (B, c 2 2, h, w) -> (B, c, h 2, w 2).
+        return self.to_tiny(latents * deviation.to(latents.dtype) + mean)
+
+    def to_tiny(self, latents: Tensor) -> Tensor:
+        """Undo the patches alone: (B, 4 C, h, w) -> (B, C, 2 h, 2 w); differentiable."""
+        # Channels c, 2 x 2 patches: (B, c 2 2, h, w) -> (B, c, h 2, w 2).
         patches = latents.unflatten(1, (-1, 2, 2))
         return patches.permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
 

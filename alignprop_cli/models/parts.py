@@ -14,6 +14,7 @@ import transformers
 from alignprop_cli.errors import AssetError
 from alignprop_cli.models import configs, loading
 from alignprop_cli.models.base import Source
+from alignprop_cli.models.quantized import quantize_part
 from alignprop_cli.paths import user_path
 
 
@@ -78,7 +79,7 @@ def load(kind: Kind, source: Source, *parts: str) -> Any:
             empty = sorted(key for key, value in network.named_parameters() if value.is_meta)
             if empty:
                 raise ValueError(f"it lacks {name}.{empty[0]} ({len(empty)} tensors are missing)")
-            network.to(kind.dtype(name, source.dtype))
+            quantize_part(network.to(kind.dtype(name, source.dtype)), source, name)
     return pipeline
 
 
@@ -103,7 +104,7 @@ def _network(kind: Kind, source: Source, name: str) -> Any:
             raise ValueError(f"it lacks {missing[0]} ({len(missing)} tensors are missing)")
         if more and not name.startswith("text_encoder"):
             raise ValueError(f"it has a tensor {more[0]} that the configuration knows no layer for")
-    return network
+    return quantize_part(network, source, name)
 
 
 def on_meta(kind: Kind, source: Source, texts: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -127,7 +128,8 @@ def on_meta(kind: Kind, source: Source, texts: Mapping[str, Any]) -> tuple[Any, 
             made = kind.networks[name]
             network = made.from_config(made.load_config(folder, subfolder=name))
             # diffusers' own `to` warns about modules that stay in float32; there are none here.
-            networks[name] = torch.nn.Module.to(network, kind.dtype(name, source.dtype))
+            network = torch.nn.Module.to(network, kind.dtype(name, source.dtype))
+            networks[name] = quantize_part(network, source, name)
         found = {name: made.from_pretrained(folder / name) for name, made in texts.items()}
     # Not on the meta device: the noise levels are numbers that are read.
     with loading.explained(source.config, folder):

@@ -1,4 +1,4 @@
-"""Recompute the blocks of a decoder in backward, also where diffusers has no switch for it."""
+"""Recompute the blocks of a decoder in backward, finer than diffusers' switch for it does."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from diffusers import AutoencoderTiny
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,15 +22,10 @@ def decoder_blocks(autoencoder: Any, recompute: bool) -> Iterator[None]:
         autoencoder: One of diffusers' autoencoders, with a `decoder`.
         recompute: Whether the blocks are recomputed in backward.
     """
-    if autoencoder._supports_gradient_checkpointing:
-        # A flag of the modules that the decoder reads, so it is set at every call.
-        if recompute:
-            autoencoder.enable_gradient_checkpointing()
-        else:
-            autoencoder.disable_gradient_checkpointing()
-        yield
-        return
-    wrapped = _blocks(autoencoder.decoder) if recompute else []
+    # diffusers' own switch recomputes whole levels, or all of an AutoencoderTiny, and so most of it
+    # is alive again at once.
+    find = _tiny_blocks if isinstance(autoencoder, AutoencoderTiny) else _blocks
+    wrapped = find(autoencoder.decoder) if recompute else []
     for block in wrapped:
         block.forward = _recomputed(block.forward)
     try:
@@ -45,7 +41,7 @@ def _blocks(decoder: nn.Module) -> list[nn.Module]:
     for level in _members(decoder):
         inner = [level] if isinstance(level, nn.Sequential) else [level, *level.children()]
         lists = [part for part in inner if isinstance(part, nn.ModuleList | nn.Sequential)]
-        members = [member for part in lists for member in part]
+        members = [member for part in lists for member in part.children()]
         # Only where nothing of the level is left outside: it is a list of blocks then.
         whole = sum(p.numel() for p in level.parameters())
         opened = sum(p.numel() for member in members for p in member.parameters()) == whole
@@ -54,12 +50,19 @@ def _blocks(decoder: nn.Module) -> list[nn.Module]:
     return [block for block in found if any(True for _ in block.parameters())]
 
 
+def _tiny_blocks(decoder: Any) -> list[nn.Module]:
+    """Return the residual blocks of a tiny decoder, which is one row of layers."""
+    # A convolution by itself stores its input either way.
+    return [layer for layer in decoder.layers if any(True for _ in layer.children())]
+
+
 def _members(module: nn.Module) -> list[nn.Module]:
     """Return the members of a module's outermost lists."""
     found: list[nn.Module] = []
     for child in module.children():
         if isinstance(child, nn.ModuleList | nn.Sequential):
-            found += list(child)
+            # Not the list itself: it may hold None, for an attention that is left out.
+            found += child.children()
         else:
             found += _members(child)
     return found

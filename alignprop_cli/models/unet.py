@@ -203,6 +203,10 @@ class VaeDecoder:
         """Return the latents in the autoencoder's own units; differentiable."""
         return latents / self.module.config.scaling_factor
 
+    def to_tiny(self, latents: Tensor) -> Tensor:
+        """Return the latents as an AutoencoderTiny of the family reads them; differentiable."""
+        return latents
+
     def decode(self, latents: Tensor, *, recompute: bool = False) -> Tensor:
         """Decode to images in [0, 1]; see `Decoder`."""
         vae = self.module

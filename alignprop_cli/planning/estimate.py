@@ -73,9 +73,10 @@ class Footprint:
         first: A network call with gradient whose input carries none, by level: the first call of a
             path, or every call where the estimator detaches their input.
         call: A network call with gradient whose input carries gradient, by level.
-        decoder: From latents to images, by whether its blocks are recomputed.
+        decoder: From latents to the images that are rewarded, by whether its blocks are recomputed.
         reward: From images to the loss, by whether its blocks are recomputed.
         uncounted: Names of the rewards whose need is unknown.
+        sampling_decoder: From latents to samples; None where `decoder` makes those too.
     """
 
     weights: Mapping[str, int]
@@ -87,6 +88,7 @@ class Footprint:
     decoder: Mapping[bool, Work]
     reward: Mapping[bool, Work]
     uncounted: tuple[str, ...] = ()
+    sampling_decoder: Work | None = None
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ def measure(
     weights: Mapping[str, int],
     reward: Mapping[bool, Work],
     uncounted: tuple[str, ...] = (),
+    tiny: Decoder | None = None,
 ) -> Footprint:
     """Count the parts of a step of a model with its LoRA.
 
@@ -38,14 +39,14 @@ def measure(
         weights: Bytes of frozen weights, by part.
         reward: What the rewards need, by whether their blocks are recomputed.
         uncounted: Names of the rewards that are not in `reward`.
+        tiny: What decodes the images that are rewarded; None is the model's own decoder.
     """
-    network, decoder = model.parts.network, model.parts.decoder
+    network, own = model.parts.network, model.parts.decoder
     shape = network.latent_shape(sampler.height, sampler.width)
     latents = 4 * math.prod(shape)  # bytes, in float32
     denoise = guided_call(model, sampler, shape)
-    embeds = [e for e in (model.conditioning.text, model.conditioning.negative) if e is not None]
-    there = [*network.module.parameters(), *(t for e in embeds for t in e.tensors.values())]
-    trained = sum(parameter.numel() for parameter in lora.trainable(network.module))
+    there = there_anyway(model)
+    trained = sum(p.numel() for p in lora.trainable(network.module))
 
     # 1. Calls without gradient, with the LoRA merged or cast as in training.
     with lora.prepared(network.module) as merged:
@@ -54,13 +55,12 @@ def measure(
 
     # 2. Calls with gradient, with and without gradient in their input, by what is recomputed. The
     #    LoRA's float32 gradients are the one thing whose size does not depend on the batch.
-    fixed = 4 * trained
     counted = functools.partial(count, denoise, shape, there=there, device_type=device_type)
 
     def call(*, has_grad: bool, blocks: bool) -> Work:
         network.recompute_blocks(blocks)
         with lora.prepared(network.module):
-            return counted(has_grad=has_grad, fixed_backward=fixed)
+            return counted(has_grad=has_grad, fixed_backward=4 * trained)
 
     def by_level(*, has_grad: bool) -> dict[Level, Work]:
         blocks = call(has_grad=has_grad, blocks=True)
@@ -75,10 +75,22 @@ def measure(
         first=by_level(has_grad=False),
         call=by_level(has_grad=True),
         # 3. From clean latents to images.
-        decoder={again: _decode(decoder, shape, device_type, again) for again in (False, True)},
+        decoder={again: _decode(tiny or own, shape, device_type, again) for again in (False, True)},
+        sampling_decoder=_decode(own, shape, device_type, True) if tiny else None,
         reward=reward,
         uncounted=uncounted,
     )
+
+
+def there_anyway(model: MetaModel) -> list[Tensor]:
+    """Return what exists during every call: what the network holds, and the embeddings."""
+    embeds = [e for e in (model.conditioning.text, model.conditioning.negative) if e is not None]
+    return [*held(model.parts.network.module), *(t for e in embeds for t in e.tensors.values())]
+
+
+def held(module: torch.nn.Module) -> list[Tensor]:
+    """Return all that a module holds: buffers too, as those are what quantised weights are in."""
+    return [*module.parameters(), *module.buffers()]
 
 
 def _decode(

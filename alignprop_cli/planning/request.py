@@ -21,7 +21,7 @@ from alignprop_cli.estimators import (
     window_group,
 )
 from alignprop_cli.lora import layers as lora
-from alignprop_cli.models import families
+from alignprop_cli.models import families, taesd
 from alignprop_cli.models.meta import meta_model
 from alignprop_cli.planning import footprint
 from alignprop_cli.planning.estimate import GIB, Budget, Footprint, Work
@@ -83,6 +83,10 @@ def _advice(config: Config) -> dict[str, str]:
         advice["stored calls"] = fewer
     if config.model.vae_tile_size is None:
         advice["decoder"] = "model.vae_tile_size: 256 (images change a little)"
+    elif config.model.decoder == taesd.FULL:
+        advice["decoder"] = "model.decoder: taesd (approximate, in training alone)"
+    if config.model.quantize == "none":
+        advice["network weights"] = "model.quantize: int8 (images change a little)"
     if any(reward.dtype == "float32" for reward in config.reward.values()):
         advice["reward weights"] = "bfloat16 as the dtype of a reward with a network"
     return advice
@@ -103,9 +107,11 @@ def measure(config: Config, device_type: str) -> Footprint:
     # 1. The model with the LoRA that will be trained, whose values (and so the seed) do not matter.
     #    The text encoders are not counted: they are dropped before the network is loaded.
     family, _ = families.find(config.model)
-    model = meta_model(config.model, dtype_on(config.model.dtype, device_type))
+    dtype = dtype_on(config.model.dtype, device_type)
+    model = meta_model(config.model, dtype)
     sampler = families.sampler(config.sample, family, model.parts.network)
-    network, decoder = model.parts.network.module, model.parts.decoder.module
+    network, decoder = model.parts.network.module, model.parts.decoder
+    tiny = taesd.on_meta(config.model, family, decoder, dtype)
     network_bytes = _bytes(network)  # before the LoRA, whose weights are counted with the optimiser
     lora.inject(
         network,
@@ -126,11 +132,12 @@ def measure(config: Config, device_type: str) -> Footprint:
         device_type=device_type,
         weights={
             "network weights": network_bytes,
-            "decoder weights": _bytes(decoder),
+            "decoder weights": _bytes(decoder.module) + (_bytes(tiny.module) if tiny else 0),
             "reward weights": weights,
         },
         reward=reward,
         uncounted=uncounted,
+        tiny=tiny,
     )
 
 
@@ -143,9 +150,7 @@ def dtype_on(name: str, device_type: str) -> torch.dtype:
 
 
 def _bytes(module: torch.nn.Module) -> int:
-    # Buffers too: the position embeddings of Stable Diffusion 3.5 are a tenth of the network.
-    tensors = (*module.parameters(), *module.buffers())
-    return sum(t.numel() * t.element_size() for t in tensors)
+    return sum(t.numel() * t.element_size() for t in footprint.held(module))
 
 
 def _rewards(

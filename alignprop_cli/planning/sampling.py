@@ -107,7 +107,8 @@ def fitting_batch(footprint: Footprint, budget: Budget, wanted: int, *, held: fl
         At most `wanted`; 1 where not even one fits by the estimate.
     """
     # A part whose blocks are recomputed stores next to nothing in forward, as without gradient.
-    parts = footprint.rollout, footprint.decoder[True], footprint.reward[True]
+    decoder = footprint.sampling_decoder or footprint.decoder[True]
+    parts = footprint.rollout, decoder, footprint.reward[True]
     each = max(part.forward.each for part in parts)
     # float32: the LoRA, its gradients and AdamW's two moments, 4 bytes each.
     held += sum(footprint.weights.values()) + 16 * footprint.trained
@@ -134,12 +135,10 @@ def measure(config: Config, device: torch.device) -> SamplingNeed:
     shape = network.latent_shape(sampler.height, sampler.width)
     height, width = model.image_size(shape)
     # 1. The largest network call of the chain, and the decoder.
-    embeds = [e for e in (model.conditioning.text, model.conditioning.negative) if e is not None]
-    there = [*network.module.parameters(), *(t for e in embeds for t in e.tensors.values())]
     call = footprint.count(
         footprint.guided_call(model, sampler, shape),
         shape,
-        there=there,
+        there=footprint.there_anyway(model),
         device_type=device.type,
         has_grad=False,
     )
@@ -151,7 +150,7 @@ def measure(config: Config, device: torch.device) -> SamplingNeed:
         has_grad=False,
     )
     each = {"network": call.forward.each, "decoder": decode.forward.each}
-    tensors = [*network.module.parameters(), *decoder.module.parameters()]
+    tensors = [*footprint.held(network.module), *footprint.held(decoder.module)]
     weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     # 2. The rewards, one after the other. Those whose need is unknown are left out.
     for name, reward in config.reward.items():

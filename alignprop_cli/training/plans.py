@@ -15,6 +15,7 @@ from torch import Tensor
 from alignprop_cli.config.schema import Config, dump
 from alignprop_cli.console import Console
 from alignprop_cli.device import available, hold_memory, make_accelerator, release_cached
+from alignprop_cli.models import families, taesd
 from alignprop_cli.planning import embeddings, window
 from alignprop_cli.planning import request as planning
 from alignprop_cli.planning.choose import make_plan
@@ -86,6 +87,8 @@ def describe(
         "config": config.model_dump(mode="json"),
     }
     lines = [dump(config).rstrip(), "", *planning.describe(plan, budget, times)]
+    if (said := taesd.describe(config.model, families.find(config.model)[0])) is not None:
+        lines.append(said)
     lines += _window(config, request, console)
     lines.append(embeddings.describe(prompts, each))
     lines += [f"not counted: {', '.join(footprint.uncounted)}"] if footprint.uncounted else []

@@ -148,6 +148,7 @@ def _build(
         coming = {stream.prompt(i) for i in used}
     needed = [*coming, *(s.prompt for s in (*held_out, *samples)), config.sample.negative_prompt]
     model = open_model(config.model, needed, accelerator.device, console.note)
+    setup.add_decoder(config, model, console)
     inputs = setup.inputs(config, model)
     if found is not None:
         refuse_other_inputs(found, inputs)

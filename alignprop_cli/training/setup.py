@@ -15,11 +15,13 @@ from accelerate.utils import broadcast_object_list
 
 from alignprop_cli.config.schema import Config
 from alignprop_cli.console import Console
+from alignprop_cli.device import resolve_dtype
 from alignprop_cli.errors import AlignPropError, AssetError, ConfigError, explained
 from alignprop_cli.estimators import Estimator, window_group
 from alignprop_cli.lora import files
 from alignprop_cli.lora import layers as lora
 from alignprop_cli.lora.factors import is_dora
+from alignprop_cli.models import taesd
 from alignprop_cli.models.base import Model
 from alignprop_cli.models.families import sampler
 from alignprop_cli.prompts import check_prompts, load_prompts
@@ -46,6 +48,7 @@ def check(config: Config, resume: Path | None) -> None:
         if name in registry.SHIPPED and not registry.SHIPPED[name].trainable:
             raise ConfigError(f"reward.{name}: it has no gradient, so it cannot be trained on")
     registry.check_embedded(config.reward, config.model.id)
+    taesd.local_folder(config.model)
     # A run with a checkpoint reads its own LoRA; the file it began with may be gone.
     if config.lora.init is not None and not (resume and files.checkpoints(resume)):
         files.read(_initial(config.lora.init))
@@ -94,6 +97,14 @@ def settings(config: Config, model: Model, estimator: Estimator) -> Settings:
     )
 
 
+def add_decoder(config: Config, model: Model, console: Console) -> None:
+    """Give the model the decoder of `model.decoder` for training, and say which it is."""
+    dtype = resolve_dtype(config.model.dtype, model.device)
+    model.tiny_decoder = taesd.load(config.model, model.family, model.decoder, dtype, model.device)
+    if (said := taesd.describe(config.model, model.family)) is not None:
+        console.note(said)
+
+
 @contextmanager
 def claimed(
     resume: Path | None, wanted: str | None, name: str, accelerator: Accelerator
@@ -135,6 +146,8 @@ def inputs(config: Config, model: Model) -> dict[str, str]:
     found = {"train.prompts": hashlib.sha256(prompts.encode()).hexdigest()}
     if model.path is not None:
         found["model.id"] = fingerprint(model.path)
+    if (folder := taesd.local_folder(config.model)) is not None:
+        found["model.decoder"] = fingerprint(folder)
     for name, reward in config.reward.items():
         named = {f"reward.{name}": name.rpartition(":")[0]}
         named |= {f"reward.{name}.{option}": value for option, value in reward.options.items()}

@@ -177,7 +177,7 @@ class Trainer:
         for start in range(0, len(latents), self.plan.decode_batch):
             part = slice(start, start + self.plan.decode_batch)
             ends = latents[part].requires_grad_()  # (b, C, h, w), a leaf
-            images = self.model.decoder.decode(ends, recompute=self.plan.checkpoint_decoder)
+            images = self.model.reward_decoder.decode(ends, recompute=self.plan.checkpoint_decoder)
             gradient, losses, scores = self.mixture.differentiate(
                 images, prompts[part], lambda losses: scale(losses.sum() * weight)
             )

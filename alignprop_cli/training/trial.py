@@ -125,7 +125,7 @@ class Trial:
 
         def decoder() -> None:
             leaf = latents.detach().requires_grad_()
-            trainer.model.decoder.decode(leaf, recompute=False).backward(upstream)
+            trainer.model.reward_decoder.decode(leaf, recompute=False).backward(upstream)
 
         def reward() -> None:
             trainer.mixture.differentiate(pictures, prompts, lambda losses: losses.sum())
@@ -134,7 +134,7 @@ class Trial:
 
     @torch.no_grad()
     def _decoded(self, latents: Tensor) -> Tensor:
-        return self.trainer.model.decoder.decode(latents, recompute=False)
+        return self.trainer.model.reward_decoder.decode(latents, recompute=False)
 
     def _timed(self, part: Callable[[], object]) -> float:
         """Return the seconds of a part: the median of three, after one that is not timed."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLQwenImage
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderKLQwenImage, AutoencoderTiny
 from torch import Tensor
 
 from alignprop_cli.models.recompute import decoder_blocks
@@ -15,12 +15,13 @@ from tests.factories import randn
 
 
 def kl() -> Any:
-    """An autoencoder for which diffusers has a switch."""
+    """Residual blocks in levels, for which diffusers has a switch."""
     return AutoencoderKL(
         block_out_channels=(16, 32),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         norm_num_groups=8,
+        mid_block_add_attention=False,  # a list that holds None
     )
 
 
@@ -53,11 +54,22 @@ def dc() -> Any:
     )
 
 
+def tiny() -> Any:
+    """One row of layers, which diffusers' switch recomputes as a whole."""
+    return AutoencoderTiny(
+        encoder_block_out_channels=(16, 16),
+        decoder_block_out_channels=(16, 16),
+        num_encoder_blocks=(1, 3),
+        num_decoder_blocks=(3, 3),
+    )
+
+
 KINDS = {
     "kl": (kl, (8, 8)),
     "qwen": (qwen, (1, 8, 8)),
     "qwen, 3": (qwen, (3, 4, 4)),
     "dc": (dc, (8, 8)),
+    "tiny": (tiny, (8, 8)),
 }
 """Builder, and frames and size of the latents."""
 
@@ -100,7 +112,7 @@ def test_gradients_stay_and_fewer_bytes_are_stored(kind: str) -> None:
     assert gradient(autoencoder, latents, recompute=False)[2] == stored
 
 
-@pytest.mark.parametrize("kind", ["qwen", "dc"])
+@pytest.mark.parametrize("kind", ["kl", "qwen", "dc", "tiny"])
 def test_less_is_alive_at_the_same_time(kind: str) -> None:
     """What is counted are real storages: nothing is kept behind the back of autograd."""
     autoencoder, latents = build(kind)

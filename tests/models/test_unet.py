@@ -469,6 +469,16 @@ def test_a_single_safetensors_file_loads_to_the_numbers_of_its_folder(
     assert torch.equal(draw(model), draw(expected))
 
 
+def test_a_single_file_is_quantised_as_its_folder_is(folder: Path, single_file: Path) -> None:
+    found, expected = (
+        load(path, config=str(folder), quantize="int8").network.module.state_dict()
+        for path in (single_file, folder)
+    )
+    assert any(value.dtype == torch.int8 for value in expected.values())
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
 def test_a_single_ckpt_file_loads_to_the_numbers_of_its_folder(
     folder: Path, tmp_path: Path
 ) -> None:
