@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from alignprop_cli.config import trust
 from alignprop_cli.config.schema import Config
-from alignprop_cli.models.families import PUBLISHED
+from alignprop_cli.models.published import PUBLISHED
 from alignprop_cli.prompts import SETS
 from alignprop_cli.rewards.registry import SHIPPED
 

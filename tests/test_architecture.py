@@ -99,6 +99,7 @@ KNOWS_FAMILIES = (
     "alignprop_cli/tiny/make/",
     "alignprop_cli/lora/files.py",
     "alignprop_cli/lora/formats.py",
+    "alignprop_cli/lora/names.py",
 )
 
 MAY_CATCH_EVERYTHING = {"alignprop_cli/cli.py", "alignprop_cli/rewards/user.py"}

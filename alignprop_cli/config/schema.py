@@ -7,7 +7,6 @@ problems together, each with its source. No torch: configurations are read befor
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import ConfigDict, Field, field_validator
@@ -33,7 +32,6 @@ class ModelConfig(Section):
         ".safetensors or .ckpt file, or a hub id such as "
         "stable-diffusion-v1-5/stable-diffusion-v1-5.",
     )
-    # Which files of a hub id are used, and where the configurations of a single file are.
     revision: str | None = Field(default=None, description="Branch, tag or commit of a hub id.")
     variant: str | None = Field(
         default=None, description="Weight variant of a hub id, such as fp16."
@@ -395,20 +393,6 @@ class Config(Section):
         members = cast(dict[Any, Any], value)
         empty: dict[str, Any] = {}
         return {name: empty if member is None else member for name, member in members.items()}
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Return the dotted keys at which two nested mappings differ, with both values."""
-    found: dict[str, tuple[Any, Any]] = {}
-    for key in sorted(old.keys() | new.keys()):
-        before, after = old.get(key), new.get(key)
-        # Sections are compared key by key; a missing value counts as None.
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            inner = differences(cast(Mapping[str, Any], before), cast(Mapping[str, Any], after))
-            found |= {f"{key}.{name}": values for name, values in inner.items()}
-        elif before != after:
-            found[key] = (before, after)
-    return found
 
 
 def dump(config: Config) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, get_args
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
@@ -29,3 +30,17 @@ class Section(BaseModel):
         if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
             raise ValueError("expected no true or false here")
         return value
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return the dotted keys at which two nested mappings differ, with both values."""
+    found: dict[str, tuple[Any, Any]] = {}
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        # Sections are compared key by key; a missing value counts as None.
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            inner = differences(cast(Mapping[str, Any], before), cast(Mapping[str, Any], after))
+            found |= {f"{key}.{name}": values for name, values in inner.items()}
+        elif before != after:
+            found[key] = (before, after)
+    return found

@@ -20,7 +20,7 @@ from safetensors.torch import save as serialise
 from torch import Tensor
 
 from alignprop_cli.errors import AssetError, first_line
-from alignprop_cli.lora import formats
+from alignprop_cli.lora import formats, names
 from alignprop_cli.lora.factors import Layers, adapter_settings
 from alignprop_cli.lora.settings import shown
 from alignprop_cli.parsing import ParseError, read_json
@@ -88,7 +88,7 @@ class Adapter:
     sha256: str
     left_out: int = 0
     target_modules: tuple[str, ...] | str | None = None
-    prefix: str = formats.NETWORKS[0]
+    prefix: str = names.NETWORKS[0]
 
 
 def locate(name: str, where: str = "LoRA") -> Located:
@@ -207,13 +207,13 @@ def read(file: Path) -> Adapter:
         raise _unreadable(file, error) from error
     # 2. Rank and alpha: in the header, or where PEFT keeps them, in a file next to this one.
     settings = formats.read_settings(header.get(_METADATA, "{}"), f"{file}: {_METADATA}")
-    if any(name.startswith(formats.PEFT) for name in state):
+    if any(name.startswith(names.PEFT) for name in state):
         settings = _read_peft_config(file)
     # 3. The factors of every layer.
     layers, left_out = formats.read_layers(state, settings, file)
     targets = settings.get("target_modules")
     named = tuple(targets) if isinstance(targets, list) else targets
-    prefix = formats.network_of(state)
+    prefix = names.network_of(state)
     digest = sha256(file)
     _refuse_rot(file, digest)
     return Adapter(file, layers, header, digest, left_out, named, prefix)
@@ -256,14 +256,14 @@ def as_written(
     Those of a transformer have the scaling multiplied into B. ComfyUI does not read diffusers'
     header, and diffusers refuses the `.alpha` tensors that ComfyUI reads.
     """
-    if prefix != formats.NETWORKS[1]:
+    if prefix != names.NETWORKS[1]:
         return weights, adapter_metadata
     return formats.folded(weights, adapter_metadata)
 
 
 def layers_as_written(layers: Layers, prefix: str) -> Layers:
     """Return a LoRA with the same update, scaled as `as_written` does."""
-    if prefix != formats.NETWORKS[1]:
+    if prefix != names.NETWORKS[1]:
         return layers
     return {name: factors.folded() for name, factors in layers.items()}
 

@@ -16,7 +16,7 @@ dropped silently.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,16 +27,10 @@ from torch import Tensor
 from alignprop_cli.errors import AssetError, ConfigError, RunError
 from alignprop_cli.lora import settings
 from alignprop_cli.lora.factors import Factors, Layers, not_finite, scaling
+from alignprop_cli.lora.names import KOHYA, NETWORKS, layer_of, present, without_network
 from alignprop_cli.lora.settings import shown
 from alignprop_cli.parsing import ParseError, read_json
 
-NETWORKS = ("unet.", "transformer.")
-"""What diffusers puts before the names of the network's layers: its name in the pipeline."""
-
-PEFT = "base_model.model."
-"""What PEFT puts there."""
-
-_KOHYA = "lora_unet_"
 _TEXT = re.compile(r"text_encoder(_\d)?\.|lora_te\d?_|base_model\.model\.text_model\.")
 
 # The three spellings of the two factors: peft's, diffusers' and kohya's.
@@ -47,40 +41,7 @@ _TENSOR = re.compile(
     r"(?:\.(?P<adapter>[^.]+))?\.weight|alpha"
     r"|(?P<magnitude>lora_magnitude_vector)(?:(?:\.(?P<of>[^.]+))?\.weight)?)"
 )
-# Old versions of diffusers put the LoRA into the attention processors.
-_OLD = re.compile(r"\.processor\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight$")
 _TEXT_TENSOR = re.compile(r"[._]lora[._].*|\.(alpha|dora_scale)$")
-
-# kohya writes _ for every dot. These are the words of a UNet's names that contain a _ themselves.
-_WORDS = (
-    *("down_blocks", "mid_block", "up_blocks", "transformer_blocks", "time_embedding"),
-    *("add_embedding", "cond_proj", "time_emb_proj", "linear_1", "linear_2", "conv_in", "conv_out"),
-    *("conv_shortcut", "proj_in", "proj_out", "to_q", "to_k", "to_v", "to_out"),
-)
-_WORD = re.compile(rf"(?:{'|'.join(_WORDS)}|[a-z]+\d*|\d+)(?=_|$)")
-_FIRST_WORDS = {"down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out"}
-_FIRST_WORDS |= {"time_embedding", "add_embedding"}
-# The same of a transformer's names, which no kohya name is split into.
-_TRANSFORMER_WORDS = {"transformer_blocks", "single_transformer_blocks", "context_embedder"}
-_TRANSFORMER_WORDS |= {"x_embedder", "pos_embed", "time_text_embed", "norm_out", "proj_out"}
-
-# The original code numbers the blocks of a network with two layers a level through, downsamplers
-# and upsamplers among them. kohya's trainer names the layers of Stable Diffusion XL so.
-_ORIGINAL = re.compile(r"(input_blocks|middle_block|output_blocks)_(\d+)(?:_(\d+))?_(.+)")
-_ORIGINAL_ENDS = {
-    "time_embed_0": "time_embedding_linear_1",
-    "time_embed_2": "time_embedding_linear_2",
-    "label_emb_0_0": "add_embedding_linear_1",
-    "label_emb_0_2": "add_embedding_linear_2",
-    "input_blocks_0_0": "conv_in",
-    "out_2": "conv_out",
-}
-_ORIGINAL_RESNET = {
-    "in_layers_2": "conv1",
-    "emb_layers_1": "time_emb_proj",
-    "out_layers_3": "conv2",
-    "skip_connection": "conv_shortcut",
-}
 
 # Kinds of adapter that are not a plain LoRA, by a part of their tensors' names (a regular
 # expression); settings.py knows them by an option of their configuration.
@@ -95,9 +56,6 @@ _OTHER_KINDS = {
     r"diff|diff_b|w_norm|b_norm": "a file of whole weight differences",
     r"lora_embedding_[AB]": "a LoRA of embeddings",
 }
-# Characters of a layer's name: a longer one is no layer's, and would make matching it slow.
-_LONGEST_LAYER = 200
-
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -138,25 +96,6 @@ def read_settings(text: str, where: str) -> dict[str, Any]:
     return options
 
 
-def network_of(names: Iterable[str]) -> str:
-    """Return diffusers' prefix of these names; a U-Net's where they have none."""
-    for name in names:
-        if name.startswith(NETWORKS):
-            return next(prefix for prefix in NETWORKS if name.startswith(prefix))
-        if name.startswith(PEFT) and _first_word(name) in _TRANSFORMER_WORDS:
-            return NETWORKS[1]
-    return NETWORKS[0]
-
-
-def _first_word(name: str) -> str:
-    return name.removeprefix(PEFT).split(".")[0]
-
-
-def without_network(name: str) -> str:
-    """Return a name without diffusers' prefix."""
-    return name.removeprefix(network_of([name]))
-
-
 def read_layers(
     state: Mapping[str, Tensor], options: Mapping[str, Any], file: Path
 ) -> tuple[Layers, int]:
@@ -182,7 +121,7 @@ def read_layers(
         for pattern, what in _OTHER_KINDS.items():
             if any(re.fullmatch(pattern, part) for part in name.split(".")[1:]):
                 settings.refuse(str(file), f"{what} ({shown(name)})")
-    if not any(_TENSOR.fullmatch(_present(name)) for name in names):
+    if not any(_TENSOR.fullmatch(present(name)) for name in names):
         raise AssetError(f"{file}: holds no LoRA weights")
     # 3. The tensors of every layer, and their factors once they are complete.
     grouped = _group(state, names, file)
@@ -197,23 +136,13 @@ def read_layers(
     return layers, len(texts)
 
 
-def _present(name: str) -> str:
-    """Return the present name of a tensor from an old version of diffusers."""
-
-    def rename(found: re.Match[str]) -> str:
-        layer = "to_out.0" if found[1] == "to_out" else found[1]
-        return f".{layer}.lora.{found[2]}.weight"
-
-    return _OLD.sub(rename, name)
-
-
 def _group(state: Mapping[str, Tensor], names: list[str], file: Path) -> dict[str, _Tensors]:
     """Return the tensors by layer; an unknown name is refused."""
     grouped: dict[str, _Tensors] = {}
     adapters: set[str] = set()
     for name in names:
-        found = _TENSOR.fullmatch(_present(name))
-        layer = _layer(found["layer"], file) if found else None
+        found = _TENSOR.fullmatch(present(name))
+        layer = layer_of(found["layer"], file) if found else None
         if found is None or layer is None:
             raise AssetError(f"{file}: cannot be read as a LoRA: unexpected tensor {shown(name)}")
         tensors = grouped.setdefault(layer, _Tensors())
@@ -235,62 +164,6 @@ def _group(state: Mapping[str, Tensor], names: list[str], file: Path) -> dict[st
     return grouped
 
 
-def _layer(name: str, file: Path) -> str | None:
-    """Return the layer's name in the network from its name in the file; None if it is unknown."""
-    if len(name) > _LONGEST_LAYER:
-        return None
-    if name.startswith(NETWORKS):
-        return without_network(name)
-    if name.startswith(PEFT):
-        known = _FIRST_WORDS | _TRANSFORMER_WORDS
-        return name.removeprefix(PEFT) if _first_word(name) in known else None
-    if name.startswith(_KOHYA):
-        flat = _present_flat(name.removeprefix(_KOHYA))
-        # Split into the known words of a UNet's names: there is one way only, so the renaming can
-        # be undone. What does not split belongs to another network.
-        words = _WORD.findall(flat)
-        if "_".join(words) == flat and words[0] in _FIRST_WORDS:
-            return ".".join(words)
-        raise AssetError(
-            f"{file}: unexpected layer {name}: it is not named as diffusers names a UNet's layers",
-            hint="kohya's trainer names those of other networks so, which are not supported",
-        )
-    return None
-
-
-def _present_flat(flat: str) -> str:
-    """Return diffusers' name of a layer, _ for dots, from that of the original code.
-
-    Other names are returned as they are.
-    """
-    found = _ORIGINAL.fullmatch(flat)
-    if flat in _ORIGINAL_ENDS or found is None:
-        return _ORIGINAL_ENDS.get(flat, flat)
-    side, number, kind, rest = found[1], int(found[2]), found[3], found[4]
-    if side == "middle_block":
-        # resnet, attention, resnet; the kind is part of the layer's own name there.
-        rest = rest if kind is None else f"{kind}_{rest}"
-        block = {0: "resnets_0", 1: "attentions_0", 2: "resnets_1"}.get(number)
-        return flat if block is None else f"mid_block_{block}_{_ORIGINAL_RESNET.get(rest, rest)}"
-    if side == "input_blocks":
-        # conv_in is number 0; each level has two layers and a downsampler.
-        level, place = divmod(number - 1, 3)
-        if rest == "op":
-            return f"down_blocks_{level}_downsamplers_0_conv"
-    else:
-        # Each level has three layers; the upsampler comes after the last.
-        level, place = divmod(number, 3)
-        if rest == "conv":
-            return f"up_blocks_{level}_upsamplers_0_conv"
-    block = "down_blocks" if side == "input_blocks" else "up_blocks"
-    part = {"0": "resnets", "1": "attentions"}.get(kind or "")
-    return (
-        flat
-        if part is None
-        else (f"{block}_{level}_{part}_{place}_{_ORIGINAL_RESNET.get(rest, rest)}")
-    )
-
-
 def for_comfyui(layers: Layers, prefix: str) -> dict[str, Tensor]:
     """Return the tensors of a LoRA by the names that ComfyUI reads.
 
@@ -306,7 +179,7 @@ def for_comfyui(layers: Layers, prefix: str) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for name, factors in layers.items():
         if prefix == NETWORKS[0]:
-            layer = f"{_KOHYA}{name.replace('.', '_')}"
+            layer = f"{KOHYA}{name.replace('.', '_')}"
             state[f"{layer}.lora_down.weight"] = factors.down
             state[f"{layer}.lora_up.weight"] = factors.up
             state[f"{layer}.alpha"] = torch.tensor(factors.scaling * factors.rank)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from alignprop_cli.config.schema import ModelConfig
-from alignprop_cli.models.families import PUBLISHED, find
+from alignprop_cli.models.families import find
+from alignprop_cli.models.published import PUBLISHED
 
-# (num_inference_steps, guidance_scale) by the name in `families.PUBLISHED`, or by model.id. As the
+# (num_inference_steps, guidance_scale) by the name in `published.PUBLISHED`, or by model.id. As the
 # models' own pages have it; where a page has no example, the defaults of its pipeline in diffusers.
 _PUBLISHED = {
     "sd-1.5": (50, 7.5),
@@ -18,10 +19,13 @@ _PUBLISHED = {
     "sd-3-medium": (28, 7.0),
     "sd-3.5-medium": (40, 4.5),
     "sd-3.5-large": (28, 3.5),
+    "flux.1-dev": (28, 3.5),
+    "flux.1-schnell": (4, 0.0),
     "flux.2-klein-4b": (4, 1.0),
     "flux.2-klein-9b": (4, 1.0),
     "flux.2-klein-base-4b": (50, 4.0),
     "flux.2-klein-base-9b": (50, 4.0),
+    "z-image-turbo": (8, 0.0),
 }
 # Of models that their own model_index.json calls distilled, by the class of their pipeline.
 _DISTILLED = {"Flux2KleinPipeline": (4, 1.0)}

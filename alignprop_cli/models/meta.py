@@ -13,7 +13,8 @@ import torch
 from alignprop_cli.config.schema import ModelConfig
 from alignprop_cli.models import loading
 from alignprop_cli.models.base import Family, MetaModel, Source
-from alignprop_cli.models.families import ARCHITECTURES, PUBLISHED, find
+from alignprop_cli.models.families import find
+from alignprop_cli.models.published import ARCHITECTURES, PUBLISHED
 from alignprop_cli.paths import user_path
 
 # The model that most single files of a family are fine-tuned from.

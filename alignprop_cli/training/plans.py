@@ -75,11 +75,8 @@ def describe(
     plan = _first_plan(request, footprint, budget, times)
     prompts, each = embeddings.count(config, budget.device_type)
     values = {
-        "plan": {
-            **asdict(plan),
-            "accumulation": plan.accumulation,
-            "images_per_hour": plan.images_per_hour,
-        },
+        "plan": asdict(plan)
+        | {"accumulation": plan.accumulation, "images_per_hour": plan.images_per_hour},
         "budget": asdict(budget),
         "times": None if times is None else asdict(times),
         "uncounted": list(footprint.uncounted),

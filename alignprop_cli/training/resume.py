@@ -6,7 +6,8 @@ import hashlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from alignprop_cli.config.schema import Config, differences
+from alignprop_cli.config.schema import Config
+from alignprop_cli.config.section import differences
 from alignprop_cli.config.validation import parse
 from alignprop_cli.errors import ConfigError, Problem, RunError
 from alignprop_cli.lora import layers as lora

@@ -23,8 +23,9 @@ from alignprop_cli.config.schema import ModelConfig, SampleConfig, dump
 from alignprop_cli.lora import files
 from alignprop_cli.lora import layers as lora
 from alignprop_cli.models import defaults
-from alignprop_cli.models.families import PUBLISHED, fingerprint, open_model
+from alignprop_cli.models.families import fingerprint, open_model
 from alignprop_cli.models.meta import meta_model
+from alignprop_cli.models.published import PUBLISHED
 from tests.factories import SD1_BETAS, fill_lora_b, small_pipeline, small_xl_pipeline
 from tests.flow_models import small_klein, small_sd3
 from tests.plain import both

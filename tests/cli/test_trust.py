@@ -24,7 +24,8 @@ from alignprop_cli.errors import ConfigError
 from alignprop_cli.lora import files
 from alignprop_cli.lora import layers as lora
 from alignprop_cli.lora.files import LORA_FILE
-from alignprop_cli.models.families import PUBLISHED, open_model
+from alignprop_cli.models.families import open_model
+from alignprop_cli.models.published import PUBLISHED
 from alignprop_cli.rewards import registry
 from alignprop_cli.shipped import next_command
 from alignprop_cli.training import checkpoint

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import alignprop_cli
 from alignprop_cli.errors import AlignPropError, AssetError, ConfigError, RunError
-from alignprop_cli.lora import files, formats
+from alignprop_cli.lora import files, formats, names
 from alignprop_cli.lora import layers as lora
 from alignprop_cli.lora.factors import Factors
 from alignprop_cli.lora.files import LORA_FILE, PEFT_CONFIG, PEFT_FILE
@@ -683,8 +683,8 @@ def test_a_peft_file_of_a_transformer_is_read_and_belongs_to_one() -> None:
     state = {f"base_model.model.{n}.{h}.weight": v for n in layers for h, v in pair.items()}
     found, _ = formats.read_layers(state, {}, Path("peft.safetensors"))
     assert set(found) == set(layers)
-    assert formats.network_of(state) == "transformer."
-    assert formats.network_of(["base_model.model.mid_block.x.lora_A.weight"]) == "unet."
+    assert names.network_of(state) == "transformer."
+    assert names.network_of(["base_model.model.mid_block.x.lora_A.weight"]) == "unet."
 
 
 @pytest.mark.parametrize(

@@ -21,16 +21,9 @@ from alignprop_cli.errors import AssetError, ConfigError
 from alignprop_cli.guidance import Conditioning, Embeds, Guidance, guided
 from alignprop_cli.models import loading, unet
 from alignprop_cli.models.base import Family, MetaModel, Model, Parts, Source
-from alignprop_cli.models.families import (
-    ARCHITECTURES,
-    FAMILIES,
-    PUBLISHED,
-    find,
-    open_model,
-    register,
-    sampler,
-)
+from alignprop_cli.models.families import FAMILIES, find, open_model, register, sampler
 from alignprop_cli.models.meta import meta_model
+from alignprop_cli.models.published import ARCHITECTURES, PUBLISHED
 from alignprop_cli.sampling import sample
 from alignprop_cli.schedule import NoiseSchedule, Step
 from tests.factories import randn, small_pipeline

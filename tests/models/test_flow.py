@@ -26,8 +26,9 @@ from alignprop_cli.lora import files
 from alignprop_cli.lora import layers as lora
 from alignprop_cli.models import flux1 as flux1_family
 from alignprop_cli.models.base import Model, Source
-from alignprop_cli.models.families import PUBLISHED, find, open_model, sampler
+from alignprop_cli.models.families import find, open_model, sampler
 from alignprop_cli.models.meta import meta_model
+from alignprop_cli.models.published import PUBLISHED
 from alignprop_cli.sampling import sample
 from alignprop_cli.schedule import NoiseSchedule
 from tests.factories import fill_lora_b, randn, small_pipeline

@@ -1,0 +1,140 @@
+"""From the names of layers in a LoRA file to their names in the network."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from alignprop_cli.errors import AssetError
+
+NETWORKS = ("unet.", "transformer.")
+"""What diffusers puts before the names of the network's layers: its name in the pipeline."""
+
+PEFT = "base_model.model."
+"""What PEFT puts there."""
+
+KOHYA = "lora_unet_"
+"""What kohya's trainer puts before the names of a U-Net's layers."""
+
+# Old versions of diffusers put the LoRA into the attention processors.
+_OLD = re.compile(r"\.processor\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight$")
+
+# kohya writes _ for every dot. These are the words of a UNet's names that contain a _ themselves.
+_WORDS = (
+    *("down_blocks", "mid_block", "up_blocks", "transformer_blocks", "time_embedding"),
+    *("add_embedding", "cond_proj", "time_emb_proj", "linear_1", "linear_2", "conv_in", "conv_out"),
+    *("conv_shortcut", "proj_in", "proj_out", "to_q", "to_k", "to_v", "to_out"),
+)
+_WORD = re.compile(rf"(?:{'|'.join(_WORDS)}|[a-z]+\d*|\d+)(?=_|$)")
+_FIRST_WORDS = {"down_blocks", "mid_block", "up_blocks", "conv_in", "conv_out"}
+_FIRST_WORDS |= {"time_embedding", "add_embedding"}
+# The same of a transformer's names, which no kohya name is split into.
+_TRANSFORMER_WORDS = {"transformer_blocks", "single_transformer_blocks", "context_embedder"}
+_TRANSFORMER_WORDS |= {"x_embedder", "pos_embed", "time_text_embed", "norm_out", "proj_out"}
+
+# The original code numbers the blocks of a network with two layers a level through, downsamplers
+# and upsamplers among them. kohya's trainer names the layers of Stable Diffusion XL so.
+_ORIGINAL = re.compile(r"(input_blocks|middle_block|output_blocks)_(\d+)(?:_(\d+))?_(.+)")
+_ORIGINAL_ENDS = {
+    "time_embed_0": "time_embedding_linear_1",
+    "time_embed_2": "time_embedding_linear_2",
+    "label_emb_0_0": "add_embedding_linear_1",
+    "label_emb_0_2": "add_embedding_linear_2",
+    "input_blocks_0_0": "conv_in",
+    "out_2": "conv_out",
+}
+_ORIGINAL_RESNET = {
+    "in_layers_2": "conv1",
+    "emb_layers_1": "time_emb_proj",
+    "out_layers_3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+
+# Characters of a layer's name: a longer one is no layer's, and would make matching it slow.
+_LONGEST_LAYER = 200
+
+
+def network_of(names: Iterable[str]) -> str:
+    """Return diffusers' prefix of these names; a U-Net's where they have none."""
+    for name in names:
+        if name.startswith(NETWORKS):
+            return next(prefix for prefix in NETWORKS if name.startswith(prefix))
+        if name.startswith(PEFT) and _first_word(name) in _TRANSFORMER_WORDS:
+            return NETWORKS[1]
+    return NETWORKS[0]
+
+
+def _first_word(name: str) -> str:
+    return name.removeprefix(PEFT).split(".")[0]
+
+
+def without_network(name: str) -> str:
+    """Return a name without diffusers' prefix."""
+    return name.removeprefix(network_of([name]))
+
+
+def present(name: str) -> str:
+    """Return the present name of a tensor from an old version of diffusers."""
+
+    def rename(found: re.Match[str]) -> str:
+        layer = "to_out.0" if found[1] == "to_out" else found[1]
+        return f".{layer}.lora.{found[2]}.weight"
+
+    return _OLD.sub(rename, name)
+
+
+def layer_of(name: str, file: Path) -> str | None:
+    """Return the layer's name in the network from its name in the file; None if it is unknown."""
+    if len(name) > _LONGEST_LAYER:
+        return None
+    if name.startswith(NETWORKS):
+        return without_network(name)
+    if name.startswith(PEFT):
+        known = _FIRST_WORDS | _TRANSFORMER_WORDS
+        return name.removeprefix(PEFT) if _first_word(name) in known else None
+    if name.startswith(KOHYA):
+        flat = _present_flat(name.removeprefix(KOHYA))
+        # Split into the known words of a UNet's names: there is one way only, so the renaming can
+        # be undone. What does not split belongs to another network.
+        words = _WORD.findall(flat)
+        if "_".join(words) == flat and words[0] in _FIRST_WORDS:
+            return ".".join(words)
+        raise AssetError(
+            f"{file}: unexpected layer {name}: it is not named as diffusers names a UNet's layers",
+            hint="kohya's trainer names those of other networks so, which are not supported",
+        )
+    return None
+
+
+def _present_flat(flat: str) -> str:
+    """Return diffusers' name of a layer, _ for dots, from that of the original code.
+
+    Other names are returned as they are.
+    """
+    found = _ORIGINAL.fullmatch(flat)
+    if flat in _ORIGINAL_ENDS or found is None:
+        return _ORIGINAL_ENDS.get(flat, flat)
+    side, number, kind, rest = found[1], int(found[2]), found[3], found[4]
+    if side == "middle_block":
+        # resnet, attention, resnet; the kind is part of the layer's own name there.
+        rest = rest if kind is None else f"{kind}_{rest}"
+        block = {0: "resnets_0", 1: "attentions_0", 2: "resnets_1"}.get(number)
+        return flat if block is None else f"mid_block_{block}_{_ORIGINAL_RESNET.get(rest, rest)}"
+    if side == "input_blocks":
+        # conv_in is number 0; each level has two layers and a downsampler.
+        level, place = divmod(number - 1, 3)
+        if rest == "op":
+            return f"down_blocks_{level}_downsamplers_0_conv"
+    else:
+        # Each level has three layers; the upsampler comes after the last.
+        level, place = divmod(number, 3)
+        if rest == "conv":
+            return f"up_blocks_{level}_upsamplers_0_conv"
+    block = "down_blocks" if side == "input_blocks" else "up_blocks"
+    part = {"0": "resnets", "1": "attentions"}.get(kind or "")
+    return (
+        flat
+        if part is None
+        else (f"{block}_{level}_{part}_{place}_{_ORIGINAL_RESNET.get(rest, rest)}")
+    )
