@@ -155,10 +155,11 @@ def unpack(
         dequantize_4bit,
     )
 
-    state = QuantState(
-        absmax=scale, shape=torch.Size(shape), dtype=dtype, blocksize=BLOCK, quant_type="nf4"
-    )
-    return dequantize_4bit(held, state)
+    # As one row: on the CPU bitsandbytes 0.50 begins a block anew in every row, and returns wrong
+    # numbers where rows are no multiple of a block.
+    row = torch.Size((1, math.prod(shape)))
+    state = QuantState(absmax=scale, shape=row, dtype=dtype, blocksize=BLOCK, quant_type="nf4")
+    return dequantize_4bit(held, state).reshape(shape)
 
 
 def quantize(module: Any, how: How, device: torch.device | None = None) -> Any:
