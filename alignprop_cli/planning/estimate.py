@@ -76,7 +76,7 @@ class Footprint:
         decoder: From latents to the images that are rewarded, by whether its blocks are recomputed.
         reward: From images to the loss, by whether its blocks are recomputed.
         uncounted: Names of the rewards whose need is unknown.
-        sampling_decoder: From latents to samples; None where `decoder` makes those too.
+        sampling_decoder: From latents to samples, without gradient; None takes `decoder`.
     """
 
     weights: Mapping[str, int]

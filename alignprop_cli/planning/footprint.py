@@ -76,7 +76,7 @@ def measure(
         call=by_level(has_grad=True),
         # 3. From clean latents to images.
         decoder={again: _decode(tiny or own, shape, device_type, again) for again in (False, True)},
-        sampling_decoder=_decode(own, shape, device_type, True) if tiny else None,
+        sampling_decoder=_decode(own, shape, device_type, False, has_grad=False),
         reward=reward,
         uncounted=uncounted,
     )
@@ -94,7 +94,12 @@ def held(module: torch.nn.Module) -> list[Tensor]:
 
 
 def _decode(
-    decoder: Decoder, shape: tuple[int, int, int], device_type: str, recompute: bool
+    decoder: Decoder,
+    shape: tuple[int, int, int],
+    device_type: str,
+    recompute: bool,
+    *,
+    has_grad: bool = True,
 ) -> Work:
     """Count the decoder, with or without activation checkpointing of its blocks."""
     return count(
@@ -102,6 +107,7 @@ def _decode(
         shape,
         there=decoder.parameters(),
         device_type=device_type,
+        has_grad=has_grad,
     )
 
 

@@ -260,7 +260,7 @@ def test_text_encoders_are_quantised_but_for_what_their_class_keeps(tmp_path: Pa
 # weights every rounding grows from layer to layer: nf4 is only asked of the trained one.
 CASES = [
     ("tiny", "int8", 0.99),
-    pytest.param("tiny", "nf4", 0.8, marks=needs_bitsandbytes),
+    pytest.param("tiny", "nf4", 0.98, marks=needs_bitsandbytes),
     ("sd3", "int8", 0.99),
     ("klein", "int8", 0.99),
 ]

@@ -249,9 +249,10 @@ def test_the_plan_counts_it_for_training_and_the_own_decoder_for_samples(tmp_pat
             decoder.decode(leaf, recompute=recompute)
         assert found.decoder[recompute].saved(2) == pytest.approx(kept.total, rel=0.02)
     assert found.decoder[False].saved(1) < full.decoder[False].saved(1)
-    assert found.sampling_decoder == full.decoder[True]
+    assert found.sampling_decoder is not None
+    assert found.sampling_decoder == full.sampling_decoder
     # So fewer samples may fit together than if both had the small decoder.
-    each = max(p.forward.each for p in (found.rollout, full.decoder[True], found.reward[True]))
+    each = max(p.forward.each for p in (found.rollout, found.sampling_decoder, found.reward[True]))
     for images in (1, 3):
         need = sum(found.weights.values()) + 16 * found.trained + images * each
         budget = Budget(int(need / 0.75) + 64 + 2**28, "cpu", "test")

@@ -121,7 +121,8 @@ def test_samples_fit_beside_what_training_holds() -> None:
     weights = sum(parts.weights.values()) + 16 * parts.trained
     # What is planned for an image is what it takes without gradient, or a little more.
     largest = max(measure(settings, CPU).each.values())
-    each = max(p.forward.each for p in (parts.rollout, parts.decoder[True], parts.reward[True]))
+    assert parts.sampling_decoder is not None
+    each = max(p.forward.each for p in (parts.rollout, parts.sampling_decoder, parts.reward[True]))
     assert largest <= each < 1.3 * largest
 
     def fits(images: float, held: float = 0.0) -> int:
