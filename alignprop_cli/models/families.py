@@ -118,6 +118,7 @@ FAMILIES: dict[str, Family] = {
             load_parts=_from("flux1", "load_parts"),
             on_meta=_from("flux1", "on_meta"),
             spacings=("linear",),
+            taesd="madebyollin/taef1",
             true_guidance=True,
         ),
         Family(
@@ -146,6 +147,7 @@ FAMILIES: dict[str, Family] = {
             guidance_origin="text",
             stack=_from("zimage", "stack"),
             spacings=("linear",),
+            taesd="madebyollin/taef1",
         ),
     )
 }

@@ -25,6 +25,9 @@ def decoder_blocks(autoencoder: Any, recompute: bool) -> Iterator[None]:
     # diffusers' own switch recomputes whole levels, or all of an AutoencoderTiny, and so most of it
     # is alive again at once.
     find = _tiny_blocks if isinstance(autoencoder, AutoencoderTiny) else _blocks
+    # In tiles whole levels it is: what all tiles keep together is more than one of them at once.
+    if getattr(autoencoder, "use_tiling", False):
+        find = _levels
     wrapped = find(autoencoder.decoder) if recompute else []
     for block in wrapped:
         block.forward = _recomputed(block.forward)
@@ -48,6 +51,11 @@ def _blocks(decoder: nn.Module) -> list[nn.Module]:
         found += members if members and opened else [level]
     # A block that upsamples by interpolation alone stores nothing worth a second run.
     return [block for block in found if any(True for _ in block.parameters())]
+
+
+def _levels(decoder: nn.Module) -> list[nn.Module]:
+    """Return the levels of a decoder."""
+    return [level for level in _members(decoder) if any(True for _ in level.parameters())]
 
 
 def _tiny_blocks(decoder: Any) -> list[nn.Module]:

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from alignprop_cli.config.schema import Config, LossConfig, RewardConfig, differences, dump
+from alignprop_cli.config.schema import Config, LossConfig, RewardConfig, dump
+from alignprop_cli.config.section import differences
 from alignprop_cli.config.validation import origin_of, parse
 from alignprop_cli.errors import ConfigError
 

@@ -173,7 +173,7 @@ def test_two_steps_resumed_to_three_give_the_image_of_plain_diffusers(
 def test_a_lora_of_another_family_is_refused(
     run: Callable[..., tuple[int, str, str]], folder: Path, name: str, tmp_path: Path
 ) -> None:
-    other = {"sd3": "klein", "klein": "flux1", "flux1": "klein"}[name]
+    other = {"sd3": "klein", "klein": "flux1", "flux1": "klein", "zimage": "sd3"}[name]
     theirs = CASES[other][0](tmp_path / "other")
     model = open_model(ModelConfig(id=str(theirs)), [], CPU)
     network = model.network.module

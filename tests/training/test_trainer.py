@@ -18,15 +18,15 @@ from alignprop_cli.models.families import open_model
 from alignprop_cli.planning.choose import make_plan
 from alignprop_cli.planning.plan import Plan
 from alignprop_cli.planning.request import plan_request
-from alignprop_cli.prompts import load_prompts
+from alignprop_cli.prompts import PromptStream, load_prompts
 from alignprop_cli.rewards import pixel
 from alignprop_cli.rewards.mixture import Member, Mixture, build_mixture
 from alignprop_cli.training import setup
 from alignprop_cli.training.optimizer import OptimizerSettings
 from alignprop_cli.training.trainer import Trainer
 
-PROMPTS = 40
-"""The first of the set: encoding all 800 takes longer than a step."""
+IMAGES = 80
+"""Whose prompts are encoded, from the first: all 800 of the set would take longer than a step."""
 
 SMALL = {
     "sample": {"num_inference_steps": 4, "guidance_scale": 3.0, "eta": 0.5},
@@ -54,8 +54,10 @@ def make_trainer(
 ) -> Trainer:
     config = setup.settled(config)
     accelerator = Accelerator(cpu=True)
-    prompts = load_prompts("shapes")[:PROMPTS]
-    model = open_model(config.model, [*prompts, ""], accelerator.device)
+    prompts = load_prompts("shapes")
+    stream = PromptStream(prompts, config.train.seed)
+    needed = {stream.prompt(number) for number in range(IMAGES)}
+    model = open_model(config.model, [*needed, ""], accelerator.device)
     module = model.network.module
     lora.inject(
         module,
