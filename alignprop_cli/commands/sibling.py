@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from alignprop_cli.config import presets
 from alignprop_cli.config.schema import Config, ModelConfig
-from alignprop_cli.errors import ConfigError
+from alignprop_cli.errors import AssetError, ConfigError
 
 _STEPS, _GUIDANCE = "sample.num_inference_steps", "sample.guidance_scale"
 # What belongs to the model that a LoRA was trained on, and gets the schema's default.
@@ -40,8 +40,8 @@ def own_settings(
         Values to use instead, unless others are typed; empty where the model is the recorded one.
 
     Raises:
-        AssetError, ConfigError: As `presets.read` and `own_sampling`; also if the model's steps or
-            guidance are neither typed nor known.
+        AssetError, ConfigError: As `presets.read`; also if the model is of no family that is
+            supported, or its steps or guidance are neither typed nor known.
     """
     recorded = header or {}
     if run is not None:
@@ -64,13 +64,14 @@ def own_settings(
     # Imports torch, so only now.
     from alignprop_cli.models.defaults import own_sampling
 
-    revision = _at(typed, "model", "revision")
-    revision = revision if isinstance(revision, str) else None
     try:
-        model = ModelConfig(id=wanted, revision=revision)
+        model = ModelConfig(id=wanted, revision=_at(typed, "model", "revision"))
     except ValidationError:
         return {}  # told later, with everything else that is wrong
-    known = own_sampling(model)
+    try:
+        known = own_sampling(model)
+    except AssetError:
+        return own  # told when it is opened, after what is wrong in the options
     if known is not None:
         return own | dict(zip((_STEPS, _GUIDANCE), known, strict=True))
     # Without a record nothing is known that could be wrong here: the schema's defaults stay.

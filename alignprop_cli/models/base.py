@@ -252,6 +252,7 @@ class Model:
     network: Network
     decoder: Decoder
     embeds: Mapping[str, Embeds] = field(default_factory=dict[str, Embeds])
+    longest_prompt: str | None = None
     fingerprint: str = ""
     path: Path | None = None
     tiny_decoder: Decoder | None = None

@@ -1,6 +1,6 @@
 """The parts of a pipeline of any family, each loaded and checked by itself from its folder.
 
-unet.py loads through the pipeline instead, which also reads single files.
+For Stable Diffusion and SDXL parts.py puts them into the pipeline, and also reads single files.
 """
 
 from __future__ import annotations

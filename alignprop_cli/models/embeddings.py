@@ -67,6 +67,7 @@ class EmbedsCache(Mapping[str, Embeds]):
         self.held_bytes = self.filed_bytes = 0
         self._budget = budget
         self._kept: dict[str, Embeds | dict[str, _Place]] = {}
+        self._by_size: dict[int, str] = {}
         self._file: Any = None
 
     def add(self, prompt: str, embeds: Embeds) -> None:
@@ -76,6 +77,7 @@ class EmbedsCache(Mapping[str, Embeds]):
             RunError: If the disk has no room for them.
         """
         size = sum(t.numel() * t.element_size() for t in embeds.tensors.values())
+        self._by_size.setdefault(size, prompt)
         if self.held_bytes + size <= self._budget:
             self._kept[prompt] = embeds
             self.held_bytes += size
@@ -94,6 +96,11 @@ class EmbedsCache(Mapping[str, Embeds]):
                 f"{(self.held_bytes + self.filed_bytes) / 2**30:.2f} GiB, and more are to come",
                 hint="set TMPDIR to a folder on a larger disk, or use fewer prompts",
             ) from error
+
+    @property
+    def longest(self) -> str | None:
+        """Return a prompt whose embeddings are the largest; None where all have one size."""
+        return self._by_size[max(self._by_size)] if len(self._by_size) > 1 else None
 
     def describe(self) -> str:
         """Return how many prompts there are and how much they take, in words."""

@@ -306,6 +306,7 @@ def open_model(
         network=parts.network,
         decoder=parts.decoder,
         embeds=embeds,
+        longest_prompt=embeds.longest,
         fingerprint=fingerprint(parts.network.module),
         path=path,
     )

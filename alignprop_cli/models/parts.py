@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,8 +10,7 @@ import diffusers
 import torch
 import transformers
 
-from alignprop_cli.errors import AssetError
-from alignprop_cli.models import configs, loading
+from alignprop_cli.models import components, configs, loading
 from alignprop_cli.models.base import Source
 from alignprop_cli.models.quantized import quantize_part
 from alignprop_cli.paths import user_path
@@ -43,6 +41,10 @@ class Kind:
         in_float32 = part in self.in_float32 and wanted == torch.float16
         return torch.float32 if in_float32 else wanted
 
+    def of(self, source: Source, part: str) -> Source:
+        """Return the source of a part, which has its own precision."""
+        return replace(source, dtype=self.dtype(part, source.dtype))
+
 
 def load(kind: Kind, source: Source, *parts: str) -> Any:
     """Return a pipeline with these parts alone.
@@ -60,7 +62,10 @@ def load(kind: Kind, source: Source, *parts: str) -> Any:
     options |= {"dtype": source.dtype, **kind.absent}
     if path.is_dir():
         configs.check(path, kind.layout)
-        options |= {name: _network(kind, source, name) for name in networks}
+        options |= {
+            name: components.load_network(kind.of(source, name), name, kind.networks[name])
+            for name in networks
+        }
         with loading.explained(config, path):
             return kind.pipeline.from_pretrained(
                 str(path), variant=config.variant, image_encoder=None, **options
@@ -83,30 +88,6 @@ def load(kind: Kind, source: Source, *parts: str) -> Any:
     return pipeline
 
 
-def _network(kind: Kind, source: Source, name: str) -> Any:
-    """Load one part of a folder; every tensor of it must be in the file."""
-    folder, variant = source.path / name, source.config.variant
-    source = replace(source, dtype=kind.dtype(name, source.dtype))
-    if not folder.is_dir():
-        raise AssetError(f"model.id: cannot load {source.path}: it has no folder {name}")
-    # As the pipeline does: parts that have no such files are loaded from the plain ones.
-    has_variant = variant is not None and any(folder.glob(f"*.{glob.escape(variant)}*"))
-    with loading.explained(source.config, folder):
-        network, report = kind.networks[name].from_pretrained(
-            str(folder),
-            variant=variant if has_variant else None,
-            dtype=source.dtype,
-            output_loading_info=True,
-        )
-        # The libraries fill what is missing with random numbers, and pass over what is too much.
-        missing, more = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
-        if missing:
-            raise ValueError(f"it lacks {missing[0]} ({len(missing)} tensors are missing)")
-        if more and not name.startswith("text_encoder"):
-            raise ValueError(f"it has a tensor {more[0]} that the configuration knows no layer for")
-    return quantize_part(network, source, name)
-
-
 def on_meta(kind: Kind, source: Source, texts: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Return a pipeline of a network and an autoencoder without weights, and its texts' configs.
 
@@ -122,14 +103,11 @@ def on_meta(kind: Kind, source: Source, texts: Mapping[str, Any]) -> tuple[Any, 
     folder = source.path
     configs.check(folder, kind.layout)
     scheduler_kind: Any = getattr(diffusers, configs.scheduler_class(folder))
-    networks: dict[str, Any] = {}
-    with loading.explained(source.config, folder), torch.device("meta"):
-        for name in ("unet", "vae"):
-            made = kind.networks[name]
-            network = made.from_config(made.load_config(folder, subfolder=name))
-            # diffusers' own `to` warns about modules that stay in float32; there are none here.
-            network = torch.nn.Module.to(network, kind.dtype(name, source.dtype))
-            networks[name] = quantize_part(network, source, name)
+    networks = {
+        name: components.network_on_meta(kind.of(source, name), name, kind.networks[name])
+        for name in ("unet", "vae")
+    }
+    with loading.explained(source.config, folder):
         found = {name: made.from_pretrained(folder / name) for name, made in texts.items()}
     # Not on the meta device: the noise levels are numbers that are read.
     with loading.explained(source.config, folder):

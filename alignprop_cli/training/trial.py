@@ -64,7 +64,8 @@ class Trial:
         calls = calls or estimator.longest(steps)
         path = estimator.path(tuple(range(steps - calls, steps)))
         images = [replace(i, path=path, schedule=trainer.schedule) for i in trainer.images()]
-        if (longest := self._longest_prompt()) is not None:
+        # Some families read prompts as long as they are, and any may come in a later step.
+        if (longest := trainer.model.longest_prompt) is not None:
             images = [replace(image, prompt=longest) for image in images]
         # 2. A roll-out batch, and where it is smaller than the micro-batch, the rest of that.
         try:
@@ -74,16 +75,6 @@ class Trial:
                 trainer.go_back(images[: self.plan.micro_batch], starts, merged)
         finally:
             trainer.optimizer.zero_grad()
-
-    def _longest_prompt(self) -> str | None:
-        """Return the prompt whose call needs most; None where all need the same."""
-        # Some families read prompts as long as they are, and any may come in a later step.
-        embeds = self.trainer.model.embeds
-        sizes = {
-            prompt: sum(tensor.numel() for tensor in embeds[prompt].tensors.values())
-            for prompt in self.trainer.stream.prompts
-        }
-        return max(sizes, key=lambda p: sizes[p]) if len(set(sizes.values())) > 1 else None
 
     def part_seconds(self, images: int, names: Sequence[str] = PARTS) -> dict[str, float]:
         """Return the seconds of parts of a step for a batch; nothing is learned.

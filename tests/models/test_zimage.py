@@ -178,7 +178,8 @@ def test_the_probe_tries_the_longest_prompt_there_is(
     sampled = chosen.sample.model_copy(update={"height": 32, "width": 32})
     made = trainer(plan_of(1), chosen.model_copy(update={"sample": sampled}), "x")
     model, made.stream = made.model, PromptStream(prompts, 0)
-    model.embeds = load(folder, (*prompts, "")).embeds
+    loaded = load(folder, (*prompts, ""))
+    model.embeds, model.longest_prompt = loaded.embeds, loaded.longest_prompt
     read: list[tuple[str, ...]] = []
     conditioning = model.conditioning
 
