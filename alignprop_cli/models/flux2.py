@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,12 +16,9 @@ from alignprop_cli.models import components, loading
 from alignprop_cli.models.base import MetaModel, Parts, Source
 from alignprop_cli.models.components import PartRules
 from alignprop_cli.models.flow import SCHEDULER, FlowTransformer, Sizes
+from alignprop_cli.models.qwen import LENGTH, QwenText
 from alignprop_cli.models.rules import SIZE, list_of, number, one_of
 from alignprop_cli.models.unet import VaeDecoder
-from alignprop_cli.prompts import for_tokenizer
-
-LENGTH = 512
-"""Tokens that the pipeline conditions on by default; shorter prompts are padded."""
 
 LAYERS = (9, 18, 27)
 """The layers of Qwen3 whose hidden states condition the network, as in the pipeline."""
@@ -56,43 +52,11 @@ _RULES = {
 }
 
 
-class QwenText:
-    """Qwen3, asked as a chat model and read in the middle; see `TextEncoders`.
-
-    Args:
-        tokenizer: With the chat template.
-        encoder: Qwen3; its language head is not used.
-    """
-
-    def __init__(self, tokenizer: Any, encoder: Any) -> None:
-        self.tokenizer, self.encoder = tokenizer, encoder
-
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> list[Embeds]:
-        """Encode prompts, each by itself; see `TextEncoders`."""
-        return [Embeds({"hidden": self._encode(prompt)}) for prompt in prompts]
-
-    def cuts(self, prompt: str) -> bool:
-        """Return whether the encoder does not read a prompt to its end."""
-        return len(self.tokenizer(self._chat(prompt)).input_ids) > LENGTH
-
-    def _chat(self, prompt: str) -> str:
-        """Return the prompt as a message that is to be answered without thinking."""
-        return self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": for_tokenizer(prompt)}],
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=False,
-        )
+class Flux2Text(QwenText):
+    """Qwen3 with its language head, which is not used, read in the middle; see `TextEncoders`."""
 
     def _encode(self, prompt: str) -> Tensor:
-        tokens = self.tokenizer(
-            self._chat(prompt),
-            padding="max_length",
-            max_length=LENGTH,
-            truncation=True,
-            return_tensors="pt",
-        ).to(self.encoder.device)
+        tokens = self._tokens(prompt)
         # Padding is masked here, and not in the network.
         found = self.encoder.model(
             input_ids=tokens.input_ids,
@@ -156,7 +120,7 @@ class Flux2Decoder(VaeDecoder):
         return patches.permute(0, 1, 4, 2, 5, 3).flatten(4, 5).flatten(2, 3)
 
 
-def load_text_encoders(source: Source, device: torch.device) -> QwenText:
+def load_text_encoders(source: Source, device: torch.device) -> Flux2Text:
     """Load the tokenizer and the text encoder, and nothing else.
 
     Raises:
@@ -173,7 +137,7 @@ def load_text_encoders(source: Source, device: torch.device) -> QwenText:
         if encoder.config.num_hidden_layers < LAYERS[-1]:
             layers = encoder.config.num_hidden_layers
             raise ValueError(f"the text encoder has {layers} layers, {LAYERS[-1]} are read")
-        made = QwenText(tokenizer, encoder.to(device))
+        made = Flux2Text(tokenizer, encoder.to(device))
         # What is wrong with them shows in the first use.
         width = made.encode([""])[0].tensors["hidden"].shape[-1]
     network = components.load_config(source, "transformer")

@@ -20,12 +20,9 @@ from alignprop_cli.models import components, loading
 from alignprop_cli.models.base import MetaModel, Parts, Source
 from alignprop_cli.models.components import PartRules
 from alignprop_cli.models.flow import SCHEDULER, FlowTransformer, Sizes
+from alignprop_cli.models.qwen import LENGTH, QwenText
 from alignprop_cli.models.rules import NOTHING, SIZE, Rule, list_of, number, one_of
-from alignprop_cli.models.unet import VaeDecoder
-from alignprop_cli.prompts import for_tokenizer
-
-LENGTH = 512
-"""Most tokens that the pipeline conditions on by default."""
+from alignprop_cli.models.sd3 import VAE, shifted_decoder
 
 PIXELS = 1024
 """Height and width of the pipeline's images where none is asked for."""
@@ -58,62 +55,20 @@ _RULES = {
             "axes_lens": _THREE,
         },
     ),
-    "vae": PartRules(
-        ("AutoencoderKL",),
-        {
-            "_class_name": one_of("AutoencoderKL"),
-            "latent_channels": SIZE,
-            "block_out_channels": list_of(SIZE),
-            "scaling_factor": number(0.0, float("inf")),
-            "shift_factor": number(-float("inf"), float("inf")),
-            # Statistics by channel would be one more step that the pipeline does not take.
-            "latents_mean": NOTHING,
-            "latents_std": NOTHING,
-        },
-    ),
+    "vae": VAE,
     "text_encoder": PartRules(("Qwen3Model", "Qwen3ForCausalLM"), {"hidden_size": SIZE}),
     "tokenizer": PartRules(("Qwen2TokenizerFast", "Qwen2Tokenizer"), file="tokenizer_config.json"),
 }
 
 
-class ZImageText:
-    """Qwen3, asked as a chat model and read before its last layer; see `TextEncoders`.
+class ZImageText(QwenText):
+    """Qwen3 without its language head, read before its last layer; see `TextEncoders`."""
 
-    Args:
-        tokenizer: With the chat template.
-        encoder: Qwen3 without its language head.
-    """
-
-    def __init__(self, tokenizer: Any, encoder: Any) -> None:
-        self.tokenizer, self.encoder = tokenizer, encoder
-
-    @torch.no_grad()
-    def encode(self, prompts: Sequence[str]) -> list[Embeds]:
-        """Encode prompts, each by itself and as long as it is; see `TextEncoders`."""
-        return [Embeds({"hidden": self._encode(prompt)}) for prompt in prompts]
-
-    def cuts(self, prompt: str) -> bool:
-        """Return whether the encoder does not read a prompt to its end."""
-        return len(self.tokenizer(self._chat(prompt)).input_ids) > LENGTH
-
-    def _chat(self, prompt: str) -> str:
-        """Return the prompt as a message that may be thought about before it is answered."""
-        return self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": for_tokenizer(prompt)}],
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=True,
-        )
+    thinking = True
 
     def _encode(self, prompt: str) -> Tensor:
-        # Padded, which is dropped again: so it rounds in bfloat16 as in the pipeline.
-        tokens = self.tokenizer(
-            self._chat(prompt),
-            padding="max_length",
-            max_length=LENGTH,
-            truncation=True,
-            return_tensors="pt",
-        ).to(self.encoder.device)
+        # The padding is dropped again; with it the rounding in bfloat16 is that of the pipeline.
+        tokens = self._tokens(prompt)
         is_token = tokens.attention_mask.bool()
         found = self.encoder(
             input_ids=tokens.input_ids,
@@ -121,7 +76,7 @@ class ZImageText:
             output_hidden_states=True,
             use_cache=False,
         ).hidden_states
-        return found[-2][is_token]  # (n, D)
+        return found[-2][is_token]  # (n, D), as long as the prompt is
 
 
 def stack(embeds: Sequence[Embeds]) -> Embeds:
@@ -174,15 +129,6 @@ class ZImageTransformer(FlowTransformer):
         times = (1000 - torch.full((len(latents),), timestep, device=latents.device)) / 1000
         flows: list[Tensor] = self.module(images, times, texts, return_dict=False)[0]
         return -torch.stack(flows).squeeze(2).to(latents.dtype)
-
-
-class ZImageDecoder(VaeDecoder):
-    """The decoder; see `Decoder`."""
-
-    def to_autoencoder(self, latents: Tensor) -> Tensor:
-        """Return latents / scaling_factor + shift_factor; differentiable."""
-        config = self.module.config
-        return latents / config.scaling_factor + config.shift_factor
 
 
 def load_text_encoders(source: Source, device: torch.device) -> ZImageText:
@@ -271,10 +217,7 @@ def _parts(network: Any, vae: Any, source: Source) -> Parts:
             f"model.id: the network of {model_id} takes {config.in_channels} channels, its latents "
             f"have {vae.config.latent_channels}: inpainting models cannot be trained"
         )
-    if vae.config.shift_factor is None:
-        raise ConfigError(
-            f"model.id: {source.path}: vae: shift_factor: expected a number, got null"
-        )
+    decoder = shifted_decoder(vae, source)
     # Text has positions from 1 on, and the image the one after the longest text.
     texts, *sides = config.axes_lens
     if texts < LENGTH + 2:
@@ -292,7 +235,4 @@ def _parts(network: Any, vae: Any, source: Source) -> Parts:
         most=min(sides) * unit,
     )
     scheduler = components.load_config(source, "scheduler", SCHEDULER.file)
-    return Parts(
-        network=ZImageTransformer(network, scheduler, sizes, model_id),
-        decoder=ZImageDecoder(vae, factor, source.config.vae_tile_size, model_id),
-    )
+    return Parts(ZImageTransformer(network, scheduler, sizes, model_id), decoder)

@@ -17,7 +17,8 @@ from alignprop_cli.lora import layers as lora
 from alignprop_cli.models.base import Model, Source
 from alignprop_cli.models.families import FAMILIES, open_model, sampler
 from alignprop_cli.models.meta import meta_model
-from alignprop_cli.models.zimage import LENGTH, on_meta
+from alignprop_cli.models.qwen import LENGTH
+from alignprop_cli.models.zimage import on_meta
 from alignprop_cli.prompts import PromptStream
 from alignprop_cli.sampling import sample
 from alignprop_cli.training.trial import Trial

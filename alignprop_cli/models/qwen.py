@@ -1,0 +1,63 @@
+"""Qwen3 as a text encoder: a prompt is a message to a chat model, whose answer nobody reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alignprop_cli.guidance import Embeds
+from alignprop_cli.prompts import for_tokenizer
+
+LENGTH = 512
+"""Most tokens that the pipelines condition on by default; shorter prompts are padded."""
+
+
+class QwenText:
+    """What the families that are conditioned by Qwen3 have in common; see `TextEncoders`.
+
+    Args:
+        tokenizer: With the chat template.
+        encoder: Qwen3.
+
+    A subclass says which hidden states are read, and with `thinking` whether the template asks for
+    an answer that is thought about.
+    """
+
+    thinking = False
+
+    def __init__(self, tokenizer: Any, encoder: Any) -> None:
+        self.tokenizer, self.encoder = tokenizer, encoder
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> list[Embeds]:
+        """Encode prompts, each by itself; see `TextEncoders`."""
+        return [Embeds({"hidden": self._encode(prompt)}) for prompt in prompts]
+
+    def cuts(self, prompt: str) -> bool:
+        """Return whether the encoder does not read a prompt to its end."""
+        return len(self.tokenizer(self._chat(prompt)).input_ids) > LENGTH
+
+    def _encode(self, prompt: str) -> Tensor:
+        """Return the hidden states of a prompt, (tokens, D)."""
+        raise NotImplementedError
+
+    def _tokens(self, prompt: str) -> Any:
+        """Return the tokens of a prompt and their mask, padded, on the encoder's device."""
+        return self.tokenizer(
+            self._chat(prompt),
+            padding="max_length",
+            max_length=LENGTH,
+            truncation=True,
+            return_tensors="pt",
+        ).to(self.encoder.device)
+
+    def _chat(self, prompt: str) -> str:
+        return self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": for_tokenizer(prompt)}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=self.thinking,
+        )
