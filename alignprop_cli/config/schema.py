@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import ConfigDict, Field, field_validator
 
+from alignprop_cli.config.gradient import GradientConfig
 from alignprop_cli.config.section import (
     Dtype,
     Pixels,
@@ -20,6 +21,7 @@ from alignprop_cli.config.section import (
     Share,
     Text,
 )
+from alignprop_cli.config.train import TrainConfig
 from alignprop_cli.parsing import write_yaml
 
 
@@ -154,55 +156,6 @@ class SampleConfig(Section):
     negative_prompt: str = Field(default="", description="Prompt of the unconditional branch.")
 
 
-class GradientConfig(Section):
-    """Which network calls of the chain carry gradient."""
-
-    method: Literal["full", "last_k", "random_k", "gaussian_k"] = Field(
-        default="random_k", description="The estimator, see docs/estimators.md."
-    )
-    # Each estimator reads its own options and ignores the others, so that --set gradient.method is
-    # enough to try another one.
-    k: PositiveInt = Field(
-        default=1, description="last_k: number of calls, counted from the image."
-    )
-    path_share: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
-        default=None,
-        description="last_k: instead of k, the share of the path from noise to image to cover.",
-    )
-    k_min: PositiveInt = Field(default=1, description="random_k: smallest number of calls.")
-    k_max: PositiveInt | None = Field(default=None, description="random_k: largest; null is all T.")
-    mean: float = Field(
-        default=0.84, gt=0.0, lt=1.0, description="gaussian_k: mean first call, fraction of T."
-    )
-    std: float = Field(
-        default=0.1, ge=0.0, description="gaussian_k: deviation of the first call, fraction of T."
-    )
-    # In images, never in micro-batches: the gradient of a step must not depend on the memory or on
-    # the number of processes.
-    window_group: PositiveInt | None = Field(
-        default=None,
-        description="Images that share one draw of the calls with gradient; null depends on "
-        "train.batch_size alone, see docs/estimators.md.",
-    )
-    rollout_steps: PositiveInt | None = Field(
-        default=None,
-        description="In training, the number of calls that replace those before the first one with "
-        "gradient: cheaper, and changes the images that are trained on. Null replaces none.",
-    )
-    # Recomputation changes time and memory; on the CPU it does not change one bit of the gradient.
-    checkpoint_network: Literal["auto", "none", "block", "call"] = Field(
-        default="auto",
-        description="Activation checkpointing of the network: recompute nothing, the blocks of "
-        "each call, or the whole call; auto is the cheapest that fits the memory.",
-    )
-    checkpoint_decoder: bool | Literal["auto"] = Field(
-        default="auto", description="Activation checkpointing of the decoder's blocks."
-    )
-    checkpoint_reward: bool | Literal["auto"] = Field(
-        default="auto", description="Activation checkpointing of the rewards' blocks."
-    )
-
-
 class LossConfig(Section):
     """How a reward becomes a loss."""
 
@@ -249,86 +202,6 @@ class RewardConfig(Section):
     def options(self) -> dict[str, Any]:
         """Return the reward's own options."""
         return dict(self.model_extra or {})
-
-
-class TrainConfig(Section):
-    """The optimisation."""
-
-    prompts: str = Field(
-        default="animals", description="Built-in prompt set or a .txt, .jsonl or .csv file."
-    )
-    steps: PositiveInt = Field(default=20, description="Optimiser steps.")
-    batch_size: PositiveInt = Field(
-        default=128, description="Images per optimiser step, over all processes and accumulation."
-    )
-    # How the work of a step is divided. The result is the same up to rounding, so these options may
-    # change when a run is resumed.
-    rollout_batch: PositiveInt | Literal["auto"] = Field(
-        default="auto",
-        description="Images rolled out together, without gradient, in one process; auto is the "
-        "largest that fits the memory.",
-    )
-    micro_batch: PositiveInt | Literal["auto"] = Field(
-        default="auto",
-        description="Images of one micro-batch, which goes through the calls with gradient and "
-        "back, in one process; auto is the fastest that fits.",
-    )
-    decode_batch: PositiveInt | Literal["auto"] = Field(
-        default="auto",
-        description="Images of a micro-batch that are decoded, scored and differentiated together; "
-        "auto is the largest that fits the memory.",
-    )
-    memory_limit: Text | None = Field(
-        default=None,
-        description="The most memory that a process uses, such as 12GB; null is what is free.",
-    )
-    # AdamW and its schedule, which does not depend on `steps`, so that a run can be made longer.
-    learning_rate: PositiveFloat = Field(default=1.0e-3, description="AdamW's learning rate.")
-    lr_decay_steps: PositiveInt | None = Field(
-        default=None,
-        description="N: after the warmup the learning rate falls linearly over N steps to 1 / N of "
-        "itself and stays there; null keeps it constant.",
-    )
-    warmup_steps: Annotated[int, Field(ge=0)] = Field(
-        default=0, description="Optimiser steps over which the learning rate rises linearly."
-    )
-    adam_beta1: float = Field(
-        default=0.9, ge=0.0, lt=1.0, description="AdamW's first moment decay."
-    )
-    adam_beta2: float = Field(
-        default=0.999, ge=0.0, lt=1.0, description="AdamW's second moment decay."
-    )
-    adam_epsilon: PositiveFloat = Field(default=1.0e-8, description="AdamW's denominator offset.")
-    weight_decay: float = Field(default=1.0e-4, ge=0.0, description="AdamW's, on the LoRA weights.")
-    max_grad_norm: PositiveFloat | None = Field(
-        default=1.0, description="The gradient is scaled down to this L2 norm; null leaves it."
-    )
-    on_nonfinite: Literal["stop", "skip"] = Field(
-        default="stop",
-        description="What happens where images, rewards or a gradient are NaN or infinite: the run "
-        "stops, or the step updates nothing.",
-    )
-    nonfinite_limit: PositiveInt = Field(
-        default=5, description="With skip, steps in a row that are skipped before the run stops."
-    )
-    deterministic: bool = Field(
-        default=False,
-        description="On a GPU, use kernels that repeat bit for bit and are slower. On the CPU runs "
-        "always repeat, with the same number of threads.",
-    )
-    compile: bool | Literal["auto"] = Field(
-        default="auto",
-        description="Compile the blocks that the network repeats; auto tries it on a GPU, in a run "
-        "of more than 20 minutes, and keeps it where it is faster.",
-    )
-    cuda_graph: bool | Literal["auto"] = Field(
-        default="auto",
-        description="On a GPU, replay the roll-out's calls from a recording (a CUDA graph); auto "
-        "does it where launching kernels takes most of their time and the memory holds it.",
-    )
-    seed: Annotated[int, Field(ge=0)] = Field(
-        default=0, description="Seed of everything random in training."
-    )
 
 
 class EvalConfig(Section):

@@ -9,7 +9,8 @@ from contextlib import suppress
 import torch
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
-from alignprop_cli.config.schema import Config, GradientConfig, RewardConfig
+from alignprop_cli.config.gradient import GradientConfig
+from alignprop_cli.config.schema import Config, RewardConfig
 from alignprop_cli.device import resolve_dtype
 from alignprop_cli.errors import ConfigError
 from alignprop_cli.estimators import (
