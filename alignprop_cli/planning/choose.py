@@ -248,12 +248,10 @@ def _with_micro_batch(choice: Plan, request: PlanRequest, micro: int, device_typ
 
 def _micro_batches(request: PlanRequest, device_type: str) -> list[int]:
     """Return the micro-batches to choose from, smallest first."""
-    # Only images of one path go back together.
-    together = math.ceil((request.group or request.batch_size) / request.processes)
     if request.micro_batch != "auto":
-        return [min(request.micro_batch, together)]
+        return [min(request.micro_batch, request.together)]
     # Divisors of the share: equal micro-batches waste no memory on a smaller last one.
-    limit = min(_LARGEST.get(device_type, 1), together)
+    limit = min(_LARGEST.get(device_type, 1), request.together)
     return [m for m in _divisors(request.share)[::-1] if m <= limit]
 
 

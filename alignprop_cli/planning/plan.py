@@ -11,10 +11,37 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from alignprop_cli.estimators import GradPath
+from alignprop_cli.estimators import Estimator, GradPath
 from alignprop_cli.planning.estimate import GIB, Chain, Division, Estimate, Level
 
 Auto = Literal["auto"]
+
+# How much longer than the mean a process may be expected to work before groups are divided.
+_MOST_WAITING = 1.3
+
+
+def whole_groups(
+    estimator: Estimator, num_inference_steps: int, groups: int, processes: int
+) -> bool:
+    """Return whether each process works on whole groups of images instead of a part of every group.
+
+    Whole groups keep the batches of one process, and with them its rounding: adapters of several
+    processes then differ by the order of a few sums alone. But a group with a long path takes
+    longer. With two groups or more for each process the long ones are dealt out evenly; with one,
+    all wait for the longest.
+
+    Args:
+        estimator: Draws the paths of the groups.
+        num_inference_steps: T, network calls of one chain.
+        groups: Groups of one step over all processes.
+        processes: Number of processes.
+    """
+    if groups % processes:
+        return False
+    # Going back through a call costs 1.3 times the call (docs/estimators.md).
+    longest = num_inference_steps + 1.3 * estimator.longest(num_inference_steps)
+    mean = num_inference_steps + 1.3 * estimator.mean(num_inference_steps)
+    return groups >= 2 * processes or longest <= _MOST_WAITING * mean
 
 
 @dataclass(frozen=True)
@@ -49,6 +76,15 @@ class PlanRequest(Chain):
     def share(self) -> int:
         """Return the images of one step in one process."""
         return self.batch_size // self.processes
+
+    @property
+    def together(self) -> int:
+        """Return the largest number of images of one path in one process: they go back together."""
+        group = self.group or self.batch_size
+        groups = self.batch_size // group
+        if whole_groups(self.estimator, self.num_inference_steps, groups, self.processes):
+            return group
+        return math.ceil(group / self.processes)
 
     @property
     def is_open(self) -> bool:

@@ -10,6 +10,7 @@ from typing import Literal, TypeVar
 from alignprop_cli import rng
 from alignprop_cli.estimators import Estimator, GradPath
 from alignprop_cli.models.base import Sampler
+from alignprop_cli.planning.plan import whole_groups
 from alignprop_cli.prompts import PromptStream
 from alignprop_cli.schedule import NoiseSchedule
 from alignprop_cli.training.optimizer import OptimizerSettings
@@ -75,8 +76,9 @@ def images_of_step(
 ) -> list[StepImage]:
     """Return a process's share of the images of a step, those with the longest roll-out first.
 
-    Of n processes each takes every n-th image, so all have equally many and a part of every group.
-    Images with equal paths follow each other, whatever their group.
+    All processes have equally many images: whole groups where `whole_groups` says so, else each of
+    n processes takes every n-th image. Images with equal paths follow each other, whatever their
+    group.
 
     Args:
         settings: What the step computes.
@@ -93,7 +95,7 @@ def images_of_step(
     # 2. This process's images, each with the path of its group.
     first = step * settings.batch_size
     found: list[StepImage] = []
-    for number in range(process[0], settings.batch_size, process[1]):
+    for number in _numbers(settings, paths, len(schedule), process):
         path, levels = paths[number // settings.window_group], schedule
         before, calls = path.rollout_calls(len(schedule)), settings.rollout_steps
         if calls is not None and calls < before:
@@ -106,6 +108,24 @@ def images_of_step(
     # 3. In the order that `rollout` and `batches` want: equal schedules together, stops descending,
     #    equal paths together. The sort is stable, so within a path images stay in their order.
     return sorted(found, key=lambda i: (len(i.schedule), -i.rollout_calls, i.path.calls))
+
+
+def _numbers(
+    settings: Settings, paths: Sequence[GradPath], steps: int, process: tuple[int, int]
+) -> Iterator[int]:
+    """Yield the numbers of a process's images; `paths` are those of the step's groups."""
+    index, processes = process
+    if not whole_groups(settings.estimator, steps, len(paths), processes):
+        yield from range(index, settings.batch_size, processes)
+        return
+    # Back and forth, from the longest path to the shortest: whoever gets the longest of one round
+    # gets the shortest of the next.
+    order = sorted(range(len(paths)), key=lambda group: -len(paths[group]))
+    for first in range(0, len(order), processes):
+        dealt = order[first : first + processes]
+        back = first // processes % 2 == 1
+        start = dealt[-1 - index if back else index] * settings.window_group
+        yield from range(start, start + settings.window_group)
 
 
 def batches(items: Sequence[T], size: int, key: Callable[[T], object]) -> Iterator[list[T]]:
