@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,10 +18,9 @@ from alignprop_cli.commands.options import (
     SeedOption,
     SetOption,
 )
+from alignprop_cli.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from alignprop_cli.config.schema import Config
     from alignprop_cli.console import Console
 
@@ -37,6 +36,10 @@ NonfiniteOption = Annotated[
 ResumeOption = Annotated[
     str | None,
     typer.Option("--resume", help="run folder to resume, or auto: the newest, else a new one"),
+]
+BackToOption = Annotated[
+    str | None,
+    typer.Option("--checkpoint", help="with --resume: go back to best, or to a step such as 40"),
 ]
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="print the plan and the configuration, and stop")
@@ -60,6 +63,7 @@ def train(
     seed: SeedOption = None,
     on_nonfinite: NonfiniteOption = None,
     resume: ResumeOption = None,
+    checkpoint: BackToOption = None,
     dry_run: DryRunOption = False,
     gpu_memory: GpuMemoryOption = None,
     gpu: GpuOption = None,
@@ -94,6 +98,8 @@ def train(
     cards = checked(dry_run, gpu_memory, gpu, gpus)
     # 2. The configuration of the run to resume, or of a new one.
     run = run_to_resume(resume, preset, config, output)
+    if checkpoint is not None and (run is None or resume == "auto"):
+        raise ConfigError("--checkpoint goes with --resume and the folder of a run")
     flags = {"model.id": model, "train.steps": steps, "train.seed": seed, "output.dir": output}
     flags |= {"train.on_nonfinite": on_nonfinite}
     flags |= {} if dry_run else {"train.memory_limit": gpu_memory}
@@ -108,16 +114,17 @@ def train(
         from alignprop_cli.training.plans import describe
 
         return describe(resolved, console, name=name, resume=run, **cards)
-    _run(resolved, console, name, run, is_auto=resume == "auto")
+    options: dict[str, Any] = {"name": name, "resume": run, "back_to": checkpoint}
+    _run(resolved, console, options, is_auto=resume == "auto")
 
 
-def _run(config: Config, console: Console, name: str, run: Path | None, *, is_auto: bool) -> None:
+def _run(config: Config, console: Console, options: dict[str, Any], *, is_auto: bool) -> None:
     """Train; where a scheduler's line finds its run done, that is no error."""
     from alignprop_cli.training.resume import NothingToDo
     from alignprop_cli.training.run import run_training
 
     try:
-        run_training(config, console, name=name, resume=run)
+        run_training(config, console, **options)
     except NothingToDo as error:
         if not is_auto:
             raise
