@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -99,14 +99,9 @@ def evaluate(
     chosen = choose(scale, base_until, located)
     folder = _default_folder(located) if output is None else user_path(output, "--output")
     # 2. The configuration. A flag sets one of its keys and wins over every other source.
-    flags = {
-        "model.id": model,
-        "eval.prompts": prompts,
-        "eval.images": images,
-        "eval.images_per_prompt": images_per_prompt,
-        "eval.seed": seed,
-        "eval.batch_size": batch_size,
-    }
+    flags: dict[str, Any] = {"model.id": model, "eval.prompts": prompts, "eval.images": images}
+    flags |= {"eval.images_per_prompt": images_per_prompt, "eval.seed": seed}
+    flags |= {"eval.batch_size": batch_size}
     with claimed(folder, overwrite=overwrite, ours=EVALUATION, sign="results.json"):
         first = next(iter(located), None)
         resolved = for_evaluation(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -18,9 +18,10 @@ from alignprop_cli.commands.options import (
     SeedOption,
     SetOption,
 )
-from alignprop_cli.errors import ConfigError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from alignprop_cli.config.schema import Config
     from alignprop_cli.console import Console
 
@@ -92,14 +93,11 @@ def train(
     from alignprop_cli.training.folders import run_name, run_to_resume
 
     console = Console(as_json=as_json, quiet=quiet)
-    # 1. Without any configuration.
     if list_presets:
-        return _list(console)
+        return _list(console)  # 1. without any configuration
     cards = checked(dry_run, gpu_memory, gpu, gpus)
     # 2. The configuration of the run to resume, or of a new one.
-    run = run_to_resume(resume, preset, config, output)
-    if checkpoint is not None and (run is None or resume == "auto"):
-        raise ConfigError("--checkpoint goes with --resume and the folder of a run")
+    run = run_to_resume(resume, preset, config, output, checkpoint)
     flags = {"model.id": model, "train.steps": steps, "train.seed": seed, "output.dir": output}
     flags |= {"train.on_nonfinite": on_nonfinite}
     flags |= {} if dry_run else {"train.memory_limit": gpu_memory}
@@ -114,17 +112,24 @@ def train(
         from alignprop_cli.training.plans import describe
 
         return describe(resolved, console, name=name, resume=run, **cards)
-    options: dict[str, Any] = {"name": name, "resume": run, "back_to": checkpoint}
-    _run(resolved, console, options, is_auto=resume == "auto")
+    _run(resolved, console, name, run, checkpoint, is_auto=resume == "auto")
 
 
-def _run(config: Config, console: Console, options: dict[str, Any], *, is_auto: bool) -> None:
+def _run(
+    config: Config,
+    console: Console,
+    name: str,
+    run: Path | None,
+    back_to: str | None,
+    *,
+    is_auto: bool,
+) -> None:
     """Train; where a scheduler's line finds its run done, that is no error."""
     from alignprop_cli.training.resume import NothingToDo
     from alignprop_cli.training.run import run_training
 
     try:
-        run_training(config, console, **options)
+        run_training(config, console, name=name, resume=run, back_to=back_to)
     except NothingToDo as error:
         if not is_auto:
             raise

@@ -100,8 +100,7 @@ def locate(name: str, where: str = "LoRA", checkpoint: str | None = None) -> Loc
     Args:
         name: As the user or a configuration has it.
         where: The option or key, for messages.
-        checkpoint: Which one of a run: `best`, or a step's, such as step-000020 or 20; None is the
-            newest.
+        checkpoint: Of a run: `best`, or a step's, such as step-000020 or 20; None is the newest.
 
     Raises:
         AssetError: If there is none.
@@ -118,10 +117,8 @@ def locate(name: str, where: str = "LoRA", checkpoint: str | None = None) -> Loc
         )
     # 2. A run means its newest checkpoint, or the one that is named.
     if (path / "checkpoints").is_dir() or (path / "config.yaml").is_file():
-        if checkpoint is None:
-            return Located(latest(path) / LORA_FILE, run=path)
-        found = named_checkpoint(path, checkpoint)
-        return Located(found / LORA_FILE, run=path, step=found.name)
+        found = latest(path) if checkpoint is None else named_checkpoint(path, checkpoint)
+        return Located(found / LORA_FILE, run=path, step=checkpoint and found.name)
     # 3. A folder with a LoRA, ours or diffusers' before PEFT's.
     if not (path / LORA_FILE).is_file():
         if (path / PEFT_FILE).is_file():
@@ -143,15 +140,13 @@ def named_checkpoint(run: Path, name: str) -> Path:
         AssetError: If there is none.
     """
     # Only what is listed there: a name may not lead anywhere else.
-    there = {path.name: path for path in checkpoints(run)}
-    best = run / "checkpoints" / BEST
-    there |= {BEST: best} if best.is_dir() else {}
-    found = there.get(f"step-{int(name):06d}" if name.isascii() and name.isdigit() else name)
-    if found is None:
-        raise AssetError(
-            f"{run}: has no checkpoint {name!r}", hint=f"there are: {', '.join(there) or 'none'}"
-        )
-    return found
+    places = (*checkpoints(run), run / "checkpoints" / BEST)
+    there = {path.name: path for path in places if path.is_dir()}
+    whole = f"step-{int(name):06d}" if name.isascii() and name.isdigit() else name
+    if whole not in there:
+        told = f"there are: {', '.join(there) or 'none'}"
+        raise AssetError(f"{run}: has no checkpoint {name!r}", hint=told)
+    return there[whole]
 
 
 def checkpoints(run: Path) -> list[Path]:

@@ -13,7 +13,7 @@ from alignprop_cli.config.section import differences
 from alignprop_cli.config.validation import parse
 from alignprop_cli.errors import ConfigError, Problem, RunError
 from alignprop_cli.lora import layers as lora
-from alignprop_cli.lora.files import checkpoints
+from alignprop_cli.lora.files import checkpoints, named_checkpoint
 from alignprop_cli.parsing import read_json
 from alignprop_cli.storage import write_text, write_whole
 from alignprop_cli.training import checkpoint
@@ -42,6 +42,30 @@ _MAY_CHANGE = (
 
 class NothingToDo(ConfigError):
     """The run that is to be resumed has done all its steps."""
+
+
+def choose(
+    run: Path, name: str | None, config: Config, warn: Callable[[str], object]
+) -> Path | None:
+    """Return the checkpoint from which a run is resumed.
+
+    Args:
+        run: The run folder.
+        name: `best`, or a step's; None is the newest that is as it was written.
+        config: The complete configuration of now.
+        warn: As in `newest`.
+
+    Returns:
+        None if the run was stopped before its first checkpoint.
+
+    Raises:
+        AssetError: If there is none of this name.
+        ConfigError, RunError: As `newest` and `refuse_changes`.
+    """
+    found = newest(run, warn) if name is None else named_checkpoint(run, name)
+    if found is not None:
+        refuse_changes(found, config)
+    return found
 
 
 def newest(run: Path, warn: Callable[[str], object] = lambda text: None) -> Path | None:

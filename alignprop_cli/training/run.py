@@ -27,7 +27,6 @@ from alignprop_cli.errors import InterruptedRun
 from alignprop_cli.estimators import Estimator
 from alignprop_cli.evaluation import draw
 from alignprop_cli.lora import layers as lora
-from alignprop_cli.lora.files import named_checkpoint
 from alignprop_cli.models.families import open_model
 from alignprop_cli.planning import request as planning
 from alignprop_cli.planning import window
@@ -47,11 +46,10 @@ from alignprop_cli.training.callbacks import (
 from alignprop_cli.training.guard import Guard, Verdict
 from alignprop_cli.training.plans import budget_here, plan_here, try_out
 from alignprop_cli.training.resume import (
+    choose,
     cut_metrics,
     go_back,
     load_weights,
-    newest,
-    refuse_changes,
     refuse_other_inputs,
     restore,
 )
@@ -96,11 +94,7 @@ def run_training(
         console = Console(quiet=True)
 
     with setup.claimed(resume, wanted, name, accelerator) as folder:
-        found = None if resume is None else newest(resume, console.warn)
-        if resume is not None and back_to is not None:
-            found = named_checkpoint(resume, back_to)
-        if found is not None:
-            refuse_changes(found, config)
+        found = None if resume is None else choose(resume, back_to, config, console.warn)
 
         # 2. Plan: divide a step so that it fits the memory.
         request = planning.plan_request(config, accelerator.num_processes, estimator)
