@@ -123,6 +123,9 @@ def _locate(targets: list[str], checkpoint: str | None) -> list[Located]:
     if BASE in targets and len(targets) > 1:
         raise ConfigError("evaluate: the base model is always sampled: name the LoRAs alone")
     names = [] if targets == [BASE] else targets
+    folders = [user_path(name, "evaluate") / "checkpoints" for name in names]
+    if checkpoint is not None and not (folders and all(f.is_dir() for f in folders)):
+        raise ConfigError("--checkpoint goes with runs")
     return [files.locate(target, "evaluate", checkpoint) for target in names]
 
 

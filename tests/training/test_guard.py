@@ -16,14 +16,15 @@ from alignprop_cli.cli import main
 from alignprop_cli.lora.files import BEST, LORA_FILE
 from alignprop_cli.training import checkpoint
 
-STEPS = 8
+STEPS = 7
 HACK = (
     *("--preset=tiny", "--reward=redness", f"--steps={STEPS}", "--quiet"),
     *("--set=sample.num_inference_steps=3", "--set=gradient.method=last_k"),
     *("--set=train.batch_size=4", "--set=train.micro_batch=4", "--set=train.lr_decay_steps=null"),
-    *("--set=train.learning_rate=2.0e-3", "--set=output.save_every=0", "--set=output.keep_last=1"),
-    *("--set=eval.every=1", "--set=eval.images=16", "--set=eval.sample_images=16"),
-    *("--set=eval.images_per_prompt=2", "--set=guard.watch=[held_out,pixel_diversity]"),
+    *("--set=train.learning_rate=4.0e-3", "--set=output.save_every=0", "--set=output.keep_last=1"),
+    # Ten prompts, measured after every step: the model is gone after six. One alarm is enough.
+    *("--set=eval.every=1", "--set=eval.images=20", "--set=eval.sample_images=20"),
+    *("--set=guard.patience=1", "--set=guard.watch=[held_out,pixel_diversity]"),
 )
 
 
@@ -65,7 +66,8 @@ def collapsed(stopped: Ended) -> Ended:
     """The same run, going on without the guard."""
     folder = stopped.folder.with_name("collapsed")
     shutil.copytree(stopped.folder, folder)
-    assert train(f"--resume={folder}", "--set=guard.enabled=false", "--quiet") == 0
+    off = ("--set=guard.enabled=false", f"--set=eval.every={STEPS}")
+    assert train(f"--resume={folder}", *off, "--quiet") == 0
     return Ended(folder)
 
 
@@ -76,7 +78,7 @@ def changes(line: dict[str, Any], name: str) -> dict[str, float]:
 def test_a_run_made_to_hack_is_stopped_in_time_and_without_the_guard_it_collapses(
     stopped: Ended, collapsed: Ended
 ) -> None:
-    # 1. Stopped, in words, while most of the diversity was left; two measurements said why.
+    # 1. Stopped, in words, at the first alarm, while most of the diversity was left.
     said = stopped.summary["guard"]
     last = stopped.lines[-1]
     assert said["stopped"]
@@ -84,8 +86,10 @@ def test_a_run_made_to_hack_is_stopped_in_time_and_without_the_guard_it_collapse
     assert f"stopped at step {last['step']}" in said["told"]
     assert said["told"].startswith("redness rose from")
     assert "held-out clip_choice fell from" in said["told"]
-    assert all(line["guard"]["alarms"] for line in stopped.lines[-2:])
-    assert not any(line["guard"]["alarms"] for line in stopped.lines[:-2])
+    assert [bool(line["guard"]["alarms"]) for line in stopped.lines] == [
+        *[False] * (last["step"] - 1),
+        True,
+    ]
     base = changes(last, "pixel_diversity")["base"]
     assert last["held_out"]["pixel_diversity"] > base / 2
     # 2. What is kept is no worse than the base model by the held-out rewards.
