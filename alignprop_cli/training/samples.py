@@ -12,6 +12,9 @@ from alignprop_cli.lora import layers as lora
 from alignprop_cli.training.callbacks import Callback, Run
 from alignprop_cli.training.record import StepRecord
 
+# Images on a sheet: more would take longer to compress than to sample.
+_SHOWN = 16
+
 
 class Samples(Callback):
     """Samples fixed prompts every `eval.every` steps: a sheet of images, and their measures.
@@ -56,7 +59,9 @@ class Samples(Callback):
 def _write_sheet(found: draw.Samples, path: Path, step: int) -> None:
     cells = [
         sheet.Cell(sample.prompt, (image,), (found.caption(i),))
-        for i, (sample, image) in enumerate(zip(found.samples, found.images, strict=True))
+        for i, (sample, image) in enumerate(
+            zip(found.samples[:_SHOWN], found.images[:_SHOWN], strict=True)
+        )
     ]
     # Not its parents: a run that was moved away meanwhile would go on in half a folder.
     path.parent.mkdir(exist_ok=True)

@@ -2,6 +2,10 @@
 
     python tests/benchmarks/guard.py --steps 12 --batch-size 8 --every 2 --output honest
 
+    python tests/benchmarks/guard.py --judge RUN...
+
+The second measures the checkpoints of finished runs instead, as the guard would have.
+
 A run is honest if it is a shipped preset, whose images were looked at and whose figures are in
 docs/measured.md. Its steps and its batch are given here: few images a step make noisier gradients,
 and so a harder test. The exit code is 1 if the guard stopped any.
@@ -10,21 +14,33 @@ and so a harder test. The exit code is 1 if the guard stopped any.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from alignprop_cli.config import presets
+from alignprop_cli.config.schema import RewardConfig
 from alignprop_cli.console import Console
+from alignprop_cli.evaluation import draw
+from alignprop_cli.evaluation.measures import Quantity, measure
+from alignprop_cli.lora import files
+from alignprop_cli.lora import layers as lora
+from alignprop_cli.models.families import open_model
+from alignprop_cli.prompts import load_prompts
+from alignprop_cli.rewards.mixture import build_mixture
+from alignprop_cli.training.guard import watched
+from alignprop_cli.training.harm import Change, Rule, change
 from alignprop_cli.training.run import run_training
 
-RUNS = (
-    *(("tiny", seed) for seed in range(4)),
-    *(("tiny_count", seed) for seed in range(3)),
-    *(("tiny_compressibility", seed) for seed in range(3)),
-)
+PRESETS = ("tiny", "tiny_count", "tiny_compressibility")
+RUNS = [(preset, seed) for seed in range(4) for preset in PRESETS][:10]
 
 
 def honest(preset: str, seed: int, folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -35,6 +51,8 @@ def honest(preset: str, seed: int, folder: Path, arguments: argparse.Namespace) 
         "train.batch_size": arguments.batch_size,
         "train.micro_batch": min(8, arguments.batch_size),
         "eval.every": arguments.every,
+        "eval.images": arguments.images,
+        "eval.sample_images": arguments.images,
         "output.save_every": 0,
         "output.dir": str(folder),
     }
@@ -44,7 +62,7 @@ def honest(preset: str, seed: int, folder: Path, arguments: argparse.Namespace) 
     summary = json.loads((folder / "summary.json").read_text())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     measured = [line["guard"] for line in lines if "guard" in line]
-    worst = {
+    most = {
         name: max(measured, key=lambda said: said["changes"][name]["harm"])["changes"][name]
         for name in measured[0]["changes"]
     }
@@ -56,21 +74,60 @@ def honest(preset: str, seed: int, folder: Path, arguments: argparse.Namespace) 
         "alarms": sum(bool(said["alarms"]) for said in measured),
         "stopped": summary["guard"]["stopped"],
         "best": summary["guard"]["best_step"],
-        "worst": worst,
+        "worst": most,
         "cpu_seconds": time.process_time() - started,
     }
 
 
+def judge(run: Path) -> list[str]:
+    """Return one row for each checkpoint of a finished run of the embedded model."""
+    held_out = presets.resolve(preset="tiny").eval
+    config = presets.resolve(run=run).model_copy(update={"eval": held_out})
+    chosen = draw.choose_samples(
+        load_prompts(held_out.prompts), held_out.sample_images, held_out.sample_images_per_prompt
+    )
+    wanted = [*(sample.prompt for sample in chosen), config.sample.negative_prompt]
+    cpu = torch.device("cpu")
+    model = open_model(config.model, wanted, cpu)
+    members = {name: RewardConfig(**each.options) for name, each in held_out.rewards.items()}
+    mixture = build_mixture({**config.reward, **members}, config.loss, cpu)
+    console, module = Console(quiet=True), model.network.module
+
+    def measured() -> dict[str, Quantity]:
+        return measure(
+            draw.draw_shared(model, chosen, mixture, config, console, features=mixture.features)
+        )
+
+    base, rows = measured(), list[str]()
+    for path in files.checkpoints(run):
+        lora.load(module, files.read(path / files.LORA_FILE), model.id)
+        now = measured()
+        lora.unload(module)
+        changes = {
+            name: change(name, base[name], now[name], Rule()) for name in watched(config, base)
+        }
+        alarms = [name for name, found in changes.items() if found.alarms]
+        rows.append(
+            f"| {run.name} | {path.name} | {', '.join(alarms) or 'none'} | {worst(changes)} |"
+        )
+    return rows
+
+
+def worst(changes: Mapping[str, Change]) -> str:
+    """Return the changes as the last cell of a row."""
+    return ", ".join(
+        f"{name} {found.harm:.2f} ({found.standard_errors:.1f} of {found.needed:.1f})"
+        for name, found in changes.items()
+    )
+
+
 def row(found: dict[str, Any]) -> str:
     """Return one row of the table."""
-    worst = ", ".join(
-        f"{name} {change['harm']:.2f} ({change['standard_errors']:.1f} of {change['needed']:.1f})"
-        for name, change in found["worst"].items()
-    )
+    told = worst({name: Change(**values) for name, values in found["worst"].items()})
     return (
         f"| {found['preset']} | {found['seed']} | {found['steps']} | {found['measured']} | "
         f"{found['alarms']} | {'yes' if found['stopped'] else 'no'} | {found['best'] or '-'} | "
-        f"{worst} |"
+        f"{told} |"
     )
 
 
@@ -80,19 +137,26 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=None, help="default: those of the preset")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--every", type=int, default=2)
+    parser.add_argument("--images", type=int, default=32, help="two of each prompt")
     parser.add_argument("--output", type=Path, default=Path("honest"))
-    parser.add_argument("--only", default="", help="one preset")
+    parser.add_argument("--first", type=int, default=0, help="leave out the runs before this one")
+    parser.add_argument("--judge", type=Path, nargs="+", help="finished runs, not trained here")
     arguments = parser.parse_args()
+    for run in arguments.judge or []:
+        print("\n".join(judge(run)), flush=True)
+    if arguments.judge:
+        return 0
     print("| preset | seed | steps | measured | alarms | stopped | best | worst, in tolerances |")
     print("|---|---|---|---|---|---|---|---|")
     stopped = 0
-    for preset, seed in RUNS:
-        if arguments.only in ("", preset):
-            folder = arguments.output / f"{preset}-{seed}"
+    for preset, seed in RUNS[arguments.first :]:
+        folder = arguments.output / f"{preset}-{seed}"
+        # What the run itself prints would break the table.
+        with contextlib.redirect_stdout(io.StringIO()):
             found = honest(preset, seed, folder, arguments)
-            (folder / "honest.json").write_text(json.dumps(found, indent=2))
-            stopped += found["stopped"]
-            print(row(found), flush=True)
+        (folder / "honest.json").write_text(json.dumps(found, indent=2))
+        stopped += found["stopped"]
+        print(row(found), flush=True)
     print(f"\n{stopped} stopped")
     return 1 if stopped else 0
 

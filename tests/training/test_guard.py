@@ -92,11 +92,15 @@ def test_a_run_made_to_hack_is_stopped_in_time_and_without_the_guard_it_collapse
     ]
     base = changes(last, "pixel_diversity")["base"]
     assert last["held_out"]["pixel_diversity"] > base / 2
-    # 2. What is kept is no worse than the base model by the held-out rewards.
+    # 2. What is kept is no worse than the base model by the held-out rewards, where it was chosen
+    #    and, as far as 20 images tell, on other noise.
     best = stopped.lines[said["best_step"] - 1]
     assert best["guard"]["merit"] > 0.0
+    for name in ("clip_choice", "all right"):
+        assert changes(best, name)["now"] >= changes(best, name)["base"]
     held_out = stopped.summary["held_out"]
-    assert held_out["rewards"]["clip_choice"]["difference"] >= 0.0
+    assert held_out["rewards"]["clip_choice"]["high"] >= 0.0
+    assert held_out["checker"]["all"]["high"] >= 0.0
     # 3. Without the guard the reward goes on rising, and nothing is left of the rest.
     assert not collapsed.summary["guard"]["stopped"]
     assert collapsed.summary["steps"] == STEPS
