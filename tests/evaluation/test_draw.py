@@ -111,7 +111,7 @@ def test_the_first_calls_run_without_the_lora(share: float, calls: int) -> None:
     shape = model.network.latent_shape(None, None)
     schedule = how.schedule(model.network, shape)
     latents = rng.image_noise(2, "eval_noise", [(4, 1)], shape) * schedule.initial_scale
-    text, negative = (model.conditioning([prompt]).text for prompt in ("a cat", ""))
+    text, negative = (model.conditioning([prompt], None).text for prompt in ("a cat", ""))
     with torch.no_grad():
         for number, step in enumerate(schedule.steps):
             off = lora.disabled(model.network.module) if number < calls else nullcontext()
