@@ -7,7 +7,7 @@ another kind, against NaN and infinity, is in nonfinite.py.)
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from accelerate.utils import broadcast_object_list
 from alignprop_cli.config.guard import HELD_OUT
 from alignprop_cli.config.schema import Config
 from alignprop_cli.evaluation import sheet
-from alignprop_cli.evaluation.measures import RIGHT, means
+from alignprop_cli.evaluation.measures import RIGHT, Quantity, means
 from alignprop_cli.training import harm
 from alignprop_cli.training.callbacks import Callback, Run
 from alignprop_cli.training.harm import Change, History
@@ -27,6 +27,8 @@ from alignprop_cli.training.samples import Samples
 
 # Seconds between two drawings of the curves, which take one; the last is drawn in any case.
 _PAUSE = 30.0
+# Prompts below which a change would have to be more than ten standard errors to be clear.
+_FEWEST = 4
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,8 @@ class Guard(Callback):
             if "guard" in line:
                 self._curves[line["step"]] = line["held_out"]
                 self._history.add(line["step"], line["guard"]["alarms"], line["guard"]["merit"])
-        if settings.enabled and not self._watched:
-            run.console.note(f"guard: nothing of {', '.join(settings.watch)} is measured here")
+        if settings.enabled and (said := _unable(settings.watch, self._watched, base)):
+            run.console.note(f"guard: {said}")
 
     def after_step(self, record: StepRecord) -> None:
         """Judge the samples of this step, if there are any, and add that to the record."""
@@ -161,6 +163,21 @@ class Guard(Callback):
             best = self._history.best
             draw_curves(self._curves, best and best[0], self._run.folder / sheet.CURVES)
             self._drawn = time.monotonic()
+
+
+def _unable(
+    wanted: Sequence[str], watched: Sequence[str], base: Mapping[str, Quantity]
+) -> str | None:
+    """Return why nothing will ever be clear; None if it may be."""
+    if not watched:
+        return f"nothing of {', '.join(wanted)} is measured here, so it will not stop the run"
+    prompts = max(len(base[name].by_prompt) for name in watched)
+    if prompts < _FEWEST:
+        return (
+            f"{prompts} prompts are too few to be sure of anything, so it will not stop the run: "
+            "raise eval.sample_images"
+        )
+    return None
 
 
 def _moved(name: str, before: float, after: float) -> str:
