@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,6 +21,7 @@ from alignprop_cli.commands.options import (
     SetOption,
 )
 from alignprop_cli.commands.output import EVALUATION, claimed
+from alignprop_cli.commands.strengths import BaseUntilOption, ScaleOption, choose
 from alignprop_cli.errors import ConfigError
 from alignprop_cli.paths import user_path
 
@@ -44,8 +44,9 @@ ImagesOption = Annotated[
 PerPromptOption = Annotated[
     int | None, typer.Option("--images-per-prompt", min=1, help="of these, images of each prompt")
 ]
-ScaleOption = Annotated[
-    str | None, typer.Option("--scale", help="strengths of the LoRA: 0,0.5,1; 1 is as trained")
+CheckpointOption = Annotated[
+    str | None,
+    typer.Option("--checkpoint", help="of the runs: best, or a step such as 40; default: newest"),
 ]
 BatchOption = Annotated[
     int | None,
@@ -57,6 +58,7 @@ def evaluate(
     targets: Targets,
     preset: PresetOption = None,
     config: ConfigOption = None,
+    checkpoint: CheckpointOption = None,
     sets: SetOption = None,
     model: ModelOption = None,
     reward: RewardOption = None,
@@ -64,6 +66,7 @@ def evaluate(
     images: ImagesOption = None,
     images_per_prompt: PerPromptOption = None,
     scale: ScaleOption = None,
+    base_until: BaseUntilOption = None,
     seed: SeedOption = None,
     batch_size: BatchOption = None,
     output: OutputOption = None,
@@ -85,23 +88,20 @@ def evaluate(
       alignprop evaluate runs/a runs/b --reward clip,brightness --images 64 --images-per-prompt 4
 
       alignprop evaluate my_lora.safetensors --preset tiny --scale 0,0.5,1,1.5
+
+      alignprop evaluate runs/tiny --checkpoint best --base-until 0,0.2,0.4,0.6
     """
     from alignprop_cli.commands.settings import for_evaluation
     from alignprop_cli.console import Console
 
     # 1. What the command line says, before a configuration is read or torch is imported.
-    located = _locate(targets)
-    strengths = _strengths(scale, located)
+    located = _locate(targets, checkpoint)
+    chosen = choose(scale, base_until, located)
     folder = _default_folder(located) if output is None else user_path(output, "--output")
     # 2. The configuration. A flag sets one of its keys and wins over every other source.
-    flags = {
-        "model.id": model,
-        "eval.prompts": prompts,
-        "eval.images": images,
-        "eval.images_per_prompt": images_per_prompt,
-        "eval.seed": seed,
-        "eval.batch_size": batch_size,
-    }
+    flags: dict[str, Any] = {"model.id": model, "eval.prompts": prompts, "eval.images": images}
+    flags |= {"eval.images_per_prompt": images_per_prompt, "eval.seed": seed}
+    flags |= {"eval.batch_size": batch_size}
     with claimed(folder, overwrite=overwrite, ours=EVALUATION, sign="results.json"):
         first = next(iter(located), None)
         resolved = for_evaluation(
@@ -110,34 +110,23 @@ def evaluate(
         # 3. From here on torch and diffusers are needed.
         from alignprop_cli.evaluation.run import run_evaluation, variants
 
-        console = Console(as_json=as_json, quiet=quiet)
-        run_evaluation(resolved, console, variants(located, strengths), folder, replace=overwrite)
+        console, axis = Console(as_json=as_json, quiet=quiet), chosen.axis
+        compared = variants(located, chosen.strengths, chosen.base_until)
+        run_evaluation(resolved, console, compared, folder, replace=overwrite, axis=axis)
 
 
-def _locate(targets: list[str]) -> list[Located]:
+def _locate(targets: list[str], checkpoint: str | None) -> list[Located]:
     """Return the LoRAs that the targets name; none for the base model alone."""
     from alignprop_cli.lora import files
 
     # Everything is compared with the base model, so it cannot be one of several targets.
     if BASE in targets and len(targets) > 1:
         raise ConfigError("evaluate: the base model is always sampled: name the LoRAs alone")
-    return [] if targets == [BASE] else [files.locate(t, "evaluate") for t in targets]
-
-
-def _strengths(text: str | None, located: list[Located]) -> list[float] | None:
-    """Return the strengths of `--scale`, each once, rising."""
-    # Rising, since they are the x values of a curve.
-    if text is None:
-        return None
-    if len(located) != 1:
-        raise ConfigError(f"--scale goes with one LoRA, got {len(located)}")
-    try:
-        found = sorted({float(part) for part in text.split(",")})
-    except ValueError as error:
-        raise ConfigError(f"--scale {text}: expected numbers such as 0,0.5,1") from error
-    if not all(map(math.isfinite, found)):
-        raise ConfigError(f"--scale {text}: expected finite numbers")
-    return found
+    names = [] if targets == [BASE] else targets
+    folders = [user_path(name, "evaluate") / "checkpoints" for name in names]
+    if checkpoint is not None and not (folders and all(f.is_dir() for f in folders)):
+        raise ConfigError("--checkpoint goes with runs")
+    return [files.locate(target, "evaluate", checkpoint) for target in names]
 
 
 def _default_folder(located: list[Located]) -> Path:

@@ -38,6 +38,10 @@ ResumeOption = Annotated[
     str | None,
     typer.Option("--resume", help="run folder to resume, or auto: the newest, else a new one"),
 ]
+BackToOption = Annotated[
+    str | None,
+    typer.Option("--checkpoint", help="with --resume: go back to best, or to a step such as 40"),
+]
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="print the plan and the configuration, and stop")
 ]
@@ -60,6 +64,7 @@ def train(
     seed: SeedOption = None,
     on_nonfinite: NonfiniteOption = None,
     resume: ResumeOption = None,
+    checkpoint: BackToOption = None,
     dry_run: DryRunOption = False,
     gpu_memory: GpuMemoryOption = None,
     gpu: GpuOption = None,
@@ -88,12 +93,11 @@ def train(
     from alignprop_cli.training.folders import run_name, run_to_resume
 
     console = Console(as_json=as_json, quiet=quiet)
-    # 1. Without any configuration.
     if list_presets:
-        return _list(console)
+        return _list(console)  # 1. without any configuration
     cards = checked(dry_run, gpu_memory, gpu, gpus)
     # 2. The configuration of the run to resume, or of a new one.
-    run = run_to_resume(resume, preset, config, output)
+    run = run_to_resume(resume, preset, config, output, checkpoint)
     flags = {"model.id": model, "train.steps": steps, "train.seed": seed, "output.dir": output}
     flags |= {"train.on_nonfinite": on_nonfinite}
     flags |= {} if dry_run else {"train.memory_limit": gpu_memory}
@@ -108,16 +112,24 @@ def train(
         from alignprop_cli.training.plans import describe
 
         return describe(resolved, console, name=name, resume=run, **cards)
-    _run(resolved, console, name, run, is_auto=resume == "auto")
+    _run(resolved, console, name, run, checkpoint, is_auto=resume == "auto")
 
 
-def _run(config: Config, console: Console, name: str, run: Path | None, *, is_auto: bool) -> None:
+def _run(
+    config: Config,
+    console: Console,
+    name: str,
+    run: Path | None,
+    back_to: str | None,
+    *,
+    is_auto: bool,
+) -> None:
     """Train; where a scheduler's line finds its run done, that is no error."""
     from alignprop_cli.training.resume import NothingToDo
     from alignprop_cli.training.run import run_training
 
     try:
-        run_training(config, console, name=name, resume=run)
+        run_training(config, console, name=name, resume=run, back_to=back_to)
     except NothingToDo as error:
         if not is_auto:
             raise

@@ -1,8 +1,8 @@
 """Find, list, read, extend and override presets, and remember which source set each key.
 
 Later sources win: defaults < what a LoRA file or a run records < preset (after what it extends)
-< --config file < --set < --reward < named flags. A `reward` section of a file replaces the section
-that it inherits; `--set reward.NAME.KEY=VALUE` changes one option.
+< --config file < --set < --reward < named flags. A `reward` section of a file (and `eval.rewards`)
+replaces the section that it inherits; `--set reward.NAME.KEY=VALUE` changes one option.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ Tree = dict[str, Any]
 
 # Bytes of a configuration file.
 _MOST_TEXT = 2**20
+# Sections of rewards by name.
+_REWARDS = ("reward", "eval.rewards")
 # Files that may extend one another; real ones are two or three.
 _MOST_PARENTS = 20
 
@@ -58,10 +60,11 @@ class Layers:
 def _parts(key: str) -> list[str]:
     """Split a dotted key at its dots, but not those in a reward's name `file.py:attribute`."""
     place, colon, rest = key.partition(":")
-    if not colon or not place.startswith("reward."):
+    section = next((s for s in _REWARDS if place.startswith(f"{s}.")), None)
+    if not colon or section is None:
         return key.split(".")
     attribute, *options = rest.split(".")
-    return ["reward", f"{place.removeprefix('reward.')}:{attribute}", *options]
+    return [*section.split("."), f"{place.removeprefix(f'{section}.')}:{attribute}", *options]
 
 
 def directory() -> Path:
@@ -135,6 +138,9 @@ def read(
     if "reward" in tree:
         # Not merged: the rewards of the parent would stay in the mixture.
         layers.values.pop("reward", None)
+    own, inherited = tree.get("eval"), layers.values.get("eval")
+    if isinstance(own, dict) and isinstance(inherited, dict) and "rewards" in own:
+        cast(Tree, inherited).pop("rewards", None)
     _merge(layers.values, tree)
     layers.origins |= {key: f"{path.name}:{line}" for key, line in lines.items()}
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, cast
 from pydantic import ConfigDict, Field, field_validator
 
 from alignprop_cli.config.gradient import GradientConfig
+from alignprop_cli.config.guard import GuardConfig, HeldOutConfig
 from alignprop_cli.config.section import (
     Dtype,
     Pixels,
@@ -216,17 +217,29 @@ class EvalConfig(Section):
         default=1,
         description="Of these, images of each prompt; several show how diverse they are.",
     )
+    rewards: dict[str, HeldOutConfig] = Field(
+        default_factory=dict[str, HeldOutConfig],
+        description="Rewards by name that are measured and never trained on.",
+    )
     # The samples taken during training are fewer, and taken more often.
     every: Annotated[int, Field(ge=0)] = Field(
         default=5, description="Steps between the samples taken during training; 0 never."
     )
-    sample_images: PositiveInt = Field(default=8, description="Images sampled each time.")
+    sample_images: PositiveInt = Field(default=16, description="Images sampled each time.")
+    sample_images_per_prompt: PositiveInt = Field(
+        default=2, description="Of these, images of each prompt; one shows no diversity."
+    )
     batch_size: Annotated[int, Field(ge=1, le=4096)] = Field(
         default=8, description="Images sampled together; changes no image."
     )
     seed: Annotated[int, Field(ge=0)] = Field(
         default=0, description="Seed of the evaluation's noise."
     )
+
+    @field_validator("rewards", mode="before")
+    @classmethod
+    def _name_alone_means_defaults(cls, value: Any) -> Any:
+        return _with_defaults(value)
 
 
 class OutputConfig(Section):
@@ -255,17 +268,23 @@ class Config(Section):
     loss: LossConfig = LossConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
+    guard: GuardConfig = GuardConfig()
     output: OutputConfig = OutputConfig()
 
     @field_validator("reward", mode="before")
     @classmethod
     def _name_alone_means_defaults(cls, value: Any) -> Any:
-        # Anything but a mapping is refused by the type of the field.
-        if not isinstance(value, dict):
-            return value
-        members = cast(dict[Any, Any], value)
-        empty: dict[str, Any] = {}
-        return {name: empty if member is None else member for name, member in members.items()}
+        return _with_defaults(value)
+
+
+def _with_defaults(value: Any) -> Any:
+    """Return rewards by name, with no options for those of which only the name is given."""
+    # Anything but a mapping is refused by the type of the field.
+    if not isinstance(value, dict):
+        return value
+    members = cast(dict[Any, Any], value)
+    empty: dict[str, Any] = {}
+    return {name: empty if member is None else member for name, member in members.items()}
 
 
 def dump(config: Config) -> str:

@@ -21,7 +21,7 @@ from alignprop_cli.errors import ConfigError, Problem
 TO_EVALUATE = ("model.id", "model.revision", "model.variant", "model.config", "eval.prompts")
 """Keys that name a file, a hub id or a part of one, of those that an evaluation reads."""
 
-TO_RESUME = (*TO_EVALUATE, "model.decoder", "train.prompts")
+TO_RESUME = (*TO_EVALUATE, "model.decoder", "train.prompts", "eval.rewards")
 """Such keys that a resumed run reads; also `lora.init` if the run has no checkpoint yet."""
 
 LARGEST = {
@@ -38,6 +38,8 @@ LARGEST = {
 _LONGEST = 200
 
 _MISSING = object()
+# Sections of rewards by name: those trained on, and those that are only measured.
+_REWARDS = (("reward",), ("eval", "rewards"))
 
 
 @dataclass(frozen=True)
@@ -65,8 +67,13 @@ class _Named:
     why: str
 
     @property
+    def section(self) -> tuple[str, ...]:
+        """The section of rewards that it is in; empty where it is in none."""
+        return next((s for s in _REWARDS if self.path[: len(s)] == s), ())
+
+    @property
     def is_code(self) -> bool:
-        return self.path[0] == "reward" and len(self.path) == 2
+        return bool(self.section) and len(self.path) == len(self.section) + 1
 
 
 def refuse_untyped(
@@ -87,7 +94,7 @@ def refuse_untyped(
             names.
         shipped: What needs not be typed.
         source: Where the recorded values come from, for the message.
-        keys: The keys to check, which are those that will be read; rewards are always checked.
+        keys: The keys to check, which are those that will be read; `reward` is always checked.
 
     Raises:
         ConfigError: With everything that is refused, and the options to type that allow it.
@@ -121,7 +128,7 @@ def _untyped(
     # its options are checked one by one; a value that some shipped preset has in the same place.
     return [
         one
-        for one in (*_places(config, shipped, keys), *_rewards(config, shipped))
+        for one in (*_places(config, shipped, keys), *_rewards(config, shipped, keys))
         if _at(typed, one.path) != one.value
         and not (one.is_code and _at(typed, one.path) is not _MISSING)
         and not any(_at(tree, one.path) == one.value for tree in _presets())
@@ -135,6 +142,8 @@ def _places(config: Config, shipped: ShippedNames, keys: Sequence[str]) -> Itera
     free = {"model.id": shipped.models, "model.decoder": ("taesd",)}
     for key in keys:
         path = tuple(key.split("."))
+        if path in _REWARDS:
+            continue
         value = _at(values, path)
         allowed = free.get(key, shipped.prompts if path[-1] == "prompts" else ())
         if value != _at(defaults, path) and value not in allowed:
@@ -146,23 +155,31 @@ def _places(config: Config, shipped: ShippedNames, keys: Sequence[str]) -> Itera
             yield _Named(path, value, f"{value} is more than {largest}, the most that goes untyped")
 
 
-def _rewards(config: Config, shipped: ShippedNames) -> Iterator[_Named]:
+def _rewards(config: Config, shipped: ShippedNames, keys: Collection[str]) -> Iterator[_Named]:
     """Yield the rewards that are code, and the options that may name a file or a hub id."""
-    for name, member in config.reward.items():
+    members: list[tuple[tuple[str, ...], Mapping[str, Any]]] = [
+        (("reward", name), member.options) for name, member in config.reward.items()
+    ]
+    # Only a run measures with these.
+    if "eval.rewards" in keys:
+        found = config.eval.rewards.items()
+        members += [(("eval", "rewards", name), member.options) for name, member in found]
+    for path, options in members:
+        name = path[-1]
         if ":" in name:
-            yield _Named(("reward", name), None, "this reward is code, which would be run")
+            yield _Named(path, None, "this reward is code, which would be run")
         places = shipped.rewards.get(name)
-        for option, value in member.options.items():
+        for option, value in options.items():
             if places is None:
                 # Code of others could do anything with a text; a number is no path and no command.
                 if not isinstance(value, bool | int | float | None):
                     why = f"{_shown(value)} would be given to code that is not alignprop's"
-                    yield _Named(("reward", name, option), value, why)
+                    yield _Named((*path, option), value, why)
             elif option in places:
                 allowed = shipped.prompts if option == "prompts" else ()
                 if value not in (None, places[option], *allowed):
                     why = f"{_shown(value)} is not shipped with alignprop"
-                    yield _Named(("reward", name, option), value, why)
+                    yield _Named((*path, option), value, why)
 
 
 def _at(tree: object, path: Sequence[str]) -> Any:
@@ -188,7 +205,7 @@ def _presets() -> tuple[Mapping[str, Any], ...]:
 def _line(config: Config, found: Sequence[_Named]) -> str | None:
     """Return the shell options that name all this; None if they could not be typed or read back."""
     words: list[str] = []
-    if any(one.is_code for one in found):
+    if any(one.is_code and one.section == ("reward",) for one in found):
         # All rewards, since those of --reward replace the recorded ones.
         if not all(map(_is_plain, config.reward)):
             return None
@@ -199,10 +216,16 @@ def _line(config: Config, found: Sequence[_Named]) -> str | None:
             words += ["--model", one.value]
         elif not one.is_code:
             words += ["--set", presets.assignment(key, one.value)]
+        elif one.section != ("reward",):
+            # This sets its options back; those that need no typing are repeated here.
+            words += ["--set", f"{key}=null"]
+            for name, value in config.eval.rewards[one.path[-1]].options.items():
+                if all(other.path != (*one.path, name) for other in found):
+                    words += ["--set", presets.assignment(f"{key}.{name}", value)]
         # `--set` would split such a name at its comma, equals sign or dot.
-        if one.path[0] == "reward" and not all(map(_is_plain, one.path)):
+        if one.section and not all(map(_is_plain, one.path)):
             return None
-        if any("." in option for option in one.path[2:]):
+        if any("." in option for option in one.path[len(one.section) + 1 :] if one.section):
             return None
     # An unprintable text could hide a command in what the user is asked to copy.
     return shlex.join(words) if all(map(str.isprintable, words)) else None

@@ -11,11 +11,14 @@ from typing import Any, cast
 
 from pydantic import BaseModel, ValidationError
 
+from alignprop_cli.config.guard import HELD_OUT, PIXEL_MEASURES, SPREAD, HeldOutConfig
 from alignprop_cli.config.schema import Config, LossConfig, RewardConfig
 from alignprop_cli.errors import ConfigError, Problem, did_you_mean
 
 # Characters of a refused value in a message.
 _LONGEST = 200
+# Where rewards are named that are not trained on.
+_HELD_OUT = ("eval", "rewards")
 
 
 def parse(
@@ -101,6 +104,8 @@ def _validate(values: Mapping[str, Any]) -> tuple[Config | None, list[Any]]:
 def _path(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
     """Return the keys of a location as pydantic names it."""
     # It continues inside a value, with the branch of a union or the index in a list: cut off.
+    if location[:2] == _HELD_OUT:
+        return location[:4]
     if location[:1] != ("reward",):
         return location[:2]
     return location[: 4 if location[2:3] == ("loss",) else 3]
@@ -112,6 +117,8 @@ def _section(path: tuple[str | int, ...]) -> type[BaseModel] | None:
         return Config
     if path[0] == "reward":
         return {2: RewardConfig, 3: LossConfig}.get(len(path))
+    if path[:2] == _HELD_OUT and len(path) == 3:
+        return HeldOutConfig
     field = Config.model_fields.get(str(path[0]))
     kind = field.annotation if field is not None else None
     return (
@@ -181,3 +188,14 @@ def _impossible(config: Config) -> Iterable[Problem]:
     for key, loss in losses.items():
         if loss.kind != "maximise" and loss.target is None:
             yield Problem(f"{key}.target", f"{key}.kind is {loss.kind}, which needs a target")
+    yield from _unknown_measures(config)
+
+
+def _unknown_measures(config: Config) -> Iterable[Problem]:
+    """Yield the names in the `guard` section that nothing is measured under."""
+    known = [HELD_OUT, *SPREAD, *PIXEL_MEASURES, *config.reward, *config.eval.rewards]
+    for key, names in (("watch", config.guard.watch), ("best", (config.guard.best,))):
+        for name in names:
+            if name not in known:
+                told = did_you_mean(name, known)
+                yield Problem(f"guard.{key}", f"nothing is measured as {name!r}.{told}")

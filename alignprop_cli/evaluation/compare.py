@@ -15,8 +15,8 @@ from alignprop_cli import rng
 from alignprop_cli.evaluation.draw import Floats, Sample, Samples
 from alignprop_cli.prompts import BUILT_IN
 
-DIVERSITY = "diversity"
-"""The name of `diversity` among the metrics."""
+DIVERSITY, VENDI = "diversity", "vendi"
+"""The names of `diversity` and `vendi` among the metrics."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ class Identity:
         strength: Factor on its update.
         trained_on: Names of the rewards it was trained on, if the file records them.
         base_model: Id of the model it was trained on; None if the file does not record it.
+        base_until: Share of the chain's calls, from the noise on, that ran without it.
     """
 
     file: str
@@ -78,6 +79,7 @@ class Identity:
     strength: float
     trained_on: list[str]
     base_model: str | None = None
+    base_until: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -209,11 +211,12 @@ def compare_all(sampled: Mapping[str, Samples]) -> dict[str, dict[str, Metric]]:
     }
     # 2. What is measured on all images of a prompt together.
     if base.features is not None:
-        spread = {model: diversity(found) for model, found in sampled.items()}
-        prompts, _ = spread["base"]
-        if prompts:
-            values = {model: each for model, (_, each) in spread.items()}
-            metrics[DIVERSITY] = metric(prompts, values)
+        for name, function in ((DIVERSITY, diversity), (VENDI, vendi)):
+            spread = {model: function(found) for model, found in sampled.items()}
+            prompts, _ = spread["base"]
+            if prompts:
+                values = {model: each for model, (_, each) in spread.items()}
+                metrics[name] = metric(prompts, values)
     return metrics
 
 
@@ -249,19 +252,50 @@ def diversity(sampled: Samples) -> tuple[list[Sample], Floats]:
     Raises:
         ValueError: If there are no features.
     """
+    several, cosines = _cosines(sampled)
+    # Above the diagonal each pair appears once.
+    values = [1.0 - float(c[np.triu_indices(len(c), k=1)].mean()) for c in cosines]
+    return several, np.array(values)
+
+
+def vendi(sampled: Samples) -> tuple[list[Sample], Floats]:
+    """Return how many different images each of the P prompts with several has, in effect.
+
+    exp(-sum_i l_i log l_i) with the eigenvalues l_i of the kernel of cosines divided by the number
+    n of images: 1 if all are equal, n if all are orthogonal.
+
+    Args:
+        sampled: Samples with features.
+
+    Returns:
+        One sample of each such prompt, and the values, shape (P,).
+
+    Raises:
+        ValueError: If there are no features.
+
+    Source: Friedman & Dieng 2023, arXiv:2210.02410, definition 3.1.
+    """
+    several, cosines = _cosines(sampled)
+    values: list[float] = []
+    for kernel in cosines:
+        # Rounding leaves tiny negative ones, and 0 log 0 is 0.
+        eigenvalues = np.linalg.eigvalsh(kernel / len(kernel))
+        positive = eigenvalues[eigenvalues > 0.0]
+        values.append(float(np.exp(-(positive * np.log(positive)).sum())))
+    return several, np.array(values)
+
+
+def _cosines(sampled: Samples) -> tuple[list[Sample], list[Floats]]:
+    """Return one sample of each prompt with several images, and their cosines, (n, n) for n."""
     if sampled.features is None:
         raise ValueError("diversity needs features of the images")
     groups: dict[int, list[int]] = {}
     for i, sample in enumerate(sampled.samples):
         groups.setdefault(sample.prompt_index, []).append(i)
     several = [members for members in groups.values() if len(members) > 1]
-    values: list[float] = []
-    for members in several:
-        # Features have unit length, so their products are cosines, (n, n) for n images.
-        cosines = sampled.features[members] @ sampled.features[members].T
-        # Above the diagonal each pair appears once.
-        values.append(1.0 - float(cosines[np.triu_indices(len(members), k=1)].mean()))
-    return [sampled.samples[members[0]] for members in several], np.array(values)
+    # Features have unit length, so their products are cosines.
+    found = [sampled.features[rows] @ sampled.features[rows].T for rows in several]
+    return [sampled.samples[members[0]] for members in several], found
 
 
 def checks(sampled: Mapping[str, Samples]) -> dict[str, dict[str, Floats]]:

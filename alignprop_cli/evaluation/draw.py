@@ -7,6 +7,7 @@ two models differ only by what the models have learned.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -28,6 +29,7 @@ from alignprop_cli.models.base import Model, Sampler
 from alignprop_cli.models.compiled import uncompiled
 from alignprop_cli.rewards.mixture import Mixture
 from alignprop_cli.sampling import rollout
+from alignprop_cli.schedule import Step
 
 Floats = NDArray[np.float64]
 Features = Callable[[Tensor], Tensor]
@@ -118,6 +120,7 @@ def draw_shared(
     *,
     features: Features | None = None,
     batch_size: int | None = None,
+    base_until: float = 0.0,
 ) -> Samples:
     """Sample and measure as the `sample` and `eval` sections say, with a progress bar.
 
@@ -132,6 +135,7 @@ def draw_shared(
         label: Text of the bar.
         features: As in `draw_samples`.
         batch_size: As in `draw_samples`; None is that of the `eval` section.
+        base_until: As in `draw_samples`.
 
     Raises:
         ConfigError, RunError: As `draw_samples`.
@@ -151,6 +155,7 @@ def draw_shared(
             seed=config.eval.seed,
             batch_size=batch_size or config.eval.batch_size,
             features=features,
+            base_until=base_until,
             on_batch=bar.advance,
         )
     if processes == 1:
@@ -173,6 +178,7 @@ def draw_samples(
     seed: int,
     batch_size: int,
     features: Features | None = None,
+    base_until: float = 0.0,
     on_batch: Callable[[int], object] = lambda done: None,
 ) -> Samples:
     """Sample images and measure them. Training's random numbers are not touched.
@@ -186,6 +192,9 @@ def draw_samples(
         seed: Seed of the noise.
         batch_size: Images sampled together; changes no image beyond rounding.
         features: Computes the features to keep with the images; None keeps none.
+        base_until: Share of the T calls that run without the LoRA, from the noise on: the first
+            floor(share T + 1/2). What they do the tuned model cannot undo, so that the images keep
+            the base model's variety (as in ImageReFL, 2025).
         on_batch: Called after each batch with its number of samples.
 
     Returns:
@@ -203,7 +212,7 @@ def draw_samples(
         for start in range(0, len(samples), batch_size):
             batch = samples[start : start + batch_size]
             # Rewards and features are computed before the images are rounded to bytes.
-            images = _images(model, batch, sampler, seed, merged)
+            images = _images(model, batch, sampler, seed, merged, base_until)
             scores = mixture.score(images, [sample.prompt for sample in batch])
             parts.append(
                 Samples(
@@ -218,7 +227,12 @@ def draw_samples(
 
 
 def _images(
-    model: Model, batch: Sequence[Sample], sampler: Sampler, seed: int, merged: lora.Merged
+    model: Model,
+    batch: Sequence[Sample],
+    sampler: Sampler,
+    seed: int,
+    merged: lora.Merged,
+    base_until: float,
 ) -> Tensor:
     """Return the images of a batch, shape (B, 3, H, W), in [0, 1]."""
     network = model.network
@@ -234,11 +248,19 @@ def _images(
     conditioning = model.conditioning(
         [sample.prompt for sample in batch], sampler.negative_prompt if guides else None
     )
-    denoise = guided(network.predict, conditioning, sampler.guidance)
+    plain = guided(network.predict, conditioning, sampler.guidance)
     latents = rng.image_noise(seed, "eval_noise", keys, shape).to(model.device)
     # With the LoRA merged into the weights: the same values in fewer operations.
-    with merged:
-        latents = rollout(denoise, latents, schedule, eta=sampler.eta, draw_noise=draw_noise)
+    tuned = merged.around(plain)
+    untuned = schedule.steps[: math.floor(base_until * len(schedule) + 0.5)]
+
+    def denoise(latents: Tensor, step: Step) -> Tensor:
+        if step not in untuned:
+            return tuned(latents, step)
+        with lora.disabled(network.module):
+            return plain(latents, step)
+
+    latents = rollout(denoise, latents, schedule, eta=sampler.eta, draw_noise=draw_noise)
     return model.decoder.decode(latents)
 
 

@@ -82,6 +82,7 @@ def _metadata(result: Evaluation, name: str, index: int) -> dict[str, str]:
     if name in result.variants:
         texts["adapter_sha256"] = result.variants[name].sha256
         texts["adapter_strength"] = str(result.variants[name].strength)
+        texts["adapter_base_until"] = str(result.variants[name].base_until)
         if (trained_on := result.variants[name].base_model) is not None:
             texts["adapter_base_model"] = trained_on
     return texts

@@ -43,6 +43,7 @@ class Variant:
         name: Its name in tables and of the folder of its images.
         located: Its file.
         strength: Factor on its update; 1 is as trained.
+        base_until: Share of the chain's calls, from the noise on, that run without it.
         at: Its x value on the curve of the rewards; None if no curve is plotted.
     """
 
@@ -50,12 +51,35 @@ class Variant:
     located: Located
     strength: float = 1.0
     at: float | None = None
+    base_until: float = 0.0
 
 
-def variants(located: Sequence[Located], strengths: Sequence[float] | None) -> list[Variant]:
-    """Return what is compared with the base model, with names that can be folders."""
+def variants(
+    located: Sequence[Located],
+    strengths: Sequence[float] | None,
+    base_until: Sequence[float] | None = None,
+) -> list[Variant]:
+    """Return what is compared with the base model, with names that can be folders.
+
+    Args:
+        located: The LoRAs; exactly one where one of the others is given.
+        strengths: Strengths of the LoRA; None is as trained.
+        base_until: Shares of the chain that run without it; None is 0. Only one of the two may have
+            several values.
+    """
+    shares = base_until or [0.0]
+    if len(shares) > 1:
+        strength = strengths[0] if strengths else 1.0
+        return [
+            Variant(f"base until {share:g}", located[0], strength, at=share, base_until=share)
+            for share in shares
+        ]
     if strengths is not None:
-        return [Variant(f"strength {s:g}", located[0], s, at=s) for s in strengths]
+        return [
+            Variant(f"strength {s:g}", located[0], s, at=s, base_until=shares[0]) for s in strengths
+        ]
+    if len(located) == 1 and base_until is not None:
+        return [Variant(f"base until {shares[0]:g}", located[0], base_until=shares[0])]
     if len(located) == 1:
         return [Variant("tuned", located[0])]
     labels = [re.sub(r"[^\w.-]+", "-", found.label) for found in located]
@@ -140,12 +164,13 @@ def _mixture(
 
 
 def _draw_all(
-    draw: Callable[[str], Samples], model: Model, chosen: Sequence[tuple[Variant, Adapter]]
+    draw: Callable[..., Samples], model: Model, chosen: Sequence[tuple[Variant, Adapter]]
 ) -> dict[str, Samples]:
     """Sample with every model, the base model first.
 
     Args:
-        draw: Samples with the model in its present state; its argument is a name to show.
+        draw: Samples with the model in its present state; its arguments are a name to show, and
+            `base_until`.
         model: The base model; it has the last LoRA afterwards.
         chosen: The LoRAs.
     """
@@ -159,7 +184,7 @@ def _draw_all(
             lora.load(module, adapter, model.id)
             loaded = adapter
         lora.set_strength(module, variant.strength)
-        sampled[variant.name] = draw(variant.name)
+        sampled[variant.name] = draw(variant.name, base_until=variant.base_until)
     return sampled
 
 
@@ -169,6 +194,7 @@ def _identity(variant: Variant, adapter: Adapter) -> Identity:
         file=str(adapter.file.resolve()),
         sha256=adapter.sha256,
         strength=variant.strength,
+        base_until=variant.base_until,
         trained_on=[name for name in trained_on if name],
         base_model=adapter.header.get("alignprop.base_model"),
     )

@@ -16,6 +16,9 @@ from PIL.PngImagePlugin import PngInfo
 Pixels = NDArray[np.uint8]
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
+CURVES = "curves.png"
+"""The file of a run's curves."""
+
 # Sizes in pixels; a sheet of this width fits the screen of a laptop.
 _TILE = 192
 _MARGIN = 24
@@ -210,15 +213,23 @@ def _longest_start(word: str, font: Font, width: int) -> str:
 
 
 def curves(
-    xs: Sequence[float], ys: Mapping[str, Sequence[float]], path: Path, *, x_title: str
+    xs: Sequence[float],
+    ys: Mapping[str, Sequence[float]],
+    path: Path,
+    *,
+    x_title: str,
+    level: Mapping[str, float] | None = None,
+    mark: float | None = None,
 ) -> None:
-    """Write a PNG with one small plot per reward, all over the same values of x.
+    """Write a PNG with one small plot per measure, all over the same values of x.
 
     Args:
         xs: At least two values, rising.
-        ys: By reward, one value for each x.
+        ys: By measure, one value for each x.
         path: The file; its folder exists.
         x_title: Title of the x axes.
+        level: By measure, a value to compare with, drawn as a dashed line.
+        mark: A value of x to mark in all plots.
     """
     # Imported here, since matplotlib takes a second and few commands plot anything.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -228,13 +239,17 @@ def curves(
     rows = math.ceil(len(ys) / columns)
     figure: Any = Figure(figsize=(4.2 * columns, 3.0 * rows), layout="constrained")
     FigureCanvasAgg(figure)
-    # The grid may have more plots than there are rewards; the others stay hidden.
+    # The grid may have more plots than there are measures; the others stay hidden.
     axes: list[Any] = list(figure.subplots(rows, columns, squeeze=False).flat)
     for axis in axes:
         axis.set_visible(False)
     for axis, (name, values) in zip(axes, ys.items(), strict=False):
         axis.set_visible(True)
         axis.plot(xs, values, marker="o", color="#2563eb")
+        if level is not None:
+            axis.axhline(level[name], color="#6e6e76", linestyle="--", linewidth=1)
+        if mark is not None:
+            axis.axvline(mark, color="#16a34a", linestyle=":", linewidth=1.5)
         axis.set_title(name, fontsize=11, parse_math=False)
         axis.set_xlabel(x_title)
         axis.grid(alpha=0.3)

@@ -36,6 +36,9 @@ PEFT_FILE = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
 """The file next to `PEFT_FILE` that holds rank and alpha."""
 
+BEST = "best"
+"""Name of the checkpoint that the guard keeps beside those of the steps."""
+
 # At least six digits, so that names sort by step in a listing of the folder.
 _STEP = re.compile(r"step-[0-9]{6,}")
 _METADATA = "lora_adapter_metadata"
@@ -91,12 +94,13 @@ class Adapter:
     prefix: str = names.NETWORKS[0]
 
 
-def locate(name: str, where: str = "LoRA") -> Located:
+def locate(name: str, where: str = "LoRA", checkpoint: str | None = None) -> Located:
     """Find the LoRA file of a run, a checkpoint, a LoRA folder or a file.
 
     Args:
         name: As the user or a configuration has it.
         where: The option or key, for messages.
+        checkpoint: Of a run: `best`, or a step's, such as step-000020 or 20; None is the newest.
 
     Raises:
         AssetError: If there is none.
@@ -111,9 +115,10 @@ def locate(name: str, where: str = "LoRA") -> Located:
             f"{name}: no such file or folder",
             hint="name a run, a checkpoint, a LoRA file or folder, or `base`",
         )
-    # 2. A run means its newest checkpoint.
+    # 2. A run means its newest checkpoint, or the one that is named.
     if (path / "checkpoints").is_dir() or (path / "config.yaml").is_file():
-        return Located(latest(path) / LORA_FILE, run=path)
+        found = latest(path) if checkpoint is None else named_checkpoint(path, checkpoint)
+        return Located(found / LORA_FILE, run=path, step=checkpoint and found.name)
     # 3. A folder with a LoRA, ours or diffusers' before PEFT's.
     if not (path / LORA_FILE).is_file():
         if (path / PEFT_FILE).is_file():
@@ -126,6 +131,22 @@ def locate(name: str, where: str = "LoRA") -> Located:
         if place.parent.name == "checkpoints" and (run / "config.yaml").is_file():
             return Located(path / LORA_FILE, run=run.resolve(), step=place.name)
     return Located(path / LORA_FILE)
+
+
+def named_checkpoint(run: Path, name: str) -> Path:
+    """Return a checkpoint of a run by its name, or by its step.
+
+    Raises:
+        AssetError: If there is none.
+    """
+    # Only what is listed there: a name may not lead anywhere else.
+    places = (*checkpoints(run), run / "checkpoints" / BEST)
+    there = {path.name: path for path in places if path.is_dir()}
+    whole = f"step-{int(name):06d}" if name.isascii() and name.isdigit() else name
+    if whole not in there:
+        told = f"there are: {', '.join(there) or 'none'}"
+        raise AssetError(f"{run}: has no checkpoint {name!r}", hint=told)
+    return there[whole]
 
 
 def checkpoints(run: Path) -> list[Path]:

@@ -134,7 +134,7 @@ def measure(config: Config, device_type: str) -> Footprint:
         weights={
             "network weights": network_bytes,
             "decoder weights": _bytes(decoder.module) + (_bytes(tiny.module) if tiny else 0),
-            "reward weights": weights,
+            "reward weights": weights + _held_out_bytes(config),
         },
         reward=reward,
         uncounted=uncounted,
@@ -182,6 +182,15 @@ def _rewards(
     # Their graphs are all alive until the mixture's loss goes back, so their needs add up.
     total = {recompute: footprint.add(*works) for recompute, works in parts.items()}
     return total, weights, tuple(uncounted)
+
+
+def _held_out_bytes(config: Config) -> int:
+    """Return the bytes of the weights of `eval.rewards`, which are on the device all the time."""
+    return sum(
+        registry.parameters(name, member.options) * getattr(torch, member.dtype).itemsize
+        for name, member in config.eval.rewards.items()
+        if name not in config.reward
+    )
 
 
 def parse_memory(text: str, where: str = "--gpu-memory") -> int:

@@ -25,6 +25,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from alignprop_cli.config.guard import HeldOutConfig
 from alignprop_cli.config.schema import RewardConfig
 from alignprop_cli.errors import AssetError, ConfigError, did_you_mean
 from alignprop_cli.paths import user_path
@@ -146,10 +147,15 @@ def names() -> list[str]:
     return sorted({*SHIPPED, *(point.name for point in entry_points(group=GROUP))})
 
 
-def check(name: str, options: Mapping[str, Any]) -> None:
+def check(name: str, options: Mapping[str, Any], section: str = "reward") -> None:
     """Refuse an unknown name or option, without loading anything.
 
     The options of a user's own reward are not known here; `build` checks them.
+
+    Args:
+        name: Of the reward.
+        options: As in the configuration.
+        section: Where it is named there, for messages.
 
     Raises:
         ConfigError: With the nearest known name or option.
@@ -158,17 +164,15 @@ def check(name: str, options: Mapping[str, Any]) -> None:
         known = SHIPPED[name].options
         for option, value in options.items():
             if option not in known:
-                names_known = (*RewardConfig.model_fields, *known)
-                raise ConfigError(
-                    f"reward.{name}: unknown option '{option}'.{did_you_mean(option, names_known)}"
-                )
+                told = did_you_mean(option, (*RewardConfig.model_fields, *known))
+                raise ConfigError(f"{section}.{name}: unknown option '{option}'.{told}")
             # Not isinstance, which takes True for an int.
             if value is not None and type(value) is not known[option]:
                 kind = known[option].__name__
-                raise ConfigError(f"reward.{name}.{option}: expected a {kind}, got {value!r}")
+                raise ConfigError(f"{section}.{name}.{option}: expected a {kind}, got {value!r}")
     elif ":" not in name and name not in names():
         raise ConfigError(
-            f"reward: unknown reward '{name}'.{did_you_mean(name, names())}",
+            f"{section}: unknown reward '{name}'.{did_you_mean(name, names())}",
             hint="a reward of your own is named file.py:attribute or package.module:attribute",
         )
 
@@ -179,23 +183,28 @@ def is_embedded(name: str, options: Mapping[str, Any]) -> bool:
     return spec is not None and spec.places.get("model") == "tiny" and options.get("model") is None
 
 
-def check_embedded(rewards: Mapping[str, RewardConfig], model: str) -> None:
+def check_embedded(
+    rewards: Mapping[str, RewardConfig] | Mapping[str, HeldOutConfig],
+    model: str,
+    section: str = "reward",
+) -> None:
     """Refuse to measure with the embedded image-text model unasked what it has never seen.
 
     Args:
         rewards: The rewards by name.
         model: Id of the model that draws the images.
+        section: Where the rewards are named, for messages.
 
     Raises:
         ConfigError: If the model is not the embedded one, and a reward names no model.
     """
     for name, reward in rewards.items():
         if model != "tiny" and is_embedded(name, reward.options):
-            option = f"reward.{name}.model"
+            option = f"{section}.{name}.model"
             raise ConfigError(
                 f"{option}: no model is named, and the embedded one knows nothing but the coloured "
                 "shapes of the model tiny",
-                hint=f"--set {option}=ViT-L-14 --set reward.{name}.pretrained=openai; "
+                hint=f"--set {option}=ViT-L-14 --set {section}.{name}.pretrained=openai; "
                 f"or --set {option}=tiny, if the embedded one is meant",
             )
 

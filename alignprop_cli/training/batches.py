@@ -30,7 +30,7 @@ class Settings:
         window_group: Number of consecutive images that share one path of the gradient.
         rollout_steps: Number of calls that replace those before the path; None replaces nothing.
         seed: Seed of everything random.
-        on_nonfinite: What a step does that is not finite; see `nonfinite.Guard`.
+        on_nonfinite: What a step does that is not finite; see `nonfinite.FiniteGuard`.
         nonfinite_limit: Steps in a row that may be skipped for that.
     """
 

@@ -1,4 +1,4 @@
-"""What happens around the steps of a run: metrics, samples, checkpoints, progress.
+"""What happens around the steps of a run: metrics, checkpoints, progress (samples: samples.py).
 
 Each is a callback: an object whose methods are called before training, after every step and after
 training, and that may ask the run to stop. `run_training` takes further ones.
@@ -7,7 +7,7 @@ training, and that may ask the run to stop. `run_training` takes further ones.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +18,10 @@ from alignprop_cli import __version__
 from alignprop_cli.config.schema import Config
 from alignprop_cli.console import Console
 from alignprop_cli.device import release_cached
-from alignprop_cli.evaluation import draw, sheet
+from alignprop_cli.evaluation import draw
 from alignprop_cli.lora import files
 from alignprop_cli.lora import layers as lora
+from alignprop_cli.rewards.mixture import Mixture
 from alignprop_cli.training import checkpoint
 from alignprop_cli.training.record import StepRecord
 from alignprop_cli.training.resume import metrics_hash
@@ -44,6 +45,8 @@ class Run:
         samples: Samples taken during training.
         inputs: Hashes of the files that the run reads; see `setup.inputs`.
         sample_batch: Images sampled together; None is `eval.batch_size`.
+        measured: The rewards that samples are measured with: those trained on, then held-out ones;
+            None is those trained on.
     """
 
     config: Config
@@ -55,19 +58,25 @@ class Run:
     samples: Sequence[draw.Sample]
     inputs: Mapping[str, str] = field(default_factory=dict[str, str])
     sample_batch: int | None = None
+    measured: Mixture | None = None
 
     def sample(
-        self, samples: Sequence[draw.Sample], console: Console, label: str = ""
+        self,
+        samples: Sequence[draw.Sample],
+        console: Console,
+        label: str = "",
+        features: draw.Features | None = None,
     ) -> draw.Samples:
         """Sample with the LoRA as it is, on all processes, and measure; training is not touched."""
         trainer = self.trainer
         found = draw.draw_shared(
             trainer.model,
             samples,
-            trainer.mixture,
+            self.measured or trainer.mixture,
             self.config,
             console,
             label,
+            features=features,
             batch_size=self.sample_batch,
         )
         # What torch keeps for other sizes than training's would be missing there.
@@ -95,43 +104,6 @@ class Callback:
         """Do something after the last step, also after an interruption or an error."""
 
 
-class Samples(Callback):
-    """Samples fixed prompts every `eval.every` steps: a sheet of images, and their mean rewards.
-
-    The rewards go into the record, so `MetricsFile` comes later in the list.
-    """
-
-    def before_training(self, run: Run) -> None:
-        """Sample before the first step of a new run."""
-        self._run = run
-        # A resumed run has done this already.
-        if run.trainer.step_number == 0 and run.config.eval.every:
-            self._sample()
-
-    def after_step(self, record: StepRecord) -> None:
-        """Sample every `eval.every` steps."""
-        every = self._run.config.eval.every
-        if every and record.step % every == 0:
-            record.held_out = self._sample()
-
-    def _sample(self) -> dict[str, float]:
-        """Sample on all processes, write the sheet on the main one, and return the mean rewards."""
-        run, step = self._run, self._run.trainer.step_number
-        # A second progress bar would push the training's aside.
-        quiet = Console(quiet=True)
-        found = run.sample(run.samples, quiet)
-        if run.accelerator.is_main_process:
-            cells = [
-                sheet.Cell(sample.prompt, (image,), (found.caption(i),))
-                for i, (sample, image) in enumerate(zip(found.samples, found.images, strict=True))
-            ]
-            path = run.folder / "samples" / f"step-{step:06d}.png"
-            # Not its parents: a run that was moved away meanwhile would go on in half a folder.
-            path.parent.mkdir(exist_ok=True)
-            sheet.contact_sheet(cells, path, titles=(f"step {step}",))
-        return {name: float(values.mean()) for name, values in found.rewards.items()}
-
-
 class MetricsFile(Callback):
     """Appends every step to metrics.jsonl."""
 
@@ -153,26 +125,36 @@ class Checkpoints(Callback):
 
     Finite weights may still sample images of NaN. So a checkpoint counts as good when a step, or
     the samples at the end, came after it; before that, the one before it is not dropped for it.
+
+    Args:
+        is_best: Says whether the present step is the best so far, which is kept as `best` too.
     """
+
+    def __init__(self, is_best: Callable[[], bool] = lambda: False) -> None:
+        self._is_best = is_best
 
     def before_training(self, run: Run) -> None:
         """Remember the step at which the run begins: it needs no checkpoint."""
         self._run, self._saved = run, run.trainer.step_number
 
     def after_step(self, record: StepRecord) -> None:
-        """Save every `output.save_every` steps and after the last one."""
+        """Save every `output.save_every` steps and after the last one, and what is best."""
         if record.skipped is None:
             self.drop_old()
         every, last = self._run.config.output.save_every, self._run.config.train.steps
         if record.step == last or (every and record.step % every == 0):
             self.save()
+        if self._is_best():
+            self._write(checkpoint.BEST)
 
     def save(self) -> None:
         """Write a checkpoint of the present step, unless there is one; on the main process."""
+        if self._saved != self._run.trainer.step_number:
+            self._saved = self._run.trainer.step_number
+            self._write()
+
+    def _write(self, name: str | None = None) -> None:
         run, trainer = self._run, self._run.trainer
-        if self._saved == trainer.step_number:
-            return
-        self._saved = trainer.step_number
         # LoRA and optimiser are the same in all processes, so one can write for all.
         if not run.accelerator.is_main_process:
             return
@@ -198,12 +180,12 @@ class Checkpoints(Callback):
             trainer.step_number,
             seen,
             trainer.optimizer.state(),
-            skipped_in_row=trainer.guard.skipped_in_row,
+            skipped_in_row=trainer.finite.skipped_in_row,
             metrics=metrics_hash(run.folder, trainer.step_number),
             inputs=run.inputs,
             trained={n: value for n, value in weights.items() if written[n] is not value},
         )
-        checkpoint.save(run.folder, state, save_lora)
+        checkpoint.save(run.folder, state, save_lora, name)
 
     def drop_old(self) -> None:
         """Delete the oldest checkpoints beyond `output.keep_last`; the newest has proven good."""

@@ -6,8 +6,9 @@ runs/<name>/config.yaml            complete; `train --config` on it repeats the 
                                     optimizer.safetensors              AdamW's moments, and B where
                                                        the adapter has it scaled
                                     state.json                         counters and hashes
+            checkpoints/best/      a checkpoint too: of the step that the guard found best
             samples/               fixed prompts and seeds over time
-            before_after.png  summary.json
+            before_after.png  curves.png  report.html  summary.json
             .lock                  held by the process that writes here, gone afterwards
 """
 
@@ -25,7 +26,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from alignprop_cli.errors import RunError
-from alignprop_cli.lora.files import LORA_FILE, checkpoints, save_tensors
+from alignprop_cli.lora.files import BEST, LORA_FILE, checkpoints, save_tensors
 from alignprop_cli.parsing import read_json
 from alignprop_cli.storage import remove, sha256, write_whole
 
@@ -61,18 +62,21 @@ class State:
     trained: Mapping[str, Tensor] = field(default_factory=dict[str, Tensor])
 
 
-def save(run: Path, state: State, save_lora: Callable[[Path], object]) -> Path:
+def save(
+    run: Path, state: State, save_lora: Callable[[Path], object], name: str | None = None
+) -> Path:
     """Write the checkpoint of a step.
 
     Args:
         run: The run folder.
         state: Counters and optimiser.
         save_lora: Writes the adapter into a folder.
+        name: Of its folder; None is that of the step.
 
     Returns:
         The checkpoint's folder.
     """
-    path = run / "checkpoints" / f"step-{state.step:06d}"
+    path = run / "checkpoints" / (name or f"step-{state.step:06d}")
 
     # The LoRA file is for everyone; the other two are only needed to resume.
     def write(folder: Path) -> None:
@@ -97,11 +101,16 @@ def save(run: Path, state: State, save_lora: Callable[[Path], object]) -> Path:
 def drop_old(run: Path, keep: int | None) -> None:
     """Delete the oldest checkpoints beyond `keep`; None keeps them all."""
     for old in checkpoints(run)[:-keep] if keep is not None else []:
-        # A link is somebody's own; only its name is removed.
-        if old.is_symlink():
-            old.unlink()
-        else:
-            remove(old)
+        drop(old)
+
+
+def drop(path: Path) -> None:
+    """Delete a checkpoint, whole or not at all."""
+    # A link is somebody's own; only its name is removed.
+    if path.is_symlink():
+        path.unlink()
+    else:
+        remove(path)
 
 
 def damage(path: Path) -> str | None:
@@ -121,7 +130,7 @@ def damage(path: Path) -> str | None:
         for name, wanted in hashes.items():
             if sha256(path / name) != wanted:
                 return f"{name} is not as it was written (its SHA-256 differs)"
-        if path.name != f"step-{values['step']:06d}":
+        if path.name not in (BEST, f"step-{values['step']:06d}"):
             return f"{_STATE} is of step {values['step']}"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"

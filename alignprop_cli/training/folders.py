@@ -29,7 +29,11 @@ def run_name(preset: str | None, config: str | None) -> str:
 
 
 def run_to_resume(
-    resume: str | None, preset: str | None, config: str | None, output: str | None
+    resume: str | None,
+    preset: str | None,
+    config: str | None,
+    output: str | None,
+    checkpoint: str | None = None,
 ) -> Path | None:
     """Return the run that `--resume` means; None to start a new one.
 
@@ -38,11 +42,14 @@ def run_to_resume(
         preset: The preset of a new run.
         config: The configuration file of a new run.
         output: With `auto` the only folder that is looked at; None looks at all in runs/.
+        checkpoint: Which checkpoint of the run is wanted; None is the newest.
 
     Raises:
         AssetError: If the folder is no run, or there is none and nothing says how to start one.
         ConfigError: If options for a new run are given together with the run to resume.
     """
+    if checkpoint is not None and resume in (None, "auto"):
+        raise ConfigError("--checkpoint goes with --resume and the folder of a run")
     if resume is None:
         return None
     if resume == "auto":

@@ -15,7 +15,7 @@ from alignprop_cli.training.optimizer import Optimizer
 Policy = Literal["stop", "skip"]
 
 
-class Guard:
+class FiniteGuard:
     """Stops a run at what is not finite, or leaves the step out; nothing of it is learned.
 
     Args:

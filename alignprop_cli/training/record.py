@@ -14,6 +14,9 @@ from torch import Tensor
 
 from alignprop_cli.device import peak_gib
 
+# What a record has only after the steps that were followed by samples.
+_SOMETIMES = ("held_out", "guard")
+
 
 @dataclass(frozen=True)
 class RewardStats:
@@ -38,7 +41,9 @@ class StepRecord:
         backprop_steps: Mean number of network calls that carried gradient.
         seconds: Wall-clock time of this step.
         peak_memory_gib: Peak so far, in GiB: allocated on CUDA, resident otherwise.
-        held_out: Mean rewards of the fixed sample prompts, if they were sampled after this step.
+        held_out: Means over the fixed sample prompts, if they were sampled after this step: of all
+            rewards, and of what else is measured.
+        guard: What the guard made of them; see `guard.Guard`.
         skipped: Why the step updated nothing; None for all other steps.
     """
 
@@ -53,16 +58,17 @@ class StepRecord:
     seconds: float
     peak_memory_gib: float
     held_out: dict[str, float] = field(default_factory=dict[str, float])
+    guard: dict[str, Any] = field(default_factory=dict[str, Any])
     skipped: str | None = None
 
     def line(self) -> dict[str, Any]:
         """Return the record as plain values, without what there is none of."""
         if self.skipped is not None:
-            names = ("step", "images_seen", "seconds", "skipped", "held_out")
+            names = ("step", "images_seen", "seconds", "skipped", *_SOMETIMES)
         else:
             names = tuple(f.name for f in fields(self) if f.name != "skipped")
         values = asdict(self)
-        return {name: values[name] for name in names if name != "held_out" or self.held_out}
+        return {name: values[name] for name in names if values[name] or name not in _SOMETIMES}
 
 
 def skipped_step(step: int, batch_size: int, started: float, why: str) -> StepRecord:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from alignprop_cli.config.schema import Config
 from alignprop_cli.config.section import differences
 from alignprop_cli.config.validation import parse
 from alignprop_cli.errors import ConfigError, Problem, RunError
 from alignprop_cli.lora import layers as lora
-from alignprop_cli.lora.files import checkpoints
+from alignprop_cli.lora.files import checkpoints, named_checkpoint
 from alignprop_cli.parsing import read_json
-from alignprop_cli.storage import write_text
+from alignprop_cli.storage import write_text, write_whole
 from alignprop_cli.training import checkpoint
 from alignprop_cli.training.trainer import Trainer
 
@@ -33,12 +35,37 @@ _MAY_CHANGE = (
     "train.on_nonfinite",
     "train.nonfinite_limit",
     "eval.",
+    "guard.",
     "output.",
 )
 
 
 class NothingToDo(ConfigError):
     """The run that is to be resumed has done all its steps."""
+
+
+def choose(
+    run: Path, name: str | None, config: Config, warn: Callable[[str], object]
+) -> Path | None:
+    """Return the checkpoint from which a run is resumed.
+
+    Args:
+        run: The run folder.
+        name: `best`, or a step's; None is the newest that is as it was written.
+        config: The complete configuration of now.
+        warn: As in `newest`.
+
+    Returns:
+        None if the run was stopped before its first checkpoint.
+
+    Raises:
+        AssetError: If there is none of this name.
+        ConfigError, RunError: As `newest` and `refuse_changes`.
+    """
+    found = newest(run, warn) if name is None else named_checkpoint(run, name)
+    if found is not None:
+        refuse_changes(found, config)
+    return found
 
 
 def newest(run: Path, warn: Callable[[str], object] = lambda text: None) -> Path | None:
@@ -65,6 +92,32 @@ def newest(run: Path, warn: Callable[[str], object] = lambda text: None) -> Path
     if wrong:
         raise checkpoint.damaged(*next(iter(wrong.items())))
     return None
+
+
+def go_back(run: Path, chosen: Path, note: Callable[[str], object]) -> None:
+    """Make a checkpoint of a run its newest one; those of later steps are removed.
+
+    Args:
+        run: The run folder.
+        chosen: The checkpoint, one of the run's.
+        note: Called with a message about what is removed.
+
+    Raises:
+        RunError: If it is damaged.
+    """
+    step = checkpoint.load(chosen).step
+    # 1. A checkpoint of its step, where there is none. If the process is killed after this or any
+    #    removal below, the same command goes on from there.
+    place = run / "checkpoints" / f"step-{step:06d}"
+    if not place.exists():
+        write_whole(place, lambda made: shutil.copytree(chosen, made, dirs_exist_ok=True))
+    # 2. The newest first, so that none is the newest that did not follow from the others.
+    found = checkpoints(run)
+    later = found[found.index(place) + 1 :]
+    for path in reversed(later):
+        checkpoint.drop(path)
+    removed = f"; removed: {', '.join(path.name for path in later)}" if later else ""
+    note(f"going back to step {step}{removed}")
 
 
 def refuse_changes(found: Path, config: Config) -> None:
@@ -147,11 +200,20 @@ def restore(trainer: Trainer, found: Path, run: Path, steps: int) -> None:
         )
     # 3. Weights, optimiser and counters. Random numbers are keyed by the step: no generator to
     #    restore.
-    prefix = trainer.model.family.lora_prefix
-    weights = {**checkpoint.load_lora(found, prefix), **state.trained}
-    lora.set_weights(trainer.model.network.module, weights)
+    load_weights(trainer, found)
     trainer.optimizer.load_state(state.optimizer)
-    trainer.step_number, trainer.guard.skipped_in_row = state.step, state.skipped_in_row
+    trainer.step_number, trainer.finite.skipped_in_row = state.step, state.skipped_in_row
+
+
+def load_weights(trainer: Trainer, found: Path) -> None:
+    """Give the LoRA of a trainer the weights of a checkpoint, as they are trained.
+
+    Raises:
+        RunError: If the checkpoint is damaged.
+    """
+    prefix = trainer.model.family.lora_prefix
+    weights = {**checkpoint.load_lora(found, prefix), **checkpoint.load(found).trained}
+    lora.set_weights(trainer.model.network.module, weights)
 
 
 def _summarised(run: Path) -> int | None:
@@ -161,6 +223,12 @@ def _summarised(run: Path) -> int | None:
         return int(read_json(file.read_text(encoding="utf-8"))["steps"]) if file.is_file() else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Return the lines of metrics.jsonl that can be read, by rising step."""
+    lines, _ = _metrics(run / "metrics.jsonl")
+    return [dict(read_json(lines[step])) for step in sorted(lines)]
 
 
 def metrics_hash(run: Path, step: int) -> str:

@@ -42,16 +42,18 @@ from alignprop_cli.training.callbacks import (
     MetricsFile,
     Progress,
     Run,
-    Samples,
 )
+from alignprop_cli.training.guard import Guard, Verdict
 from alignprop_cli.training.plans import budget_here, plan_here, try_out
 from alignprop_cli.training.resume import (
+    choose,
     cut_metrics,
-    newest,
-    refuse_changes,
+    go_back,
+    load_weights,
     refuse_other_inputs,
     restore,
 )
+from alignprop_cli.training.samples import Samples
 from alignprop_cli.training.signals import Interruption
 from alignprop_cli.training.summary import finish
 from alignprop_cli.training.trainer import Trainer
@@ -63,6 +65,7 @@ def run_training(
     *,
     name: str,
     resume: Path | None,
+    back_to: str | None = None,
     callbacks: Sequence[Callback] = (),
     estimator: Estimator | None = None,
 ) -> None:
@@ -73,6 +76,7 @@ def run_training(
         console: For people and for the result.
         name: Name of the run, used if `output.dir` is not set.
         resume: The run to resume; None starts a new one.
+        back_to: The checkpoint to resume it from, `best` or a step's; None is the newest.
         callbacks: Your own callbacks, called after the built-in ones that record and save.
         estimator: Your own estimator, instead of the one that `gradient` names.
 
@@ -90,9 +94,7 @@ def run_training(
         console = Console(quiet=True)
 
     with setup.claimed(resume, wanted, name, accelerator) as folder:
-        found = None if resume is None else newest(resume, console.warn)
-        if found is not None:
-            refuse_changes(found, config)
+        found = None if resume is None else choose(resume, back_to, config, console.warn)
 
         # 2. Plan: divide a step so that it fits the memory.
         request = planning.plan_request(config, accelerator.num_processes, estimator)
@@ -106,17 +108,17 @@ def run_training(
         run = _build(config, folder, plan, request, accelerator, console, found)
         try_out(run, request, footprint, budget)
         if accelerator.is_main_process:
-            _open_folder(run, found)
+            _open_folder(run, found, is_older=back_to is not None)
 
         # 4. Sample the base model, train, sample again.
         with lora.disabled(run.trainer.model.network.module):
             base = run.sample(run.held_out, run.console, "base model")
         _standardise(run, base)
-        checkpoints = _train(run, callbacks)
-        tuned = run.sample(run.held_out, run.console, "tuned model")
+        checkpoints, verdict = _train(run, callbacks)
+        tuned = _sample_again(run, verdict)
         checkpoints.drop_old()
         if accelerator.is_main_process:
-            finish(run, base, tuned, time.perf_counter() - started)
+            finish(run, base, tuned, verdict, time.perf_counter() - started)
 
 
 def _build(
@@ -137,7 +139,9 @@ def _build(
             "on: the evaluation says nothing about new ones"
         )
     held_out = draw.choose_samples(eval_prompts, config.eval.images, config.eval.images_per_prompt)
-    samples = draw.choose_samples(eval_prompts, min(config.eval.sample_images, config.eval.images))
+    count = min(config.eval.sample_images, config.eval.images)
+    per_prompt = min(config.eval.sample_images_per_prompt, count)
+    samples = draw.choose_samples(eval_prompts, count, per_prompt)
     # 1. All prompts that will be needed, since the text encoders are dropped before the network is
     #    loaded. Of a set that the run goes through less than twice, only those that it reaches.
     done = 0 if found is None else checkpoint.load(found).step
@@ -155,7 +159,8 @@ def _build(
 
     # 2. Rewards, LoRA and trainer. The LoRA's rank and layers become part of the configuration.
     mixture = build_mixture(config.reward, config.loss, accelerator.device)
-    for said in mixture.cut_notes(set(needed)):
+    measured = setup.measured(config, mixture, accelerator.device, console)
+    for said in measured.cut_notes(set(needed)):
         console.note(said)
     if plan.checkpoint_reward:
         mixture.recompute()
@@ -172,7 +177,9 @@ def _build(
     if found is not None:
         restore(trainer, found, folder, config.train.steps)
     _tell_window(trainer, console)
-    return Run(config, folder, trainer, accelerator, console, held_out, samples, inputs)
+    run = Run(config, folder, trainer, accelerator, console, held_out, samples, inputs)
+    run.measured = measured
+    return run
 
 
 def _tell_window(trainer: Trainer, console: Console) -> None:
@@ -192,12 +199,14 @@ def _prepare_device(accelerator: Accelerator, config: Config) -> None:
     set_deterministic(device, wanted=device.type == "cpu" or config.train.deterministic)
 
 
-def _open_folder(run: Run, found: Path | None) -> None:
-    """Write the configuration, and cut the metrics to where the run is resumed."""
+def _open_folder(run: Run, found: Path | None, *, is_older: bool) -> None:
+    """Write the configuration, and cut checkpoints and metrics to where the run is resumed."""
     for folder in (run.folder, run.folder / "checkpoints"):
         sweep(folder)
     # First of all: with it the run can be resumed, without it the folder can be begun again.
     write_text(run.folder / "config.yaml", dump(run.config))
+    if found is not None and is_older:
+        go_back(run.folder, found, run.console.note)
     began = cut_metrics(run.folder, found, run.console.warn)
     if found is not None:
         run.console.note(f"resuming from {found}")
@@ -223,16 +232,31 @@ def _standardise(run: Run, base: draw.Samples) -> None:
         write_text(run.folder / "config.yaml", dump(run.config))
 
 
-def _train(run: Run, others: Sequence[Callback]) -> Checkpoints:
-    """Step until all steps are done or a callback asks to stop; return the callback that saves.
+def _sample_again(run: Run, verdict: Verdict) -> draw.Samples:
+    """Sample the held-out prompts once more: with the best weights where the guard stopped."""
+    if not verdict.stopped or verdict.best is None:
+        return run.sample(run.held_out, run.console, "tuned model")
+    run.accelerator.wait_for_everyone()  # the main process has written them
+    load_weights(run.trainer, run.folder / "checkpoints" / checkpoint.BEST)
+    return run.sample(run.held_out, run.console, f"step {verdict.best}, the best")
+
+
+def _train(run: Run, others: Sequence[Callback]) -> tuple[Checkpoints, Verdict]:
+    """Step until all steps are done or a callback asks to stop.
+
+    Returns:
+        The callback that saves, and what the guard says.
 
     Raises:
         InterruptedRun: After a signal, when everything is saved.
     """
-    # The order counts: Samples adds its rewards to the record before MetricsFile writes it.
-    checkpoints = Checkpoints()
+    # The order counts: Samples adds its measures to the record, Guard judges them, MetricsFile
+    # writes it, and a checkpoint holds the hash of what is written.
+    samples = Samples()
+    guard = Guard(samples)
+    checkpoints = Checkpoints(guard.is_best)
     interruption = Interruption(checkpoints.save)
-    callbacks = [Samples(), MetricsFile(), checkpoints, *others, Progress(), interruption]
+    callbacks = [samples, guard, MetricsFile(), checkpoints, *others, Progress(), interruption]
     begun: list[Callback] = []
     try:
         for callback in callbacks:
@@ -260,4 +284,4 @@ def _train(run: Run, others: Sequence[Callback]) -> Checkpoints:
             interruption.number,
             hint=f"resume with: {command}",
         )
-    return checkpoints
+    return checkpoints, guard.verdict()

@@ -10,10 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from alignprop_cli.config.schema import Config
+from alignprop_cli.config.schema import Config, RewardConfig
 from alignprop_cli.console import Console
 from alignprop_cli.device import resolve_dtype
 from alignprop_cli.errors import AlignPropError, AssetError, ConfigError, explained
@@ -26,6 +27,8 @@ from alignprop_cli.models.base import Model
 from alignprop_cli.models.families import sampler
 from alignprop_cli.prompts import check_prompts, load_prompts
 from alignprop_cli.rewards import registry
+from alignprop_cli.rewards.jpeg import true_size
+from alignprop_cli.rewards.mixture import Mixture, build_mixture
 from alignprop_cli.storage import fingerprint, locked
 from alignprop_cli.training import folders
 from alignprop_cli.training.batches import Settings
@@ -47,7 +50,10 @@ def check(config: Config, resume: Path | None) -> None:
         registry.check(name, reward.options)
         if name in registry.SHIPPED and not registry.SHIPPED[name].trainable:
             raise ConfigError(f"reward.{name}: it has no gradient, so it cannot be trained on")
+    for name, reward in config.eval.rewards.items():
+        registry.check(name, reward.options, "eval.rewards")
     registry.check_embedded(config.reward, config.model.id)
+    registry.check_embedded(config.eval.rewards, config.model.id, "eval.rewards")
     taesd.local_folder(config.model)
     # A run with a checkpoint reads its own LoRA; the file it began with may be gone.
     if config.lora.init is not None and not (resume and files.checkpoints(resume)):
@@ -95,6 +101,28 @@ def settings(config: Config, model: Model, estimator: Estimator) -> Settings:
         on_nonfinite=train.on_nonfinite,
         nonfinite_limit=train.nonfinite_limit,
     )
+
+
+def measured(config: Config, mixture: Mixture, device: torch.device, console: Console) -> Mixture:
+    """Return the rewards that samples are measured with: those trained on, and held-out ones.
+
+    Args:
+        config: The complete configuration.
+        mixture: The rewards that are trained on.
+        device: Where the others are loaded.
+        console: Told which of `eval.rewards` are trained on, and so are no second opinion.
+    """
+    if both := [name for name in config.eval.rewards if name in config.reward]:
+        console.note(f"eval.rewards: {', '.join(both)}: trained on, so not held out")
+    held_out = {
+        name: RewardConfig.model_validate({"dtype": member.dtype, **member.options})
+        for name, member in config.eval.rewards.items()
+        if name not in config.reward
+    }
+    found = Mixture([*mixture.members, *build_mixture(held_out, config.loss, device).members])
+    # The size shows when images fill with noise or lose their detail, whatever the rewards say.
+    found.extra_metrics.setdefault("jpeg_kilobytes", true_size)
+    return found
 
 
 def add_decoder(config: Config, model: Model, console: Console) -> None:

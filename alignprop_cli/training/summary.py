@@ -1,4 +1,4 @@
-"""The end of a run: the before/after sheet, summary.json and the table that is printed."""
+"""The end of a run: the before/after sheet, summary.json, the report, and what is printed."""
 
 from __future__ import annotations
 
@@ -9,78 +9,137 @@ from typing import Any
 
 from alignprop_cli.console import table
 from alignprop_cli.device import peak_gib
+from alignprop_cli.evaluation import page
 from alignprop_cli.evaluation.compare import Paired, checks, compare
 from alignprop_cli.evaluation.draw import Samples
-from alignprop_cli.evaluation.sheet import Cell, contact_sheet
-from alignprop_cli.lora.files import LORA_FILE, latest
+from alignprop_cli.evaluation.sheet import CURVES, Cell, contact_sheet
+from alignprop_cli.lora.files import BEST, LORA_FILE, latest
 from alignprop_cli.shipped import next_command
 from alignprop_cli.storage import write_text
 from alignprop_cli.training.callbacks import Run
+from alignprop_cli.training.guard import Verdict
 
 
-def finish(run: Run, base: Samples, tuned: Samples, seconds: float) -> None:
-    """Write the before/after sheet and the summary, and print the result."""
+def finish(run: Run, base: Samples, tuned: Samples, verdict: Verdict, seconds: float) -> None:
+    """Write the before/after sheet, the summary and the report, and print the result.
+
+    Args:
+        run: The run.
+        base: Held-out samples of the base model.
+        tuned: The same of the adapter; where the guard stopped the run, of its best checkpoint.
+        verdict: What the guard says.
+        seconds: Of the whole run.
+    """
     # 1. The comparison: the same samples of the base and the tuned model, pair by pair.
-    folder, config, trainer = run.folder, run.config, run.trainer
-    images_seen = trainer.step_number * config.train.batch_size
-    peak = peak_gib(trainer.model.device)
+    folder, console = run.folder, run.console
+    metrics = (run.measured or run.trainer.mixture).metrics
     paired = {
-        name: compare(base.samples, base.rewards[name], tuned.rewards[name])
-        for name in trainer.mixture.metrics
+        name: compare(base.samples, base.rewards[name], tuned.rewards[name]) for name in metrics
     }
     checked = {
         part: compare(base.samples, right["base"], right["tuned"])
         for part, right in checks({"base": base, "tuned": tuned}).items()
     }
-    # 2. Files.
+    # 2. Files. The tuned model is that of the last step, unless the guard stopped the run there.
+    took_best = verdict.stopped and verdict.best is not None
+    adapter = folder / "checkpoints" / BEST if took_best else latest(folder)
+    names = ("base", f"step {verdict.best}" if took_best else "tuned")
     sheet = folder / "before_after.png"
-    _write_sheet(sheet, base, tuned)
-    last = latest(folder)
-    # It repeats the options that config.yaml may not set by itself (config/trust.py).
-    command = next_command(f"alignprop evaluate {folder}", config)
-    values: dict[str, Any] = {
-        "run": str(folder.resolve()),
-        "adapter": str((last / LORA_FILE).resolve()),
-        "sheet": str(sheet.resolve()),
-        "steps": trainer.step_number,
-        "images_seen": images_seen,
-        "seconds": seconds,
-        "peak_memory_gib": peak,
-        "held_out": {
-            "prompts": config.eval.prompts,
-            "images": len(base.samples),
-            "rewards": {name: asdict(result) for name, result in paired.items()},
-            "checker": {part: asdict(result) for part, result in checked.items()},
-        },
-        "next": command,
+    _write_sheet(sheet, base, tuned, names)
+    values = _values(run, verdict, seconds, adapter, sheet)
+    values["held_out"] = {
+        "prompts": run.config.eval.prompts,
+        "images": len(base.samples),
+        "rewards": {name: asdict(result) for name, result in paired.items()},
+        "checker": {part: asdict(result) for part, result in checked.items()},
     }
-    write_text(folder / "summary.json", json.dumps(values, indent=2) + "\n")
     # 3. The same for people.
-    console = run.console
-    title = f"{len(base.samples)} held-out samples ({config.eval.prompts}), base and tuned"
+    rows = [*map(_reward_row, paired, paired.values()), *map(_check_row, checked, checked.values())]
+    columns = ("", *names, "difference", "95 % interval")
+    title = (
+        f"{len(base.samples)} held-out samples ({run.config.eval.prompts}), "
+        f"{names[0]} and {names[1]}"
+    )
+    report = folder / "report.html"
+    _write_report(report, run, verdict, title, (columns, rows))
+    write_text(folder / "summary.json", json.dumps(values, indent=2) + "\n")
+    if verdict.stopped:
+        console.warn(verdict.told)
     console.result(
         "alignprop.train/2",
         values,
         [
-            table(
-                title,
-                ("", "base", "tuned", "difference", "95 % interval"),
-                [
-                    *map(_reward_row, paired, paired.values()),
-                    *map(_check_row, checked, checked.values()),
-                ],
-            ),
+            table(title, columns, rows),
             "",
-            f"adapter  {last / LORA_FILE}",
+            *([f"guard: {verdict.told}"] if verdict.told else []),
+            f"adapter  {adapter / LORA_FILE}",
             f"images   {sheet}",
-            f"{trainer.step_number} steps, {images_seen} images, "
-            f"{seconds:.0f} s, at most {peak:.2f} GiB",
-            f"next: {command}",
+            f"report   {report}",
+            f"{values['steps']} steps, {values['images_seen']} images, "
+            f"{seconds:.0f} s, at most {values['peak_memory_gib']:.2f} GiB",
+            f"next: {values['next']}",
         ],
     )
 
 
-def _write_sheet(path: Path, base: Samples, tuned: Samples) -> None:
+def _values(
+    run: Run, verdict: Verdict, seconds: float, adapter: Path, sheet: Path
+) -> dict[str, Any]:
+    """Return the content of summary.json, but for the comparison."""
+    folder, steps = run.folder, run.trainer.step_number
+    named = f"--checkpoint {BEST} " if adapter.name == BEST else ""
+    # It repeats the options that config.yaml may not set by itself (config/trust.py).
+    command = next_command(f"alignprop evaluate {named}{folder}", run.config)
+    return {
+        "run": str(folder.resolve()),
+        "adapter": str((adapter / LORA_FILE).resolve()),
+        "sheet": str(sheet.resolve()),
+        "steps": steps,
+        "images_seen": steps * run.config.train.batch_size,
+        "seconds": seconds,
+        "peak_memory_gib": peak_gib(run.trainer.model.device),
+        "guard": {
+            "stopped": verdict.stopped,
+            "told": verdict.told,
+            "best_step": verdict.best,
+            "best": None
+            if verdict.best is None
+            else str((folder / "checkpoints" / BEST / LORA_FILE).resolve()),
+        },
+        "next": command,
+    }
+
+
+def _write_report(
+    path: Path,
+    run: Run,
+    verdict: Verdict,
+    title: str,
+    shown: tuple[tuple[str, ...], list[tuple[str, ...]]],
+) -> None:
+    """Write the page of the run: what the guard says, the table, the curves and the images."""
+    pictures = [
+        (name, page.file(file))
+        for name, file in (
+            ("Curves: dashed the base model, dotted the best step", path.with_name(CURVES)),
+            ("Before and after", path.with_name("before_after.png")),
+        )
+        if file.is_file()
+    ]
+    page.write(
+        path,
+        "run.html",
+        title=f"{path.parent.resolve().name}: {run.config.model.id}",
+        told=verdict.told,
+        stopped=verdict.stopped,
+        caption=title,
+        columns=shown[0],
+        rows=shown[1],
+        pictures=pictures,
+    )
+
+
+def _write_sheet(path: Path, base: Samples, tuned: Samples, titles: tuple[str, str]) -> None:
     """Write a sheet with each image of the base model next to that of the tuned model."""
     cells = [
         Cell(sample.prompt, (before, after), (base.caption(i), tuned.caption(i)))
@@ -88,7 +147,7 @@ def _write_sheet(path: Path, base: Samples, tuned: Samples) -> None:
             zip(base.samples, base.images, tuned.images, strict=True)
         )
     ]
-    contact_sheet(cells, path, titles=("base", "tuned"))
+    contact_sheet(cells, path, titles=titles)
 
 
 def _reward_row(name: str, result: Paired) -> tuple[str, ...]:

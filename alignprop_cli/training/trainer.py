@@ -24,7 +24,7 @@ from alignprop_cli.prompts import PromptStream
 from alignprop_cli.rewards.mixture import Mixture
 from alignprop_cli.sampling import DrawNoise, backprop, rollout
 from alignprop_cli.training.batches import Settings, StepImage, batches, images_of_step
-from alignprop_cli.training.nonfinite import Guard
+from alignprop_cli.training.nonfinite import FiniteGuard
 from alignprop_cli.training.optimizer import Optimizer
 from alignprop_cli.training.record import StepRecord, Totals, skipped_step
 from alignprop_cli.training.replay import Replay
@@ -59,7 +59,7 @@ class Trainer:
         half = any(p.dtype == torch.float16 for p in module.parameters())
         self.optimizer = Optimizer(lora.named_trainable(module), settings.optimizer, scaled=half)
         self.replay = Replay(module, note)
-        self.guard = Guard(settings.on_nonfinite, settings.nonfinite_limit, self.optimizer)
+        self.finite = FiniteGuard(settings.on_nonfinite, settings.nonfinite_limit, self.optimizer)
         self.shape = network.latent_shape(sampler.height, sampler.width)
         self.schedule = sampler.schedule(network, self.shape)
         self.stream = PromptStream(list(prompts), settings.seed)
@@ -80,7 +80,7 @@ class Trainer:
         started, totals = time.perf_counter(), Totals(self.mixture.metrics)
         while True:
             # 1. Sample the batch, score it and go back.
-            with self.guard.caught():
+            with self.finite.caught():
                 totals = self._accumulate()
             # 2. Sum over processes and clip. Where float16 overflowed, the step is repeated with a
             #    smaller loss scale.
@@ -89,11 +89,11 @@ class Trainer:
                 break
         # 3. Update, and record what the step did.
         size, number = self.settings.batch_size, self.step_number + 1
-        if why := self.guard.reason_to_skip(norm, number, self.settings.seed):
+        if why := self.finite.reason_to_skip(norm, number, self.settings.seed):
             self.step_number = number
             return skipped_step(number, size, started, why)
         rate = self.optimizer.step(self.step_number)
-        self.guard.check_update(number)
+        self.finite.check_update(number)
         self.step_number = number
         weights = lora.norm(self.model.network.module)
         return totals.record(self.accelerator, number, size, started, norm, weights, rate)

@@ -233,6 +233,20 @@ def test_strengths_make_a_curve_from_the_base_model_on(capsys, trained, tmp_path
     assert not (tmp_path / "whole" / "curve.png").exists()
 
 
+def test_another_checkpoint_of_a_run_is_the_one_that_its_folder_is(capsys, trained, tmp_path):
+    for number, name in enumerate(("1", "step-000001")):
+        out = tmp_path / f"by_name_{number}"
+        assert run(capsys, trained, "--checkpoint", name, "-o", out, "-q")[0] == 0
+    path = trained / "checkpoints" / "step-000001"
+    assert run(capsys, path, "-o", tmp_path / "by_path", "-q")[0] == 0
+    found = [
+        json.loads((tmp_path / name / "results.json").read_text())
+        for name in ("by_name_0", "by_name_1", "by_path")
+    ]
+    assert found[0]["adapters"] == found[1]["adapters"] == found[2]["adapters"]
+    assert found[0]["rewards"] == found[2]["rewards"]
+
+
 def test_half_strength_is_the_soup_with_the_base_model(capsys, trained, tmp_path):
     with pytest.raises(SystemExit):
         main(["soup", str(trained), "base", "--coef", "0.5", "-o", str(tmp_path / "half"), "-q"])
@@ -342,6 +356,13 @@ def test_the_gradient_of_a_preset_need_not_fit_an_evaluation(capsys, tmp_path):
         (["RUN", "--prompts", "none.txt"], 3, "cannot read none.txt"),
         (["RUN", "--set", "sample.etta=1"], 2, "Did you mean 'eta'"),
         (["RUN", "--model", "./none"], 3, "no such file or folder"),
+        (["RUN", "--base-until", "0,1.5"], 2, "expected shares from 0 to 1"),
+        (["RUN", "--base-until", "0,nan"], 2, "expected finite numbers"),
+        (["RUN", "--base-until", "0,1", "--scale", "0,1"], 2, "only one of them may have several"),
+        (["base", "--base-until", "0.5", "--preset", "tiny"], 2, "goes with one LoRA, got 0"),
+        (["RUN", "--checkpoint", "best"], 3, "there are: step-000001, step-000002"),
+        (["RUN", "--checkpoint", "../checkpoints/step-000001"], 3, "has no checkpoint"),
+        (["base", "--checkpoint", "1", "--preset", "tiny"], 2, "--checkpoint goes with runs"),
     ],
 )
 def test_mistakes_are_explained(capsys, trained, tmp_path, args, code, words):

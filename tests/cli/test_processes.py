@@ -107,6 +107,26 @@ def test_two_processes_evaluate_what_one_does(folder) -> None:
         assert (apart > 0).mean() <= 1e-3
 
 
+def test_the_guard_stops_two_processes_where_it_stops_one(folder) -> None:
+    hack = (
+        *("train", "--preset=tiny", "--reward=redness", "--steps=8", "--quiet"),
+        *("--set=sample.num_inference_steps=3", "--set=gradient.method=last_k"),
+        *("--set=train.batch_size=4", "--set=train.micro_batch=2"),
+        *("--set=train.learning_rate=4e-3", "--set=train.lr_decay_steps=null"),
+        *("--set=eval.every=1", "--set=eval.images=20", "--set=eval.sample_images=20"),
+        "--set=guard.patience=1",
+    )
+    run(folder, (), *hack, "--output=hacked_by_one")
+    run(folder, TORCHRUN, *hack, "--output=hacked_by_two")
+    one, two = (
+        json.loads((folder / name / "summary.json").read_text())
+        for name in ("hacked_by_one", "hacked_by_two")
+    )
+    assert one["guard"]["stopped"]
+    assert two["steps"] == one["steps"] < 8
+    assert two["guard"]["best_step"] == one["guard"]["best_step"]
+
+
 def _rows(path):
     with path.open(newline="") as file:
         return list(csv.DictReader(file))

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from alignprop_cli.cli import main
 from alignprop_cli.commands import recorded
+from alignprop_cli.commands.typed import refuse_untyped
 from alignprop_cli.config import presets, trust
 from alignprop_cli.config.schema import Config, ModelConfig
 from alignprop_cli.config.validation import parse
@@ -27,7 +28,7 @@ from alignprop_cli.lora.files import LORA_FILE
 from alignprop_cli.models.families import open_model
 from alignprop_cli.models.published import PUBLISHED
 from alignprop_cli.rewards import registry
-from alignprop_cli.shipped import next_command
+from alignprop_cli.shipped import next_command, shipped_names
 from alignprop_cli.training import checkpoint
 
 EVIL = """
@@ -427,6 +428,26 @@ def test_everything_refused_is_said_at_once() -> None:
     ]
     line = "--reward x.py:y --model a/b --set reward.x.py:y.key=k"
     assert caught.value.hint.endswith(TYPE + line)
+
+
+def test_held_out_code_of_a_run_is_refused_until_it_is_typed_with_its_options() -> None:
+    header = {"reward": {"clip": {}}, "eval": {"rewards": {"x.py:y": {"key": "k", "n": 2}}}}
+    config = parse(header)
+    words = trust.words_to_type(config, shipped_names(), keys=trust.TO_RESUME)
+    assert words == (
+        "--set eval.rewards.x.py:y=null --set eval.rewards.x.py:y.n=2 "
+        "--set eval.rewards.x.py:y.key=k"
+    )
+    # Typed, they are what the run had, and need no more words.
+    layers = presets.Layers()
+    presets.override(layers, [word for word in words.split() if word != "--set"])
+    assert layers.values["eval"] == header["eval"]
+    given = {"assignments": [word for word in words.split() if word != "--set"]}
+    refuse_untyped(config, given, "here", trust.TO_RESUME)
+    with pytest.raises(ConfigError, match="asks for what you did not name"):
+        refuse_untyped(config, {}, "here", trust.TO_RESUME)
+    # An evaluation does not measure with them.
+    assert trust.words_to_type(config, shipped_names()) is None
 
 
 @pytest.mark.parametrize(

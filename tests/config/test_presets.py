@@ -136,6 +136,11 @@ def test_a_file_with_rewards_replaces_those_it_inherits(tmp_path: Path) -> None:
     file = write(tmp_path / "mine.yaml", "extends: tiny\nreward: {brightness: {weight: 2}}\n")
     config = presets.resolve(config=file, assignments=["reward.brightness.weight=3"])
     assert {name: r.weight for name, r in config.reward.items()} == {"brightness": 3.0}
+    # So do those that are held out.
+    assert set(config.eval.rewards) == {"clip_choice"}
+    file = write(tmp_path / "other.yaml", "extends: tiny\neval: {rewards: {symmetry: null}}\n")
+    assert set(presets.resolve(config=file).eval.rewards) == {"symmetry"}
+    assert presets.resolve(config=file).eval.every == 20
 
 
 def test_a_circle_is_refused(tmp_path: Path) -> None:
@@ -189,6 +194,9 @@ def test_an_assignment_reaches_a_reward_whose_name_has_dots(name: str) -> None:
     layers = presets.Layers({"reward": {name: None}})
     presets.override(layers, [f"reward.{name}.weight=2", f"reward.{name}.loss.kind=hinge"])
     assert layers.values == {"reward": {name: {"weight": 2, "loss": {"kind": "hinge"}}}}
+    layers = presets.Layers({})
+    presets.override(layers, [f"eval.rewards.{name}.key=2"])
+    assert layers.values == {"eval": {"rewards": {name: {"key": 2}}}}
 
 
 def test_all_unreadable_assignments_are_reported_at_once() -> None:

@@ -217,3 +217,22 @@ def test_dumping_and_parsing_give_the_same_configuration(values: dict[str, Any])
     text = dump(config)
     assert parse(yaml.safe_load(text)) == config
     assert dump(parse(yaml.safe_load(text))) == text
+
+
+def test_held_out_rewards_are_named_like_rewards_and_have_no_weight_of_their_own() -> None:
+    config = parse({**MINIMAL, "eval": {"rewards": {"pickscore": None, "hps": {"version": "2.0"}}}})
+    assert config.eval.rewards["pickscore"].options == {}
+    assert config.eval.rewards["hps"].options == {"version": "2.0"}
+    assert parse(yaml.safe_load(dump(config))) == config
+    found = problems({**MINIMAL, "eval": {"rewards": {"pickscore": {"dtype": "float8"}}}})
+    assert found.keys() == {"eval.rewards.pickscore.dtype"}
+
+
+def test_what_the_guard_watches_must_be_measured() -> None:
+    guard = {"watch": ["held_out", "diversty", "clip"], "best": "pickscore"}
+    found = problems({**MINIMAL, "guard": guard})
+    assert found.keys() == {"guard.watch", "guard.best"}
+    assert "'diversty'. Did you mean 'diversity'?" in found["guard.watch"]
+    # It is once something is measured by that name.
+    known = {"eval": {"rewards": {"pickscore": {}}}, "guard": {"best": "pickscore"}}
+    assert parse({**MINIMAL, **known}).guard.best == "pickscore"

@@ -166,6 +166,9 @@ def same_end(run: Path, undisturbed: Path, keep: int | None = None) -> None:
     assert metrics(run) == metrics(undisturbed)
     assert {p.name for p in run.iterdir()} == {p.name for p in undisturbed.iterdir()}
     kept = sorted(p.name for p in (run / "checkpoints").iterdir())
+    best = {p.name for p in (undisturbed / "checkpoints").glob("best")}
+    assert best == {name for name in kept if name == "best"}
+    kept = [name for name in kept if name != "best"]
     first = 1 if keep is None else STEPS + 1 - keep
     assert kept == [f"step-{n:06d}" for n in range(first, STEPS + 1)]
     assert not left(run.parent)

@@ -5,7 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from alignprop_cli.evaluation.compare import Evaluation, Identity, checks, compare, diversity
+from alignprop_cli.evaluation.compare import (
+    Evaluation,
+    Identity,
+    checks,
+    compare,
+    diversity,
+    vendi,
+)
 from alignprop_cli.evaluation.draw import Floats, Sample, Samples
 
 
@@ -86,3 +93,30 @@ def test_an_evaluation_compares_each_group_with_the_base_model_on_its_own_sample
     assert result.trained_on == {"clip"}
     # No checker knows these prompts.
     assert checks(result.sampled) == result.checker == {}
+
+
+def test_diversity_and_vendi_are_what_a_loop_and_a_decomposition_of_the_features_say() -> None:
+    rng = np.random.default_rng(3)
+    features = rng.normal(size=(15, 6))
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    chosen = samples(3, 5)
+    found = sampled(chosen, np.zeros(15), features)
+    for prompt in range(3):
+        own = [features[i] for i, sample in enumerate(chosen) if sample.prompt_index == prompt]
+        pairs = [1.0 - float(own[i] @ own[j]) for i in range(5) for j in range(i)]
+        assert diversity(found)[1][prompt] == pytest.approx(sum(pairs) / 10, abs=1e-12)
+        # The kernel's eigenvalues are the squares of the features' singular values.
+        shares = np.linalg.svd(np.array(own) / np.sqrt(5.0), compute_uv=False) ** 2
+        entropy = -sum(share * np.log(share) for share in shares)
+        assert vendi(found)[1][prompt] == pytest.approx(np.exp(entropy), rel=1e-10)
+
+
+@pytest.mark.parametrize("cosine", [1.0, 0.6, 0.0])
+def test_vendi_of_two_images_is_that_of_two_shares(cosine: float) -> None:
+    features = np.array([[1.0, 0.0], [cosine, np.sqrt(1.0 - cosine**2)]])
+    # The eigenvalues of [[1, c], [c, 1]] / 2.
+    shares = [s for s in ((1 + cosine) / 2, (1 - cosine) / 2) if s > 0]
+    expected = np.prod([share**-share for share in shares])
+    prompts, values = vendi(sampled(samples(1, 2), np.zeros(2), features))
+    assert len(prompts) == 1
+    assert values == pytest.approx([expected], abs=1e-7)

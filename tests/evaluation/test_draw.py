@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 
+from alignprop_cli import rng
 from alignprop_cli.config.schema import LossConfig, ModelConfig, RewardConfig
 from alignprop_cli.errors import ConfigError, RunError
 from alignprop_cli.evaluation.draw import Sample, choose_samples, draw_samples
 from alignprop_cli.guidance import Guidance
+from alignprop_cli.images import to_uint8
 from alignprop_cli.lora import layers as lora
 from alignprop_cli.models.base import Model, Sampler
 from alignprop_cli.models.families import open_model
 from alignprop_cli.prompts import load_prompts
 from alignprop_cli.rewards.clip import ClipReward
 from alignprop_cli.rewards.mixture import Member, Mixture, build_mixture
+from alignprop_cli.sampling import ddim_step
 from tests.factories import fill_lora_b
 
 CPU = torch.device("cpu")
@@ -93,6 +97,32 @@ def test_the_negative_prompt_counts_where_guidance_applies_and_else_is_not_asked
         np.testing.assert_array_equal(images("a bird", off), images("", Guidance(1.0)))
     with pytest.raises(KeyError):
         images("a bird", Guidance(3.0))
+
+
+@pytest.mark.parametrize(("share", "calls"), [(0.0, 0), (0.4, 2), (0.5, 3), (1.0, 5)])
+def test_the_first_calls_run_without_the_lora(share: float, calls: int) -> None:
+    # floor(5 share + 1/2) calls; a chain of our own switches the LoRA on after them.
+    model = tuned_model(["a cat", ""], scale=1.0)
+    mixture = build_mixture({"brightness": RewardConfig()}, LossConfig(), CPU)
+    how = Sampler(num_inference_steps=5, guidance=Guidance(3.0))
+    drawn = draw_samples(
+        model, [Sample("a cat", 4, 1)], mixture, how, seed=2, batch_size=1, base_until=share
+    )
+    shape = model.network.latent_shape(None, None)
+    schedule = how.schedule(model.network, shape)
+    latents = rng.image_noise(2, "eval_noise", [(4, 1)], shape) * schedule.initial_scale
+    text, negative = (model.conditioning([prompt], None).text for prompt in ("a cat", ""))
+    with torch.no_grad():
+        for number, step in enumerate(schedule.steps):
+            off = lora.disabled(model.network.module) if number < calls else nullcontext()
+            with off:
+                u, c = (model.network.predict(latents, step.timestep, e) for e in (negative, text))
+            latents = ddim_step(u + 3.0 * (c - u), latents, step, schedule.prediction_type)
+        expected = model.decoder.decode(latents)
+    reward = float(expected[0].mean(dim=(1, 2)) @ torch.tensor([0.299, 0.587, 0.114]))
+    assert drawn.rewards["brightness"][0] == pytest.approx(reward, abs=1e-5)
+    apart = np.abs(drawn.images.astype(int) - to_uint8(expected).numpy().astype(int))
+    assert apart.max() <= 1
 
 
 @pytest.mark.parametrize(("count", "each", "drawn"), [(4, 1, 4), (5, 2, 6), (10, 1, 10)])

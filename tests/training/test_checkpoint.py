@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from alignprop_cli.errors import AssetError, ConfigError, RunError
-from alignprop_cli.lora.files import LORA_FILE, checkpoints, latest
+from alignprop_cli.lora.files import BEST, LORA_FILE, checkpoints, latest, named_checkpoint
 from alignprop_cli.storage import sha256, sweep, write_whole
 from alignprop_cli.training import checkpoint, folders, resume
 from alignprop_cli.training.checkpoint import State
@@ -200,6 +200,41 @@ def test_a_link_to_a_checkpoint_is_dropped_and_what_it_points_to_stays(tmp_path:
     checkpoint.drop_old(tmp_path, 1)
     assert [p.name for p in checkpoints(tmp_path)] == ["step-000002"]
     assert checkpoint.damage(kept) is None
+
+
+def test_the_best_is_kept_beside_the_newest_and_is_no_step_of_its_own(tmp_path: Path) -> None:
+    for step in (2, 4, 6):
+        checkpoint.save(tmp_path, state(step), save_adapter)
+        if step < 6:
+            best = checkpoint.save(tmp_path, state(step), save_adapter, BEST)
+    checkpoint.drop_old(tmp_path, 1)
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-000006"]
+    assert checkpoint.damage(best) is None
+    assert checkpoint.load(best).step == 4
+    assert resume.newest(tmp_path) == latest(tmp_path)
+    assert named_checkpoint(tmp_path, "best") == best
+    assert named_checkpoint(tmp_path, "6") == named_checkpoint(tmp_path, "step-000006")
+    for name in ("4", "..", "best/", "./best", "", "²"):
+        with pytest.raises(AssetError, match="has no checkpoint"):
+            named_checkpoint(tmp_path, name)
+
+
+def test_going_back_makes_a_checkpoint_the_newest_and_removes_what_came_after(
+    tmp_path: Path,
+) -> None:
+    for step in (2, 6, 8):
+        checkpoint.save(tmp_path, state(step), save_adapter)
+    best = checkpoint.save(tmp_path, state(4), save_adapter, BEST)
+    told: list[str] = []
+    resume.go_back(tmp_path, best, told.append)
+    assert told == ["going back to step 4; removed: step-000006, step-000008"]
+    assert [p.name for p in checkpoints(tmp_path)] == ["step-000002", "step-000004"]
+    assert checkpoint.damage(latest(tmp_path)) is None
+    assert checkpoint.load(latest(tmp_path)).step == 4
+    # Once more is the same: a run that is killed on the way back goes back again.
+    resume.go_back(tmp_path, best, told.append)
+    assert told[-1] == "going back to step 4"
+    assert checkpoint.damage(best) is None
 
 
 def line(step: int) -> str:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from alignprop_cli.errors import NonFinite, RunError
-from alignprop_cli.training.nonfinite import Guard, Policy
+from alignprop_cli.training.nonfinite import FiniteGuard, Policy
 from alignprop_cli.training.optimizer import Optimizer, OptimizerSettings
 
 
@@ -21,8 +21,8 @@ def optimizer(**settings: float) -> Optimizer:
     return made
 
 
-def guard(policy: Policy, limit: int = 3) -> Guard:
-    return Guard(policy, limit, optimizer())
+def guard(policy: Policy, limit: int = 3) -> FiniteGuard:
+    return FiniteGuard(policy, limit, optimizer())
 
 
 @pytest.mark.parametrize("norm", [math.nan, math.inf])
@@ -81,7 +81,7 @@ def test_an_update_to_infinity_is_refused(settings: dict[str, float]) -> None:
     made = optimizer(**settings)
     made.step(0)
     with pytest.raises(RunError, match=r"step 1: the weights or .* are not finite"):
-        Guard("skip", 5, made).check_update(1)
+        FiniteGuard("skip", 5, made).check_update(1)
 
 
 def test_zero_by_zero_is_refused() -> None:
@@ -90,7 +90,7 @@ def test_zero_by_zero_is_refused() -> None:
     made.parameters["p"].grad = torch.zeros(3)
     made.step(0)
     with pytest.raises(RunError, match="not finite"):
-        Guard("stop", 5, made).check_update(1)
+        FiniteGuard("stop", 5, made).check_update(1)
 
 
 def test_moments_count_too_and_large_numbers_are_finite() -> None:

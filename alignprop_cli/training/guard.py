@@ -1,0 +1,209 @@
+"""The guard: stops a run that pays for its reward with what is not trained on, and knows its best.
+
+Measured is in samples.py, judged in harm.py; here is what becomes of it in a run. (A guard of
+another kind, against NaN and infinity, is in nonfinite.py.)
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
+
+from alignprop_cli.config.guard import HELD_OUT
+from alignprop_cli.config.schema import Config
+from alignprop_cli.evaluation import sheet
+from alignprop_cli.evaluation.measures import RIGHT, Quantity, means
+from alignprop_cli.training import harm
+from alignprop_cli.training.callbacks import Callback, Run
+from alignprop_cli.training.harm import Change, History
+from alignprop_cli.training.record import StepRecord
+from alignprop_cli.training.resume import read_metrics
+from alignprop_cli.training.samples import Samples
+
+# Seconds between two drawings of the curves, which take one; the last is drawn in any case.
+_PAUSE = 30.0
+# Prompts below which a change would have to be more than ten standard errors to be clear.
+_FEWEST = 4
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the guard says at the end of a run.
+
+    Args:
+        step: The last step.
+        stopped: Whether it stopped the run there.
+        why: What had become worse then, in words; empty if nothing had.
+        best: The step that was kept as `best`; None if none was.
+    """
+
+    step: int
+    stopped: bool
+    why: str
+    best: int | None
+
+    @property
+    def told(self) -> str:
+        """Return it as a sentence; empty if there is nothing to tell."""
+        kept = "no step was better than the base model, so none was kept as `best`"
+        if self.best is not None:
+            kept = f"the best checkpoint is step {self.best}, which was kept as `best`"
+        if self.stopped:
+            return f"{self.why}: stopped at step {self.step}; {kept}"
+        if self.why:
+            return f"at the end {self.why}; {kept}"
+        return "" if self.best is None else kept
+
+
+class Guard(Callback):
+    """Compares the samples of a run with the base model's, and asks to stop when they got worse.
+
+    Everything but `best` itself, which `Checkpoints` writes, is in metrics.jsonl: there a resumed
+    run finds what was said before it.
+
+    Args:
+        samples: The callback that measures; it comes before this one in the list.
+    """
+
+    def __init__(self, samples: Samples) -> None:
+        self._samples = samples
+        self._why, self._stops, self._is_best = "", False, False
+        self._curves: dict[int, dict[str, float]] = {}
+        self._drawn = 0.0
+
+    def before_training(self, run: Run) -> None:
+        """Take in what was measured before the run was resumed."""
+        settings = run.config.guard
+        self._run = run
+        self._rule = harm.Rule(
+            settings.tolerance,
+            settings.diversity_tolerance,
+            settings.standard_errors,
+            settings.patience,
+        )
+        self._history = History(settings.patience)
+        base = self._samples.base
+        self._held_out = held_out_names(run.config, base)
+        self._watched = watched(run.config, base)
+        if not base:
+            return
+        self._curves = {0: means(base)}
+        # Read by one and sent: another process may not see the file yet.
+        lines: list[Any] = [read_metrics(run.folder) if run.accelerator.is_main_process else None]
+        for line in broadcast_object_list(lines)[0]:
+            if "guard" in line:
+                self._curves[line["step"]] = line["held_out"]
+                self._history.add(line["step"], line["guard"]["alarms"], line["guard"]["merit"])
+        if settings.enabled and (said := _unable(settings.watch, self._watched, base)):
+            run.console.note(f"guard: {said}")
+
+    def after_step(self, record: StepRecord) -> None:
+        """Judge the samples of this step, if there are any, and add that to the record."""
+        now, base, run = self._samples.now, self._samples.base, self._run
+        self._is_best = False
+        if now is None:
+            return
+        changes = {
+            name: harm.change(name, base[name], now[name], self._rule) for name in self._watched
+        }
+        alarms = [name for name, change in changes.items() if change.alarms]
+        weights = {member.name: member.weight for member in run.trainer.mixture.members}
+        merit = harm.merit(run.config.guard.best, base, now, self._held_out, weights)
+        # All processes have the same samples, but need not round alike: one decides for all.
+        said: list[Any] = [alarms, merit]
+        alarms, merit = broadcast_object_list(said)
+        self._is_best = self._history.add(record.step, alarms, merit)
+        told = {name: asdict(change) for name, change in changes.items()}
+        record.guard = {"alarms": alarms, "merit": merit, "changes": told}
+        self._curves[record.step] = record.held_out
+        self._why = self._told({name: changes[name] for name in alarms}) if alarms else ""
+        self._stops = run.config.guard.enabled and self._history.wants_to_stop
+        self._draw(at_once=False)
+
+    def is_best(self) -> bool:
+        """Return whether the present step is the best that was measured so far."""
+        return self._is_best
+
+    def should_stop(self) -> bool:
+        """Return whether what is watched has been worse than tolerated for too long."""
+        return self._stops
+
+    def after_training(self) -> None:
+        """Draw the curves, also after an interruption."""
+        self._draw(at_once=True)
+
+    def verdict(self) -> Verdict:
+        """Return what there is to say at the end of the run."""
+        best = self._history.best
+        return Verdict(
+            self._run.trainer.step_number, self._stops, self._why, None if best is None else best[0]
+        )
+
+    def _told(self, alarms: Mapping[str, Change]) -> str:
+        """Return in words what rose and what became worse."""
+        base, now = self._curves[0], means(self._samples.now or {})
+        trained = [_moved(name, base[name], now[name]) for name in self._run.trainer.mixture.names]
+        worse = [
+            _moved(f"held-out {name}" if name in self._held_out else name, c.base, c.now)
+            for name, c in alarms.items()
+        ]
+        return f"{', '.join(trained)} while {', '.join(worse)}"
+
+    def _draw(self, *, at_once: bool) -> None:
+        """Draw the curves on the main process, unless that has just been done."""
+        is_late = time.monotonic() - self._drawn > _PAUSE
+        if len(self._curves) < 2 or not self._run.accelerator.is_main_process:
+            return
+        if at_once or is_late:
+            best = self._history.best
+            draw_curves(self._curves, best and best[0], self._run.folder / sheet.CURVES)
+            self._drawn = time.monotonic()
+
+
+def _unable(
+    wanted: Sequence[str], watched: Sequence[str], base: Mapping[str, Quantity]
+) -> str | None:
+    """Return why nothing will ever be clear; None if it may be."""
+    if not watched:
+        return f"nothing of {', '.join(wanted)} is measured here, so it will not stop the run"
+    prompts = max(len(base[name].by_prompt) for name in watched)
+    if prompts < _FEWEST:
+        return (
+            f"{prompts} prompts are too few to be sure of anything, so it will not stop the run: "
+            "raise eval.sample_images"
+        )
+    return None
+
+
+def _moved(name: str, before: float, after: float) -> str:
+    how = "rose" if after > before else "fell"
+    return f"{name} {how} from {before:.3g} to {after:.3g}"
+
+
+def held_out_names(config: Config, measured: Mapping[str, object]) -> list[str]:
+    """Return the names of the measured quantities that are held out: not trained on."""
+    found = [name for name in config.eval.rewards if name not in config.reward]
+    return [name for name in (*found, RIGHT) if name in measured]
+
+
+def watched(config: Config, measured: Mapping[str, object]) -> list[str]:
+    """Return the names of the measured quantities that must not get worse, each once."""
+    names: list[str] = []
+    for name in config.guard.watch:
+        names += held_out_names(config, measured) if name == HELD_OUT else [name]
+    return [name for name in dict.fromkeys(names) if name in measured]
+
+
+def draw_curves(points: Mapping[int, Mapping[str, float]], best: int | None, path: Path) -> None:
+    """Draw every measure over the steps, with the base model's value and the best step marked."""
+    steps = sorted(points)
+    # What was measured all the time: other rewards may be held out since the run was resumed.
+    names = [n for n in points[steps[-1]] if all(n in points[step] for step in steps)]
+    values = {name: [points[step][name] for step in steps] for name in names}
+    level = {name: points[0][name] for name in names}
+    sheet.curves(steps, values, path, x_title="step", level=level, mark=best)
