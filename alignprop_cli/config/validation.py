@@ -179,5 +179,8 @@ def _impossible(config: Config) -> Iterable[Problem]:
     losses = {"loss": config.loss} if any(r.loss is None for r in config.reward.values()) else {}
     losses |= {f"reward.{name}.loss": r.loss for name, r in config.reward.items() if r.loss}
     for key, loss in losses.items():
+        # A member's loss has nothing of the common one, whose kind may be what was meant.
+        if loss.target is not None and "kind" not in loss.model_fields_set:
+            yield Problem(f"{key}.kind", f"{key}.target is given: say which kind it is for")
         if loss.kind != "maximise" and loss.target is None:
             yield Problem(f"{key}.target", f"{key}.kind is {loss.kind}, which needs a target")
