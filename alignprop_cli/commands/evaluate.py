@@ -11,6 +11,7 @@ import typer
 from alignprop_cli.commands.options import (
     ConfigOption,
     DebugOption,
+    EmaOption,
     JsonOption,
     ModelOption,
     OutputOption,
@@ -64,6 +65,7 @@ def evaluate(
     images: ImagesOption = None,
     images_per_prompt: PerPromptOption = None,
     scale: ScaleOption = None,
+    ema: EmaOption = False,
     seed: SeedOption = None,
     batch_size: BatchOption = None,
     output: OutputOption = None,
@@ -75,8 +77,8 @@ def evaluate(
     """Sample the same images with the base model and with LoRAs, and compare their rewards.
 
     A run or a checkpoint brings its configuration; with several targets the first one's is used.
-    A run means its newest checkpoint. A LoRA that was trained elsewhere needs --preset, --config
-    or --model. `base` samples with the base model alone.
+    A run means its newest checkpoint. A LoRA that was trained elsewhere needs --preset, --config or
+    --model. `base` samples with the base model alone.
 
     Examples:
 
@@ -90,7 +92,7 @@ def evaluate(
     from alignprop_cli.console import Console
 
     # 1. What the command line says, before a configuration is read or torch is imported.
-    located = _locate(targets)
+    located = _locate(targets, ema)
     strengths = _strengths(scale, located)
     folder = _default_folder(located) if output is None else user_path(output, "--output")
     # 2. The configuration. A flag sets one of its keys and wins over every other source.
@@ -107,21 +109,20 @@ def evaluate(
         resolved = for_evaluation(
             targets[0], first, preset, config, sets=sets, reward=reward, flags=flags
         )
-        # 3. From here on torch and diffusers are needed.
         from alignprop_cli.evaluation.run import run_evaluation, variants
 
         console = Console(as_json=as_json, quiet=quiet)
         run_evaluation(resolved, console, variants(located, strengths), folder, replace=overwrite)
 
 
-def _locate(targets: list[str]) -> list[Located]:
+def _locate(targets: list[str], ema: bool) -> list[Located]:
     """Return the LoRAs that the targets name; none for the base model alone."""
     from alignprop_cli.lora import files
 
     # Everything is compared with the base model, so it cannot be one of several targets.
-    if BASE in targets and len(targets) > 1:
+    if BASE in targets and (len(targets) > 1 or ema):
         raise ConfigError("evaluate: the base model is always sampled: name the LoRAs alone")
-    return [] if targets == [BASE] else [files.locate(t, "evaluate") for t in targets]
+    return [files.locate(t, "evaluate", averaged=ema) for t in targets if t != BASE]
 
 
 def _strengths(text: str | None, located: list[Located]) -> list[float] | None:
@@ -145,5 +146,5 @@ def _default_folder(located: list[Located]) -> Path:
     if not located:
         return Path("evaluation-base")
     if len(located) == 1 and (run := located[0].run) is not None:
-        return run / ("evaluation" + (f"-{located[0].step}" if located[0].step else ""))
+        return run / f"evaluation{located[0].suffix}"
     return Path("-".join(["evaluation", *(found.label for found in located)])[:200])

@@ -57,7 +57,7 @@ def variants(located: Sequence[Located], strengths: Sequence[float] | None) -> l
     if strengths is not None:
         return [Variant(f"strength {s:g}", located[0], s, at=s) for s in strengths]
     if len(located) == 1:
-        return [Variant("tuned", located[0])]
+        return [Variant("ema" if located[0].is_average else "tuned", located[0])]
     labels = [re.sub(r"[^\w.-]+", "-", found.label) for found in located]
     # Numbered if two have the same label, or one has that of the base model.
     if len({"base", *labels}) <= len(labels):

@@ -12,7 +12,7 @@ from alignprop_cli.device import peak_gib
 from alignprop_cli.evaluation.compare import Paired, checks, compare
 from alignprop_cli.evaluation.draw import Samples
 from alignprop_cli.evaluation.sheet import Cell, contact_sheet
-from alignprop_cli.lora.files import LORA_FILE, latest
+from alignprop_cli.lora.files import EMA_FOLDER, LORA_FILE, latest
 from alignprop_cli.shipped import next_command
 from alignprop_cli.storage import write_text
 from alignprop_cli.training.callbacks import Run
@@ -23,7 +23,7 @@ def finish(run: Run, base: Samples, tuned: Samples, seconds: float) -> None:
     # 1. The comparison: the same samples of the base and the tuned model, pair by pair.
     folder, config, trainer = run.folder, run.config, run.trainer
     images_seen = trainer.step_number * config.train.batch_size
-    peak = peak_gib(trainer.model.device)
+    peak, count = peak_gib(trainer.model.device), len(base.samples)
     paired = {
         name: compare(base.samples, base.rewards[name], tuned.rewards[name])
         for name in trainer.mixture.metrics
@@ -36,11 +36,13 @@ def finish(run: Run, base: Samples, tuned: Samples, seconds: float) -> None:
     sheet = folder / "before_after.png"
     _write_sheet(sheet, base, tuned)
     last = latest(folder)
+    adapter, average = last / LORA_FILE, last / EMA_FOLDER / LORA_FILE
     # It repeats the options that config.yaml may not set by itself (config/trust.py).
     command = next_command(f"alignprop evaluate {folder}", config)
     values: dict[str, Any] = {
         "run": str(folder.resolve()),
-        "adapter": str((last / LORA_FILE).resolve()),
+        "adapter": str(adapter.resolve()),
+        "weights": "last step",
         "sheet": str(sheet.resolve()),
         "steps": trainer.step_number,
         "images_seen": images_seen,
@@ -48,36 +50,39 @@ def finish(run: Run, base: Samples, tuned: Samples, seconds: float) -> None:
         "peak_memory_gib": peak,
         "held_out": {
             "prompts": config.eval.prompts,
-            "images": len(base.samples),
+            "images": count,
             "rewards": {name: asdict(result) for name, result in paired.items()},
             "checker": {part: asdict(result) for part, result in checked.items()},
         },
         "next": command,
     }
+    if average.is_file():
+        values["ema_adapter"] = str(average.resolve())
     write_text(folder / "summary.json", json.dumps(values, indent=2) + "\n")
     # 3. The same for people.
-    console = run.console
-    title = f"{len(base.samples)} held-out samples ({config.eval.prompts}), base and tuned"
-    console.result(
+    title = f"{count} held-out samples ({config.eval.prompts}), base and tuned"
+    rows = [*map(_reward_row, paired, paired.values()), *map(_check_row, checked, checked.values())]
+    run.console.result(
         "alignprop.train/2",
         values,
         [
-            table(
-                title,
-                ("", "base", "tuned", "difference", "95 % interval"),
-                [
-                    *map(_reward_row, paired, paired.values()),
-                    *map(_check_row, checked, checked.values()),
-                ],
-            ),
+            table(title, ("", "base", "tuned", "difference", "95 % interval"), rows),
             "",
-            f"adapter  {last / LORA_FILE}",
+            f"adapter  {adapter}",
+            *_average_line(average),
             f"images   {sheet}",
             f"{trainer.step_number} steps, {images_seen} images, "
             f"{seconds:.0f} s, at most {peak:.2f} GiB",
             f"next: {command}",
         ],
     )
+
+
+def _average_line(file: Path) -> list[str]:
+    """Return what is said about the average of the weights; nothing where there is none."""
+    # It may be better or worse than the last step's, which are what was compared.
+    said = f"ema      {file} (the table is of the last step; evaluate it with --ema)"
+    return [said] if file.is_file() else []
 
 
 def _write_sheet(path: Path, base: Samples, tuned: Samples) -> None:
