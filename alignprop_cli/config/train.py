@@ -18,6 +18,9 @@ ScheduleName = Literal[
     "polynomial",
     "piecewise_constant",
 ]
+# FACTOR:STEP, for each step from which on the next factor holds, and the last factor.
+_FACTOR = r"[0-9]{1,9}(\.[0-9]{1,12})?(e-?[0-9]{1,2})?"
+_RULES = rf"^({_FACTOR}:[1-9][0-9]{{0,8}},)+{_FACTOR}$"
 
 
 class TrainConfig(Section):
@@ -75,12 +78,7 @@ class TrainConfig(Section):
         default=1, description="cosine_with_restarts: how often the learning rate falls."
     )
     lr_power: PositiveFloat = Field(default=1.0, description="polynomial: the exponent.")
-    lr_rules: (
-        Annotated[
-            str, Field(pattern=r"^([0-9.e+-]+:[1-9][0-9]{0,8},)+[0-9.e+-]+$", max_length=1000)
-        ]
-        | None
-    ) = Field(
+    lr_rules: Annotated[str, Field(pattern=_RULES, max_length=1000)] | None = Field(
         default=None,
         description="piecewise_constant: 1:10,0.1:20,0.01 is learning_rate up to step 10, a tenth "
         "up to step 20, a hundredth from then on.",

@@ -37,7 +37,8 @@ class Penalty:
     def __init__(
         self, network: torch.nn.Module, prediction_type: PredictionType, weight: float
     ) -> None:
-        self._network, self._type, self._weight = network, prediction_type, weight
+        self._network, self._weight = network, weight
+        self._type: PredictionType = prediction_type
         # By place and step of the input. It is held, so that no other tensor can get its place.
         self._base: dict[tuple[int, Step], tuple[Tensor, Tensor]] = {}
         self._calls: list[Tensor] = []

@@ -13,6 +13,7 @@ from alignprop_cli import rng
 from alignprop_cli.estimators import GradPath
 from alignprop_cli.guidance import Denoise
 from alignprop_cli.lora import layers as lora
+from alignprop_cli.planning.request import plan_request
 from alignprop_cli.rewards import pixel
 from alignprop_cli.rewards.mixture import Member, Mixture
 from alignprop_cli.sampling import backprop, predict_x0_epsilon
@@ -21,6 +22,7 @@ from alignprop_cli.training.kl import Penalty
 from alignprop_cli.training.trainer import Trainer
 from tests.factories import fill_lora_b, randn, small_unet
 from tests.training.test_trainer import (
+    Full,
     division,
     hold_still,
     make_double,
@@ -186,7 +188,9 @@ def test_dividing_a_step_changes_neither_its_gradient_nor_its_value(
     assert relative_difference(plain, expected) > 0.1
 
 
-def test_what_is_recorded_is_the_mean_over_all_images_of_the_penalty_alone() -> None:
+def test_what_is_recorded_is_the_mean_over_all_images_of_the_penalty_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A fresh LoRA changes nothing: 0. One that does: the mean of a direct computation."""
     config = small_config(
         sample={"num_inference_steps": 2, "eta": 0.0},
@@ -207,12 +211,27 @@ def test_what_is_recorded_is_the_mean_over_all_images_of_the_penalty_alone() -> 
             _, base = predict_x0_epsilon(denoise(latents, step), latents, step, kind)
     expected = float((tuned - base).square().mean())
 
+    made: list[object] = []
+    handle = module.register_forward_pre_hook(lambda *_: made.append(None))
     record = trainer.step()
+    handle.remove()
+    request = plan_request(config, 1)
+    assert len(made) == request.calls + request.base_calls == 3
     assert record.kl == pytest.approx(expected, rel=1e-4)
     assert expected > 1e-6
     # Of the rewards alone: clip's loss is its reward with the other sign.
     assert record.loss == pytest.approx(-record.rewards["clip"].mean, rel=1e-6)
     assert record.line()["kl"] == record.kl
+
+    # Memory runs out: the same step in smaller parts.
+    decoder = trainer.model.decoder
+    trainer.step_number = 0
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder, "decode", Full(decoder.decode, {1}))
+        halved = trainer.step()
+    assert trainer.plan.micro_batch == 4
+    assert halved.kl == pytest.approx(record.kl, rel=1e-4)
+    assert halved.grad_norm == pytest.approx(record.grad_norm, rel=1e-4)
 
     for name, parameter in trainer.optimizer.parameters.items():
         if ".lora_B." in name:

@@ -18,6 +18,9 @@ from safetensors.torch import load_file, save_file
 from alignprop_cli.config.train import OptimizerName, ScheduleName
 from alignprop_cli.config.validation import parse
 from alignprop_cli.errors import AssetError, ConfigError, RunError
+from alignprop_cli.lora import layers as lora
+from alignprop_cli.models.meta import meta_model
+from alignprop_cli.planning import request as planning
 from alignprop_cli.planning.trained import bytes_each, state_bytes
 from alignprop_cli.training import rules
 from alignprop_cli.training.ema import Average
@@ -168,6 +171,22 @@ def test_the_bytes_of_a_trained_value() -> None:
     assert bytes_each("adamw8bit", [8192], averaged=False) == 8.0 + 2.0 + 8.0 / 256
 
 
+def test_the_plan_counts_the_optimiser_of_the_configuration_and_the_average() -> None:
+    train = {"optimizer": "adamw8bit", "ema_decay": 0.9}
+    config = parse({"reward": {"brightness": {}}, "lora": {"rank": 64}, "train": train})
+    found = planning.measure(config, "cpu")
+    network = meta_model(config.model, torch.float32).parts.network.module
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    lora.inject(network, rank=64, alpha=64, target_modules=targets, seed=0)
+    numels = [parameter.numel() for parameter in lora.trainable(network)]
+    # Both kinds of tensors, in 8 bits and in 32.
+    assert min(numels) < 4096 <= max(numels)
+    assert found.trained == sum(numels)
+    assert found.trained_each * found.trained == pytest.approx(
+        12 * sum(numels) + state_bytes("adamw8bit", numels)
+    )
+
+
 @pytest.mark.parametrize(
     ("kind", "package"), [("adamw8bit", "bitsandbytes"), ("prodigy", "prodigyopt")]
 )
@@ -244,6 +263,9 @@ def test_a_schedule_is_diffusers_own_step_by_step_also_across_a_resume(name: Sch
         ({"lr_rules": "1:10,0.1"}, "", ""),
         ({"lr_rules": "1:10;0.1"}, "train.lr_rules", "pattern"),
         ({"lr_rules": "1:0,0.1"}, "train.lr_rules", "pattern"),
+        ({"lr_rules": "1..2:5,0.1"}, "train.lr_rules", "pattern"),
+        ({"lr_rules": "1:5,nan"}, "train.lr_rules", "pattern"),
+        ({"lr_rules": "1:10,2.5e-1:20,1e-3"}, "", ""),
         ({"optimizer": "prodigy", "adam_beta1": 0.0}, "train.adam_beta1", "more than 0"),
         ({"optimizer": "adam"}, "train.optimizer", "input should be"),
         ({"ema_decay": 1.0}, "train.ema_decay", "less than 1"),

@@ -97,9 +97,9 @@ def test_the_average_is_evaluated_and_loads_in_plain_diffusers(run: Command) -> 
     assert code == 0, err
     result = json.loads(out)
     assert result["output"] == str(Path("r/evaluation-ema").resolve())
-    (identity,) = result["variants"].values()
+    (identity,) = result["adapters"].values()
     assert identity["file"] == str((checkpoint / "ema" / LORA_FILE).resolve())
-    assert list(result["variants"]) == ["ema"]
+    assert list(result["adapters"]) == ["ema"]
 
     pipeline = StableDiffusionPipeline.from_pretrained(TINY, safety_checker=None)
     pipeline.load_lora_weights(checkpoint / "ema")
