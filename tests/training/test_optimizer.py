@@ -173,11 +173,11 @@ def test_the_bytes_of_a_trained_value() -> None:
 
 def test_the_plan_counts_the_optimiser_of_the_configuration_and_the_average() -> None:
     train = {"optimizer": "adamw8bit", "ema_decay": 0.9}
-    config = parse({"reward": {"brightness": {}}, "lora": {"rank": 64}, "train": train})
+    config = parse({"reward": {"brightness": {}}, "lora": {"rank": 32}, "train": train})
     found = planning.measure(config, "cpu")
     network = meta_model(config.model, torch.float32).parts.network.module
     targets = ["to_q", "to_k", "to_v", "to_out.0"]
-    lora.inject(network, rank=64, alpha=64, target_modules=targets, seed=0)
+    lora.inject(network, rank=32, alpha=32, target_modules=targets, seed=0)
     numels = [parameter.numel() for parameter in lora.trainable(network)]
     # Both kinds of tensors, in 8 bits and in 32.
     assert min(numels) < 4096 <= max(numels)
