@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -198,6 +199,29 @@ def test_a_missing_package_is_named_with_what_to_install(
         rules.check(kind)
     assert "pip install 'alignprop[optimizers]'" in (refused.value.hint or "")
     rules.check("adamw")
+
+
+@pytest.mark.parametrize(
+    ("error", "refusal", "message"),
+    [
+        (NotImplementedError("no kernel\nfor it"), ConfigError, "does not work on cpu: no kernel"),
+        (OSError("libcudart is missing"), AssetError, "torch cannot be loaded: libcudart"),
+    ],
+)
+def test_a_package_that_does_not_work_here_is_refused_in_words(
+    error: Exception,
+    refusal: type[Exception],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(parameters: object, settings: object) -> torch.optim.Optimizer:
+        raise error
+
+    # torch stands for the package, since the real one need not be here.
+    rule = replace(rules.RULES["adamw8bit"], build=broken, package="torch")
+    monkeypatch.setitem(rules.RULES, "adamw8bit", rule)  # type: ignore[arg-type]
+    with pytest.raises(refusal, match=message):
+        made("adamw8bit")
 
 
 def test_prodigy_with_a_rate_for_adamw_is_warned_about() -> None:
