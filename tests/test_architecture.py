@@ -74,14 +74,15 @@ WITHOUT_TRAINING = ("alignprop_cli.commands.evaluate", "alignprop_cli.commands.s
 # The only homes of libraries that would otherwise spread. An empty set: nobody.
 ONLY_IMPORTERS = {
     "accelerate": {"device", "training"},
-    "bitsandbytes": {"models"},
+    "bitsandbytes": {"models", "training"},
     "click": set[str](),
-    "diffusers": {"models", "tiny"},
+    "diffusers": {"models", "tiny", "training"},
     "jinja2": {"evaluation"},
     "kornia": {"rewards"},
     "matplotlib": {"evaluation"},
     "open_clip": {"rewards", "tiny"},
     "peft": {"lora"},
+    "prodigyopt": {"training"},
     "rich": {"console"},
     "transformers": {"models", "rewards", "tiny"},
     "typer": {"cli", "commands"},

@@ -10,6 +10,7 @@ import typer
 from alignprop_cli.commands.options import (
     ConfigOption,
     DebugOption,
+    EmaOption,
     JsonOption,
     ModelOption,
     OutputOption,
@@ -67,6 +68,7 @@ def evaluate(
     images_per_prompt: PerPromptOption = None,
     scale: ScaleOption = None,
     base_until: BaseUntilOption = None,
+    ema: EmaOption = False,
     seed: SeedOption = None,
     batch_size: BatchOption = None,
     output: OutputOption = None,
@@ -78,8 +80,8 @@ def evaluate(
     """Sample the same images with the base model and with LoRAs, and compare their rewards.
 
     A run or a checkpoint brings its configuration; with several targets the first one's is used.
-    A run means its newest checkpoint. A LoRA that was trained elsewhere needs --preset, --config
-    or --model. `base` samples with the base model alone.
+    A run means its newest checkpoint. A LoRA that was trained elsewhere needs --preset, --config or
+    --model. `base` samples with the base model alone.
 
     Examples:
 
@@ -95,7 +97,7 @@ def evaluate(
     from alignprop_cli.console import Console
 
     # 1. What the command line says, before a configuration is read or torch is imported.
-    located = _locate(targets, checkpoint)
+    located = _locate(targets, checkpoint, ema)
     chosen = choose(scale, base_until, located)
     folder = _default_folder(located) if output is None else user_path(output, "--output")
     # 2. The configuration. A flag sets one of its keys and wins over every other source.
@@ -107,7 +109,6 @@ def evaluate(
         resolved = for_evaluation(
             targets[0], first, preset, config, sets=sets, reward=reward, flags=flags
         )
-        # 3. From here on torch and diffusers are needed.
         from alignprop_cli.evaluation.run import run_evaluation, variants
 
         console, axis = Console(as_json=as_json, quiet=quiet), chosen.axis
@@ -115,18 +116,18 @@ def evaluate(
         run_evaluation(resolved, console, compared, folder, replace=overwrite, axis=axis)
 
 
-def _locate(targets: list[str], checkpoint: str | None) -> list[Located]:
+def _locate(targets: list[str], checkpoint: str | None, ema: bool) -> list[Located]:
     """Return the LoRAs that the targets name; none for the base model alone."""
     from alignprop_cli.lora import files
 
     # Everything is compared with the base model, so it cannot be one of several targets.
-    if BASE in targets and len(targets) > 1:
+    if BASE in targets and (len(targets) > 1 or ema):
         raise ConfigError("evaluate: the base model is always sampled: name the LoRAs alone")
     names = [] if targets == [BASE] else targets
     folders = [user_path(name, "evaluate") / "checkpoints" for name in names]
     if checkpoint is not None and not (folders and all(f.is_dir() for f in folders)):
         raise ConfigError("--checkpoint goes with runs")
-    return [files.locate(target, "evaluate", checkpoint) for target in names]
+    return [files.locate(target, "evaluate", checkpoint, averaged=ema) for target in names]
 
 
 def _default_folder(located: list[Located]) -> Path:
@@ -134,5 +135,5 @@ def _default_folder(located: list[Located]) -> Path:
     if not located:
         return Path("evaluation-base")
     if len(located) == 1 and (run := located[0].run) is not None:
-        return run / ("evaluation" + (f"-{located[0].step}" if located[0].step else ""))
+        return run / f"evaluation{located[0].suffix}"
     return Path("-".join(["evaluation", *(found.label for found in located)])[:200])

@@ -41,6 +41,10 @@ RewardOption = Annotated[
     typer.Option("--reward", "-r", help="reward to measure, repeatable or with commas"),
 ]
 
+EmaOption = Annotated[
+    bool, typer.Option("--ema", help="the average of the weights (train.ema_decay), not the last")
+]
+
 _HINT = "choose another place with --output, or give --overwrite"
 
 # How the members of a soup are mixed.

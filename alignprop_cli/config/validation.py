@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 
 from alignprop_cli.config.guard import HELD_OUT, PIXEL_MEASURES, SPREAD, HeldOutConfig
 from alignprop_cli.config.schema import Config, LossConfig, RewardConfig
+from alignprop_cli.config.train import TrainConfig
 from alignprop_cli.errors import ConfigError, Problem, did_you_mean
 
 # Characters of a refused value in a message.
@@ -36,8 +37,8 @@ def parse(
         origins: The source of each dotted key (`file.yaml:12`, `--set`), for the messages.
         source: Name of the values in the first line of the message.
         extra_problems: Problems found elsewhere, to be reported together with these.
-        training: Whether it will be trained with. Otherwise the `gradient` section is not used, and
-            need not fit the others.
+        training: Whether it will be trained with. Otherwise the `gradient` and `train` sections are
+            not used, and need not fit the others.
 
     Raises:
         ConfigError: With every problem: unknown keys (and the nearest known one), wrong types,
@@ -53,7 +54,7 @@ def parse(
         problems += [
             Problem(p.key, p.message, origin_of(p.key, origins))
             for p in _impossible(config)
-            if training or not p.key.startswith("gradient.")
+            if training or not p.key.startswith(("gradient.", "train."))
         ]
     if problems or config is None:
         # pydantic complains once for each branch of a union; the first message is enough.
@@ -178,6 +179,7 @@ def _impossible(config: Config) -> Iterable[Problem]:
             "gradient.window_group",
             f"{group} does not divide train.batch_size ({train.batch_size})",
         )
+    yield from _impossible_rates(train)
     # 3. Rewards, each with its own loss or the common one.
     for name, reward in config.reward.items():
         if (reward.base_mean is None) != (reward.base_std is None):
@@ -186,6 +188,9 @@ def _impossible(config: Config) -> Iterable[Problem]:
     losses = {"loss": config.loss} if any(r.loss is None for r in config.reward.values()) else {}
     losses |= {f"reward.{name}.loss": r.loss for name, r in config.reward.items() if r.loss}
     for key, loss in losses.items():
+        # A member's loss has nothing of the common one, whose kind may be what was meant.
+        if loss.target is not None and "kind" not in loss.model_fields_set:
+            yield Problem(f"{key}.kind", f"{key}.target is given: say which kind it is for")
         if loss.kind != "maximise" and loss.target is None:
             yield Problem(f"{key}.target", f"{key}.kind is {loss.kind}, which needs a target")
     yield from _unknown_measures(config)
@@ -199,3 +204,35 @@ def _unknown_measures(config: Config) -> Iterable[Problem]:
             if name not in known:
                 told = did_you_mean(name, known)
                 yield Problem(f"guard.{key}", f"nothing is measured as {name!r}.{told}")
+
+
+def _impossible_rates(train: TrainConfig) -> Iterable[Problem]:
+    """Yield what the chosen schedule and optimiser cannot do with the other options."""
+    name, decay = train.lr_schedule, train.lr_decay_steps
+    falling = name in ("linear", "cosine", "cosine_with_restarts", "polynomial")
+    if falling and decay is None:
+        yield Problem(
+            "train.lr_decay_steps", f"train.lr_schedule is {name}, which needs the steps it takes"
+        )
+    # After its end cosine would rise again, and the others leave nothing to learn with.
+    if falling and decay is not None and train.steps > train.warmup_steps + decay:
+        yield Problem(
+            "train.steps",
+            f"{train.steps} is more than train.warmup_steps and train.lr_decay_steps together "
+            f"({train.warmup_steps + decay}), where {name} ends",
+        )
+    if name in ("constant", "piecewise_constant") and train.warmup_steps:
+        yield Problem(
+            "train.warmup_steps", f"train.lr_schedule is {name}, which has no warmup: set 0"
+        )
+    if name == "polynomial" and train.learning_rate <= 1.0e-7:
+        yield Problem(
+            "train.learning_rate",
+            f"{train.learning_rate:g}: polynomial falls to 1e-7, so give more",
+        )
+    if name == "piecewise_constant" and train.lr_rules is None:
+        yield Problem(
+            "train.lr_rules", "train.lr_schedule is piecewise_constant, which needs its rules"
+        )
+    if train.optimizer == "prodigy" and train.adam_beta1 == 0.0:
+        yield Problem("train.adam_beta1", "train.optimizer is prodigy, which needs more than 0")

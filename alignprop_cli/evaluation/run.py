@@ -81,7 +81,7 @@ def variants(
     if len(located) == 1 and base_until is not None:
         return [Variant(f"base until {shares[0]:g}", located[0], base_until=shares[0])]
     if len(located) == 1:
-        return [Variant("tuned", located[0])]
+        return [Variant("ema" if located[0].is_average else "tuned", located[0])]
     labels = [re.sub(r"[^\w.-]+", "-", found.label) for found in located]
     # Numbered if two have the same label, or one has that of the base model.
     if len({"base", *labels}) <= len(labels):

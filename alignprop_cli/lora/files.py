@@ -11,24 +11,27 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialise
 from torch import Tensor
 
 from alignprop_cli.errors import AssetError, first_line
 from alignprop_cli.lora import formats, names
-from alignprop_cli.lora.factors import Layers, adapter_settings
+from alignprop_cli.lora.factors import Layers
 from alignprop_cli.lora.settings import shown
+from alignprop_cli.lora.tensor_file import save_tensors
 from alignprop_cli.parsing import ParseError, read_json
 from alignprop_cli.paths import read_text, user_path
 from alignprop_cli.storage import sha256
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 """Diffusers' name for the LoRA file in a folder."""
+
+EMA_FOLDER = "ema"
+"""The folder in a checkpoint that holds the average of the LoRA, under the same file name."""
 
 PEFT_FILE = "adapter_model.safetensors"
 """PEFT's name for it."""
@@ -64,10 +67,21 @@ class Located:
     def label(self) -> str:
         """Return a short name for tables and folders, made of the run's or the file's name."""
         if self.run is not None:
-            return self.run.resolve().name + (f"-{self.step}" if self.step else "")
+            return self.run.resolve().name + self.suffix
         # These two names say nothing; the folder's does.
         file = self.file.resolve()
-        return file.parent.name if file.name in (LORA_FILE, PEFT_FILE) else file.stem
+        folder = file.parent.parent if self.is_average else file.parent
+        return folder.name + self.suffix if file.name in (LORA_FILE, PEFT_FILE) else file.stem
+
+    @property
+    def is_average(self) -> bool:
+        """Return whether these are the averaged weights of a checkpoint."""
+        return self.file.parent.name == EMA_FOLDER
+
+    @property
+    def suffix(self) -> str:
+        """Return what tells it from other weights of the same run: -step-000020-ema."""
+        return (f"-{self.step}" if self.step else "") + "-ema" * self.is_average
 
 
 @dataclass(frozen=True)
@@ -94,18 +108,34 @@ class Adapter:
     prefix: str = names.NETWORKS[0]
 
 
-def locate(name: str, where: str = "LoRA", checkpoint: str | None = None) -> Located:
+def locate(
+    name: str, where: str = "LoRA", checkpoint: str | None = None, *, averaged: bool = False
+) -> Located:
     """Find the LoRA file of a run, a checkpoint, a LoRA folder or a file.
 
     Args:
         name: As the user or a configuration has it.
         where: The option or key, for messages.
         checkpoint: Of a run: `best`, or a step's, such as step-000020 or 20; None is the newest.
+        averaged: Whether the average (EMA) of the checkpoint is meant, instead of its weights.
 
     Raises:
         AssetError: If there is none.
         ConfigError: If it can be no path.
     """
+    found = _locate(name, where, checkpoint)
+    if not averaged or found.is_average:
+        return found
+    file = found.file.parent / EMA_FOLDER / LORA_FILE
+    if not file.is_file():
+        raise AssetError(
+            f"{name}: has no average of its weights (EMA): {file} is missing",
+            hint="it is kept by runs with train.ema_decay, such as --set train.ema_decay=0.995",
+        )
+    return replace(found, file=file)
+
+
+def _locate(name: str, where: str, checkpoint: str | None) -> Located:
     # 1. A file is taken as it is.
     path = user_path(name, where)
     if path.is_file():
@@ -310,49 +340,6 @@ def save_for_comfyui(
     return file
 
 
-def save_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file whose bytes depend on nothing but its content.
-
-    Args:
-        file: Replaced if it exists.
-        tensors: By name, contiguous, no two of which share memory.
-        metadata: Texts for the header.
-
-    Raises:
-        OSError: From the operating system.
-    """
-    # safetensors orders the texts of the header at random, and everything else always alike. So the
-    # header is written again: its length in 8 bytes, JSON, blanks up to a multiple of 8 bytes.
-    # Source: https://github.com/huggingface/safetensors, "Format".
-    data = serialise(dict(tensors), dict(metadata))
-    end = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:end])
-    header["__metadata__"] = dict(sorted(metadata.items()))
-    # Offsets count from the end of the header, so its length is free.
-    text = json.dumps(header, separators=(",", ":")).encode("ascii")
-    text += b" " * (-len(text) % 8)
-    with file.open("wb") as opened:
-        opened.write(len(text).to_bytes(8, "little") + text)
-        opened.write(memoryview(data)[end:])
-
-
-def packed(layers: Layers) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return weights and adapter configuration for `save`, of a LoRA that is in no network."""
-    weights: dict[str, Tensor] = {}
-    for name, factors in layers.items():
-        weights[f"{name}.lora.down.weight"] = factors.down
-        weights[f"{name}.lora.up.weight"] = factors.up
-        if factors.magnitude is not None:
-            weights[f"{name}.lora_magnitude_vector"] = factors.magnitude
-    settings: dict[str, Any] = {
-        **adapter_settings(layers),
-        "target_modules": sorted(layers),
-        "bias": "none",
-        "peft_type": "LORA",
-    }
-    return weights, settings
-
-
 def _refuse_pipe(file: Path) -> None:
     """Refuse pipes and devices: safetensors would wait for them, whatever signal comes."""
     if file.exists() and not file.is_file():
@@ -365,11 +352,13 @@ def _refuse_rot(file: Path, digest: str) -> None:
     Raises:
         AssetError: If its hash is not that in the checkpoint's state.json.
     """
-    state = file.parent / "state.json"
+    folder = file.parent.parent if file.parent.name == EMA_FOLDER else file.parent
+    state = folder / "state.json"
     if not state.is_file():
         return
     try:
-        wanted = read_json(read_text(state, str(file)))["sha256"][LORA_FILE]
+        wanted = read_json(read_text(state, str(file)))["sha256"]
+        wanted = wanted[file.relative_to(folder).as_posix()]
     except (AssetError, ParseError, LookupError, TypeError):
         return  # some other program's, or of no use: the file may be as it was
     if file.name == LORA_FILE and digest != wanted:

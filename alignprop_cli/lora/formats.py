@@ -26,7 +26,13 @@ from torch import Tensor
 
 from alignprop_cli.errors import AssetError, ConfigError, RunError
 from alignprop_cli.lora import settings
-from alignprop_cli.lora.factors import Factors, Layers, not_finite, scaling
+from alignprop_cli.lora.factors import (
+    Factors,
+    Layers,
+    adapter_settings,
+    not_finite,
+    scaling,
+)
 from alignprop_cli.lora.names import KOHYA, NETWORKS, layer_of, present, without_network
 from alignprop_cli.lora.settings import shown
 from alignprop_cli.parsing import ParseError, read_json
@@ -295,3 +301,20 @@ def _scalar(value: Tensor) -> float:
     if value.numel() != 1 or value.dtype not in (*_DTYPES, torch.int32, torch.int64):
         raise ValueError(f"expected one number, got {value.dtype} of shape {tuple(value.shape)}")
     return float(value)
+
+
+def packed(layers: Layers) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return weights and configuration for `files.save`, of a LoRA that is in no network."""
+    weights: dict[str, Tensor] = {}
+    for name, factors in layers.items():
+        weights[f"{name}.lora.down.weight"] = factors.down
+        weights[f"{name}.lora.up.weight"] = factors.up
+        if factors.magnitude is not None:
+            weights[f"{name}.lora_magnitude_vector"] = factors.magnitude
+    settings: dict[str, Any] = {
+        **adapter_settings(layers),
+        "target_modules": sorted(layers),
+        "bias": "none",
+        "peft_type": "LORA",
+    }
+    return weights, settings

@@ -256,14 +256,15 @@ def is_present(network: torch.nn.Module) -> bool:
 @contextmanager
 def disabled(network: torch.nn.Module):
     """Switch the LoRA off inside the block: the base model's output, exactly."""
+    # peft's `enable_adapters` also freezes the parameters, which may be in a graph just then.
     layers = [m for m in network.modules() if isinstance(m, BaseTunerLayer)]
     try:
         for layer in layers:
-            layer.enable_adapters(False)
+            layer._disable_adapters = True
         yield
     finally:
         for layer in layers:
-            layer.enable_adapters(True)
+            layer._disable_adapters = False
 
 
 def set_strength(network: torch.nn.Module, strength: float) -> None:

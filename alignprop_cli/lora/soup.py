@@ -14,7 +14,7 @@ from typing import Any
 
 from alignprop_cli import __version__
 from alignprop_cli.errors import ConfigError
-from alignprop_cli.lora import files, mixing
+from alignprop_cli.lora import files, formats, mixing
 from alignprop_cli.lora.factors import is_dora
 from alignprop_cli.lora.files import LORA_FILE, Adapter
 from alignprop_cli.lora.recipe import RANKED, Recipe
@@ -243,7 +243,7 @@ def _make(
         "alignprop.merged_by": json.dumps(asdict(recipe)),
         **_recorded(adapters),
     }
-    weights, metadata = files.packed(mixed.layers)
+    weights, metadata = formats.packed(mixed.layers)
     prefix = adapters[0].prefix
 
     def save(folder: Path) -> None:

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Literal
 
 from alignprop_cli.estimators import Estimator
+from alignprop_cli.planning.work import Work
 
 Level = Literal["none", "block", "call"]
 """What is recomputed of the network in backward: nothing, its blocks, or whole calls."""
@@ -20,45 +21,6 @@ _CONTEXT = {"cuda": GIB // 2, "cpu": GIB // 4}
 # The share that is left free, for gaps between tensors and whatever the estimate does not see. On
 # the CPU glibc leaves larger gaps: tests/benchmarks/results/heap_epyc-2-cores_202611.md.
 _RESERVE, _CPU_RESERVE = 0.08, 0.25
-
-
-@dataclass(frozen=True)
-class Affine:
-    """Bytes as a function of the batch: fixed + each x images."""
-
-    fixed: float
-    each: float
-
-    def __call__(self, images: int) -> float:
-        """Return the bytes for a batch of this many images."""
-        return self.fixed + self.each * images
-
-
-@dataclass(frozen=True)
-class Work:
-    """What one part of a step needs; the fields mean the same as in `meter.Cost`.
-
-    Bytes are functions of the batch, operations are those of one image, and launches are the same
-    for any batch.
-    """
-
-    saved: Affine
-    forward: Affine
-    backward: Affine
-    forward_flops: float
-    backward_flops: float
-    forward_launches: int = 0
-    backward_launches: int = 0
-
-    @property
-    def flops(self) -> float:
-        """Return the operations of one image, forward and backward."""
-        return self.forward_flops + self.backward_flops
-
-    @property
-    def launches(self) -> int:
-        """Return the operators that are launched, forward and backward."""
-        return self.forward_launches + self.backward_launches
 
 
 @dataclass(frozen=True)
@@ -77,6 +39,7 @@ class Footprint:
         reward: From images to the loss, by whether its blocks are recomputed.
         uncounted: Names of the rewards whose need is unknown.
         sampling_decoder: From latents to samples, without gradient; None takes `decoder`.
+        trained_each: Bytes of each LoRA parameter, its gradient and optimiser: with AdamW 4 x 4.
     """
 
     weights: Mapping[str, int]
@@ -89,6 +52,7 @@ class Footprint:
     reward: Mapping[bool, Work]
     uncounted: tuple[str, ...] = ()
     sampling_decoder: Work | None = None
+    trained_each: float = 16.0
 
 
 @dataclass(frozen=True)
@@ -172,11 +136,13 @@ class Chain:
         estimator: Which of them carry gradient.
         rollout_steps: Number of calls that replace those before the first with gradient; None keeps
             them all.
+        compares: Whether the base model makes every call with gradient too, as for the KL.
     """
 
     num_inference_steps: int
     estimator: Estimator
     rollout_steps: int | None = None
+    compares: bool = False
 
     @property
     def ends(self) -> int:
@@ -205,6 +171,11 @@ class Chain:
             beyond = max(steps - self.rollout_steps, 0)
             calls -= beyond - self.mean + self.estimator.mean_beyond(steps, beyond)
         return calls
+
+    @property
+    def base_calls(self) -> float:
+        """Return the mean number of calls of the base model, for the same images."""
+        return self.ends * self.mean if self.compares else 0.0
 
     def stored(self, most: int) -> float:
         """Return the mean number of calls on a path of which the last `most` are counted."""
@@ -341,10 +312,11 @@ def peak_parts(
     # What lives during the whole step, and the largest of the moments.
     parts = {
         **footprint.weights,
-        # float32: weights, gradients and AdamW's two moments, 4 bytes each.
-        "LoRA and optimiser": 16 * footprint.trained,
+        "LoRA and optimiser": footprint.trained_each * footprint.trained,
         # Those of all images from the roll-out; the clean ones of a micro-batch and their gradient.
-        "latents": footprint.latents * (images + 2 * m * chain.ends),
+        # Where calls are compared with the base model's: input, prediction and difference of each.
+        "latents": footprint.latents
+        * (images + 2 * m * chain.ends + 3 * m * longest * chain.compares),
         **phase,
     }
     return {name: math.ceil(size) for name, size in parts.items()}
@@ -394,4 +366,5 @@ def operations(footprint: Footprint, chain: Chain, division: Division) -> float:
     decoder = footprint.decoder[division.checkpoint_decoder]
     reward = footprint.reward[division.checkpoint_reward]
     tail = decoder.flops + reward.flops
-    return chain.calls * footprint.rollout.forward_flops + back + chain.ends * tail
+    calls = chain.calls + chain.base_calls
+    return calls * footprint.rollout.forward_flops + back + chain.ends * tail

@@ -17,7 +17,8 @@ from alignprop_cli.guidance import guided
 from alignprop_cli.lora import layers as lora
 from alignprop_cli.models.base import Decoder, MetaModel, Sampler
 from alignprop_cli.planning import meter
-from alignprop_cli.planning.estimate import Affine, Footprint, Level, Work
+from alignprop_cli.planning.estimate import Footprint, Level
+from alignprop_cli.planning.work import Affine, Work
 
 
 def measure(

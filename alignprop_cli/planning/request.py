@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 
 import torch
 from pydantic import ByteSize, TypeAdapter, ValidationError
@@ -25,9 +26,11 @@ from alignprop_cli.lora import layers as lora
 from alignprop_cli.models import families, taesd
 from alignprop_cli.models.meta import meta_model
 from alignprop_cli.planning import footprint
-from alignprop_cli.planning.estimate import GIB, Budget, Footprint, Work
+from alignprop_cli.planning.estimate import GIB, Budget, Footprint
 from alignprop_cli.planning.plan import Plan, PlanRequest
 from alignprop_cli.planning.speed import Times
+from alignprop_cli.planning.trained import bytes_each
+from alignprop_cli.planning.work import Work
 from alignprop_cli.rewards import registry
 
 # The estimator that each value of `gradient.method` means.
@@ -64,6 +67,7 @@ def plan_request(config: Config, processes: int, estimator: Estimator | None = N
         num_inference_steps=config.sample.num_inference_steps,
         estimator=estimator,
         rollout_steps=gradient.rollout_steps,
+        compares=train.kl_weight > 0.0,
         rollout_batch=train.rollout_batch,
         micro_batch=train.micro_batch,
         decode_batch=train.decode_batch,
@@ -127,7 +131,9 @@ def measure(config: Config, device_type: str) -> Footprint:
     # 2. The rewards, for images of this size.
     shape = model.parts.network.latent_shape(sampler.height, sampler.width)
     reward, weights, uncounted = _rewards(config.reward, model.image_size(shape), device_type)
-    return footprint.measure(
+    numels = [parameter.numel() for parameter in lora.trainable(network)]
+    averaged = config.train.ema_decay is not None
+    found = footprint.measure(
         model,
         sampler,
         device_type=device_type,
@@ -140,6 +146,8 @@ def measure(config: Config, device_type: str) -> Footprint:
         uncounted=uncounted,
         tiny=tiny,
     )
+    each = bytes_each(config.train.optimizer, numels, averaged=averaged)
+    return replace(found, trained_each=each)
 
 
 def dtype_on(name: str, device_type: str) -> torch.dtype:

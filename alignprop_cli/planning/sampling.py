@@ -110,8 +110,7 @@ def fitting_batch(footprint: Footprint, budget: Budget, wanted: int, *, held: fl
     decoder = footprint.sampling_decoder or footprint.decoder[True]
     parts = footprint.rollout, decoder, footprint.reward[True]
     each = max(part.forward.each for part in parts)
-    # float32: the LoRA, its gradients and AdamW's two moments, 4 bytes each.
-    held += sum(footprint.weights.values()) + 16 * footprint.trained
+    held += sum(footprint.weights.values()) + footprint.trained_each * footprint.trained
     correction = expected_correction(budget.device_type)
     room = (budget.usable - correction(held)) / max(correction(each), 1.0)
     return max(1, min(wanted, math.floor(room)))

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from alignprop_cli.errors import ConfigError, did_you_mean
-from alignprop_cli.planning.estimate import GIB, Chain, Division, Footprint, Work
+from alignprop_cli.planning.estimate import GIB, Chain, Division, Footprint
+from alignprop_cli.planning.work import Work
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ def step_seconds(
     if division.checkpoint_network == "call":
         again -= chain.stored(division.stored_calls) if division.stored_calls else 0.0
     total += with_grad * _batches(times.call, division.micro_batch, images)
-    total += again * _batches(times.rollout, division.micro_batch, images)
+    total += (again + chain.base_calls) * _batches(times.rollout, division.micro_batch, images)
 
     # 3. The tail, by `decode_batch`, of every clean latents.
     for pace, works, recompute in (

@@ -29,6 +29,7 @@ class Settings:
         batch_size: Images of one step over all processes.
         window_group: Number of consecutive images that share one path of the gradient.
         rollout_steps: Number of calls that replace those before the path; None replaces nothing.
+        kl_weight: Weight of the KL to the base model in the loss; see `kl.Penalty`.
         seed: Seed of everything random.
         on_nonfinite: What a step does that is not finite; see `nonfinite.FiniteGuard`.
         nonfinite_limit: Steps in a row that may be skipped for that.
@@ -40,6 +41,7 @@ class Settings:
     batch_size: int
     window_group: int
     rollout_steps: int | None = None
+    kl_weight: float = 0.0
     seed: int = 0
     on_nonfinite: Literal["stop", "skip"] = "stop"
     nonfinite_limit: int = 5
@@ -65,6 +67,10 @@ class StepImage:
     def rollout_calls(self) -> int:
         """Return how many calls come before its path."""
         return self.path.rollout_calls(len(self.schedule))
+
+
+Batch = Sequence[StepImage]
+"""Images that are worked on together."""
 
 
 def images_of_step(

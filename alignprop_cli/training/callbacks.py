@@ -175,6 +175,15 @@ class Checkpoints(Callback):
         def save_lora(folder: Path) -> None:
             files.save(folder, weights, header, prefix=prefix, adapter_metadata=metadata)
 
+        average = trainer.optimizer.average
+
+        def save_average(folder: Path) -> None:
+            assert average is not None
+            with average.applied():
+                averaged = lora.weights(module)
+            about = {**header, "alignprop.ema_decay": str(run.config.train.ema_decay)}
+            files.save(folder, averaged, about, prefix=prefix, adapter_metadata=metadata)
+
         seen = trainer.step_number * trainer.settings.batch_size
         state = checkpoint.State(
             trainer.step_number,
@@ -185,7 +194,8 @@ class Checkpoints(Callback):
             inputs=run.inputs,
             trained={n: value for n, value in weights.items() if written[n] is not value},
         )
-        checkpoint.save(run.folder, state, save_lora, name)
+        average_saver = None if average is None else save_average
+        checkpoint.save(run.folder, state, save_lora, average_saver, name)
 
     def drop_old(self) -> None:
         """Delete the oldest checkpoints beyond `output.keep_last`; the newest has proven good."""

@@ -3,8 +3,9 @@
 runs/<name>/config.yaml            complete; `train --config` on it repeats the run
             metrics.jsonl          one line per optimiser step
             checkpoints/step-000020/pytorch_lora_weights.safetensors   the adapter, for everyone
-                                    optimizer.safetensors              AdamW's moments, and B where
-                                                       the adapter has it scaled
+                                    ema/               the same of its average, with train.ema_decay
+                                    optimizer.safetensors              its state, and B where the
+                                                       adapter has it scaled
                                     state.json                         counters and hashes
             checkpoints/best/      a checkpoint too: of the step that the guard found best
             samples/               fixed prompts and seeds over time
@@ -26,12 +27,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from alignprop_cli.errors import RunError
-from alignprop_cli.lora.files import BEST, LORA_FILE, checkpoints, save_tensors
+from alignprop_cli.lora.files import BEST, EMA_FOLDER, LORA_FILE, checkpoints
+from alignprop_cli.lora.tensor_file import save_tensors
 from alignprop_cli.parsing import read_json
 from alignprop_cli.storage import remove, sha256, write_whole
 
 _OPTIMIZER = "optimizer.safetensors"
 _STATE = "state.json"
+_FILES = {LORA_FILE, _OPTIMIZER}
+_EMA = f"{EMA_FOLDER}/{LORA_FILE}"
 # In it, before the names of the LoRA's weights as they are trained.
 _TRAINED = "trained:"
 # In _STATE: a hash of all the rest of it.
@@ -63,7 +67,11 @@ class State:
 
 
 def save(
-    run: Path, state: State, save_lora: Callable[[Path], object], name: str | None = None
+    run: Path,
+    state: State,
+    save_lora: Callable[[Path], object],
+    save_average: Callable[[Path], object] | None = None,
+    name: str | None = None,
 ) -> Path:
     """Write the checkpoint of a step.
 
@@ -71,6 +79,7 @@ def save(
         run: The run folder.
         state: Counters and optimiser.
         save_lora: Writes the adapter into a folder.
+        save_average: Writes the average of the adapter into a folder; None where there is none.
         name: Of its folder; None is that of the step.
 
     Returns:
@@ -78,9 +87,12 @@ def save(
     """
     path = run / "checkpoints" / (name or f"step-{state.step:06d}")
 
-    # The LoRA file is for everyone; the other two are only needed to resume.
+    # The LoRA files are for everyone; the other two are only needed to resume.
     def write(folder: Path) -> None:
         save_lora(folder)
+        if save_average is not None:
+            (folder / EMA_FOLDER).mkdir()
+            save_average(folder / EMA_FOLDER)
         trained = {f"{_TRAINED}{name}": value for name, value in state.trained.items()}
         save_tensors(folder / _OPTIMIZER, {**state.optimizer, **trained}, {"format": "pt"})
         values = {
@@ -89,7 +101,10 @@ def save(
             "skipped_in_row": state.skipped_in_row,
             "metrics": state.metrics,
             "inputs": dict(state.inputs),
-            "sha256": {name: sha256(folder / name) for name in (LORA_FILE, _OPTIMIZER)},
+            "sha256": {
+                name: sha256(folder / name)
+                for name in (LORA_FILE, _OPTIMIZER, *[_EMA] * (save_average is not None))
+            },
         }
         text = json.dumps({**values, _CHECK: _digest(values)}, indent=2)
         (folder / _STATE).write_text(text + "\n", encoding="utf-8")
@@ -125,9 +140,11 @@ def damage(path: Path) -> str | None:
             return f"{_STATE} is not as it was written (its hash differs)"
         hashes = values["sha256"]
         # The names too: hashes of no file would always agree.
-        if hashes.keys() != {LORA_FILE, _OPTIMIZER}:
+        if hashes.keys() - {_EMA} != _FILES:
             return f"{_STATE} lacks a hash"
         for name, wanted in hashes.items():
+            if not (path / name).is_file():
+                return f"{name} is missing"
             if sha256(path / name) != wanted:
                 return f"{name} is not as it was written (its SHA-256 differs)"
         if path.name not in (BEST, f"step-{values['step']:06d}"):

@@ -1,62 +1,63 @@
-"""The optimiser of the LoRA: AdamW, its learning rate, loss scaling, and its state by name."""
+"""The optimiser of the LoRA: update rule, rate, loss scale, average, and their state by name."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import cast
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from alignprop_cli.config.train import OptimizerName
 from alignprop_cli.errors import RunError
+from alignprop_cli.planning.trained import state_bytes
+from alignprop_cli.training import rules
+from alignprop_cli.training.ema import Average
+from alignprop_cli.training.rates import Rates
+from alignprop_cli.training.rules import RuleSettings
+
+_SCALE, _SCALE_AGE = "loss_scale", "loss_scale_age"
+# The average of a parameter by its name and this, and how many updates are in it.
+_AVERAGE, _AVERAGED = ".ema", "ema_updates"
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """Settings of AdamW and of its learning rate.
+    """Settings of the optimiser.
 
     Args:
-        learning_rate: The largest learning rate.
-        warmup_steps: Steps over which it rises linearly.
-        decay_steps: N, steps after the warmup over which it falls linearly to 1 / N of the largest;
-            None keeps it constant.
-        betas: Decay of the two moments.
-        epsilon: Offset of the denominator.
-        weight_decay: Weight decay of the LoRA's weights.
+        rates: The learning rate of each step.
+        kind: The update rule.
+        rule: Its settings.
         max_grad_norm: A gradient with a larger L2 norm is scaled down to it; None leaves all.
+        ema_decay: Of the average of the weights; None keeps none.
     """
 
-    learning_rate: float
-    warmup_steps: int = 0
-    decay_steps: int | None = None
-    betas: tuple[float, float] = (0.9, 0.999)
-    epsilon: float = 1.0e-8
-    weight_decay: float = 1.0e-4
+    rates: Rates
+    kind: OptimizerName = "adamw"
+    rule: RuleSettings = field(default_factory=RuleSettings)
     max_grad_norm: float | None = 1.0
-
-    def learning_rate_at(self, step: int) -> float:
-        """Return the learning rate of a step, counted from 0."""
-        # The number of steps of the run is not part of it: resumed with more steps, a run is the
-        # same as one that had them from the start.
-        if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / (self.warmup_steps + 1)
-        if self.decay_steps is None:
-            return self.learning_rate
-        done = min(step - self.warmup_steps, self.decay_steps - 1) / self.decay_steps
-        return self.learning_rate * (1.0 - done)
+    ema_decay: float | None = None
 
 
 class Optimizer:
-    """AdamW over named parameters, with loss scaling where the network is in float16.
+    """An update rule over named parameters, with loss scaling where the network is in float16.
 
     Args:
         parameters: The LoRA's parameters by name, float32.
-        settings: Settings of AdamW.
+        settings: Settings of the rule, the learning rate and the average.
         scaled: Whether the loss is scaled: the gradient of a mean over many images is near 1e-7,
             too small for float16.
+
+    Attributes:
+        rule: The library's optimiser.
+        average: The average of the parameters; None without one.
+
+    Raises:
+        AssetError, ConfigError: As `rules.make`.
     """
 
     def __init__(
@@ -69,20 +70,20 @@ class Optimizer:
         self.parameters = dict(parameters)
         self.settings = settings
         listed = list(self.parameters.values())
-        self.adamw = torch.optim.AdamW(
-            listed,
-            lr=settings.learning_rate,
-            betas=settings.betas,
-            eps=settings.epsilon,
-            weight_decay=settings.weight_decay,
-            # One kernel for all parameters: a LoRA has hundreds of small ones.
-            fused=True,
-        )
+        self.rule: torch.optim.Optimizer = rules.make(settings.kind, listed, settings.rule)
+        decay = settings.ema_decay
+        self.average = None if decay is None else Average(self.parameters, decay)
         self.scaler = torch.amp.GradScaler(listed[0].device.type, enabled=scaled)
+
+    @property
+    def missing_bytes(self) -> int:
+        """Return the bytes that the rule will keep from its first update on, and does not yet."""
+        numels = [parameter.numel() for parameter in self.parameters.values()]
+        return 0 if self.rule.state else state_bytes(self.settings.kind, numels)
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
-        self.adamw.zero_grad(set_to_none=True)
+        self.rule.zero_grad(set_to_none=True)
 
     def reduce_and_clip(self, accelerator: Accelerator) -> float:
         """Finish the gradient: sum over processes, undo the loss scale, clip the norm.
@@ -97,7 +98,7 @@ class Optimizer:
             if accelerator.num_processes > 1:
                 gradient = cast(Tensor, accelerator.reduce(gradient, "sum"))
             parameter.grad = gradient
-        self.scaler.unscale_(self.adamw)
+        self.scaler.unscale_(self.rule)
         limit = self.settings.max_grad_norm or math.inf
         return float(torch.nn.utils.clip_grad_norm_(list(self.parameters.values()), limit))
 
@@ -120,37 +121,44 @@ class Optimizer:
         self.zero_grad()
 
     def is_finite(self) -> bool:
-        """Return whether the parameters and both moments are finite; a sync point."""
+        """Return whether the parameters, their average and the moments are finite; a sync point."""
         tensors = [p.detach() for p in self.parameters.values()]
-        tensors += [v for state in self.adamw.state.values() for v in state.values()]
+        tensors += [] if self.average is None else self.average.values.values()
+        kept = (value for state in self.rule.state.values() for value in state.values())
+        tensors += [v for v in kept if isinstance(v, Tensor) and v.is_floating_point()]
         # The largest magnitude: NaN and infinity stay what they are, and squares cannot overflow.
         return bool(torch.stack([t.abs().max().float() for t in tensors]).isfinite().all())
 
     def step(self, number: int) -> float:
-        """Update the parameters; return the learning rate of this step, counted from 0."""
-        rate = self.settings.learning_rate_at(number)
-        for group in self.adamw.param_groups:
+        """Update the parameters and their average.
+
+        Returns:
+            The learning rate of this step, counted from 0; with Prodigy times what it has found.
+        """
+        rate = self.settings.rates(number)
+        for group in self.rule.param_groups:
             group["lr"] = rate
-        self.scaler.step(self.adamw)
+        self.scaler.step(self.rule)
         self.scaler.update()
-        return rate
+        if self.average is not None:
+            self.average.update()
+        return rate * self.rule.param_groups[0].get("d", 1.0)
 
     def state(self) -> dict[str, Tensor]:
         """Return a copy of everything that the next step depends on, on the CPU.
 
-        The names are `<parameter>.<step, exp_avg or exp_avg_sq>`, and with loss scaling also
-        `loss_scale` and `loss_scale_age`.
+        The names are those of `rules.state_of`; with loss scaling also `loss_scale` and
+        `loss_scale_age`, with an average `<parameter>.ema` and `ema_updates`.
         """
-        # By name rather than by index, as AdamW's own state_dict has it: independent of the order.
-        tensors = {
-            f"{name}.{key}": value.detach().cpu().clone()
-            for name, parameter in self.parameters.items()
-            for key, value in self.adamw.state[parameter].items()
-        }
+        tensors = rules.state_of(self.settings.kind, self.rule, self.parameters)
+        if self.average is not None:
+            for name, value in self.average.values.items():
+                tensors[name + _AVERAGE] = value.cpu().clone()
+            tensors[_AVERAGED] = torch.tensor(self.average.updates)
         if self.scaler.is_enabled():
             scaler = self.scaler.state_dict()
-            tensors["loss_scale"] = torch.tensor(scaler["scale"], dtype=torch.float64)
-            tensors["loss_scale_age"] = torch.tensor(scaler["_growth_tracker"])
+            tensors[_SCALE] = torch.tensor(scaler["scale"], dtype=torch.float64)
+            tensors[_SCALE_AGE] = torch.tensor(scaler["_growth_tracker"])
         return tensors
 
     def load_state(self, state: Mapping[str, Tensor]) -> None:
@@ -159,27 +167,28 @@ class Optimizer:
         Raises:
             RunError: If it belongs to other parameters.
         """
+        kind = self.settings.kind
         # 1. Exactly the tensors of these parameters, in their shapes; nothing is loaded otherwise.
-        keys = ("step", "exp_avg", "exp_avg_sq")
-        wanted = {f"{name}.{key}" for name in self.parameters for key in keys}
-        found = state.keys() - {"loss_scale", "loss_scale_age"}
-        shapes = all(
-            state[f"{name}.{key}"].shape == parameter.shape
-            for name, parameter in self.parameters.items()
-            for key in keys[1:]
-            if f"{name}.{key}" in found
+        averages = {} if self.average is None else {n: n + _AVERAGE for n in self.average.values}
+        others = {_SCALE, _SCALE_AGE, _AVERAGED, *averages.values()}
+        found = {name: value for name, value in state.items() if name not in others}
+        whole = (_AVERAGED in state) == bool(averages) and all(
+            key in state and state[key].shape == self.parameters[name].shape
+            for name, key in averages.items()
         )
-        # There are none before the first update, as where all steps were skipped.
-        if found and (found != wanted or not shapes):
+        # The rule keeps none before the first update, as where all steps were skipped.
+        if not whole or (found and not rules.fits(kind, found, self.parameters)):
             raise RunError("the checkpoint's optimiser does not fit the LoRA of this run")
-        # 2. The moments. Fused AdamW needs the step count on the device of the parameter as well.
-        for name, parameter in self.parameters.items() if found else ():
-            self.adamw.state[parameter] = {
-                key: state[f"{name}.{key}"].clone().to(parameter.device) for key in keys
-            }
+        # 2. The rule and the average.
+        if found:
+            rules.load_state(kind, self.rule, found, self.parameters)
+        if self.average is not None:
+            for name, key in averages.items():
+                self.average.values[name].copy_(state[key])
+            self.average.updates = int(state[_AVERAGED])
         # 3. The loss scale, which a run in another precision has not saved.
-        if self.scaler.is_enabled() and "loss_scale" in state:
+        if self.scaler.is_enabled() and _SCALE in state:
             scaler = self.scaler.state_dict()
-            scaler["scale"] = float(state["loss_scale"])
-            scaler["_growth_tracker"] = int(state["loss_scale_age"])
+            scaler["scale"] = float(state[_SCALE])
+            scaler["_growth_tracker"] = int(state[_SCALE_AGE])
             self.scaler.load_state_dict(scaler)

@@ -14,9 +14,6 @@ from torch import Tensor
 
 from alignprop_cli.device import peak_gib
 
-# What a record has only after the steps that were followed by samples.
-_SOMETIMES = ("held_out", "guard")
-
 
 @dataclass(frozen=True)
 class RewardStats:
@@ -33,7 +30,7 @@ class StepRecord:
     Args:
         step: Counted from 1.
         images_seen: Images sampled for training so far.
-        loss: Mean over the global batch.
+        loss: Mean over the global batch, of the rewards alone.
         rewards: Rewards and extra metrics by name, over the global batch.
         grad_norm: L2 norm of the gradient before clipping.
         lora_norm: L2 norm of the LoRA's weights after the step.
@@ -45,6 +42,7 @@ class StepRecord:
             rewards, and of what else is measured.
         guard: What the guard made of them; see `guard.Guard`.
         skipped: Why the step updated nothing; None for all other steps.
+        kl: Mean KL to the base model over the global batch, before its weight; None without one.
     """
 
     step: int
@@ -60,15 +58,16 @@ class StepRecord:
     held_out: dict[str, float] = field(default_factory=dict[str, float])
     guard: dict[str, Any] = field(default_factory=dict[str, Any])
     skipped: str | None = None
+    kl: float | None = None
 
     def line(self) -> dict[str, Any]:
         """Return the record as plain values, without what there is none of."""
         if self.skipped is not None:
-            names = ("step", "images_seen", "seconds", "skipped", *_SOMETIMES)
+            names = ("step", "images_seen", "seconds", "skipped", "held_out", "guard")
         else:
             names = tuple(f.name for f in fields(self) if f.name != "skipped")
         values = asdict(self)
-        return {name: values[name] for name in names if values[name] or name not in _SOMETIMES}
+        return {name: values[name] for name in names if values[name] not in (None, {})}
 
 
 def skipped_step(step: int, batch_size: int, started: float, why: str) -> StepRecord:
@@ -107,6 +106,7 @@ class Totals:
         self._losses: list[Tensor] = []
         self._scores: dict[str, list[Tensor]] = {name: [] for name in metrics}
         self._calls: list[Tensor] = []
+        self._kl: list[Tensor] = []
 
     def add(self, losses: Tensor, scores: Mapping[str, Tensor], calls: int) -> None:
         """Add a batch: losses and scores (B,), and the number of calls that carried gradient."""
@@ -114,6 +114,10 @@ class Totals:
         self._calls.append(torch.full_like(losses.detach(), float(calls)))
         for name, values in scores.items():
             self._scores[name].append(values.detach())
+
+    def add_kl(self, values: Tensor | None) -> None:
+        """Add the KL of a batch, shape (B,); None where it is not measured."""
+        self._kl += [] if values is None else [values]
 
     def record(
         self,
@@ -156,4 +160,5 @@ class Totals:
             backprop_steps=float(joined(self._calls).mean()),
             seconds=time.perf_counter() - started,
             peak_memory_gib=peak_gib(accelerator.device),
+            kl=float(joined(self._kl).mean()) if self._kl else None,
         )

@@ -35,7 +35,7 @@ from alignprop_cli.prompts import PromptStream, load_prompts
 from alignprop_cli.rewards.mixture import build_mixture
 from alignprop_cli.shipped import next_command
 from alignprop_cli.storage import sweep, write_text
-from alignprop_cli.training import checkpoint, setup
+from alignprop_cli.training import checkpoint, rules, setup
 from alignprop_cli.training.callbacks import (
     Callback,
     Checkpoints,
@@ -177,6 +177,8 @@ def _build(
     if found is not None:
         restore(trainer, found, folder, config.train.steps)
     _tell_window(trainer, console)
+    if said := rules.advice(config.train.optimizer, config.train.learning_rate):
+        console.warn(said)
     run = Run(config, folder, trainer, accelerator, console, held_out, samples, inputs)
     run.measured = measured
     return run

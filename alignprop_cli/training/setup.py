@@ -30,22 +30,25 @@ from alignprop_cli.rewards import registry
 from alignprop_cli.rewards.jpeg import true_size
 from alignprop_cli.rewards.mixture import Mixture, build_mixture
 from alignprop_cli.storage import fingerprint, locked
-from alignprop_cli.training import folders
+from alignprop_cli.training import folders, rules
 from alignprop_cli.training.batches import Settings
 from alignprop_cli.training.optimizer import OptimizerSettings
+from alignprop_cli.training.rates import Rates
+from alignprop_cli.training.rules import RuleSettings
 
 
 def check(config: Config, resume: Path | None) -> None:
-    """Refuse unknown rewards, prompt sets and LoRA files before anything heavy is loaded.
+    """Refuse what is unknown or missing before anything heavy is loaded.
 
     Args:
         config: The complete configuration.
         resume: The run to resume; None for a new one.
 
     Raises:
-        AssetError: If a file is missing.
+        AssetError: If a file or a package is missing.
         ConfigError: If a name is unknown or an option is wrong.
     """
+    rules.check(config.train.optimizer)
     for name, reward in config.reward.items():
         registry.check(name, reward.options)
         if name in registry.SHIPPED and not registry.SHIPPED[name].trainable:
@@ -82,13 +85,23 @@ def settings(config: Config, model: Model, estimator: Estimator) -> Settings:
     """
     train = config.train
     optimizer = OptimizerSettings(
-        learning_rate=train.learning_rate,
-        warmup_steps=train.warmup_steps,
-        decay_steps=train.lr_decay_steps,
-        betas=(train.adam_beta1, train.adam_beta2),
-        epsilon=train.adam_epsilon,
-        weight_decay=train.weight_decay,
+        Rates(
+            largest=train.learning_rate,
+            warmup_steps=train.warmup_steps,
+            decay_steps=train.lr_decay_steps,
+            schedule=train.lr_schedule,
+            cycles=train.lr_cycles,
+            power=train.lr_power,
+            rules=train.lr_rules,
+        ),
+        kind=train.optimizer,
+        rule=RuleSettings(
+            betas=(train.adam_beta1, train.adam_beta2),
+            epsilon=train.adam_epsilon,
+            weight_decay=train.weight_decay,
+        ),
         max_grad_norm=train.max_grad_norm,
+        ema_decay=train.ema_decay,
     )
     return Settings(
         sampler=sampler(config.sample, model.family, model.network),
@@ -97,6 +110,7 @@ def settings(config: Config, model: Model, estimator: Estimator) -> Settings:
         batch_size=train.batch_size,
         window_group=config.gradient.window_group or window_group(train.batch_size),
         rollout_steps=config.gradient.rollout_steps,
+        kl_weight=train.kl_weight,
         seed=train.seed,
         on_nonfinite=train.on_nonfinite,
         nonfinite_limit=train.nonfinite_limit,

@@ -13,7 +13,7 @@ from alignprop_cli.evaluation import page
 from alignprop_cli.evaluation.compare import Paired, checks, compare
 from alignprop_cli.evaluation.draw import Samples
 from alignprop_cli.evaluation.sheet import CURVES, Cell, contact_sheet
-from alignprop_cli.lora.files import BEST, LORA_FILE, latest
+from alignprop_cli.lora.files import BEST, EMA_FOLDER, LORA_FILE, latest
 from alignprop_cli.shipped import next_command
 from alignprop_cli.storage import write_text
 from alignprop_cli.training.callbacks import Run
@@ -73,6 +73,7 @@ def finish(run: Run, base: Samples, tuned: Samples, verdict: Verdict, seconds: f
             "",
             *([f"guard: {verdict.told}"] if verdict.told else []),
             f"adapter  {adapter / LORA_FILE}",
+            *_average_line(adapter),
             f"images   {sheet}",
             f"report   {report}",
             f"{values['steps']} steps, {values['images_seen']} images, "
@@ -87,12 +88,15 @@ def _values(
 ) -> dict[str, Any]:
     """Return the content of summary.json, but for the comparison."""
     folder, steps = run.folder, run.trainer.step_number
+    average = adapter / EMA_FOLDER / LORA_FILE
     named = f"--checkpoint {BEST} " if adapter.name == BEST else ""
     # It repeats the options that config.yaml may not set by itself (config/trust.py).
     command = next_command(f"alignprop evaluate {named}{folder}", run.config)
     return {
         "run": str(folder.resolve()),
         "adapter": str((adapter / LORA_FILE).resolve()),
+        "weights": f"step {verdict.best}" if adapter.name == BEST else "last step",
+        **({"ema_adapter": str(average.resolve())} if average.is_file() else {}),
         "sheet": str(sheet.resolve()),
         "steps": steps,
         "images_seen": steps * run.config.train.batch_size,
@@ -137,6 +141,14 @@ def _write_report(
         rows=shown[1],
         pictures=pictures,
     )
+
+
+def _average_line(adapter: Path) -> list[str]:
+    """Return what is said about the average of the weights; nothing where there is none."""
+    file = adapter / EMA_FOLDER / LORA_FILE
+    # It may be better or worse than the step's own weights, which are what was compared.
+    said = f"ema      {file} (not what the table shows; evaluate it with --ema)"
+    return [said] if file.is_file() else []
 
 
 def _write_sheet(path: Path, base: Samples, tuned: Samples, titles: tuple[str, str]) -> None:

@@ -23,7 +23,8 @@ from alignprop_cli.planning.plan import Plan
 from alignprop_cli.prompts import PromptStream
 from alignprop_cli.rewards.mixture import Mixture
 from alignprop_cli.sampling import DrawNoise, backprop, rollout
-from alignprop_cli.training.batches import Settings, StepImage, batches, images_of_step
+from alignprop_cli.training.batches import Batch, Settings, StepImage, batches, images_of_step
+from alignprop_cli.training.kl import Penalty, penalty_of
 from alignprop_cli.training.nonfinite import FiniteGuard
 from alignprop_cli.training.optimizer import Optimizer
 from alignprop_cli.training.record import StepRecord, Totals, skipped_step
@@ -82,8 +83,7 @@ class Trainer:
             # 1. Sample the batch, score it and go back.
             with self.finite.caught():
                 totals = self._accumulate()
-            # 2. Sum over processes and clip. Where float16 overflowed, the step is repeated with a
-            #    smaller loss scale.
+            # 2. Sum over processes and clip; again with a smaller scale where float16 overflowed.
             norm = self.optimizer.reduce_and_clip(self.accelerator)
             if not self.optimizer.overflowed(norm):
                 break
@@ -94,8 +94,7 @@ class Trainer:
             return skipped_step(number, size, started, why)
         rate = self.optimizer.step(self.step_number)
         self.finite.check_update(number)
-        self.step_number = number
-        weights = lora.norm(self.model.network.module)
+        self.step_number, weights = number, lora.norm(self.model.network.module)
         return totals.record(self.accelerator, number, size, started, norm, weights, rate)
 
     def images(self) -> list[StepImage]:
@@ -119,7 +118,7 @@ class Trainer:
             self.note(f"out of memory: repeating this step with {self.plan.describe()}")
             torch.cuda.empty_cache()  # does nothing without a GPU
 
-    def roll_out(self, images: Sequence[StepImage], merged: lora.Merged) -> dict[int, Tensor]:
+    def roll_out(self, images: Batch, merged: lora.Merged) -> dict[int, Tensor]:
         """Phase 1: the latents (C, h, w) where each image's path begins, by the image's number.
 
         Most network calls are here. They store nothing, so batches can be large.
@@ -138,26 +137,27 @@ class Trainer:
             starts |= {image.number: row for image, row in zip(batch, latents, strict=True)}
         return starts
 
-    def go_back(
-        self, images: Sequence[StepImage], starts: dict[int, Tensor], merged: lora.Merged
-    ) -> Totals:
+    def go_back(self, images: Batch, starts: dict[int, Tensor], merged: lora.Merged) -> Totals:
         """Phase 2: along the paths and back, which accumulates the gradient of the mean loss.
 
-        The tail (decode and score) is differentiated first, in chunks, down to the latents. Its
-        memory is small for any micro-batch, and free again when backward enters the network.
+        The tail (decode and score) goes back first, in chunks, so that its memory is free again.
         """
         totals = Totals(self.mixture.metrics)
         for batch in batches(images, self.plan.micro_batch, key=lambda i: (i.schedule, i.path)):
             latents = torch.stack([starts[image.number] for image in batch])  # (B, C, h, w)
-            ends = self.run_path(batch, latents, merged)  # (B, C, h, w), or n copies of each
+            kl = penalty_of(self.settings, self.model, self.schedule, self.optimizer)
+            ends = self.run_path(batch, latents, merged, kl)  # (B, C, h, w), or n copies of each
             ends.backward(self.score(batch, ends.detach(), totals))
+            totals.add_kl(kl.values)
         return totals
 
-    def run_path(self, batch: Sequence[StepImage], starts: Tensor, merged: lora.Merged) -> Tensor:
+    def run_path(
+        self, batch: Batch, starts: Tensor, merged: lora.Merged, kl: Penalty | None = None
+    ) -> Tensor:
         """Run a batch along its common path; return the clean latents with their graph."""
         denoise, draw_noise = self.chain(batch)
         return backprop(
-            denoise,
+            kl.around(denoise) if kl else denoise,
             starts,
             batch[0].schedule,
             batch[0].path,
@@ -167,7 +167,7 @@ class Trainer:
             recomputed=self.plan.recomputed_calls(batch[0].path),
         )
 
-    def score(self, batch: Sequence[StepImage], latents: Tensor, totals: Totals) -> Tensor:
+    def score(self, batch: Batch, latents: Tensor, totals: Totals) -> Tensor:
         """Decode and score clean latents in chunks, and return the gradient of the loss in them."""
         # The weights make it the mean over the global batch, however that is divided. With n copies
         # there are n clean latents per image, each with 1 / n of its weight.
@@ -186,7 +186,7 @@ class Trainer:
             totals.add(losses, scores, len(batch[0].path))
         return torch.cat(gradients)
 
-    def chain(self, batch: Sequence[StepImage]) -> tuple[Denoise, DrawNoise]:
+    def chain(self, batch: Batch) -> tuple[Denoise, DrawNoise]:
         """Return the guided network call of a batch and its fresh noise by step."""
         sampler, prompts = self.settings.sampler, [image.prompt for image in batch]
         negative = sampler.negative_prompt if sampler.guidance.enabled else None
@@ -194,7 +194,7 @@ class Trainer:
         denoise = guided(self.model.network.predict, embeds, sampler.guidance)
         return denoise, lambda i: self._noise("eta", batch, i)
 
-    def _noise(self, purpose: rng.Purpose, batch: Sequence[StepImage], *counters: int) -> Tensor:
+    def _noise(self, purpose: rng.Purpose, batch: Batch, *counters: int) -> Tensor:
         keys = [(self.step_number, image.number) for image in batch]
         noise = rng.image_noise(self.settings.seed, purpose, keys, self.shape, *counters)
         return noise.to(self.model.device)  # (B, C, h, w)

@@ -41,11 +41,11 @@ class Trial:
     @property
     def missing_bytes(self) -> int:
         """Return the bytes that a step needs on top of a single micro-batch."""
-        # AdamW's two float32 moments, 8 bytes per parameter, exist from the first update on. With
-        # several micro-batches the gradients of the first, 4 bytes, live through the second.
-        parameters = sum(p.numel() for p in self.trainer.optimizer.parameters.values())
-        moments = 0 if self.trainer.optimizer.adamw.state else 8
-        return (moments + 4 * (self.plan.accumulation > 1)) * parameters
+        # What the optimiser keeps exists from the first update on. With several micro-batches the
+        # float32 gradients of the first live through the second.
+        optimizer = self.trainer.optimizer
+        parameters = sum(p.numel() for p in optimizer.parameters.values())
+        return optimizer.missing_bytes + 4 * (self.plan.accumulation > 1) * parameters
 
     def apply_plan(self, plan: Plan) -> None:
         """Work by another plan from now on."""

@@ -52,6 +52,8 @@ def folder(tmp_path_factory):
         "train.micro_batch=4",
         "gradient.k_max=2",
         "sample.num_inference_steps=2",
+        "train.kl_weight=0.2",
+        "train.ema_decay=0.5",
         "eval.images=2",
         "eval.sample_images=2",
     )
@@ -80,6 +82,8 @@ def test_two_processes_train_what_one_does(folder) -> None:
     assert [line["images_seen"] for line in second] == [16, 32]
     for name in ("loss", "grad_norm"):
         assert second[0][name] == pytest.approx(first[0][name], rel=1e-5)
+    assert first[0]["kl"] == second[0]["kl"] == 0.0
+    assert 0.0 < second[1]["kl"] == pytest.approx(first[1]["kl"], rel=1e-3)
 
 
 def test_two_processes_evaluate_what_one_does(folder) -> None:

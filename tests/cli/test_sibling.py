@@ -20,7 +20,7 @@ from PIL import Image
 from alignprop_cli.cli import main
 from alignprop_cli.config import presets
 from alignprop_cli.config.schema import ModelConfig, SampleConfig, dump
-from alignprop_cli.lora import files
+from alignprop_cli.lora import files, formats
 from alignprop_cli.lora import layers as lora
 from alignprop_cli.models import defaults
 from alignprop_cli.models.families import fingerprint, open_model
@@ -165,7 +165,7 @@ def test_a_sibling_of_another_architecture_is_refused_before_it_is_loaded(
     bare = tmp_path / "bare"
     bare.mkdir()
     adapter = files.read(files.locate(str(run)).file)
-    weights, metadata = files.packed(adapter.layers)
+    weights, metadata = formats.packed(adapter.layers)
     files.save(bare, weights, {}, prefix="transformer.", adapter_metadata=metadata)
     code, _, err = evaluate(bare, "--model", wide, "--reward", "brightness", *given)
     assert code == 2

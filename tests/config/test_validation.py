@@ -81,6 +81,15 @@ def test_all_problems_are_reported_at_once() -> None:
         ({"reward": {}}, "reward"),
         ({"reward": {"clip": {"loss": {"kind": "target"}}}}, "reward.clip.loss.target"),
         ({"reward": {"clip": {"loss": {"knid": "target"}}}}, "reward.clip.loss.knid"),
+        # It would be maximised, and the target ignored.
+        ({"loss": {"target": 0.3}}, "loss.kind"),
+        (
+            {
+                "loss": {"kind": "hinge", "target": 1},
+                "reward": {"a": {}, "b": {"loss": {"target": 2}}},
+            },
+            "reward.b.loss.kind",
+        ),
         ({"train": {"micro_batch": "all"}}, "train.micro_batch"),
         ({"train": 3}, "train"),
     ],

@@ -21,6 +21,7 @@ from alignprop_cli.config.schema import Config, ModelConfig
 from alignprop_cli.evaluation.draw import Sample, draw_samples
 from alignprop_cli.lora import files
 from alignprop_cli.lora import layers as lora
+from alignprop_cli.lora.tensor_file import save_tensors
 from alignprop_cli.models.families import open_model, sampler
 from alignprop_cli.planning.window import with_window
 from alignprop_cli.rewards.mixture import build_mixture
@@ -203,7 +204,7 @@ def test_a_run_from_a_file_with_an_alpha_is_resumed_as_if_it_had_not_stopped(
     state = {f"transformer.{key}": value for key, value in lora.weights(network).items()}
     header = {f"transformer.{k}": v for k, v in lora.adapter_metadata(network).items()}
     metadata = {"lora_adapter_metadata": json.dumps(header)}
-    files.save_tensors(tmp_path / "start.safetensors", state, metadata)
+    save_tensors(tmp_path / "start.safetensors", state, metadata)
     given = [*options(folder), "--set=lora.init=start.safetensors"]
     code, _, err = run("train", *given, "--steps=1", "--output=r", "--json")
     assert code == 0, err

@@ -24,7 +24,7 @@ from alignprop_cli.config import presets
 from alignprop_cli.config.schema import ModelConfig
 from alignprop_cli.console import Console
 from alignprop_cli.errors import ConfigError
-from alignprop_cli.lora import files
+from alignprop_cli.lora import files, formats
 from alignprop_cli.lora import layers as lora
 from alignprop_cli.lora.files import LORA_FILE, PEFT_CONFIG, PEFT_FILE
 from alignprop_cli.models.families import open_model
@@ -138,7 +138,7 @@ def test_what_is_written_is_read_bit_for_bit(network: UNet2DConditionModel, tmp_
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
     # As `soup` would write it, and PEFT's own format.
-    weights, settings = files.packed(adapter.layers)
+    weights, settings = formats.packed(adapter.layers)
     (tmp_path / "b").mkdir()
     again = files.save(tmp_path / "b", weights, {}, prefix="unet.", adapter_metadata=settings)
     (tmp_path / "peft").mkdir()

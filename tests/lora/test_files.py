@@ -150,7 +150,7 @@ WRITE = """
 import sys
 from pathlib import Path
 import torch
-from alignprop_cli.lora.files import save_tensors
+from alignprop_cli.lora.tensor_file import save_tensors
 
 tensors = {f"b.{n}": torch.full((n, 2), n, dtype=torch.bfloat16) for n in range(1, 9)}
 tensors |= {f"a.{n}": torch.arange(3.0) + n for n in range(9)} | {"i": torch.arange(3)}

@@ -147,7 +147,7 @@ def test_a_layer_whose_name_ends_as_another_keeps_its_own_alpha(tmp_path: Path) 
 
     layers = {"a.x": layer(1, 2, 4.0), "b.a.x": layer(2, 3, 1.0), "c": layer(3, 5, 2.0)}
     layers |= {name: layer(4, 5, 2.0) for name in ("d", "e")}
-    weights, settings = files.packed(layers)
+    weights, settings = formats.packed(layers)
     file = files.save(tmp_path, weights, {}, prefix="unet.", adapter_metadata=settings)
     read = files.read(file).layers
     assert {n: f.alpha for n, f in read.items()} == {n: f.alpha for n, f in layers.items()}
@@ -295,7 +295,7 @@ def test_the_scaling_of_every_layer_is_multiplied_into_b_for_transformers(tmp_pa
         "transformer_blocks.0.attn.to_k": Factors(torch.ones(2, 3), up.clone(), 2.0),
         "transformer_blocks.1.attn.to_q": Factors(torch.ones(4, 3), torch.ones(4, 4), 1.0),
     }
-    weights, metadata = files.packed(layers)
+    weights, metadata = formats.packed(layers)
     written, settings = files.as_written(weights, metadata, "transformer.")
     assert {n for n in weights if written[n] is not weights[n]} == {
         "transformer_blocks.0.attn.to_q.lora.up.weight",

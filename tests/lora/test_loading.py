@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from alignprop_cli.errors import AlignPropError, AssetError, ConfigError
-from alignprop_cli.lora import files
+from alignprop_cli.lora import files, formats
 from alignprop_cli.lora import layers as lora
 from alignprop_cli.lora.files import LORA_FILE
 from tests.factories import TEXT_WIDTH, fill_lora_b, randn, small_pipeline
@@ -201,7 +201,7 @@ def test_target_modules_that_mean_other_layers_here_are_replaced(
     layers = dict(files.read(save(network, tmp_path)).layers)
     gone = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     del layers[gone]
-    weights, settings = files.packed(layers)
+    weights, settings = formats.packed(layers)
     settings["target_modules"] = ["to_q", "to_k"]
     (tmp_path / "less").mkdir()
     file = files.save(tmp_path / "less", weights, {}, prefix="unet.", adapter_metadata=settings)

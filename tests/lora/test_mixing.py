@@ -13,7 +13,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from peft import LoraConfig, get_peft_model
 
 from alignprop_cli.errors import RunError
-from alignprop_cli.lora import files
+from alignprop_cli.lora import files, formats
 from alignprop_cli.lora import layers as lora
 from alignprop_cli.lora import mixing as soup
 from alignprop_cli.lora.factors import Factors, scaling
@@ -300,7 +300,7 @@ def trained(tmp_path_factory) -> tuple[Path, list[Path]]:
 def test_plain_diffusers_draws_the_same_with_the_mix_as_with_both_members(trained, tmp_path):
     base, folders = trained
     members = [files.read(files.locate(str(folder)).file).layers for folder in folders]
-    weights, settings = files.packed(soup.mix(members, (0.7, 0.3)).layers)
+    weights, settings = formats.packed(soup.mix(members, (0.7, 0.3)).layers)
     files.save(tmp_path, weights, {}, prefix="unet.", adapter_metadata=settings)
 
     inputs = (

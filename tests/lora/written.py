@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from alignprop_cli.lora import files
+from alignprop_cli.lora import files, formats
 from alignprop_cli.lora.factors import Factors
 from alignprop_cli.lora.files import LORA_FILE, PEFT_CONFIG, PEFT_FILE
 from tests.factories import randn
@@ -153,7 +153,7 @@ def kohya_alpha(made: Lora, place: Path) -> Path:
 
 def ours(made: Lora, place: Path) -> Path:
     layers = {n: Factors(made.downs[n], made.ups[n], a) for n, a in made.alphas.items()}
-    weights, settings = files.packed(layers)
+    weights, settings = formats.packed(layers)
     return files.save(place, weights, {}, prefix="unet.", adapter_metadata=settings)
 
 

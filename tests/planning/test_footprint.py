@@ -20,12 +20,14 @@ from alignprop_cli.models.families import open_model, sampler
 from alignprop_cli.models.meta import meta_model
 from alignprop_cli.planning import meter
 from alignprop_cli.planning import request as planning
-from alignprop_cli.planning.estimate import Affine, Footprint, Level, Work, peak_parts
+from alignprop_cli.planning.estimate import Footprint, Level, peak_parts
 from alignprop_cli.planning.footprint import add
 from alignprop_cli.planning.plan import Plan
+from alignprop_cli.planning.work import Affine, Work
 from alignprop_cli.rewards.mixture import build_mixture
 from alignprop_cli.training.batches import Settings, StepImage
 from alignprop_cli.training.optimizer import OptimizerSettings
+from alignprop_cli.training.rates import Rates
 from alignprop_cli.training.record import Totals
 from alignprop_cli.training.trainer import Trainer
 from tests.factories import mid_pipeline, small_pipeline, small_xl_pipeline
@@ -87,7 +89,7 @@ def trainer(plan: Plan, chosen: Config | None = None, prompt: str = PROMPT) -> T
     settings = Settings(
         sampler=sampler(chosen.sample, model.family, model.network),
         estimator=planning.make_estimator(chosen.gradient),
-        optimizer=OptimizerSettings(learning_rate=1.0e-3),
+        optimizer=OptimizerSettings(Rates(1.0e-3)),
         batch_size=8,
         window_group=8,
     )

@@ -19,18 +19,17 @@ from alignprop_cli.estimators import Estimator, GradPath, LastCalls, window
 from alignprop_cli.planning.choose import make_plan
 from alignprop_cli.planning.estimate import (
     GIB,
-    Affine,
     Budget,
     Chain,
     Division,
     Estimate,
     Footprint,
     Level,
-    Work,
     estimate,
 )
 from alignprop_cli.planning.plan import Plan, PlanRequest
 from alignprop_cli.planning.request import make_estimator, plan_request
+from alignprop_cli.planning.work import Affine, Work
 
 LEVELS: tuple[Level, ...] = get_args(Level)
 MIB = 2**20
@@ -227,6 +226,24 @@ def test_every_copy_of_the_last_call_is_stored_and_decoded() -> None:
     assert found.parts["latents"] == (2 + 2 * 2 * 3) * LATENTS
     tail = 2500 + 2600 + 160 + 170
     assert found.floor == pytest.approx(2 * (50 * 1600 + 3 * (1600 + 2000 + tail)))
+
+
+@pytest.mark.parametrize(("calls", "copies"), [(3, 0), (1, 2)])
+def test_comparing_with_the_base_model_is_one_more_call_for_each_with_gradient(
+    calls: int, copies: int
+) -> None:
+    """By hand: without gradient, and three latents of each call until its gradient is there."""
+    chain = Chain(
+        num_inference_steps=50, estimator=Estimator(LastCalls(calls, calls), copies=copies)
+    )
+    plain = estimated(chain, division(2, 2, 1), images=4)
+    compared = estimated(replace(chain, compares=True), division(2, 2, 1), images=4)
+    made = calls * max(copies, 1)
+    assert compared.flops - plain.flops == pytest.approx(4 * made * 1600)
+    assert compared.floor - plain.floor == pytest.approx(4 * made * 1600)
+    assert compared.parts["latents"] - plain.parts["latents"] == 3 * 2 * made * LATENTS
+    assert not asked().compares
+    assert asked(kl_weight=0.1).compares
 
 
 @given(

@@ -13,8 +13,9 @@ from alignprop_cli.config.validation import parse
 from alignprop_cli.errors import ConfigError
 from alignprop_cli.estimators import Estimator, LastCalls, full, gaussian_k, last_k, random_k
 from alignprop_cli.planning import request as planning
-from alignprop_cli.planning.estimate import GIB, Budget, Estimate, Work
+from alignprop_cli.planning.estimate import GIB, Budget, Estimate
 from alignprop_cli.planning.plan import Plan
+from alignprop_cli.planning.work import Work
 from alignprop_cli.rewards import registry
 
 

@@ -109,6 +109,12 @@ def test_the_time_of_a_step_is_that_of_its_parts(gradient, division, expected) -
     assert step_seconds(PLAIN, parts, asked, plan, 8) == pytest.approx(expected, rel=1e-12)
 
 
+def test_the_calls_of_the_base_model_take_time_too() -> None:
+    asked = test_plan.asked({"method": "last_k", "k": 3}, batch_size=8, kl_weight=0.1)
+    found = step_seconds(PLAIN, test_plan.footprint(), asked, plan_of(2), 8)
+    assert found == pytest.approx(8 * (47 + 3 + 300 + 1e4 + 1e6), rel=1e-12)
+
+
 def test_smaller_last_batches_are_counted() -> None:
     times = Times(Pace(10.0, 1.0), Pace(0.0, 0.0), Pace(0.0, 0.0), Pace(0.0, 0.0), "here")
     asked = test_plan.asked({"method": "last_k", "k": 49}, batch_size=20)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from alignprop_cli.config.schema import LossConfig, RewardConfig
+from alignprop_cli.config.validation import parse
 from alignprop_cli.errors import AssetError, ConfigError, RunError
 from alignprop_cli.prompts import load_prompts
 from alignprop_cli.rewards import pixel, registry
@@ -210,6 +211,38 @@ def test_a_mixture_sums_weighted_losses_and_keeps_each_reward_apart() -> None:
     assert torch.equal(scores["redness"], red)
     expected = 2.0 * (-3.0 * bright) - 0.5 * (4.0 * (red - 0.25).abs())
     torch.testing.assert_close(mixture.losses(scores), expected)
+
+
+def test_members_have_kinds_and_targets_of_their_own_in_value_and_gradient() -> None:
+    """Through the configuration, as a file has it: one of each kind, two of them with targets."""
+    config = parse(
+        {
+            "reward": {
+                "brightness": {"weight": 2.0, "loss": {"kind": "hinge", "target": 0.505}},
+                "redness": {"loss": {"kind": "target", "target": 0.001, "scale": 3.0}},
+                "contrast": {"weight": 0.5, "loss": {"kind": "maximise"}},
+                "colourfulness": {},
+            },
+            "loss": {"kind": "hinge", "target": 1.0, "scale": 0.1},
+        }
+    )
+    mixture = build_mixture(config.reward, config.loss, CPU)
+    # The first image is brighter than its target, and the last is darker.
+    images = (noise() * torch.linspace(1.1, 0.9, len(PROMPTS))[:, None, None, None]).clamp(0.0, 1.0)
+    gradient, losses, scores = mixture.differentiate(images, PROMPTS, lambda each: each.sum())
+    assert (scores["brightness"] > 0.505).any()
+    assert (scores["brightness"] < 0.505).any()
+
+    leaf = images.clone().requires_grad_()
+    expected = (
+        2.0 * (0.505 - pixel.brightness(leaf, PROMPTS)).clamp(min=0.0)
+        + 3.0 * (pixel.redness(leaf, PROMPTS) - 0.001).abs()
+        - 0.5 * pixel.contrast(leaf, PROMPTS)
+        + 0.1 * (1.0 - pixel.colourfulness(leaf, PROMPTS)).clamp(min=0.0)
+    )
+    torch.testing.assert_close(losses, expected.detach())
+    (by_hand,) = torch.autograd.grad(expected.sum(), leaf)
+    torch.testing.assert_close(gradient, by_hand)
 
 
 def test_a_standardised_member_is_measured_in_the_base_models_deviations() -> None:

@@ -12,11 +12,14 @@ import torch
 from alignprop_cli.errors import NonFinite, RunError
 from alignprop_cli.training.nonfinite import FiniteGuard, Policy
 from alignprop_cli.training.optimizer import Optimizer, OptimizerSettings
+from alignprop_cli.training.rates import Rates
+from alignprop_cli.training.rules import RuleSettings
 
 
 def optimizer(**settings: float) -> Optimizer:
     parameter = torch.nn.Parameter(torch.ones(3))
-    made = Optimizer({"p": parameter}, OptimizerSettings(**{"learning_rate": 0.1, **settings}))
+    rates = Rates(settings.pop("learning_rate", 0.1))
+    made = Optimizer({"p": parameter}, OptimizerSettings(rates, rule=RuleSettings(**settings)))
     parameter.grad = torch.ones(3)
     return made
 
@@ -98,7 +101,7 @@ def test_moments_count_too_and_large_numbers_are_finite() -> None:
     made.parameters["p"].data.fill_(3e38)
     made.step(0)
     assert made.is_finite()
-    next(iter(made.adamw.state.values()))["exp_avg_sq"][1] = math.inf
+    next(iter(made.rule.state.values()))["exp_avg_sq"][1] = math.inf
     assert not made.is_finite()
 
 

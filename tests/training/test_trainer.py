@@ -22,7 +22,7 @@ from alignprop_cli.prompts import PromptStream, load_prompts
 from alignprop_cli.rewards import pixel
 from alignprop_cli.rewards.mixture import Member, Mixture, build_mixture
 from alignprop_cli.training import setup
-from alignprop_cli.training.optimizer import OptimizerSettings
+from alignprop_cli.training.rates import Rates
 from alignprop_cli.training.trainer import Trainer
 
 IMAGES = 80
@@ -83,7 +83,7 @@ def parameters(trainer: Trainer) -> list[torch.nn.Parameter]:
 
 def hold_still(trainer: Trainer) -> None:
     """Let steps compute everything and update nothing."""
-    trainer.optimizer.adamw.step = lambda: None  # type: ignore[method-assign]
+    trainer.optimizer.rule.step = lambda: None  # type: ignore[method-assign]
 
 
 def make_double(trainer: Trainer) -> None:
@@ -265,8 +265,8 @@ def test_an_optimiser_that_lost_a_part_is_refused() -> None:
 def test_the_learning_rate_rises_then_falls_and_does_not_look_at_the_number_of_steps(
     decay: int | None, expected: list[float]
 ) -> None:
-    settings = OptimizerSettings(1.0, warmup_steps=1, decay_steps=decay)
-    assert [settings.learning_rate_at(step) for step in range(7)] == pytest.approx(expected)
+    rates = Rates(1.0, warmup_steps=1, decay_steps=decay)
+    assert [rates(step) for step in range(7)] == pytest.approx(expected)
 
 
 def test_a_reward_that_is_not_finite_stops_the_step_before_anything_is_updated() -> None:
