@@ -28,6 +28,7 @@ class Settings:
         batch_size: Images of one step over all processes.
         window_group: Number of consecutive images that share one path of the gradient.
         rollout_steps: Number of calls that replace those before the path; None replaces nothing.
+        detach_uncond: Whether the gradient stops at the unconditional branch.
         seed: Seed of everything random.
         on_nonfinite: What a step does that is not finite; see `nonfinite.Guard`.
         nonfinite_limit: Steps in a row that may be skipped for that.
@@ -39,6 +40,7 @@ class Settings:
     batch_size: int
     window_group: int
     rollout_steps: int | None = None
+    detach_uncond: bool = False
     seed: int = 0
     on_nonfinite: Literal["stop", "skip"] = "stop"
     nonfinite_limit: int = 5
@@ -95,7 +97,7 @@ def images_of_step(
     found: list[StepImage] = []
     for number in range(process[0], settings.batch_size, process[1]):
         path, levels = paths[number // settings.window_group], schedule
-        before, calls = path.rollout_calls(len(schedule)), settings.rollout_steps
+        before, calls = path.calls[0], settings.rollout_steps
         if calls is not None and calls < before:
             # Fewer, larger steps to where the path begins. Its calls are the same ones and only
             # have smaller indices in the shorter chain.
@@ -105,7 +107,10 @@ def images_of_step(
 
     # 3. In the order that `rollout` and `batches` want: equal schedules together, stops descending,
     #    equal paths together. The sort is stable, so within a path images stay in their order.
-    return sorted(found, key=lambda i: (len(i.schedule), -i.rollout_calls, i.path.calls))
+    return sorted(
+        found,
+        key=lambda i: (len(i.schedule), -i.rollout_calls, i.path.calls, i.path.stop or 0),
+    )
 
 
 def batches(items: Sequence[T], size: int, key: Callable[[T], object]) -> Iterator[list[T]]:

@@ -149,13 +149,13 @@ class Trainer:
         totals = Totals(self.mixture.metrics)
         for batch in batches(images, self.plan.micro_batch, key=lambda i: (i.schedule, i.path)):
             latents = torch.stack([starts[image.number] for image in batch])  # (B, C, h, w)
-            ends = self.run_path(batch, latents, merged)  # (B, C, h, w), or n copies of each
+            ends = self.run_path(batch, latents, merged)  # (B, C, h, w), or n ends of each
             ends.backward(self.score(batch, ends.detach(), totals))
         return totals
 
     def run_path(self, batch: Sequence[StepImage], starts: Tensor, merged: lora.Merged) -> Tensor:
         """Run a batch along its common path; return the clean latents with their graph."""
-        denoise, draw_noise = self.chain(batch)
+        denoise, draw_noise = self.chain(batch, self.settings.detach_uncond)
         return backprop(
             denoise,
             starts,
@@ -169,7 +169,7 @@ class Trainer:
 
     def score(self, batch: Sequence[StepImage], latents: Tensor, totals: Totals) -> Tensor:
         """Decode and score clean latents in chunks, and return the gradient of the loss in them."""
-        # The weights make it the mean over the global batch, however that is divided. With n copies
+        # The weights make it the mean over the global batch, however that is divided. With n ends
         # there are n clean latents per image, each with 1 / n of its weight.
         prompts = [image.prompt for image in batch] * (len(latents) // len(batch))
         weight = len(batch) / (len(latents) * self.settings.batch_size)
@@ -186,12 +186,12 @@ class Trainer:
             totals.add(losses, scores, len(batch[0].path))
         return torch.cat(gradients)
 
-    def chain(self, batch: Sequence[StepImage]) -> tuple[Denoise, DrawNoise]:
-        """Return the guided network call of a batch and its fresh noise by step."""
+    def chain(self, batch: Sequence[StepImage], detach: bool = False) -> tuple[Denoise, DrawNoise]:
+        """Return a batch's guided call, perhaps with a detached branch, and its noise by step."""
         sampler, prompts = self.settings.sampler, [image.prompt for image in batch]
         negative = sampler.negative_prompt if sampler.guidance.enabled else None
         embeds = self.model.conditioning(prompts, negative)
-        denoise = guided(self.model.network.predict, embeds, sampler.guidance)
+        denoise = guided(self.model.network.predict, embeds, sampler.guidance, detach_uncond=detach)
         return denoise, lambda i: self._noise("eta", batch, i)
 
     def _noise(self, purpose: rng.Purpose, batch: Sequence[StepImage], *counters: int) -> Tensor:

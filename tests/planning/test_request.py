@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 from accelerate import Accelerator
 
+from alignprop_cli.calls import LastCalls
 from alignprop_cli.config import presets
 from alignprop_cli.config.schema import Config, RewardConfig
 from alignprop_cli.config.validation import parse
 from alignprop_cli.errors import ConfigError
-from alignprop_cli.estimators import Estimator, LastCalls, full, gaussian_k, last_k, random_k
+from alignprop_cli.estimators import Estimator, full, gaussian_k, last_k, random_k
 from alignprop_cli.planning import request as planning
 from alignprop_cli.planning.estimate import GIB, Budget, Estimate, Work
 from alignprop_cli.planning.plan import Plan
