@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import pytest
@@ -25,6 +25,7 @@ from alignprop_cli.estimators import (
     sparse,
     window,
 )
+from alignprop_cli.planning.chain import Chain
 from alignprop_cli.sampling import ddim_step, sample
 from alignprop_cli.schedule import NoiseSchedule, PredictionType, Step
 from tests.factories import generator, randn
@@ -77,6 +78,9 @@ def reward(latents: Tensor) -> Tensor:
     return (latents.sin() + latents.square()).sum(dim=-1)
 
 
+Call = Callable[[Tensor, Step], Tensor]
+
+
 @dataclass(frozen=True)
 class Loop:
     """What the loops below share: the formulas of a step, written out for each kind of network."""
@@ -86,8 +90,17 @@ class Loop:
     endpoint: Endpoint | None
 
     @property
-    def steps(self) -> tuple[Step, ...]:
+    def steps(self) -> Sequence[Step]:
         return schedule(self.prediction).steps
+
+    def start(self) -> Tensor:
+        return randn(2, *SHAPE)
+
+    def noise(self, i: int) -> Tensor:
+        return noise(i)
+
+    def reward(self, latents: Tensor) -> Tensor:
+        return reward(latents)
 
     def clean(self, output: Tensor, x: Tensor, i: int) -> tuple[Tensor, Tensor]:
         """x0 and epsilon."""
@@ -104,20 +117,20 @@ class Loop:
         return level[0] * x0 + level[1] * epsilon
 
     def step(self, output: Tensor, x: Tensor, i: int) -> Tensor:
-        fresh = noise(i) if self.eta else None
+        fresh = self.noise(i) if self.eta else None
         return ddim_step(output, x, self.steps[i], self.prediction, eta=self.eta, noise=fresh)
 
     def level(self, call: int) -> tuple[float, float]:
         """The level before a call; T is the end of the chain."""
-        if call < STEPS:
+        if call < len(self.steps):
             return self.steps[call].alpha, self.steps[call].sigma
         return self.steps[-1].alpha_next, self.steps[-1].sigma_next
 
-    def chain(self, network: Network) -> list[Tensor]:
+    def chain(self, network: Call) -> list[Tensor]:
         """The latents before every call and at the end, without gradient."""
-        states = [randn(2, *SHAPE)]
+        states = [self.start()]
         with torch.no_grad():
-            for i in range(STEPS):
+            for i in range(len(self.steps)):
                 states.append(self.step(network(states[-1], self.steps[i]), states[-1], i))
         return states
 
@@ -127,78 +140,80 @@ def onto(value: Tensor, gradient: Tensor) -> Tensor:
     return gradient + (value - gradient).detach()
 
 
-def plain_draft_lv(loop: Loop, path: GradPath, network: Network) -> Tensor:
+def plain_draft_lv(loop: Loop, path: GradPath, network: Call) -> Tensor:
     """DRaFT-LV: the last step, then n steps from the end noised back; the mean of all."""
-    states, last = loop.chain(network), loop.steps[-1]
+    states, last, steps = loop.chain(network), loop.steps[-1], len(loop.steps)
 
     def end(x: Tensor, *, own: bool) -> Tensor:
         output = network(x, last)
         if loop.endpoint == "predicted":
-            return loop.clean(output, x, STEPS - 1)[0]
-        return loop.step(output, x, STEPS - 1) if own else loop.to(loop.level(STEPS), output, x, -1)
+            return loop.clean(output, x, steps - 1)[0]
+        return loop.step(output, x, steps - 1) if own else loop.to(loop.level(steps), output, x, -1)
 
     ends = [end(states[-2], own=True)] if path.own_end else []
     base = ends[0].detach() if ends else states[-1]
     ends += [
-        end(last.alpha * base + last.sigma * noise(STEPS + j), own=False) for j in range(COPIES)
+        end(last.alpha * base + last.sigma * loop.noise(steps + j), own=False)
+        for j in range(COPIES)
     ]
-    return torch.stack([reward(x).sum() for x in ends]).sum()
+    return torch.stack([loop.reward(x).sum() for x in ends]).sum()
 
 
-def plain_refl(loop: Loop, path: GradPath, network: Network) -> Tensor:
+def plain_refl(loop: Loop, path: GradPath, network: Call) -> Tensor:
     """ReFL: no gradient up to call m, one call, the clean sample that it predicts."""
     states, (m,) = loop.chain(network), path.calls
     x0, _ = loop.clean(network(states[m], loop.steps[m]), states[m], m)
-    return reward(onto(states[-1], x0) if loop.endpoint == "chain" else x0).sum()
+    return loop.reward(onto(states[-1], x0) if loop.endpoint == "chain" else x0).sum()
 
 
-def plain_drtune(loop: Loop, path: GradPath, network: Network) -> Tensor:
+def plain_drtune(loop: Loop, path: GradPath, network: Call) -> Tensor:
     """DRTune: every input detached, some outputs too; x0 at the stop."""
-    states, x = loop.chain(network), randn(2, *SHAPE)
-    for i in range(STEPS):
+    states, x = loop.chain(network), loop.start()
+    for i in range(len(loop.steps)):
         output = network(x.detach(), loop.steps[i])
         output = output if i in path.calls else output.detach()
         if i == path.stop:
             x0, _ = loop.clean(output, x, i)
-            return reward(onto(states[-1], x0) if loop.endpoint == "chain" else x0).sum()
+            return loop.reward(onto(states[-1], x0) if loop.endpoint == "chain" else x0).sum()
         x = loop.step(output, x, i)
     raise AssertionError
 
 
-def plain_leap(loop: Loop, path: GradPath, network: Network) -> Tensor:
+def plain_leap(loop: Loop, path: GradPath, network: Call) -> Tensor:
     """LeapAlign: two jumps onto the true chain, the second input mixed, images weighted."""
     states, (k, j) = loop.chain(network), path.calls
     jump = loop.to(loop.level(j), network(states[k], loop.steps[k]), states[k], k)
     x_j = onto(states[j], jump)
     mixed = 0.3 * x_j + 0.7 * x_j.detach()
     output = network(mixed, loop.steps[j])
-    d_j = (jump - states[j]).abs().mean(dim=-1).detach()
+    d_j = (jump - states[j]).abs().flatten(1).mean(dim=1).detach()
     if loop.endpoint == "predicted":
         end, _ = loop.clean(output, x_j, j)
         d_0 = torch.zeros_like(d_j)
     else:
-        landed = loop.to(loop.level(STEPS), output, x_j, j)
-        end, d_0 = onto(states[-1], landed), (landed - states[-1]).abs().mean(dim=-1).detach()
-    return (reward(end) / (d_j.clamp(min=0.02) + d_0.clamp(min=0.02))).sum()
+        landed = loop.to(loop.level(len(loop.steps)), output, x_j, j)
+        end, gap = onto(states[-1], landed), landed - states[-1]
+        d_0 = gap.abs().flatten(1).mean(dim=1).detach()
+    return (loop.reward(end) / (d_j.clamp(min=0.02) + d_0.clamp(min=0.02))).sum()
 
 
-def plain_sparse(loop: Loop, path: GradPath, network: Network) -> Tensor:
+def plain_sparse(loop: Loop, path: GradPath, network: Call) -> Tensor:
     """FlowBP-Sparse: calls repeated at stored latents, the chain composed of stored outputs."""
     states, steps = loop.chain(network), loop.steps
     with torch.no_grad():
-        outputs = {i: network(states[i], steps[i]) for i in range(STEPS)}
+        outputs = {i: network(states[i], steps[i]) for i in range(len(steps))}
     outputs |= {i: network(states[i], steps[i]) for i in path.calls}
     covered = sum(steps[i].sigma - steps[i].sigma_next for i in path.calls)
     factor = 1.0 + 0.5 * ((steps[0].sigma - steps[-1].sigma_next) / covered - 1.0)
     x = states[0]
-    for i in range(STEPS):
+    for i in range(len(steps)):
         if loop.endpoint == "predicted" and i == path.calls[-1]:
-            return factor * reward(loop.clean(outputs[i], x, i)[0]).sum()
+            return factor * loop.reward(loop.clean(outputs[i], x, i)[0]).sum()
         x = loop.step(outputs[i], x, i)
-    return factor * reward(onto(states[-1], x)).sum()
+    return factor * loop.reward(onto(states[-1], x)).sum()
 
 
-PLAIN: dict[str, Callable[[Loop, GradPath, Network], Tensor]] = {
+PLAIN: dict[str, Callable[[Loop, GradPath, Call], Tensor]] = {
     "draft_lv": plain_draft_lv,
     "draft_lv copies": plain_draft_lv,
     "refl": plain_refl,
@@ -278,6 +293,31 @@ def test_the_chain_makes_the_calls_that_are_planned(name: str) -> None:
             assert before == chain or network.calls[before]
             assert sum(network.calls) == len(path)
             assert len(path) <= estimator.longest(STEPS)
+
+
+@pytest.mark.parametrize("rollout_steps", [None, 1, 3])
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_planner_counts_the_calls_of_the_chain(name: str, rollout_steps: int | None) -> None:
+    """The mean over all paths of the calls that a stub sees, those of the roll-out replaced."""
+    estimator, levels = PUBLISHED[name], schedule("flow")
+    expected = dict.fromkeys(("rolled_out", "between", "mean"), 0.0)
+    for path, probability in estimator.paths(STEPS):
+        before, chain = path.calls[0], levels
+        if rollout_steps is not None and rollout_steps < before:
+            chain, path = (
+                levels.shortened(before, rollout_steps),
+                path.earlier(before - rollout_steps),
+            )
+        network = Network()
+        sample(network, randn(2, *SHAPE), chain, path=path, draw_noise=noise)
+        rolled = path.rollout_calls(len(chain))
+        expected["rolled_out"] += probability * rolled
+        expected["mean"] += probability * sum(network.calls)
+        expected["between"] += probability * network.calls[rolled:].count(False)
+    planned = Chain(num_inference_steps=STEPS, estimator=estimator, rollout_steps=rollout_steps)
+    for part, calls in expected.items():
+        assert getattr(planned, part) == pytest.approx(calls, abs=1e-9), part
+    assert planned.calls == pytest.approx(sum(expected.values()))
 
 
 # --- Special cases that are another estimator ---
