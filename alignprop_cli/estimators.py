@@ -3,11 +3,12 @@
 A chain has T network calls, i = 0 .. T-1, the last one nearest the image. An estimator is four
 facts; the sampler (sampling.py) carries them out and knows no method by name:
 
-1. which calls carry gradient (`calls`, a distribution over sets of calls);
+1. which calls carry gradient (`calls`, a distribution over sets of calls, see calls.py);
 2. what their input is (`input_grad`: attached, detached, or mixed with a factor alpha);
-3. where the chain ends (`end`: the last latents, or the clean sample predicted by the last call of
-   the path; `leaps`: whether a call's output reaches the path's next call in one jump);
-4. how often and how strongly the result counts (`copies`, `weight`).
+3. where the gradient's path ends (the chain's last latents, or the clean sample that a call
+   predicts), whether the path leaps there from call to call (`leaps`), and which of the two ends
+   the reward sees (`endpoint`);
+4. how often and how strongly the result counts (`copies`, `own_end`, `weight`, `rescale`, `tau`).
 
 Each group of images draws one path (never inside a chain), as a function of seed and step. The
 draws of one step are stratified over its groups: the marginal distribution of each is unchanged,
@@ -19,55 +20,107 @@ gradient but another, cheaper direction. K = 1 changes mostly fine detail, large
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from statistics import NormalDist
-from typing import Literal, Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Literal
 
 import torch
 
+from alignprop_cli.calls import (
+    Calls,
+    GaussianStart,
+    LastCalls,
+    LateCalls,
+    OneCall,
+    SpacedCalls,
+    TwoCalls,
+    stratified,
+)
+
+Endpoint = Literal["chain", "predicted"]
+"""What the reward sees: the end of the chain, or a clean sample predicted on the way."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What an estimator and each of its paths have in common.
+
+    Args:
+        input_grad: alpha, the share of the gradient that each call passes on through its input, in
+            [0, 1]: 1 leaves the input attached, 0 detaches it.
+        leaps: Whether a call's output reaches the path's next call, or the end, in one jump. The
+            values stay those of the true chain; only the gradient goes through the jump.
+        copies: n >= 0. The last call is made n times more, each on the clean latents noised back to
+            the level before that call with fresh noise.
+        own_end: Whether the chain's own end counts beside the copies; without copies it does.
+        weight: Factor on the gradient that enters the end.
+        rescale: r in [0, 1]. The gradient is multiplied by 1 + r (1 / s - 1), where s is the share
+            of the path through the noise that the calls cover (`NoiseSchedule.path_share`).
+        tau: None, or a floor > 0: the gradient of each image is divided by the sum over the jumps
+            of max(d, tau), where d is the mean absolute distance from the landing of the jump to
+            the true latents there. Gradient stops at d.
+    """
+
+    input_grad: float = 1.0
+    leaps: bool = False
+    copies: int = 0
+    own_end: bool = True
+    weight: float = 1.0
+    rescale: float = 0.0
+    tau: float | None = None
+
+    @property
+    def ends(self) -> int:
+        """Return how many clean latents one image has: one, and one for each copy."""
+        return self.copies + (self.own_end or not self.copies)
+
+    def passes(self, calls: int) -> int:
+        """Return how many network calls carry gradient, of a path with `calls` of the chain's."""
+        # A path with copies has one call, which is made once for each end.
+        return self.ends if self.copies else calls
+
 
 @dataclass(frozen=True)
-class GradPath:
-    """Where the gradient flows in one chain: one draw of an estimator.
+class GradPath(Facts):
+    """Where the gradient flows in one chain: one draw of an estimator; see also `Facts`.
 
     Args:
         calls: Which network calls carry gradient, ascending. The gradient stops at all others; the
             arithmetic of the steps between them passes it on.
-        input_grad: alpha, the share of the gradient that each call passes on through its input, in
-            [0, 1]: 1 leaves the input attached, 0 detaches it.
-        end: None ends the chain at its last latents; "predicted" at the clean sample predicted by
-            the last of `calls`.
-        leaps: Whether a call's output reaches the path's next call, or the end, in one jump. The
-            values stay those of the true chain; only the gradient goes through the jump.
-        copies: 0 is the chain itself. n > 0 makes the last call n times instead, each on the clean
-            latents noised back to the level before that call with fresh noise.
-        weight: Factor on the gradient that enters the chain's end.
+        stop: The call whose predicted clean sample is the end of the path; it need not be one of
+            `calls`. None ends it at the chain's last latents.
+        endpoint: What the reward sees where the path has a stop: "predicted" is that clean sample,
+            and the chain goes no further; "chain" is the end of the chain, whose values get the
+            gradient of the predicted sample (straight-through).
     """
 
     calls: tuple[int, ...]
-    input_grad: float = 1.0
-    end: Literal["predicted"] | None = None
-    leaps: bool = False
-    copies: int = 0
-    weight: float = 1.0
+    stop: int | None = None
+    endpoint: Endpoint = "chain"
 
     def __contains__(self, i: int) -> bool:
         return i in self.calls
 
     def __len__(self) -> int:
-        return len(self.calls)
+        return self.passes(len(self.calls))
 
     def rollout_calls(self, num_inference_steps: int) -> int:
         """Return how many calls come before the first one with gradient, so need no graph."""
-        # Copies start from the clean latents, so the whole chain comes before them.
-        if self.copies:
+        # Copies alone start from the clean latents, so the whole chain comes before them.
+        if not self.calls or (self.copies and not self.own_end):
             return num_inference_steps
-        return self.calls[0] if self.calls else num_inference_steps
+        return self.calls[0]
+
+    def chain_calls(self, num_inference_steps: int) -> int:
+        """Return how many calls of the chain are made, copies not counted."""
+        if self.stop is None or self.endpoint == "chain" or self.copies:
+            return num_inference_steps
+        return self.stop + 1
 
     def earlier(self, calls: int) -> GradPath:
         """Return the same path in a chain that has `calls` fewer calls before it."""
-        return replace(self, calls=tuple(i - calls for i in self.calls))
+        stop = None if self.stop is None else self.stop - calls
+        return replace(self, calls=tuple(i - calls for i in self.calls), stop=stop)
 
 
 def window(start: int, stop: int) -> GradPath:
@@ -75,152 +128,20 @@ def window(start: int, stop: int) -> GradPath:
     return GradPath(tuple(range(start, stop)))
 
 
-class Calls(Protocol):
-    """A distribution over sets of calls.
-
-    A draw maps uniform numbers to a set (inverse transform sampling) and never touches a generator,
-    so that the draws of several groups can be stratified.
-    """
-
-    @property
-    def uniforms(self) -> int:
-        """Return how many numbers in [0, 1) one draw needs; 0 where nothing is random."""
-        ...
-
-    def draw(self, num_inference_steps: int, uniforms: Sequence[float]) -> tuple[int, ...]:
-        """Return the set, ascending, that belongs to these numbers."""
-        ...
-
-    def sizes(self, num_inference_steps: int) -> Mapping[int, float]:
-        """Return the possible numbers of calls, each with its probability."""
-        ...
-
-    def problems(self, num_inference_steps: int) -> list[str]:
-        """Return why it is impossible in a chain of T steps, in words; empty if it is possible."""
-        ...
-
-
 @dataclass(frozen=True)
-class LastCalls:
-    """The last k calls, k uniform on {k_min, ..., k_max}.
-
-    Args:
-        k_min: Smallest k, at least 1; None means T.
-        k_max: Largest k, at most T; None means T.
-    """
-
-    k_min: int | None = None
-    k_max: int | None = None
-
-    @property
-    def uniforms(self) -> int:
-        """Return 1, or 0 where k is fixed."""
-        return 0 if self.k_min == self.k_max else 1
-
-    def _range(self, num_inference_steps: int) -> range:
-        # An impossible range is returned as it is: `problems` describes it.
-        least = num_inference_steps if self.k_min is None else self.k_min
-        most = num_inference_steps if self.k_max is None else self.k_max
-        return range(least, most + 1)
-
-    def draw(self, num_inference_steps: int, uniforms: Sequence[float]) -> tuple[int, ...]:
-        """Return the last k calls."""
-        sizes = self._range(num_inference_steps)
-        # A number in [0, 1) falls into one of len(sizes) equal parts.
-        k = sizes[int(uniforms[0] * len(sizes))] if self.uniforms else sizes[0]
-        return tuple(range(num_inference_steps - k, num_inference_steps))
-
-    def sizes(self, num_inference_steps: int) -> Mapping[int, float]:
-        """Return the possible k, all of the same probability."""
-        sizes = self._range(num_inference_steps)
-        return {k: 1.0 / len(sizes) for k in sizes}
-
-    def problems(self, num_inference_steps: int) -> list[str]:
-        """Return what is wrong unless 1 <= k_min <= k_max <= T."""
-        sizes = self._range(num_inference_steps)
-        if 1 <= sizes.start < sizes.stop <= num_inference_steps + 1:
-            return []
-        least, most = sizes.start, sizes.stop - 1
-        asked = f"k={least}" if least == most else f"k_min={least}, k_max={most}"
-        return [f"expected 1 to num_inference_steps={num_inference_steps} calls, got {asked}"]
-
-
-@dataclass(frozen=True)
-class GaussianStart:
-    """All calls from s on, s = round(T x N(mean, std)), truncated to 1 <= s < T.
-
-    Args:
-        mean: Mean of s as a fraction of T, in (0, 1).
-        std: Standard deviation of s as a fraction of T, >= 0; with 0, s is the rounded mean.
-    """
-
-    mean: float
-    std: float
-
-    @property
-    def uniforms(self) -> int:
-        """Return 1, or 0 where s is fixed."""
-        return 0 if self.std == 0.0 else 1
-
-    def draw(self, num_inference_steps: int, uniforms: Sequence[float]) -> tuple[int, ...]:
-        """Return the calls from s on."""
-        # Inverse transform over ascending s, which is descending k. The last one also gets what
-        # rounding leaves of the probability 1.
-        sizes = sorted(self.sizes(num_inference_steps).items(), reverse=True)
-        remaining, k = (uniforms[0] if self.uniforms else 0.0), sizes[-1][0]
-        for size, probability in sizes:
-            remaining -= probability
-            if remaining < 0.0:
-                k = size
-                break
-        return tuple(range(num_inference_steps - k, num_inference_steps))
-
-    def sizes(self, num_inference_steps: int) -> Mapping[int, float]:
-        """Return the probability of each k = T - s under the truncated normal."""
-        steps = num_inference_steps
-        nearest = min(max(round(self.mean * steps), 1), steps - 1)
-        mass: dict[int, float] = {}
-        if self.std > 0.0:
-            # The mass that rounds to s; what lies outside the chain is cut off, the rest scaled up.
-            normal = NormalDist(self.mean * steps, self.std * steps)
-            mass = {s: normal.cdf(s + 0.5) - normal.cdf(s - 0.5) for s in range(1, steps)}
-        total = sum(mass.values())
-        if total <= 0.0:
-            # No deviation, or so narrow a normal outside the chain that its mass underflows.
-            return {steps - nearest: 1.0}
-        return {steps - s: p / total for s, p in mass.items() if p > 0.0}
-
-    def problems(self, num_inference_steps: int) -> list[str]:
-        """Return what is wrong unless T >= 2, 0 < mean < 1 and std >= 0."""
-        if num_inference_steps >= 2 and 0.0 < self.mean < 1.0 and self.std >= 0.0:
-            return []
-        return [
-            "gaussian_k needs at least 2 steps, 0 < mean < 1 and std >= 0, got "
-            f"num_inference_steps={num_inference_steps}, mean={self.mean}, std={self.std}"
-        ]
-
-
-@dataclass(frozen=True)
-class Estimator:
+class Estimator(Facts):
     """How the gradient of the reward is estimated: the four facts of the module's docstring.
 
     Planner, probe and trainer ask this value; none of them looks at the name of a method.
 
     Args:
-        calls: Which calls carry gradient.
-        input_grad: As `GradPath.input_grad`.
-        end: As `GradPath.end`.
-        leaps: As `GradPath.leaps`.
-        copies: As `GradPath.copies`.
-        weight: As `GradPath.weight`.
+        calls: Which calls carry gradient, and where the path ends.
+        endpoint: What the reward sees; None is where the path ends. Of a path to the chain's last
+            latents, "predicted" makes the end the clean sample that its last call predicts.
     """
 
     calls: Calls = field(default_factory=LastCalls)
-    input_grad: float = 1.0
-    end: Literal["predicted"] | None = None
-    leaps: bool = False
-    copies: int = 0
-    weight: float = 1.0
+    endpoint: Endpoint | None = None
 
     def draw(
         self, num_inference_steps: int, generator: torch.Generator, groups: int = 1
@@ -240,25 +161,34 @@ class Estimator:
         """
         for problem in self.problems(num_inference_steps):
             raise ValueError(problem)
-        # One column per uniform number, one row per group: a random part of [0, 1) for each group
-        # (a permutation, so that group 0 is not always the smallest), and a random place in it.
-        columns: list[list[float]] = []
-        for _ in range(self.calls.uniforms):
-            strata = torch.randperm(groups, generator=generator).double()
-            within = torch.rand(groups, generator=generator, dtype=torch.float64)
-            columns.append(list(map(float, (strata + within) / groups)))
-        return [
-            self.path(self.calls.draw(num_inference_steps, [column[group] for column in columns]))
-            for group in range(groups)
-        ]
+        rows = stratified(self.calls.uniforms, groups, generator)
+        return [self.path(*self.calls.draw(num_inference_steps, row)) for row in rows]
 
-    def path(self, calls: tuple[int, ...]) -> GradPath:
-        """Return the estimator's path through these calls, without a draw."""
-        return GradPath(calls, self.input_grad, self.end, self.leaps, self.copies, self.weight)
+    def path(self, calls: tuple[int, ...], stop: int | None = None) -> GradPath:
+        """Return the estimator's path through these calls, to this stop, without a draw."""
+        endpoint: Endpoint = "chain" if stop is None else "predicted"
+        endpoint = self.endpoint or endpoint
+        if endpoint == "predicted" and stop is None:
+            stop = calls[-1]
+        shared = {fact.name: getattr(self, fact.name) for fact in fields(Facts)}
+        return GradPath(calls, stop, endpoint, **shared)
+
+    def paths(self, num_inference_steps: int) -> list[tuple[GradPath, float]]:
+        """Return the paths that can be drawn, each with its probability."""
+        draws = self.calls.draws(num_inference_steps)
+        return [(self.path(*draw), probability) for draw, probability in draws.items()]
+
+    def sizes(self, num_inference_steps: int) -> Mapping[int, float]:
+        """Return the possible numbers of calls with gradient, each with its probability."""
+        sizes: dict[int, float] = {}
+        for draw, probability in self.calls.draws(num_inference_steps).items():
+            size = self.passes(len(draw.calls))
+            sizes[size] = sizes.get(size, 0.0) + probability
+        return sizes
 
     def longest(self, num_inference_steps: int) -> int:
         """Return the largest number of calls that can carry gradient."""
-        return max(self.calls.sizes(num_inference_steps))
+        return max(self.sizes(num_inference_steps))
 
     def mean(self, num_inference_steps: int) -> float:
         """Return the mean number of calls that carry gradient."""
@@ -266,7 +196,7 @@ class Estimator:
 
     def mean_beyond(self, num_inference_steps: int, calls: int) -> float:
         """Return E max(k - calls, 0), k the number of calls with gradient."""
-        sizes = self.calls.sizes(num_inference_steps)
+        sizes = self.sizes(num_inference_steps)
         return sum(p * max(k - calls, 0) for k, p in sizes.items())
 
     def problems(self, num_inference_steps: int) -> list[str]:
@@ -280,7 +210,7 @@ def full() -> Estimator:
     Source: Prabhudesai et al. 2023, arXiv:2310.03739, section 4 (AlignProp);
         Clark et al. 2023, arXiv:2309.17400, section 4 (DRaFT).
     """
-    return Estimator(LastCalls())
+    return Estimator(calls=LastCalls())
 
 
 def last_k(k: int) -> Estimator:
@@ -288,7 +218,7 @@ def last_k(k: int) -> Estimator:
 
     Source: Clark et al. 2023, arXiv:2309.17400 (DRaFT-K); AlignProp's "K = 1" variant.
     """
-    return Estimator(LastCalls(k, k))
+    return Estimator(calls=LastCalls(k, k))
 
 
 def random_k(k_min: int = 1, k_max: int | None = None) -> Estimator:
@@ -297,7 +227,7 @@ def random_k(k_min: int = 1, k_max: int | None = None) -> Estimator:
     Source: Prabhudesai et al. 2023, arXiv:2310.03739 (randomised truncation; their U(0, 50)
         includes the empty window, which has no gradient and is left out here).
     """
-    return Estimator(LastCalls(k_min, k_max))
+    return Estimator(calls=LastCalls(k_min, k_max))
 
 
 def gaussian_k(mean: float = 0.84, std: float = 0.1) -> Estimator:
@@ -307,7 +237,83 @@ def gaussian_k(mean: float = 0.84, std: float = 0.1) -> Estimator:
         5 are divided by its 50 steps, so that they hold for any T. It repeats the draw until
         1 <= s < T; this is the same truncated distribution.
     """
-    return Estimator(GaussianStart(mean, std))
+    return Estimator(calls=GaussianStart(mean, std))
+
+
+def draft_lv(copies: int = 2, *, own_end: bool = True) -> Estimator:
+    """The last call, and `copies` times more on the clean latents noised back to its level.
+
+    The mean over the ends of the gradient of R(x_T). Copy j starts at alpha sg(x_T) + sigma
+    noise_j, the level before the last call. With `own_end` the chain's own last call counts too;
+    without, only the copies do.
+
+    Source: Clark et al. 2023, arXiv:2309.17400 (DRaFT-LV, n = 2), who add the gradients of the
+        copies to that of the last call; FlowBP (2606.11075) takes the mean, as here.
+    """
+    return Estimator(calls=LastCalls(1, 1), copies=copies, own_end=own_end)
+
+
+def refl(span: tuple[float, float] = (0.75, 1.0)) -> Estimator:
+    """One call m, uniform on a part of the chain; the reward sees the clean sample it predicts.
+
+    Args:
+        span: Fractions of T. ImageReward's m in {30, ..., 39} at T = 40 is 0.75 to 1.
+
+    Source: Xu et al. 2023, arXiv:2304.05977, algorithm 1 (ReFL).
+    """
+    return Estimator(calls=OneCall(span))
+
+
+def drtune(calls: int = 3, span: tuple[float, float] = (0.6, 1.0)) -> Estimator:
+    """Equally spaced calls with detached inputs, and the clean sample predicted by a random call.
+
+    Every network input is detached, so the gradient reaches each call through the arithmetic of the
+    steps alone, never through the network.
+
+    Args:
+        calls: K, spaced evenly over the calls up to the stop, from a random offset.
+        span: Where the stop lies, in fractions of T; 0.6 to 1 are the last 10 of 25 calls.
+
+    Source: Wu et al. 2024, arXiv:2405.00760 (DRTune); K and span as in FlowBP's code (2606.11075).
+    """
+    return Estimator(calls=SpacedCalls(calls, span), input_grad=0.0)
+
+
+def leap(
+    alpha: float = 0.3, tau: float | None = 0.1, span: tuple[float, float] = (0.0, 1.0)
+) -> Estimator:
+    """Two random calls, joined by one-step jumps whose landings are moved onto the true chain.
+
+    Args:
+        alpha: Share of the gradient that the second call passes on through its input.
+        tau: The gradient of an image is divided by max(d_j, tau) + max(d_0, tau), where d is how
+            far the two jumps land from the true latents; None: it is not.
+        span: Where both calls lie, in fractions of T.
+
+    Source: LeapAlign, arXiv:2604.15311, whose alpha is 0.3 for HPSv2.1 and 0.1 for PickScore.
+    """
+    return Estimator(calls=TwoCalls(span), input_grad=alpha, leaps=True, tau=tau)
+
+
+def sparse(
+    calls: int = 3,
+    late_bias: float = 2.0,
+    rescale: float = 0.0,
+    span: tuple[float, float] = (0.0, 1.0),
+) -> Estimator:
+    """Random calls with detached inputs, drawn more often near the image; to the chain's end.
+
+    Args:
+        calls: K, drawn without replacement.
+        late_bias: Call i is drawn with weight (i + 1)^late_bias.
+        rescale: As `Facts.rescale`.
+        span: Where the calls lie, in fractions of T.
+
+    Source: FlowBP-Sparse, arXiv:2606.11075; defaults as in its code. It repeats its calls at stored
+        latents; here they are the calls of the chain itself, with the same values and gradient.
+    """
+    late = LateCalls(calls, late_bias, span)
+    return Estimator(calls=late, input_grad=0.0, rescale=rescale)
 
 
 DRAWS_PER_STEP = 4

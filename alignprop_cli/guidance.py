@@ -115,7 +115,13 @@ class Guidance:
         return guided if self.rescale is None else self.rescale(guided, noise_pred_text)
 
 
-def guided(predict: Predict, conditioning: Conditioning, guidance: Guidance) -> Denoise:
+def guided(
+    predict: Predict,
+    conditioning: Conditioning,
+    guidance: Guidance,
+    *,
+    detach_uncond: bool = False,
+) -> Denoise:
     """Return the guided network call of a batch.
 
     Both branches go through the network in one batch, the unconditional one first; where guidance
@@ -125,29 +131,38 @@ def guided(predict: Predict, conditioning: Conditioning, guidance: Guidance) -> 
         predict: The network, unguided.
         conditioning: Of B prompts.
         guidance: How the branches are combined.
+        detach_uncond: Whether the unconditional branch is a constant for the gradient. It then runs
+            by itself and stores nothing, whatever the gradient mode.
 
     Returns:
         (latents, step) -> noise_pred, in latents' dtype. Given fewer than B rows, it takes them for
-        the first ones. Differentiable in latents and in the trainable parameters of `predict`.
+        the first ones. Differentiable in latents and in the trainable parameters of `predict`; with
+        `detach_uncond` through the text branch alone.
     """
 
     # Cached: a chain calls it once per step, mostly with the same number of rows.
     @functools.cache
-    def first(rows: int) -> tuple[Embeds, Embeds | None]:
+    def first(rows: int) -> tuple[Embeds, Embeds | None, Embeds | None]:
         part = conditioning[slice(rows)]
         text, negative = part.text, part.negative
         if guidance.embedded is not None:
             text = text.with_guidance(guidance.embedded)
         if negative is None or not guidance.enabled:
-            return text, None
+            return text, None, None
         if guidance.embedded is not None:
             negative = negative.with_guidance(guidance.embedded)
-        return text, negative.followed_by(text)
+        return text, negative, None if detach_uncond else negative.followed_by(text)
 
     def denoise(latents: Tensor, step: Step) -> Tensor:
-        text, both = first(len(latents))
-        if both is None or not guidance.applies(step.sigma):
+        text, negative, both = first(len(latents))
+        if negative is None or not guidance.applies(step.sigma):
             return predict(latents, step.timestep, text)
+        if both is None:
+            # In every gradient mode: both branches in one batch would round otherwise, and a call
+            # that is recomputed has to repeat itself bit for bit.
+            with torch.no_grad():
+                uncond = predict(latents.detach(), step.timestep, negative)
+            return guidance.combine(uncond, predict(latents, step.timestep, text))
         # `repeat` rather than two uses of latents: its backward adds the two gradients itself, in
         # the same order whether or not the call is recomputed.
         branches = predict(latents.repeat(2, 1, 1, 1), step.timestep, both)  # (2 B, C, h, w)

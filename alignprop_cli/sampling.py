@@ -194,42 +194,46 @@ def backprop(
             `backward` alone, not from `torch.autograd.grad`.
 
     Returns:
-        Clean latents, shape (B, C, h, w); with n copies (n B, C, h, w), one copy of the batch after
-        the other. Differentiable in the parameters of `denoise` through the path's calls, and in
-        `latents`; the gradient stops at all other calls.
+        Clean latents, shape (B, C, h, w); of a path with n ends (n B, C, h, w), the batch's own
+        ends first, then those of each copy. Differentiable in the parameters of `denoise` through
+        the path's calls, and in `latents`; the gradient stops at all other calls.
 
     Raises:
         ValueError: If eta > 0 and draw_noise is None.
     """
-    if path.copies:
-        return _copies(denoise, latents, schedule, path, draw_noise, recomputed)
-    # With `leaps` the gradient travels apart from the values: `latents` are those of the true
-    # chain, `jump` is one large step from the last call with gradient to where the next one begins.
-    jump: Tensor | None = None
     eta = schedule.eta if eta is None else eta
-    for i in range(path.rollout_calls(len(schedule)), len(schedule)):
+    # A jump carries the gradient apart from the values: `latents` are those of the true chain,
+    # `jump` is one large step from the last call with gradient to where the next one begins.
+    jump: Tensor | None = None
+    distances: list[Tensor] = []
+    steps = len(schedule)
+    for i in range(path.rollout_calls(steps), path.chain_calls(steps)):
         step = schedule.steps[i]
         if i in path:
             # 1. The call: its input has the true values, and as much of their gradient as is asked;
             #    the arithmetic of the step keeps all of it.
-            latents = _attach(latents, jump)
+            latents = _attach(latents, jump, distances)
             inputs = _mix(latents, path.input_grad)
             noise_pred = _call(denoise, inputs, step, recompute=i in recomputed)
-            if path.end == "predicted" and i == path.calls[-1]:
-                latents, _ = predict_x0_epsilon(noise_pred, latents, step, schedule.prediction_type)
-                break
-            if path.leaps:
-                # 2. The gradient skips the steps in between: one jump to the next of the path's
-                #    calls, or to the end. Detached, the step below adds no second way for it.
-                jump = _jump(noise_pred, latents, schedule, i, path)
-                latents, noise_pred = latents.detach(), noise_pred.detach()
         else:
             with torch.no_grad():
                 noise_pred = (plain or denoise)(latents, step)
+        if i == path.stop or (path.leaps and i in path):
+            # 2. The gradient skips the steps in between: one jump to the next of the path's calls,
+            #    or to the end. Detached, the step below adds no second way for it.
+            jump = _jump(noise_pred, latents, schedule, i, path)
+            latents, noise_pred = latents.detach(), noise_pred.detach()
         # 3. The step itself, outside the gradient switch: linear in `latents`, so the gradient of
         #    later steps passes through it at the cost of a few multiplications.
-        latents = _step(noise_pred, latents, step, i, schedule, eta, draw_noise)
-    return _weigh(_attach(latents, jump), path.weight)
+        if i != path.stop or path.endpoint == "chain":
+            latents = _step(noise_pred, latents, step, i, schedule, eta, draw_noise)
+    # 4. The end, with the copies of it.
+    if jump is not None and path.endpoint == "predicted":
+        latents = jump.detach()
+    ends = [_attach(latents, jump, distances)] if path.ends > path.copies else []
+    ends += _copies(denoise, latents.detach(), schedule, path, draw_noise, recomputed)
+    latents = ends[0] if len(ends) == 1 else torch.cat(ends)
+    return _weigh(latents, _weight(path, schedule, distances))
 
 
 def sample(
@@ -326,20 +330,42 @@ def _mix(latents: Tensor, alpha: float) -> Tensor:
     return latents.detach() if alpha == 0.0 else torch.lerp(latents.detach(), latents, alpha)
 
 
-def _weigh(latents: Tensor, weight: float) -> Tensor:
-    """Return the same values with the gradient multiplied by a factor."""
-    return latents if weight == 1.0 else latents.detach() + weight * (latents - latents.detach())
+def _weigh(latents: Tensor, weight: float | Tensor) -> Tensor:
+    """Return the same values with the gradient multiplied by a factor, or one for each image."""
+    if isinstance(weight, float) and weight == 1.0:
+        return latents
+    return latents.detach() + weight * (latents - latents.detach())
 
 
-def _attach(latents: Tensor, jump: Tensor | None) -> Tensor:
-    """Return the values of latents with the gradient of a jump (straight-through)."""
-    return latents if jump is None else latents.detach() + (jump - jump.detach())
+def _weight(path: GradPath, schedule: NoiseSchedule, distances: list[Tensor]) -> float | Tensor:
+    """Return the factor on the gradient that enters the end."""
+    weight = path.weight
+    if path.rescale:
+        weight *= 1.0 + path.rescale * (1.0 / schedule.path_share(path.calls) - 1.0)
+    if path.tau is None or not distances:
+        return weight
+    return weight / torch.stack(distances).clamp(min=path.tau).sum(dim=0)
+
+
+def _attach(latents: Tensor, jump: Tensor | None, distances: list[Tensor]) -> Tensor:
+    """Return the values of latents with the gradient of a jump (straight-through).
+
+    How far the jump landed from them is added to the distances, for each image.
+    """
+    if jump is None:
+        return latents
+    gap = jump - jump.detach()
+    distances.append((jump.detach() - latents).abs().mean(tuple(range(1, gap.ndim)), keepdim=True))
+    return latents.detach() + gap
 
 
 def _jump(
     noise_pred: Tensor, latents: Tensor, schedule: NoiseSchedule, i: int, path: GradPath
 ) -> Tensor:
-    """Go from call i to the level before the path's next call, or to the end, in one step."""
+    """Go from call i in one step: to the path's next call, to the end, or at the stop to x0."""
+    if i == path.stop:
+        x0, _ = predict_x0_epsilon(noise_pred, latents, schedule.steps[i], schedule.prediction_type)
+        return x0
     # The level before a call is the level after the step that precedes it.
     later = [call for call in path.calls if call > i]
     last = schedule.steps[later[0] - 1 if later else -1]
@@ -354,16 +380,17 @@ def _copies(
     path: GradPath,
     draw_noise: DrawNoise | None,
     recomputed: Collection[int],
-) -> Tensor:
+) -> list[Tensor]:
     """Make the path's only call once per copy, each from the clean latents with fresh noise."""
-    if draw_noise is None:
+    if path.copies and draw_noise is None:
         raise ValueError("a path with copies needs draw_noise")
-    (i,) = path.calls
-    step = schedule.steps[i]
     ends: list[Tensor] = []
     for copy in range(path.copies):
+        assert draw_noise is not None
+        (i,) = path.calls
+        step = schedule.steps[i]
         # Numbers from T on, so that no copy shares its noise with a step of the chain.
         noised = step.alpha * latents + step.sigma * draw_noise(len(schedule) + copy)
         noise_pred = _call(denoise, noised, step, recompute=i in recomputed)
-        ends.append(ddim_step(noise_pred, noised, step, schedule.prediction_type))
-    return _weigh(torch.cat(ends), path.weight)  # (n B, C, h, w)
+        ends.append(_jump(noise_pred, noised, schedule, i, path))
+    return ends  # each (B, C, h, w)

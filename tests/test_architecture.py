@@ -29,7 +29,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "alignprop_cli"
 
 # Where each module, or each folder of modules, lives. A new one is placed here first.
-STORY = ("schedule", "guidance", "sampling", "estimators", "losses", "images", "rng")
+STORY = ("schedule", "guidance", "sampling", "calls", "estimators", "losses", "images", "rng")
 LAYER = {
     **{
         name: name

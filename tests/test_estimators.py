@@ -5,8 +5,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -15,7 +13,6 @@ from torch import Tensor
 from alignprop_cli.estimators import (
     Estimator,
     GradPath,
-    LastCalls,
     full,
     gaussian_k,
     last_k,
@@ -338,10 +335,10 @@ def test_what_the_planner_is_told_are_the_sizes_that_are_drawn(estimator: Estima
     steps, source = 10, generator(15)
     sizes = [len(estimator.draw(steps, source)[0]) for _ in range(4000)]
     assert max(sizes) <= estimator.longest(steps)
-    assert sum(estimator.calls.sizes(steps).values()) == pytest.approx(1.0, abs=1e-12)
+    assert sum(estimator.sizes(steps).values()) == pytest.approx(1.0, abs=1e-12)
     for beyond in (0, 2, 5):
         mean = estimator.mean_beyond(steps, beyond)
-        chances = estimator.calls.sizes(steps).items()
+        chances = estimator.sizes(steps).items()
         variance = sum(p * (max(k - beyond, 0) - mean) ** 2 for k, p in chances)
         seen = sum(max(k - beyond, 0) for k in sizes) / len(sizes)
         assert seen == pytest.approx(mean, abs=5.0 * math.sqrt(variance / len(sizes)) + 1e-9)
@@ -353,171 +350,3 @@ def test_what_the_planner_is_told_are_the_sizes_that_are_drawn(estimator: Estima
 )
 def test_the_default_group_depends_on_the_batch_alone(batch_size: int, group: int) -> None:
     assert window_group(batch_size) == group
-
-
-# --- The published estimators that this package does not ship yet, as values from outside of it ---
-
-
-@dataclass(frozen=True)
-class OneCall:
-    """One call, uniform on the last so many: ReFL's."""
-
-    last: int
-    uniforms: int = 1
-
-    def draw(self, num_inference_steps: int, uniforms: Sequence[float]) -> tuple[int, ...]:
-        return (num_inference_steps - 1 - int(uniforms[0] * self.last),)
-
-    def sizes(self, num_inference_steps: int) -> dict[int, float]:
-        return {1: 1.0}
-
-    def problems(self, num_inference_steps: int) -> list[str]:
-        return []
-
-
-@dataclass(frozen=True)
-class Spaced:
-    """k calls, equally spaced from a random offset, and a random last one: DRTune's."""
-
-    k: int
-    uniforms: int = 2
-
-    def draw(self, num_inference_steps: int, uniforms: Sequence[float]) -> tuple[int, ...]:
-        stop = num_inference_steps - 1 - int(uniforms[1] * 2)
-        stride = stop // self.k
-        return (*(int(uniforms[0] * stride) + i * stride for i in range(self.k)), stop)
-
-    def sizes(self, num_inference_steps: int) -> dict[int, float]:
-        return {self.k + 1: 1.0}
-
-    def problems(self, num_inference_steps: int) -> list[str]:
-        return [] if self.k < num_inference_steps else ["too few steps"]
-
-
-@dataclass(frozen=True)
-class Pair:
-    """Two calls, uniform: LeapAlign's."""
-
-    uniforms: int = 2
-
-    def draw(self, num_inference_steps: int, uniforms: Sequence[float]) -> tuple[int, ...]:
-        first = int(uniforms[0] * (num_inference_steps - 1))
-        return (first, first + 1 + int(uniforms[1] * (num_inference_steps - 1 - first)))
-
-    def sizes(self, num_inference_steps: int) -> dict[int, float]:
-        return {2: 1.0}
-
-    def problems(self, num_inference_steps: int) -> list[str]:
-        return []
-
-
-PUBLISHED = {
-    "draft_lv": Estimator(LastCalls(1, 1), copies=2),
-    "refl": Estimator(OneCall(3), end="predicted"),
-    "drtune": Estimator(Spaced(2), input_grad=0.0, end="predicted"),
-    "leap": Estimator(Pair(), input_grad=0.3, leaps=True),
-    "sparse": Estimator(Spaced(2), input_grad=0.0, weight=0.5),
-}
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_a_published_estimator_is_a_value_that_the_chain_obeys(name: str) -> None:
-    estimator, source = PUBLISHED[name], generator(16)
-    for path in estimator.draw(STEPS, source, 6):
-        network = CountingNetwork()
-        latents = sample(
-            network,
-            randn(2, *SHAPE),
-            schedule("v_prediction"),
-            path=path,
-            draw_noise=lambda i: randn(10 + i, *SHAPE),
-        )
-        assert sum(network.calls) == len(path) * max(path.copies, 1)
-        latents.sin().sum().backward()
-        assert network.weight.grad is not None
-        expected = PLAIN[name](path)
-        assert float(expected.norm()) > 1e-6
-        torch.testing.assert_close(network.weight.grad, expected, rtol=1e-11, atol=1e-14)
-
-
-def _true_chain(network: CountingNetwork) -> list[Tensor]:
-    """Latents before every step and at the end, without gradient."""
-    chain = [randn(2, *SHAPE)]
-    with torch.no_grad():
-        for step in schedule("v_prediction").steps:
-            chain.append(ddim_step(network(chain[-1], step), chain[-1], step, "v_prediction"))
-    return chain
-
-
-def _clean(output: Tensor, latents: Tensor, step: Step) -> Tensor:
-    return step.alpha * latents - step.sigma * output  # v-prediction
-
-
-def _plain_draft_lv(path: GradPath) -> Tensor:
-    network = CountingNetwork()
-    end, step = _true_chain(network)[-1], schedule("v_prediction").steps[-1]
-    noised = [step.alpha * end + step.sigma * randn(10 + STEPS + j, *SHAPE) for j in range(2)]
-    ends = [ddim_step(network(x, step), x, step, "v_prediction") for x in noised]
-    return torch.autograd.grad(sum(x.sin().sum() for x in ends), [network.weight])[0]  # type: ignore[arg-type]
-
-
-def _plain_refl(path: GradPath) -> Tensor:
-    network = CountingNetwork()
-    latents, step = (
-        _true_chain(network)[path.calls[0]],
-        schedule("v_prediction").steps[path.calls[0]],
-    )
-    loss = _clean(network(latents, step), latents, step).sin().sum()
-    return torch.autograd.grad(loss, [network.weight])[0]
-
-
-def _plain_drtune(path: GradPath) -> Tensor:
-    network, latents = CountingNetwork(), randn(2, *SHAPE)
-    for i, step in enumerate(schedule("v_prediction").steps):
-        output = network(latents.detach(), step)
-        if i == path.calls[-1]:
-            # The linear path through x stays, only the network's input is detached.
-            loss = _clean(output, latents, step).sin().sum()
-            return torch.autograd.grad(loss, [network.weight])[0]
-        latents = ddim_step(output if i in path else output.detach(), latents, step, "v_prediction")
-    raise AssertionError
-
-
-def _plain_sparse(path: GradPath) -> Tensor:
-    network, latents = CountingNetwork(), randn(2, *SHAPE)
-    for i, step in enumerate(schedule("v_prediction").steps):
-        output = network(latents.detach(), step)
-        latents = ddim_step(output if i in path else output.detach(), latents, step, "v_prediction")
-    return 0.5 * torch.autograd.grad(latents.sin().sum(), [network.weight])[0]
-
-
-def _plain_leap(path: GradPath) -> Tensor:
-    network, steps = CountingNetwork(), schedule("v_prediction").steps
-    chain, (k, j) = _true_chain(network), path.calls
-
-    def leap(output: Tensor, latents: Tensor, start: int, stop: int) -> Tensor:
-        last = steps[stop - 1]
-        across = replace(steps[start], alpha_next=last.alpha_next, sigma_next=last.sigma_next)
-        landed = ddim_step(output, latents, across, "v_prediction")
-        return chain[stop] + (landed - landed.detach())
-
-    at_j = leap(network(chain[k], steps[k]), chain[k], k, j)
-    mixed = 0.3 * at_j + 0.7 * at_j.detach()
-    end = leap(network(mixed, steps[j]), at_j, j, STEPS)
-    return torch.autograd.grad(end.sin().sum(), [network.weight])[0]
-
-
-PLAIN = {
-    "draft_lv": _plain_draft_lv,
-    "refl": _plain_refl,
-    "drtune": _plain_drtune,
-    "leap": _plain_leap,
-    "sparse": _plain_sparse,
-}
-
-
-def test_the_values_of_a_leaping_chain_are_the_true_ones() -> None:
-    network = CountingNetwork()
-    path = GradPath((1, 3), leaps=True)
-    latents = sample(network, randn(2, *SHAPE), schedule("v_prediction"), path=path)
-    torch.testing.assert_close(latents.detach(), _true_chain(network)[-1], rtol=1e-14, atol=1e-15)

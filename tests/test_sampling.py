@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -483,3 +484,71 @@ def test_both_branches_go_through_the_network_in_one_batch_and_one_branch_alone_
     guided(predict, conditioning, Guidance(1.0))(latents, STEP)
     guided(predict, Conditioning(conditioning.text), Guidance(7.5))(latents, STEP)
     assert rows == [[1.0, 2.0, 3.0, 4.0], [1.0, 3.0], [3.0, 4.0], [3.0, 4.0]]
+
+
+@dataclass
+class BranchNetwork:
+    """A network with a weight, smooth in it and the latents, that notes how it was called."""
+
+    weight: Tensor = field(default_factory=lambda: randn(41, 1).requires_grad_())
+    called: list[tuple[int, bool]] = field(default_factory=list)
+
+    def __call__(self, latents: Tensor, timestep: float, embeds: Embeds) -> Tensor:
+        self.called.append((len(latents), torch.is_grad_enabled()))
+        return torch.tanh(self.weight * latents + embeds.tensors["hidden"])
+
+
+def test_a_detached_branch_is_a_constant_for_the_gradient_and_changes_no_value() -> None:
+    """Against the formula u + w (c - u) with u detached, over three calls."""
+    conditioning = Conditioning(embeds(0.3, 0.4), embeds(-0.1, 0.2))
+    schedule, noise = toy_schedule("flow", 3), randn(42, 2, 1, 2, 2)
+    network = BranchNetwork()
+    denoise = guided(network, conditioning, Guidance(4.0), detach_uncond=True)
+    latents = sample(denoise, noise, schedule, path=window(0, 3))
+    (actual,) = torch.autograd.grad(latents.sin().sum(), [network.weight])
+    # Each branch by itself, the unconditional one without gradient.
+    assert network.called == [(2, False), (2, True)] * 3
+
+    x = noise
+    for step in schedule.steps:
+        branches = [
+            torch.tanh(network.weight * x + e.tensors["hidden"])
+            for e in (embeds(-0.1, 0.2), embeds(0.3, 0.4))
+        ]
+        uncond = branches[0].detach()
+        output = uncond + 4.0 * (branches[1] - uncond)
+        x = x + (step.sigma_next - step.sigma) * output
+    (expected,) = torch.autograd.grad(x.sin().sum(), [network.weight])
+    torch.testing.assert_close(latents.detach(), x.detach(), rtol=1e-13, atol=1e-14)
+    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0.0)
+    whole = guided(network, conditioning, Guidance(4.0))
+    both = sample(whole, noise, schedule, path=window(0, 3))
+    torch.testing.assert_close(both.detach(), x.detach(), rtol=1e-13, atol=1e-14)
+    (other,) = torch.autograd.grad(both.sin().sum(), [network.weight])
+    assert float(other) != pytest.approx(float(expected), rel=0.01)
+
+
+def test_a_recomputed_call_with_a_detached_branch_repeats_itself_bit_for_bit() -> None:
+    conditioning = Conditioning(embeds(0.3, 0.4), embeds(-0.1, 0.2))
+    schedule, noise = toy_schedule("flow", 3), randn(42, 2, 1, 2, 2)
+    found: list[tuple[Tensor, Tensor | None]] = []
+    for recomputed in ((), (0, 1, 2)):
+        network = BranchNetwork()
+        denoise = guided(network, conditioning, Guidance(4.0), detach_uncond=True)
+        latents = sample(denoise, noise, schedule, path=window(0, 3), recomputed=recomputed)
+        latents.sin().sum().backward()
+        found.append((latents.detach(), network.weight.grad))
+    (values, gradient), (again, repeated) = found
+    assert torch.equal(values, again)
+    assert gradient is not None
+    assert repeated is not None
+    assert torch.equal(gradient, repeated)
+
+
+def test_where_there_is_no_guidance_nothing_is_detached() -> None:
+    conditioning = Conditioning(embeds(0.3, 0.4), embeds(-0.1, 0.2))
+    latents = randn(42, 2, 1, 2, 2)
+    for guidance in (Guidance(1.0), Guidance(4.0, interval=(0.9, 1.0))):
+        network = BranchNetwork()
+        guided(network, conditioning, guidance, detach_uncond=True)(latents, STEP)
+        assert network.called == [(2, True)]

@@ -6,11 +6,13 @@ Problems are reported together, each with its source and, for unknown keys, the 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 from pydantic import BaseModel, ValidationError
 
+from alignprop_cli.config.gradient import GradientConfig
 from alignprop_cli.config.guard import HELD_OUT, PIXEL_MEASURES, SPREAD, HeldOutConfig
 from alignprop_cli.config.schema import Config, LossConfig, RewardConfig
 from alignprop_cli.config.train import TrainConfig
@@ -154,25 +156,8 @@ def _impossible(config: Config) -> Iterable[Problem]:
     low, high = config.sample.guidance_interval
     if low > high:
         yield Problem("sample.guidance_interval", f"{low} to {high} is empty: give the lower first")
-    # 2. The estimator. By the name of the method, since estimators.py imports torch.
-    if gradient.method == "last_k" and gradient.k > steps:
-        yield Problem(
-            "gradient.k", f"{gradient.k} is more than sample.num_inference_steps ({steps})"
-        )
-    if gradient.method == "random_k":
-        k_max = gradient.k_max or steps
-        if k_max > steps:
-            yield Problem(
-                "gradient.k_max", f"{k_max} is more than sample.num_inference_steps ({steps})"
-            )
-        if gradient.k_min > k_max:
-            yield Problem(
-                "gradient.k_min", f"{gradient.k_min} is more than gradient.k_max ({k_max})"
-            )
-    if gradient.method == "gaussian_k" and steps < 2:
-        yield Problem(
-            "gradient.method", "gaussian_k needs sample.num_inference_steps of at least 2"
-        )
+    # 2. The estimator.
+    yield from _impossible_calls(gradient, steps)
     group = gradient.window_group
     if group is not None and train.batch_size % group:
         yield Problem(
@@ -236,3 +221,40 @@ def _impossible_rates(train: TrainConfig) -> Iterable[Problem]:
         )
     if train.optimizer == "prodigy" and train.adam_beta1 == 0.0:
         yield Problem("train.adam_beta1", "train.optimizer is prodigy, which needs more than 0")
+
+
+def _impossible_calls(gradient: GradientConfig, steps: int) -> Iterable[Problem]:
+    """Yield what the estimator cannot do in a chain of this many steps."""
+    # By the name of the method, since estimators.py imports torch.
+    of = f"sample.num_inference_steps ({steps})"
+    if gradient.method == "last_k" and gradient.k > steps:
+        yield Problem("gradient.k", f"{gradient.k} is more than {of}")
+    if gradient.method == "random_k":
+        k_max = gradient.k_max or steps
+        if k_max > steps:
+            yield Problem("gradient.k_max", f"{k_max} is more than {of}")
+        if gradient.k_min > k_max:
+            yield Problem(
+                "gradient.k_min", f"{gradient.k_min} is more than gradient.k_max ({k_max})"
+            )
+    if gradient.method in ("gaussian_k", "leap") and steps < 2:
+        yield Problem(
+            "gradient.method", f"{gradient.method} needs sample.num_inference_steps of at least 2"
+        )
+    if gradient.method in ("drtune", "sparse") and gradient.calls > steps:
+        yield Problem("gradient.calls", f"{gradient.calls} is more than {of}")
+    if gradient.span is None or gradient.method not in ("refl", "drtune", "leap", "sparse"):
+        return
+    # As many calls as the span has of the chain; one that lies in it partly counts.
+    low, high = gradient.span
+    if low >= high:
+        yield Problem("gradient.span", f"{low} to {high} is empty: give the lower first")
+        return
+    calls = math.ceil(high * steps - 1e-9) - math.floor(low * steps + 1e-9)
+    needed = {"leap": 2, "sparse": gradient.calls}.get(gradient.method, 1)
+    if calls < needed:
+        yield Problem(
+            "gradient.span",
+            f"{low} to {high} are {max(calls, 1)} of the {steps} calls, and {gradient.method} "
+            f"draws {needed}",
+        )

@@ -165,7 +165,7 @@ class _Search:
         if plan.checkpoint_network != "call" or self.request.checkpoint_network != "auto":
             return plan
         # The need grows with the number: halve the interval in which the largest one lies.
-        low, high = 0, self.request.longest - 1
+        low, high = 0, self.request.storable
         while low < high:
             middle = (low + high + 1) // 2
             if self.fits(replace(plan, stored_calls=middle)):
@@ -215,9 +215,8 @@ def _choices(request: PlanRequest) -> Iterator[Plan]:
 
     wanted = request.checkpoint_network
     # With the level `call` at least one call is recomputed: storing all of them is `none`.
-    longest = request.estimator.longest(request.num_inference_steps)
     networks: list[tuple[Level, int]] = [("none", 0), ("block", 0)]
-    networks.extend(("call", kept) for kept in range(longest))
+    networks.extend(("call", kept) for kept in range(request.storable + 1))
     if wanted != "auto":
         networks = [(wanted, 0)]
     for network, kept in networks:

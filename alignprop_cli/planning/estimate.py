@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Literal
 
-from alignprop_cli.estimators import Estimator
+from alignprop_cli.planning.chain import Chain
 from alignprop_cli.planning.work import Work
 
 Level = Literal["none", "block", "call"]
@@ -125,67 +124,6 @@ _EXPECTED = {"cuda": Correction(factor=1.04)}
 def expected_correction(device_type: str) -> Correction:
     """Return the correction of estimates before anything was measured on a device."""
     return _EXPECTED.get(device_type, UNCORRECTED)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Chain:
-    """The sampling chain of a step and where the gradient flows in it.
-
-    Args:
-        num_inference_steps: T, network calls of one chain.
-        estimator: Which of them carry gradient.
-        rollout_steps: Number of calls that replace those before the first with gradient; None keeps
-            them all.
-        compares: Whether the base model makes every call with gradient too, as for the KL.
-    """
-
-    num_inference_steps: int
-    estimator: Estimator
-    rollout_steps: int | None = None
-    compares: bool = False
-
-    @property
-    def ends(self) -> int:
-        """Return how many clean latents one image has: one, or one per copy."""
-        return max(self.estimator.copies, 1)
-
-    @cached_property
-    def longest(self) -> int:
-        """Return the most calls with gradient that one image can have, copies included."""
-        return self.ends * self.estimator.longest(self.num_inference_steps)
-
-    @cached_property
-    def mean(self) -> float:
-        """Return the mean number of calls with gradient, copies not counted."""
-        return self.estimator.mean(self.num_inference_steps)
-
-    @cached_property
-    def calls(self) -> float:
-        """Return the mean number of network calls of one image, without recomputation."""
-        # `rollout_steps` saves the calls before the path that exceed it: E max(T - k -
-        # rollout_steps, 0), with k calls on the path. With beyond = T - rollout_steps and max(x, 0)
-        # = x + max(-x, 0), this is beyond - E k + E max(k - beyond, 0).
-        steps = self.num_inference_steps
-        calls = steps + self.estimator.copies * self.mean
-        if self.rollout_steps is not None:
-            beyond = max(steps - self.rollout_steps, 0)
-            calls -= beyond - self.mean + self.estimator.mean_beyond(steps, beyond)
-        return calls
-
-    @property
-    def base_calls(self) -> float:
-        """Return the mean number of calls of the base model, for the same images."""
-        return self.ends * self.mean if self.compares else 0.0
-
-    def stored(self, most: int) -> float:
-        """Return the mean number of calls on a path of which the last `most` are counted."""
-        return self.mean - self.estimator.mean_beyond(self.num_inference_steps, most)
-
-    @property
-    def is_attached(self) -> bool:
-        """Return whether gradient flows into a call through its input."""
-        # A copy starts from clean latents that were rolled out without gradient.
-        return self.estimator.input_grad > 0.0 and not self.estimator.copies
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -358,7 +296,7 @@ def operations(footprint: Footprint, chain: Chain, division: Division) -> float:
     #    no gradient; the stored ones are not recomputed.
     level, kept, mean = division.checkpoint_network, division.stored_calls, chain.mean
     first, later = footprint.first, footprint.call if chain.is_attached else footprint.first
-    back = first[level].backward_flops + (chain.ends * mean - 1.0) * later[level].backward_flops
+    back = first[level].backward_flops + (mean - 1.0) * later[level].backward_flops
     if level == "call" and kept:
         back -= chain.stored(kept) * (later[level].backward_flops - later["none"].backward_flops)
 

@@ -30,6 +30,7 @@ def measure(
     reward: Mapping[bool, Work],
     uncounted: tuple[str, ...] = (),
     tiny: Decoder | None = None,
+    detach_uncond: bool = False,
 ) -> Footprint:
     """Count the parts of a step of a model with its LoRA.
 
@@ -41,21 +42,21 @@ def measure(
         reward: What the rewards need, by whether their blocks are recomputed.
         uncounted: Names of the rewards that are not in `reward`.
         tiny: What decodes the images that are rewarded; None is the model's own decoder.
+        detach_uncond: As in `guidance.guided`, of calls with gradient.
     """
     network, own = model.parts.network, model.parts.decoder
     shape = network.latent_shape(sampler.height, sampler.width)
-    latents = 4 * math.prod(shape)  # bytes, in float32
-    denoise = guided_call(model, sampler, shape)
-    there = there_anyway(model)
+    there, latents = there_anyway(model), 4 * math.prod(shape)  # bytes, in float32
     trained = sum(p.numel() for p in lora.trainable(network.module))
 
     # 1. Calls without gradient, with the LoRA merged or cast as in training.
     with lora.prepared(network.module) as merged:
-        plain = torch.no_grad()(merged.around(denoise))
+        plain = torch.no_grad()(merged.around(guided_call(model, sampler, shape)))
         rollout = count(plain, shape, there=there, device_type=device_type, has_grad=False)
 
     # 2. Calls with gradient, with and without gradient in their input, by what is recomputed. The
     #    LoRA's float32 gradients are the one thing whose size does not depend on the batch.
+    denoise = guided_call(model, sampler, shape, detach_uncond=detach_uncond)
     counted = functools.partial(count, denoise, shape, there=there, device_type=device_type)
 
     def call(*, has_grad: bool, blocks: bool) -> Work:
@@ -75,7 +76,6 @@ def measure(
         rollout=rollout,
         first=by_level(has_grad=False),
         call=by_level(has_grad=True),
-        # 3. From clean latents to images.
         decoder={again: _decode(tiny or own, shape, device_type, again) for again in (False, True)},
         sampling_decoder=_decode(own, shape, device_type, False, has_grad=False),
         reward=reward,
@@ -113,14 +113,20 @@ def _decode(
 
 
 def guided_call(
-    model: MetaModel, sampler: Sampler, shape: tuple[int, int, int]
+    model: MetaModel,
+    sampler: Sampler,
+    shape: tuple[int, int, int],
+    *,
+    detach_uncond: bool = False,
 ) -> Callable[[Tensor], Tensor]:
     """Return a network call with both branches, if guidance applies at any noise level."""
     # The costliest kind of call there is in the chain; all calls are planned like it.
     network = model.parts.network
     steps = sampler.schedule(network, shape).steps
     step = next((step for step in steps if sampler.guidance.applies(step.sigma)), steps[0])
-    denoise = guided(network.predict, model.conditioning, sampler.guidance)
+    denoise = guided(
+        network.predict, model.conditioning, sampler.guidance, detach_uncond=detach_uncond
+    )
     return lambda latents: denoise(latents, step)
 
 

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from alignprop_cli.estimators import Estimator, GradPath
-from alignprop_cli.planning.estimate import GIB, Chain, Division, Estimate, Level
+from alignprop_cli.planning.chain import Chain
+from alignprop_cli.planning.estimate import GIB, Division, Estimate, Level
 
 Auto = Literal["auto"]
 
@@ -131,6 +132,9 @@ class Plan(Division):
         """Return the calls of a path that are recomputed as a whole: all but the stored ones."""
         if self.checkpoint_network != "call":
             return ()
+        # Copies are one call that is made several times: all of them are stored, or none.
+        if path.copies:
+            return path.calls if self.stored_calls < len(path) else ()
         return path.calls[: max(len(path.calls) - self.stored_calls, 0)]
 
     @property

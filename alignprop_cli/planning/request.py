@@ -16,10 +16,15 @@ from alignprop_cli.device import resolve_dtype
 from alignprop_cli.errors import ConfigError
 from alignprop_cli.estimators import (
     Estimator,
+    draft_lv,
+    drtune,
     full,
     gaussian_k,
     last_k,
+    leap,
     random_k,
+    refl,
+    sparse,
     window_group,
 )
 from alignprop_cli.lora import layers as lora
@@ -39,15 +44,33 @@ _ESTIMATORS: Mapping[str, Callable[[GradientConfig], Estimator]] = {
     "last_k": lambda gradient: last_k(gradient.k),
     "random_k": lambda gradient: random_k(gradient.k_min, gradient.k_max),
     "gaussian_k": lambda gradient: gaussian_k(gradient.mean, gradient.std),
+    "draft_lv": lambda gradient: draft_lv(gradient.copies, own_end=gradient.own_end),
+    "refl": lambda gradient: refl(**_span(gradient)),
+    "drtune": lambda gradient: drtune(gradient.calls, **_span(gradient)),
+    "leap": lambda gradient: leap(gradient.alpha, gradient.tau, **_span(gradient)),
+    "sparse": lambda gradient: sparse(
+        gradient.calls, gradient.late_bias, gradient.rescale, **_span(gradient)
+    ),
 }
 
 # The option that shortens the longest path, for the hint when no plan fits.
-_FEWER_CALLS = {"last_k": "a smaller gradient.k", "random_k": "a smaller gradient.k_max"}
+_FEWER_CALLS = {
+    "last_k": "a smaller gradient.k",
+    "random_k": "a smaller gradient.k_max",
+    "draft_lv": "a smaller gradient.copies",
+    "drtune": "a smaller gradient.calls",
+    "sparse": "a smaller gradient.calls",
+}
 
 
 def make_estimator(gradient: GradientConfig) -> Estimator:
     """Return the estimator that the `gradient` section names."""
-    return _ESTIMATORS[gradient.method](gradient)
+    return replace(_ESTIMATORS[gradient.method](gradient), endpoint=gradient.endpoint)
+
+
+def _span(gradient: GradientConfig) -> dict[str, tuple[float, float]]:
+    """Return the span as an argument, where the estimator's own is not wanted."""
+    return {} if gradient.span is None else {"span": gradient.span}
 
 
 def plan_request(config: Config, processes: int, estimator: Estimator | None = None) -> PlanRequest:
@@ -86,6 +109,8 @@ def _advice(config: Config) -> dict[str, str]:
     if make_estimator(config.gradient).longest(config.sample.num_inference_steps) > 1:
         fewer = _FEWER_CALLS.get(config.gradient.method, "gradient.method: last_k")
         advice["stored calls"] = fewer
+    if not config.gradient.detach_uncond and config.sample.guidance_scale > 1.0:
+        advice["network"] = "gradient.detach_uncond: true (another gradient)"
     if config.model.vae_tile_size is None:
         advice["decoder"] = "model.vae_tile_size: 256 (images change a little)"
     elif config.model.decoder == taesd.FULL:
@@ -145,6 +170,7 @@ def measure(config: Config, device_type: str) -> Footprint:
         reward=reward,
         uncounted=uncounted,
         tiny=tiny,
+        detach_uncond=config.gradient.detach_uncond,
     )
     each = bytes_each(config.train.optimizer, numels, averaged=averaged)
     return replace(found, trained_each=each)

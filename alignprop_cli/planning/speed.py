@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from alignprop_cli.errors import ConfigError, did_you_mean
-from alignprop_cli.planning.estimate import GIB, Chain, Division, Footprint
+from alignprop_cli.planning.chain import Chain
+from alignprop_cli.planning.estimate import GIB, Division, Footprint
 from alignprop_cli.planning.work import Work
 
 
@@ -153,10 +154,11 @@ def step_seconds(
         division: How the images are worked through.
         images: Images of one step in one process.
     """
-    # 1. Calls without gradient, by `rollout_batch`.
-    with_grad = chain.ends * chain.mean
-    plain = times.replayed or times.rollout
-    total = (chain.calls - with_grad) * _batches(plain, division.rollout_batch, images)
+    # 1. Calls without gradient: those before the path by `rollout_batch`, those on it with the
+    #    micro-batch.
+    with_grad, plain = chain.mean, times.replayed or times.rollout
+    total = chain.rolled_out * _batches(plain, division.rollout_batch, images)
+    total += chain.between * _batches(times.rollout, division.micro_batch, images)
 
     # 2. Calls with gradient, by `micro_batch`. A block or a call that is recomputed runs forward
     #    once more; what is left over from calls is stored.

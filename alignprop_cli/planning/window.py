@@ -14,6 +14,8 @@ from alignprop_cli.models import families
 from alignprop_cli.models.meta import meta_model
 from alignprop_cli.schedule import NoiseSchedule
 
+_WINDOWS = ("last_k", "random_k", "refl", "drtune", "leap", "sparse")
+
 LEAST_SHARE = 0.05
 """Below this share of the path training changes next to nothing, and a warning says so."""
 
@@ -32,29 +34,33 @@ def schedule_of(config: Config) -> NoiseSchedule:
 
 
 def with_window(config: Config) -> Config:
-    """Return the configuration with the `gradient.k` that `gradient.path_share` asks for.
+    """Return the configuration with the window that `gradient.path_share` asks for.
+
+    It is the smallest number of last calls that cover the share: `gradient.k`, `gradient.k_max` or
+    the beginning of `gradient.span`, whichever the estimator has.
 
     Raises:
         AssetError, ConfigError: As `schedule_of`.
     """
-    share, steps = config.gradient.path_share, config.sample.num_inference_steps
-    if share is None or config.gradient.method != "last_k":
+    gradient, steps = config.gradient, config.sample.num_inference_steps
+    share = gradient.path_share
+    if share is None or gradient.method not in _WINDOWS:
         return config
     schedule = schedule_of(config)
     # Rounding may leave all steps together a little below 1.
     k = next(
         (k for k in range(1, steps) if schedule.path_share(range(steps - k, steps)) >= share), steps
     )
-    return config.model_copy(update={"gradient": config.gradient.model_copy(update={"k": k})})
+    update = {"last_k": {"k": k}, "random_k": {"k_max": k}}.get(
+        gradient.method, {"span": ((steps - k) / steps, 1.0)}
+    )
+    return config.model_copy(update={"gradient": gradient.model_copy(update=update)})
 
 
 def covered(schedule: NoiseSchedule, estimator: Estimator) -> float:
     """Return the share of the path that the calls with gradient cover, the mean over the draws."""
     steps = len(schedule)
-    # Half-way into each of 1,000 equal parts of the estimator's random numbers.
-    grid = [(i + 0.5) / 1000 for i in range(1000)] if estimator.calls.uniforms else [0.0]
-    draws = [estimator.calls.draw(steps, [u] * estimator.calls.uniforms) for u in grid]
-    return sum(schedule.path_share(calls) for calls in draws) / len(draws)
+    return sum(p * schedule.path_share(path.calls) for path, p in estimator.paths(steps))
 
 
 def describe(schedule: NoiseSchedule, estimator: Estimator) -> tuple[str | None, str | None]:

@@ -30,6 +30,7 @@ class Settings:
         window_group: Number of consecutive images that share one path of the gradient.
         rollout_steps: Number of calls that replace those before the path; None replaces nothing.
         kl_weight: Weight of the KL to the base model in the loss; see `kl.Penalty`.
+        detach_uncond: Whether the gradient stops at the unconditional branch.
         seed: Seed of everything random.
         on_nonfinite: What a step does that is not finite; see `nonfinite.FiniteGuard`.
         nonfinite_limit: Steps in a row that may be skipped for that.
@@ -42,6 +43,7 @@ class Settings:
     window_group: int
     rollout_steps: int | None = None
     kl_weight: float = 0.0
+    detach_uncond: bool = False
     seed: int = 0
     on_nonfinite: Literal["stop", "skip"] = "stop"
     nonfinite_limit: int = 5
@@ -103,7 +105,7 @@ def images_of_step(
     found: list[StepImage] = []
     for number in _numbers(settings, paths, len(schedule), process):
         path, levels = paths[number // settings.window_group], schedule
-        before, calls = path.rollout_calls(len(schedule)), settings.rollout_steps
+        before, calls = path.calls[0], settings.rollout_steps
         if calls is not None and calls < before:
             # Fewer, larger steps to where the path begins. Its calls are the same ones and only
             # have smaller indices in the shorter chain.
@@ -113,7 +115,10 @@ def images_of_step(
 
     # 3. In the order that `rollout` and `batches` want: equal schedules together, stops descending,
     #    equal paths together. The sort is stable, so within a path images stay in their order.
-    return sorted(found, key=lambda i: (len(i.schedule), -i.rollout_calls, i.path.calls))
+    return sorted(
+        found,
+        key=lambda i: (len(i.schedule), -i.rollout_calls, i.path.calls, i.path.stop or 0),
+    )
 
 
 def _numbers(

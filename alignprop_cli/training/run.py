@@ -176,21 +176,21 @@ def _build(
     )
     if found is not None:
         restore(trainer, found, folder, config.train.steps)
-    _tell_window(trainer, console)
-    if said := rules.advice(config.train.optimizer, config.train.learning_rate):
-        console.warn(said)
+    _tell(trainer, config, console)
     run = Run(config, folder, trainer, accelerator, console, held_out, samples, inputs)
     run.measured = measured
     return run
 
 
-def _tell_window(trainer: Trainer, console: Console) -> None:
-    """Say how much of a rectified flow's path the calls with gradient cover."""
+def _tell(trainer: Trainer, config: Config, console: Console) -> None:
+    """Say what part of a flow's path the calls with gradient cover, and advise on the optimiser."""
     said, warning = window.describe(trainer.schedule, trainer.settings.estimator)
     if warning is not None:
         console.warn(warning)
     elif said is not None:
         console.note(said)
+    if advice := rules.advice(config.train.optimizer, config.train.learning_rate):
+        console.warn(advice)
 
 
 def _prepare_device(accelerator: Accelerator, config: Config) -> None:

@@ -111,6 +111,7 @@ def settings(config: Config, model: Model, estimator: Estimator) -> Settings:
         window_group=config.gradient.window_group or window_group(train.batch_size),
         rollout_steps=config.gradient.rollout_steps,
         kl_weight=train.kl_weight,
+        detach_uncond=config.gradient.detach_uncond,
         seed=train.seed,
         on_nonfinite=train.on_nonfinite,
         nonfinite_limit=train.nonfinite_limit,

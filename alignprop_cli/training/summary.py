@@ -60,8 +60,7 @@ def finish(run: Run, base: Samples, tuned: Samples, verdict: Verdict, seconds: f
         f"{len(base.samples)} held-out samples ({run.config.eval.prompts}), "
         f"{names[0]} and {names[1]}"
     )
-    report = folder / "report.html"
-    _write_report(report, run, verdict, title, (columns, rows))
+    _write_report(report := folder / "report.html", run, verdict, title, (columns, rows))
     write_text(folder / "summary.json", json.dumps(values, indent=2) + "\n")
     if verdict.stopped:
         console.warn(verdict.told)

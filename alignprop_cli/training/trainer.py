@@ -146,7 +146,7 @@ class Trainer:
         for batch in batches(images, self.plan.micro_batch, key=lambda i: (i.schedule, i.path)):
             latents = torch.stack([starts[image.number] for image in batch])  # (B, C, h, w)
             kl = penalty_of(self.settings, self.model, self.schedule, self.optimizer)
-            ends = self.run_path(batch, latents, merged, kl)  # (B, C, h, w), or n copies of each
+            ends = self.run_path(batch, latents, merged, kl)  # (B, C, h, w), or n ends of each
             ends.backward(self.score(batch, ends.detach(), totals))
             totals.add_kl(kl.values)
         return totals
@@ -155,7 +155,7 @@ class Trainer:
         self, batch: Batch, starts: Tensor, merged: lora.Merged, kl: Penalty | None = None
     ) -> Tensor:
         """Run a batch along its common path; return the clean latents with their graph."""
-        denoise, draw_noise = self.chain(batch)
+        denoise, draw_noise = self.chain(batch, self.settings.detach_uncond)
         return backprop(
             kl.around(denoise) if kl else denoise,
             starts,
@@ -169,7 +169,7 @@ class Trainer:
 
     def score(self, batch: Batch, latents: Tensor, totals: Totals) -> Tensor:
         """Decode and score clean latents in chunks, and return the gradient of the loss in them."""
-        # The weights make it the mean over the global batch, however that is divided. With n copies
+        # The weights make it the mean over the global batch, however that is divided. With n ends
         # there are n clean latents per image, each with 1 / n of its weight.
         prompts = [image.prompt for image in batch] * (len(latents) // len(batch))
         weight = len(batch) / (len(latents) * self.settings.batch_size)
@@ -186,12 +186,12 @@ class Trainer:
             totals.add(losses, scores, len(batch[0].path))
         return torch.cat(gradients)
 
-    def chain(self, batch: Batch) -> tuple[Denoise, DrawNoise]:
-        """Return the guided network call of a batch and its fresh noise by step."""
+    def chain(self, batch: Batch, detach: bool = False) -> tuple[Denoise, DrawNoise]:
+        """Return a batch's guided call, perhaps with a detached branch, and its noise by step."""
         sampler, prompts = self.settings.sampler, [image.prompt for image in batch]
         negative = sampler.negative_prompt if sampler.guidance.enabled else None
         embeds = self.model.conditioning(prompts, negative)
-        denoise = guided(self.model.network.predict, embeds, sampler.guidance)
+        denoise = guided(self.model.network.predict, embeds, sampler.guidance, detach_uncond=detach)
         return denoise, lambda i: self._noise("eta", batch, i)
 
     def _noise(self, purpose: rng.Purpose, batch: Batch, *counters: int) -> Tensor:

@@ -11,6 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from alignprop_cli.estimators import window
 from alignprop_cli.lora import layers as lora
 from alignprop_cli.planning.plan import Plan
 from alignprop_cli.planning.speed import PARTS
@@ -61,8 +62,11 @@ class Trial:
         # 1. The images of the coming step, all with the same path, so that they form full batches.
         trainer, estimator = self.trainer, self.trainer.settings.estimator
         steps = len(trainer.schedule)
-        calls = calls or estimator.longest(steps)
-        path = estimator.path(tuple(range(steps - calls, steps)))
+        if calls is None:
+            paths = [path for path, _ in estimator.paths(steps)]
+            path = max(paths, key=lambda path: (len(path), path.chain_calls(steps)))
+        else:
+            path = estimator.path(tuple(range(steps - calls, steps)))
         images = [replace(i, path=path, schedule=trainer.schedule) for i in trainer.images()]
         # Some families read prompts as long as they are, and any may come in a later step.
         if (longest := trainer.model.longest_prompt) is not None:
@@ -96,10 +100,10 @@ class Trial:
         # 1. A batch with one call in the window, from noise: what it shows makes no difference.
         trainer = self.trainer
         steps, found = len(trainer.schedule), list(trainer.images())
-        path = trainer.settings.estimator.path((steps - 1,))
-        batch = [replace(found[i % len(found)], path=path, number=i) for i in range(images)]
+        last = window(steps - 1, steps)
+        batch = [replace(found[i % len(found)], path=last, number=i) for i in range(images)]
         prompts = [image.prompt for image in batch]
-        denoise = trainer.chain(batch)[0]
+        denoise, _ = trainer.chain(batch)
         latents = torch.randn(images, *trainer.shape, device=trainer.model.device)
         pictures = self._decoded(latents)
         upstream = torch.ones_like(pictures)

@@ -53,7 +53,7 @@ Array = NDArray[np.float64]
 
 def window_range(config: Config) -> list[int]:
     """Return every K that can be drawn, each as likely as any other."""
-    sizes = make_estimator(config.gradient).calls.sizes(config.sample.num_inference_steps)
+    sizes = make_estimator(config.gradient).sizes(config.sample.num_inference_steps)
     assert len(set(sizes.values())) == 1, "gradient.method has to be random_k"
     return sorted(sizes)
 

@@ -510,3 +510,30 @@ def test_sigusr1_saves_and_goes_on(tmp_path) -> None:
     assert "stopped by SIGHUP after step" in err
     assert len(list(folder.glob("checkpoints/step-*"))) == 2
     assert not (folder / ".lock").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["draft_lv", "refl", "drtune", "leap", "sparse"])
+def test_every_estimator_trains_and_resumes_bit_for_bit(run, tmp_path, method) -> None:
+    given = (
+        *("--preset", "tiny", "-q", *FAST),
+        *("--set=sample.num_inference_steps=4", f"--set=gradient.method={method}"),
+        "--set=gradient.detach_uncond=true",
+    )
+    assert run(*given, "--steps", 2, "--output", "whole")[0] == 0
+    assert run(*given, "--steps", 1, "--output", "parts")[0] == 0
+    assert run("--resume", "parts", "--steps", 2, "-q")[0] == 0
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
+    whole, parts = (adapter(tmp_path / name, 2) for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    # Trained at all: the first checkpoint is another one.
+    first = adapter(tmp_path / "parts", 1)
+    assert any(not torch.equal(first[name], parts[name]) for name in first)
+
+
+def test_an_impossible_estimator_is_refused_with_a_message(run) -> None:
+    code, _, err = run(
+        "--preset=tiny", "--set=gradient.method=sparse", "--set=gradient.calls=9", "--dry-run"
+    )
+    assert code == 2
+    assert "gradient.calls: 9 is more than sample.num_inference_steps (5)" in err

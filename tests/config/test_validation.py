@@ -68,6 +68,33 @@ def test_all_problems_are_reported_at_once() -> None:
             "gradient.method",
         ),
         ({"train": {"batch_size": 8}, "gradient": {"window_group": 3}}, "gradient.window_group"),
+        (
+            {"sample": {"num_inference_steps": 1}, "gradient": {"method": "leap"}},
+            "gradient.method",
+        ),
+        (
+            {"sample": {"num_inference_steps": 2}, "gradient": {"method": "drtune"}},
+            "gradient.calls",
+        ),
+        (
+            {"sample": {"num_inference_steps": 4}, "gradient": {"method": "sparse", "calls": 5}},
+            "gradient.calls",
+        ),
+        ({"gradient": {"method": "refl", "span": [0.8, 0.8]}}, "gradient.span"),
+        (
+            {
+                "sample": {"num_inference_steps": 10},
+                "gradient": {"method": "leap", "span": [0.9, 1.0]},
+            },
+            "gradient.span",
+        ),
+        (
+            {
+                "sample": {"num_inference_steps": 10},
+                "gradient": {"method": "sparse", "span": [0.8, 1.0]},
+            },
+            "gradient.span",
+        ),
         ({"sample": {"guidance_interval": [0.2, 1.5]}}, "sample.guidance_interval"),
         ({"lora": {"target_modules": []}}, "lora.target_modules"),
         ({"lora": {"target_modules": ["to_q", 3]}}, "lora.target_modules"),
@@ -75,6 +102,11 @@ def test_all_problems_are_reported_at_once() -> None:
         ({"train": {"rollout_batch": 0}}, "train.rollout_batch"),
         ({"train": {"decode_batch": "some"}}, "train.decode_batch"),
         ({"gradient": {"method": "last_k", "k": 0}}, "gradient.k"),
+        ({"gradient": {"method": "drtune", "calls": 0}}, "gradient.calls"),
+        ({"gradient": {"method": "draft_lv", "copies": 0}}, "gradient.copies"),
+        ({"gradient": {"method": "leap", "tau": 0.0}}, "gradient.tau"),
+        ({"gradient": {"method": "refl", "span": [0.5, 1.5]}}, "gradient.span"),
+        ({"gradient": {"endpoint": True}}, "gradient.endpoint"),
         ({"train": {"learning_rate": float("nan")}}, "train.learning_rate"),
         ({"sample": {"eta": 1.5}}, "sample.eta"),
         ({"model": {"dtype": "float8"}}, "model.dtype"),

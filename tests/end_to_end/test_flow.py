@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from alignprop_cli import rng
+from alignprop_cli.calls import calls_in
 from alignprop_cli.cli import main
 from alignprop_cli.config import presets
 from alignprop_cli.config.schema import Config, ModelConfig
@@ -242,5 +243,15 @@ def test_a_tiny_window_is_warned_of_and_another_asked_for_as_a_share_of_the_path
     assert [k_of(share) for share in (0.001, 0.1, 0.112, 1.0)] == [1, 2, 3, 28]
     assert k_of(0.099, **{"sample.spacing": "linear"}) == 1
     assert k_of(0.101, **{"sample.spacing": "linear"}) == 2
-    # Other estimators have options of their own and ignore this one.
+
+    def window_of(method: str) -> Any:
+        flags = {"model.id": str(folder), **last, "gradient.method": method}
+        flags |= {"gradient.k_min": 1, "gradient.path_share": 0.112}
+        return with_window(presets.resolve(preset="tiny", flags=flags)).gradient
+
+    # The last three calls, in the words of each estimator.
+    assert window_of("random_k").k_max == 3
+    for method in ("refl", "drtune", "leap", "sparse"):
+        assert calls_in(window_of(method).span, 28) == range(25, 28)
+    # The others have no window to choose and ignore this one.
     assert k_of(0.5, **{"gradient.method": "full"}) == 1

@@ -20,7 +20,14 @@ from alignprop_cli.models.families import open_model, sampler
 from alignprop_cli.models.meta import meta_model
 from alignprop_cli.planning import meter
 from alignprop_cli.planning import request as planning
-from alignprop_cli.planning.estimate import Footprint, Level, peak_parts
+from alignprop_cli.planning.chain import Chain
+from alignprop_cli.planning.estimate import (
+    NOTHING_RECOMPUTED,
+    Footprint,
+    Level,
+    operations,
+    peak_parts,
+)
 from alignprop_cli.planning.footprint import add
 from alignprop_cli.planning.plan import Plan
 from alignprop_cli.planning.work import Affine, Work
@@ -309,3 +316,38 @@ def test_parts_that_live_at_the_same_time_add_up() -> None:
     other = Work(Affine(10, 20), Affine(30, 40), Affine(50, 60), 70, 80)
     assert add(one, other) == Work(Affine(11, 22), Affine(33, 44), Affine(55, 66), 77, 88)
     assert add() == Work(Affine(0, 0), Affine(0, 0), Affine(0, 0), 0, 0)
+
+
+def test_draft_lv_costs_little_more_than_the_last_call(predicted: Footprint) -> None:
+    """The network's operations at T = 25; decoder and reward come once for each end on top."""
+    free = Affine(0.0, 0.0)
+    nothing = Work(free, free, free, 0.0, 0.0)
+    network = replace(
+        predicted, decoder=dict.fromkeys((False, True), nothing), reward={False: nothing}
+    )
+
+    def work(estimator: estimators.Estimator) -> float:
+        chain = Chain(num_inference_steps=25, estimator=estimator)
+        return operations(network, chain, NOTHING_RECOMPUTED)
+
+    one = work(estimators.last_k(1))
+    first, forward = predicted.first["none"].backward_flops, predicted.rollout.forward_flops
+    assert one == pytest.approx(25 * forward + first)
+    copies = work(estimators.draft_lv(2, own_end=False)) / one
+    both = work(estimators.draft_lv(2)) / one
+    assert copies <= 1.12
+    assert both <= 1.15
+
+
+def test_a_detached_branch_stores_nothing() -> None:
+    """Two equal branches: half of the activations, and half of the operations of backward."""
+    plain, detached = (
+        planning.measure(config(detach_uncond=detached), "cpu") for detached in (False, True)
+    )
+    for level in ("none", "block"):
+        for kind in ("first", "call"):
+            whole, half = getattr(plain, kind)[level], getattr(detached, kind)[level]
+            assert half.saved.each == pytest.approx(whole.saved.each / 2, rel=0.05)
+            assert half.backward_flops == pytest.approx(whole.backward_flops / 2, rel=0.05)
+            assert half.forward_flops == pytest.approx(whole.forward_flops, rel=0.01)
+    assert detached.rollout == plain.rollout

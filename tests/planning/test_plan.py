@@ -12,15 +12,16 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from alignprop_cli.calls import LastCalls
 from alignprop_cli.config.schema import Config
 from alignprop_cli.config.validation import parse
 from alignprop_cli.errors import ConfigError, RunError
-from alignprop_cli.estimators import Estimator, GradPath, LastCalls, window
+from alignprop_cli.estimators import Estimator, GradPath, window
+from alignprop_cli.planning.chain import Chain
 from alignprop_cli.planning.choose import make_plan
 from alignprop_cli.planning.estimate import (
     GIB,
     Budget,
-    Chain,
     Division,
     Estimate,
     Footprint,
@@ -220,7 +221,9 @@ def test_calls_whose_input_is_detached_are_all_counted_as_the_first_one() -> Non
 
 def test_every_copy_of_the_last_call_is_stored_and_decoded() -> None:
     """By hand: the whole chain, then one call 3 times from its end; each copy has an image."""
-    chain = Chain(num_inference_steps=50, estimator=Estimator(LastCalls(1, 1), copies=3))
+    chain = Chain(
+        num_inference_steps=50, estimator=Estimator(LastCalls(1, 1), copies=3, own_end=False)
+    )
     found = estimated(chain, division(2, 2, 1), images=2)
     assert found.parts["stored calls"] == 3 * 2 * 2000 * MIB
     assert found.parts["latents"] == (2 + 2 * 2 * 3) * LATENTS
@@ -238,7 +241,7 @@ def test_comparing_with_the_base_model_is_one_more_call_for_each_with_gradient(
     )
     plain = estimated(chain, division(2, 2, 1), images=4)
     compared = estimated(replace(chain, compares=True), division(2, 2, 1), images=4)
-    made = calls * max(copies, 1)
+    made = calls * (1 + copies)  # the copies come on top of the chain's own call
     assert compared.flops - plain.flops == pytest.approx(4 * made * 1600)
     assert compared.floor - plain.floor == pytest.approx(4 * made * 1600)
     assert compared.parts["latents"] - plain.parts["latents"] == 3 * 2 * made * LATENTS

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from accelerate import Accelerator
 
+from alignprop_cli.calls import LastCalls
 from alignprop_cli.config import presets
 from alignprop_cli.config.schema import Config, RewardConfig
 from alignprop_cli.config.validation import parse
 from alignprop_cli.errors import ConfigError
-from alignprop_cli.estimators import Estimator, LastCalls, full, gaussian_k, last_k, random_k
+from alignprop_cli.estimators import (
+    Estimator,
+    draft_lv,
+    drtune,
+    full,
+    gaussian_k,
+    last_k,
+    leap,
+    random_k,
+    refl,
+    sparse,
+)
 from alignprop_cli.planning import request as planning
 from alignprop_cli.planning.estimate import GIB, Budget, Estimate
 from alignprop_cli.planning.plan import Plan
@@ -31,6 +44,21 @@ def config(**gradient: Any) -> Config:
         ({"method": "random_k", "k_min": 2}, random_k(2)),
         ({"method": "random_k", "k_min": 2, "k_max": 9}, random_k(2, 9)),
         ({"method": "gaussian_k", "mean": 0.7, "std": 0.2}, gaussian_k(0.7, 0.2)),
+        ({"method": "draft_lv"}, draft_lv(2)),
+        ({"method": "draft_lv", "copies": 4, "own_end": False}, draft_lv(4, own_end=False)),
+        ({"method": "refl"}, refl((0.75, 1.0))),
+        ({"method": "refl", "span": [0.2, 0.9]}, refl((0.2, 0.9))),
+        ({"method": "drtune"}, drtune(3, (0.6, 1.0))),
+        ({"method": "drtune", "calls": 2, "span": [0.5, 1.0]}, drtune(2, (0.5, 1.0))),
+        ({"method": "leap"}, leap(0.3, 0.1)),
+        ({"method": "leap", "alpha": 0.1, "tau": None}, leap(0.1, None)),
+        ({"method": "sparse"}, sparse(3, 2.0, 0.0)),
+        (
+            {"method": "sparse", "calls": 4, "late_bias": 1.0, "rescale": 0.5, "span": [0.4, 1.0]},
+            sparse(4, 1.0, 0.5, (0.4, 1.0)),
+        ),
+        ({"method": "refl", "endpoint": "chain"}, replace(refl(), endpoint="chain")),
+        ({"method": "full", "endpoint": "predicted"}, replace(full(), endpoint="predicted")),
     ],
 )
 def test_every_method_has_its_estimator(gradient: dict[str, Any], estimator: Estimator) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from alignprop_cli.calls import Draw
 from alignprop_cli.estimators import Estimator
 
 
@@ -14,12 +15,11 @@ class EveryOther:
 
     uniforms: int = 1
 
-    def draw(self, num_inference_steps: int, uniforms: Sequence[float]) -> tuple[int, ...]:
-        return tuple(range(int(2 * uniforms[0]), num_inference_steps, 2))
+    def draw(self, num_inference_steps: int, uniforms: Sequence[float]) -> Draw:
+        return Draw(tuple(range(int(2 * uniforms[0]), num_inference_steps, 2)))
 
-    def sizes(self, num_inference_steps: int) -> Mapping[int, float]:
-        odd, even = num_inference_steps // 2, -(-num_inference_steps // 2)
-        return {even: 1.0} if odd == even else {odd: 0.5, even: 0.5}
+    def draws(self, num_inference_steps: int) -> Mapping[Draw, float]:
+        return {self.draw(num_inference_steps, [coin]): 0.5 for coin in (0.0, 0.5)}
 
     def problems(self, num_inference_steps: int) -> list[str]:
         return [] if num_inference_steps > 1 else ["every_other needs at least 2 steps"]
