@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -24,7 +24,7 @@ class HeldOutConfig(Section):
     # They are checked by rewards/registry.py, as those of `reward`.
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
 
-    dtype: Annotated[str, Field(pattern="^(float32|bfloat16|float16)$")] = Field(
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="Precision of the reward's network."
     )
 

@@ -101,6 +101,8 @@ class Guard(Callback):
                 self._history.add(line["step"], line["guard"]["alarms"], line["guard"]["merit"])
         if settings.enabled and (said := _unable(settings.watch, self._watched, base)):
             run.console.note(f"guard: {said}")
+        if settings.best not in (HELD_OUT, *base):
+            run.console.note(f"guard.best: {settings.best} is not measured here: no `best` is kept")
 
     def after_step(self, record: StepRecord) -> None:
         """Judge the samples of this step, if there are any, and add that to the record."""
