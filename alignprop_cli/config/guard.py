@@ -11,6 +11,9 @@ from alignprop_cli.config.section import PositiveFloat, PositiveInt, Section, Te
 HELD_OUT = "held_out"
 """In `guard.watch` and `guard.best`: every reward of `eval.rewards`, and the prompts' checker."""
 
+RIGHT = "all right"
+"""The share of images that the checker of their prompts finds right."""
+
 SPREAD = ("diversity", "pixel_diversity", "vendi")
 """Measures of how different the images of one prompt are; a fall is harm."""
 
@@ -45,8 +48,8 @@ class GuardConfig(Section):
     watch: tuple[Text, ...] = Field(
         default=(HELD_OUT, "diversity"),
         description="What must not get worse: held_out (every reward of eval.rewards, and the "
-        "prompts' checker), diversity, pixel_diversity, vendi, saturation, clipped, "
-        "jpeg_kilobytes, or a reward.",
+        "prompts' checker), all right (the checker alone), diversity, pixel_diversity, vendi, "
+        "saturation, clipped, jpeg_kilobytes, or a reward.",
     )
     tolerance: PositiveFloat = Field(
         default=0.5,

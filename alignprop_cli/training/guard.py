@@ -14,10 +14,10 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
-from alignprop_cli.config.guard import HELD_OUT
+from alignprop_cli.config.guard import HELD_OUT, RIGHT
 from alignprop_cli.config.schema import Config
 from alignprop_cli.evaluation import sheet
-from alignprop_cli.evaluation.measures import RIGHT, Quantity, means
+from alignprop_cli.evaluation.measures import Quantity, means
 from alignprop_cli.training import harm
 from alignprop_cli.training.callbacks import Callback, Run
 from alignprop_cli.training.harm import Change, History
