@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -10,6 +10,9 @@ from alignprop_cli.config.section import PositiveFloat, PositiveInt, Section, Te
 
 HELD_OUT = "held_out"
 """In `guard.watch` and `guard.best`: every reward of `eval.rewards`, and the prompts' checker."""
+
+RIGHT = "all right"
+"""The share of images that the checker of their prompts finds right."""
 
 SPREAD = ("diversity", "pixel_diversity", "vendi")
 """Measures of how different the images of one prompt are; a fall is harm."""
@@ -24,7 +27,7 @@ class HeldOutConfig(Section):
     # They are checked by rewards/registry.py, as those of `reward`.
     model_config = ConfigDict(frozen=True, extra="allow", allow_inf_nan=False)
 
-    dtype: Annotated[str, Field(pattern="^(float32|bfloat16|float16)$")] = Field(
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
         default="float32", description="Precision of the reward's network."
     )
 
@@ -45,8 +48,8 @@ class GuardConfig(Section):
     watch: tuple[Text, ...] = Field(
         default=(HELD_OUT, "diversity"),
         description="What must not get worse: held_out (every reward of eval.rewards, and the "
-        "prompts' checker), diversity, pixel_diversity, vendi, saturation, clipped, "
-        "jpeg_kilobytes, or a reward.",
+        "prompts' checker), all right (the checker alone), diversity, pixel_diversity, vendi, "
+        "saturation, clipped, jpeg_kilobytes, or a reward.",
     )
     tolerance: PositiveFloat = Field(
         default=0.5,

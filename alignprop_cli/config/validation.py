@@ -13,7 +13,7 @@ from typing import Any, cast
 from pydantic import BaseModel, ValidationError
 
 from alignprop_cli.config.gradient import GradientConfig
-from alignprop_cli.config.guard import HELD_OUT, PIXEL_MEASURES, SPREAD, HeldOutConfig
+from alignprop_cli.config.guard import HELD_OUT, PIXEL_MEASURES, RIGHT, SPREAD, HeldOutConfig
 from alignprop_cli.config.schema import Config, LossConfig, RewardConfig
 from alignprop_cli.config.train import TrainConfig
 from alignprop_cli.errors import ConfigError, Problem, did_you_mean
@@ -183,7 +183,7 @@ def _impossible(config: Config) -> Iterable[Problem]:
 
 def _unknown_measures(config: Config) -> Iterable[Problem]:
     """Yield the names in the `guard` section that nothing is measured under."""
-    known = [HELD_OUT, *SPREAD, *PIXEL_MEASURES, *config.reward, *config.eval.rewards]
+    known = [HELD_OUT, RIGHT, *SPREAD, *PIXEL_MEASURES, *config.reward, *config.eval.rewards]
     for key, names in (("watch", config.guard.watch), ("best", (config.guard.best,))):
         for name in names:
             if name not in known:

@@ -14,11 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from alignprop_cli.config.guard import RIGHT
 from alignprop_cli.evaluation.compare import DIVERSITY, VENDI, checks, diversity, vendi
 from alignprop_cli.evaluation.draw import Floats, Sample, Samples
-
-RIGHT = "all right"
-"""Name of the share of images that the checker of their prompts finds right."""
 
 # Side of the pixel embedding.
 _CELLS = 8

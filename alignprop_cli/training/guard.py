@@ -14,10 +14,10 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 
-from alignprop_cli.config.guard import HELD_OUT
+from alignprop_cli.config.guard import HELD_OUT, RIGHT
 from alignprop_cli.config.schema import Config
 from alignprop_cli.evaluation import sheet
-from alignprop_cli.evaluation.measures import RIGHT, Quantity, means
+from alignprop_cli.evaluation.measures import Quantity, means
 from alignprop_cli.training import harm
 from alignprop_cli.training.callbacks import Callback, Run
 from alignprop_cli.training.harm import Change, History
@@ -101,6 +101,8 @@ class Guard(Callback):
                 self._history.add(line["step"], line["guard"]["alarms"], line["guard"]["merit"])
         if settings.enabled and (said := _unable(settings.watch, self._watched, base)):
             run.console.note(f"guard: {said}")
+        if settings.best not in (HELD_OUT, *base):
+            run.console.note(f"guard.best: {settings.best} is not measured here: no `best` is kept")
 
     def after_step(self, record: StepRecord) -> None:
         """Judge the samples of this step, if there are any, and add that to the record."""

@@ -270,7 +270,7 @@ def test_held_out_rewards_are_named_like_rewards_and_have_no_weight_of_their_own
 
 
 def test_what_the_guard_watches_must_be_measured() -> None:
-    guard = {"watch": ["held_out", "diversty", "clip"], "best": "pickscore"}
+    guard = {"watch": ["held_out", "all right", "diversty", "clip"], "best": "pickscore"}
     found = problems({**MINIMAL, "guard": guard})
     assert found.keys() == {"guard.watch", "guard.best"}
     assert "'diversty'. Did you mean 'diversity'?" in found["guard.watch"]

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from alignprop_cli.config.guard import RIGHT
 from alignprop_cli.evaluation.draw import Sample, Samples
-from alignprop_cli.evaluation.measures import RIGHT, measure, pixel_features, pixels
+from alignprop_cli.evaluation.measures import measure, pixel_features, pixels
 
 
 def test_saturation_is_that_of_hsv_and_clipped_values_are_counted() -> None:
