@@ -15,8 +15,9 @@ from torch import Tensor
 from alignprop_cli.config.schema import Config, dump
 from alignprop_cli.console import Console
 from alignprop_cli.device import available, hold_memory, make_accelerator, release_cached
+from alignprop_cli.errors import RunError
 from alignprop_cli.models import families, taesd
-from alignprop_cli.planning import embeddings, window
+from alignprop_cli.planning import embeddings, smaller, window
 from alignprop_cli.planning import request as planning
 from alignprop_cli.planning.choose import make_plan
 from alignprop_cli.planning.estimate import Budget, Footprint, expected_correction
@@ -72,7 +73,12 @@ def describe(
     footprint = planning.measure(config, budget.device_type)
     request = planning.plan_request(config, gpus or accelerator.num_processes)
     times = _assumed(footprint, budget, card)
-    plan = _first_plan(request, footprint, budget, times)
+    try:
+        plan = _first_plan(request, footprint, budget, times)
+    except RunError as error:
+        raise smaller.explained(
+            error, config, request, footprint, budget, planning.measure
+        ) from error
     prompts, each = embeddings.count(config, budget.device_type)
     values = {
         "plan": asdict(plan)

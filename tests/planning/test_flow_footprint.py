@@ -92,6 +92,41 @@ def test_the_bytes_that_a_real_step_stores_are_the_predicted_ones(
     assert kept.total == pytest.approx(sum(p.saved(2) for p in parts), rel=0.02)
 
 
+@pytest.mark.parametrize("family", ["sd", *sorted(BUILD)])
+def test_the_bytes_that_a_step_with_dora_stores_are_the_predicted_ones(
+    family: str, tmp_path: Path
+) -> None:
+    """A call keeps the changed weight of every layer, which is as large for any batch."""
+    flow = {"num_inference_steps": 3, "guidance_scale": 3.0, "height": 32, "width": 32}
+    chosen = parse(
+        {
+            "model": {"id": "tiny" if family == "sd" else str(BUILD[family](tmp_path / "model"))},
+            "lora": {"rank": 4, "dora": True},
+            "sample": {"num_inference_steps": 3} if family == "sd" else flow,
+            "gradient": {"method": "full"},
+            "reward": {"clip": {"model": "tiny"}},
+            "train": {"prompts": "shapes", "batch_size": 8},
+        }
+    )
+    prompt = 20 * PROMPT if family == "zimage" else PROMPT
+    found = planning.measure(chosen, "cpu")
+    without = chosen.lora.model_copy(update={"dora": False})
+    plain = planning.measure(chosen.model_copy(update={"lora": without}), "cpu")
+    levels: list[Level] = ["none", "block"]
+    for level in levels:
+        for images, k in ((1, 1), (2, 3)):
+            plan = plan_of(images, level)
+            made = trainer(plan, chosen, prompt)
+            with meter.SavedBytes(there(made)) as kept:
+                ends = path(made, images, k)
+            expected = expected_bytes(found, plan, k)
+            assert kept.total == pytest.approx(expected, rel=0.02)
+            if level == "none":  # it is not the LoRA's figure
+                assert expected > 1.05 * expected_bytes(plain, plan, k)
+            del ends
+            kept.release()
+
+
 def test_buffers_count_as_weights(tmp_path: Path) -> None:
     """The position embeddings of Stable Diffusion 3 are no parameters."""
     folder = small_sd3(tmp_path / "model")
