@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import cast
@@ -73,12 +75,8 @@ def describe(
     footprint = planning.measure(config, budget.device_type)
     request = planning.plan_request(config, gpus or accelerator.num_processes)
     times = _assumed(footprint, budget, card)
-    try:
+    with _saying_what_fits(config, request, footprint, budget):
         plan = _first_plan(request, footprint, budget, times)
-    except RunError as error:
-        raise smaller.explained(
-            error, config, request, footprint, budget, planning.measure
-        ) from error
     prompts, each = embeddings.count(config, budget.device_type)
     values = {
         "plan": asdict(plan)
@@ -96,6 +94,18 @@ def describe(
     lines.append(embeddings.describe(prompts, each))
     lines += [f"not counted: {', '.join(footprint.uncounted)}"] if footprint.uncounted else []
     console.result("alignprop.plan/1", values, [*lines, "nothing was done (--dry-run)"])
+
+
+@contextmanager
+def _saying_what_fits(
+    config: Config, request: PlanRequest, footprint: Footprint, budget: Budget
+) -> Iterator[None]:
+    """Add what would make a plan fit to the error that none does."""
+    try:
+        yield
+    except RunError as error:
+        measure = planning.measure
+        raise smaller.explained(error, config, request, footprint, budget, measure) from error
 
 
 def _window(config: Config, request: PlanRequest, console: Console) -> list[str]:
