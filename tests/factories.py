@@ -23,6 +23,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -374,3 +375,15 @@ def fill_lora_b(network: torch.nn.Module, seed: int, scale: float = 0.3) -> None
     for index, (_, parameter) in enumerate(named):
         draw = randn(seed + index, *parameter.shape, dtype=torch.float32)
         parameter.data.copy_(scale * draw)
+
+
+class KeepsFloat64(TorchFunctionMode):
+    """Keeps float64 where diffusers goes down to float32: rotary embeddings and RMS norms."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        down = func is torch.Tensor.float or (func is torch.Tensor.to and torch.float32 in args[1:])
+        if down and args[0].dtype == torch.float64:
+            return args[0]
+        return func(*args, **(kwargs or {}))

@@ -180,6 +180,7 @@ class Family:
             has one), and `sample.true_guidance_scale` the scale of two branches.
         single_files: Whether a single file with all of a model's weights can be loaded.
         taesd: Hub id of the AutoencoderTiny that was published for it; None where there is none.
+        t5: Whether T5 is among its text encoders, and whether it can be left out.
     """
 
     name: str
@@ -197,6 +198,7 @@ class Family:
     true_guidance: bool = False
     single_files: bool = False
     taesd: str | None = None
+    t5: Literal["none", "optional", "needed"] = "none"
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from alignprop_cli.errors import AssetError, ConfigError
-from alignprop_cli.models import loading
+from alignprop_cli.models import full_weights, loading
 from alignprop_cli.models.base import Source
 from alignprop_cli.models.quantized import quantize_part
 from alignprop_cli.models.rules import Rule
@@ -53,7 +53,8 @@ def check(folder: Path, parts: Mapping[str, PartRules]) -> None:
 
     Raises:
         AssetError: If a file cannot be read.
-        ConfigError: If a class or a value is not what it must be; with the file and the key.
+        ConfigError: If a class or a value is not what it must be, or weights are quantised; with
+            the file and the key.
     """
     index = read_object(folder / INDEX) or {}
     for name, part in parts.items():
@@ -67,6 +68,7 @@ def check(folder: Path, parts: Mapping[str, PartRules]) -> None:
             )
         file = folder / name / part.file
         values = read_object(file) or {}
+        full_weights.check_config(values, str(file))
         for key, (holds, expected) in part.rules.items():
             if key in values and not holds(values[key]):
                 raise ConfigError(
@@ -112,6 +114,7 @@ def load_network(source: Source, name: str, kind: Any, *, hint: str | None = Non
 
     Raises:
         AssetError: If something is missing or damaged.
+        ConfigError: If the weights are quantised.
     """
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
@@ -127,6 +130,7 @@ def load_network(source: Source, name: str, kind: Any, *, hint: str | None = Non
         )
         # The libraries fill what is missing with random numbers, and pass over what is too much.
         missing, more = sorted(report["missing_keys"]), sorted(report["unexpected_keys"])
+        full_weights.check_names(more, str(folder))
         if missing:
             raise ValueError(f"it lacks {missing[0]} ({len(missing)} tensors are missing)")
         if more and issubclass(kind, torch.nn.Module) and hasattr(kind, "load_config"):

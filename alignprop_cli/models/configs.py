@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from alignprop_cli.errors import AssetError, ConfigError
+from alignprop_cli.models import full_weights
 from alignprop_cli.models.rules import NOTHING, SIZE, Rule, either, list_of, number, one_of, whole
 from alignprop_cli.parsing import ParseError, read_json
 from alignprop_cli.paths import read_text
@@ -204,6 +205,7 @@ def check_part(
     """
     layout = layout or STABLE_DIFFUSION
     _check_class(part, values.get("_class_name"), f"{place}: _class_name", layout)
+    full_weights.check_config(values, place)
     for key, what in layout.not_obeyed.get(part, {}).items():
         if values.get(key) not in (None, False, 0):
             raise ConfigError(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import hashlib
 import importlib
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 from alignprop_cli.config.schema import ModelConfig, SampleConfig
 from alignprop_cli.device import allow_tf32, resolve_dtype
 from alignprop_cli.errors import AssetError, ConfigError
-from alignprop_cli.models import loading, quantized
+from alignprop_cli.models import loading, quantized, single_files
 from alignprop_cli.models.base import Family, Model, Sampler, Source
 from alignprop_cli.models.embeddings import EmbedsCache, budget
 from alignprop_cli.models.guiding import guidance_of, takes_scale
@@ -29,12 +28,6 @@ TINY = Path(__file__).parent.parent / "tiny" / "pipeline"
 """The embedded model, in diffusers format."""
 
 _MODULAR = "modular_model_index.json"
-
-# Tensors of the single files of rectified flows, as the original code and diffusers name them.
-_TRANSFORMER = re.compile(
-    r"(model\.diffusion_model\.)?"
-    r"(joint_blocks|double_blocks|single_blocks|(single_)?transformer_blocks|layers)\.\d"
-)
 
 
 def _from(module: str, name: str) -> Callable[..., Any]:
@@ -102,6 +95,7 @@ FAMILIES: dict[str, Family] = {
             on_meta=_from("sd3", "on_meta"),
             spacings=("linear",),
             taesd="madebyollin/taesd3",
+            t5="optional",
         ),
         Family(
             name="FLUX.1",
@@ -120,6 +114,7 @@ FAMILIES: dict[str, Family] = {
             spacings=("linear",),
             taesd="madebyollin/taef1",
             true_guidance=True,
+            t5="needed",
         ),
         Family(
             name="FLUX.2-klein",
@@ -172,14 +167,14 @@ def find(config: ModelConfig) -> tuple[Family, Path | None]:
     Raises:
         AssetError: If a path is not there or is no folder in diffusers format, or if the hub cannot
             be reached or refuses.
-        ConfigError: If the family is not supported.
+        ConfigError: If the family is not supported, or an option of the section is not for it.
     """
     # 1. Local files come first: a folder may have the same name as a hub id.
     path = TINY if config.id == "tiny" else user_path(config.id, "model.id")
     if path.is_file():
-        return _family_of_file(path, config), path
+        return _obeying(config, _family_of_file(path, config)), path
     if path.is_dir():
-        return _family(path / "model_index.json", str(path)), path
+        return _obeying(config, _family(path / "model_index.json", str(path))), path
     # 2. A mistyped path is reported here; the hub would only say that it has no such repository.
     if _looks_like_a_path(config.id):
         raise AssetError(
@@ -192,38 +187,39 @@ def find(config: ModelConfig) -> tuple[Family, Path | None]:
         index = ARCHITECTURES / PUBLISHED[config.id] / "model_index.json"
     else:
         index = loading.download_index(config)
-    return _family(index, config.id), None
+    return _obeying(config, _family(index, config.id)), None
+
+
+def _obeying(config: ModelConfig, family: Family) -> Family:
+    """Return the family; refuse an option of the `model` section that it does not have."""
+    if config.t5 == "none" and family.t5 != "optional":
+        what = "has no T5" if family.t5 == "none" else "cannot do without T5"
+        others = [other.name for other in FAMILIES.values() if other.t5 == "optional"]
+        raise ConfigError(
+            f"model.t5: none: {family.name} {what}; the option is for {', '.join(others)}",
+            hint="leave it out"
+            if family.t5 == "none"
+            else "leave it out: T5 is dropped before the network is loaded",
+        )
+    return family
 
 
 def _family_of_file(file: Path, config: ModelConfig) -> Family:
     """Return the family of a single file."""
+    named: Family | None = None
     if config.config is not None:
         index = user_path(config.config, "model.config") / "model_index.json"
         if index.is_file():
-            family = _family(index, str(index.parent))
-            if not family.single_files:
-                raise _no_single_file(file, f"model.config is {family.name}", str(index.parent))
-            return family
-    names = loading.tensor_names(file)
-    if any(map(_TRANSFORMER.match, names)):
-        raise _no_single_file(file, "it holds a transformer", "FOLDER")
-    # The original code numbers the text encoders of Stable Diffusion XL; its refiner has one.
-    if any(name.startswith("conditioner.embedders.1.") for name in names):
-        return FAMILIES["StableDiffusionXLPipeline"]
-    if any(name.startswith("conditioner.embedders.0.") for name in names):
-        raise ConfigError(
-            f"model.id: {file} is a refiner of Stable Diffusion XL, which cannot be sampled by "
-            "itself"
-        )
-    return FAMILIES["StableDiffusionPipeline"]
-
-
-def _no_single_file(file: Path, why: str, folder: str) -> ConfigError:
-    return ConfigError(
-        f"model.id: {file}: {why}, of whose family no single files are loaded",
-        hint="give the folder in diffusers format with all parts: --model "
-        f"{folder} (diffusers' from_single_file and save_pretrained make it)",
-    )
+            named = _family(index, str(index.parent))
+            if not named.single_files:
+                raise single_files.not_loaded(
+                    file, f"model.config is {named.name}", str(index.parent)
+                )
+    found = FAMILIES[single_files.pipeline_class(file)]
+    # Two rows may have the same parts under other names.
+    if named is not None and named.load_parts is not found.load_parts:
+        raise ConfigError(f"model.config: it is {named.name}, but {file} is {found.name}")
+    return named or found
 
 
 def _looks_like_a_path(name: str) -> bool:

@@ -143,7 +143,7 @@ def load_text_encoders(source: Source, device: torch.device) -> Flux1Text:
         AssetError: If something is missing or damaged.
         ConfigError: If a part is of another class or has a setting that is not obeyed.
     """
-    _check(source)
+    components.check(source.path, _RULES)
     pairs: list[tuple[Any, Any]] = []
     for which, kind, words in (
         ("", CLIPTextModel, CLIPTokenizer),
@@ -169,7 +169,7 @@ def load_parts(source: Source, device: torch.device) -> Parts:
         ConfigError: If the network needs more input than latents (Fill, Control), or a part is of
             another class or has a setting that is not obeyed.
     """
-    _check(source)
+    components.check(source.path, _RULES)
     network = components.load_network(source, "transformer", FluxTransformer2DModel)
     vae = components.load_network(source, "vae", AutoencoderKL)
     return _parts(network.to(device), vae.to(device), source)
@@ -182,7 +182,7 @@ def on_meta(source: Source) -> MetaModel:
         AssetError: If a configuration is missing or damaged.
         ConfigError: As `load_parts`.
     """
-    _check(source)
+    components.check(source.path, _RULES)
     network = components.network_on_meta(source, "transformer", FluxTransformer2DModel)
     vae = components.network_on_meta(source, "vae", AutoencoderKL)
     made = _parts(network, vae, source)
@@ -194,16 +194,6 @@ def on_meta(source: Source) -> MetaModel:
         {n: torch.empty((1, *s), dtype=source.dtype, device="meta") for n, s in shapes.items()}
     )
     return MetaModel(made, Conditioning(embeds, embeds), made.network.sizes.image_size)
-
-
-def _check(source: Source) -> None:
-    """Refuse settings that are not obeyed."""
-    components.check(source.path, _RULES)
-    if source.config.t5 == "none":
-        raise ConfigError(
-            "model.t5: none: FLUX.1 cannot do without T5; it is dropped before the network is "
-            "loaded"
-        )
 
 
 def _parts(network: Any, vae: Any, source: Source) -> Parts:

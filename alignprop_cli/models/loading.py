@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import safetensors
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -68,20 +67,6 @@ def download(config: ModelConfig) -> Path:
             config.id, revision=config.revision, variant=config.variant, **unused
         )
         return Path(folder)
-
-
-def tensor_names(file: Path) -> list[str]:
-    """Return the names of the tensors in a single file; of other formats than safetensors none.
-
-    What is wrong with the file is told when it is loaded.
-    """
-    if file.suffix != ".safetensors":
-        return []
-    try:
-        with safetensors.safe_open(file, framework="pt") as opened:
-            return list(opened.keys())
-    except (OSError, safetensors.SafetensorError):
-        return []
 
 
 @contextmanager

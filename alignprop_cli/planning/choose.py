@@ -21,6 +21,7 @@ from alignprop_cli.planning.estimate import (
     Footprint,
     Level,
     estimate,
+    expected_correction,
     operations,
     peak_parts,
 )
@@ -84,6 +85,13 @@ def make_plan(
         assert budget is not None
         raise _too_small(search.with_estimate(search.smallest()), request, budget)
     return search.with_estimate(best)
+
+
+def fits_at_all(request: PlanRequest, footprint: Footprint, budget: Budget) -> bool:
+    """Return whether the smallest plan fits, before anything is measured on the device."""
+    correction = expected_correction(budget.device_type)
+    search = _Search(request, footprint, budget.device_type, budget, correction, math.inf)
+    return search.fits(search.smallest())
 
 
 @dataclass(frozen=True)

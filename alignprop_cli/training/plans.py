@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import cast
@@ -15,8 +17,9 @@ from torch import Tensor
 from alignprop_cli.config.schema import Config, dump
 from alignprop_cli.console import Console
 from alignprop_cli.device import available, hold_memory, make_accelerator, release_cached
+from alignprop_cli.errors import RunError
 from alignprop_cli.models import families, taesd
-from alignprop_cli.planning import embeddings, window
+from alignprop_cli.planning import embeddings, smaller, window
 from alignprop_cli.planning import request as planning
 from alignprop_cli.planning.choose import make_plan
 from alignprop_cli.planning.estimate import Budget, Footprint, expected_correction
@@ -72,7 +75,8 @@ def describe(
     footprint = planning.measure(config, budget.device_type)
     request = planning.plan_request(config, gpus or accelerator.num_processes)
     times = _assumed(footprint, budget, card)
-    plan = _first_plan(request, footprint, budget, times)
+    with _saying_what_fits(config, request, footprint, budget):
+        plan = _first_plan(request, footprint, budget, times)
     prompts, each = embeddings.count(config, budget.device_type)
     values = {
         "plan": asdict(plan)
@@ -90,6 +94,18 @@ def describe(
     lines.append(embeddings.describe(prompts, each))
     lines += [f"not counted: {', '.join(footprint.uncounted)}"] if footprint.uncounted else []
     console.result("alignprop.plan/1", values, [*lines, "nothing was done (--dry-run)"])
+
+
+@contextmanager
+def _saying_what_fits(
+    config: Config, request: PlanRequest, footprint: Footprint, budget: Budget
+) -> Iterator[None]:
+    """Add what would make a plan fit to the error that none does."""
+    try:
+        yield
+    except RunError as error:
+        measure = planning.measure
+        raise smaller.explained(error, config, request, footprint, budget, measure) from error
 
 
 def _window(config: Config, request: PlanRequest, console: Console) -> list[str]:

@@ -2,7 +2,9 @@
 
 The pace is that of the card that a dry run assumes for such a memory (`planning/speed.py`).
 
-Run:  python tests/benchmarks/what_fits.py [--presets | --flows]
+With `--presets` a second table says what makes a preset fit where it does not as it is.
+
+Run:  python tests/benchmarks/what_fits.py [--presets] [--flows]
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from alignprop_cli.config import presets
 from alignprop_cli.config.schema import Config
 from alignprop_cli.errors import RunError
 from alignprop_cli.planning import request as planning
+from alignprop_cli.planning import smaller
 from alignprop_cli.planning.choose import make_plan
 from alignprop_cli.planning.estimate import GIB, Budget, Footprint, expected_correction
 from alignprop_cli.planning.speed import assumed, card_for
@@ -45,6 +48,7 @@ SCHNELL: dict[str, Any] = {
     "sample.num_inference_steps": 4,
     "gradient.method": "full",
 }
+NF4: dict[str, Any] = {"model.quantize": "nf4"}
 # With `--flows`: rectified flows as their presets have them, and what differs.
 FLOWS: dict[str, tuple[str, dict[str, Any]]] = {
     "SD 3.5 medium, 512, last 2 of 25": ("sd35_hps", {}),
@@ -60,6 +64,10 @@ FLOWS: dict[str, tuple[str, dict[str, Any]]] = {
     "FLUX.1-dev, 512, last fifth of 25": ("flux_hps", {}),
     "FLUX.1-dev, 1024, last fifth of 25": ("flux_hps", LARGE),
     "FLUX.1-schnell, 512, all 4": ("flux_hps", SCHNELL),
+    "FLUX.1-dev in nf4, 512, last fifth of 25": ("flux_hps", NF4),
+    "FLUX.1-schnell in nf4, 512, all 4": ("flux_hps", {**SCHNELL, **NF4}),
+    "Z-Image-Turbo in nf4, 512, all 8": ("zimage_turbo_hps", NF4),
+    "FLUX.2-klein 4B in nf4, 512, all 4": ("klein_hps", NF4),
 }
 FLOW_CARDS = (12, 16, 24, 48, 80)
 SHORT = {"none": "", "block": " b", "call": " c"}
@@ -68,27 +76,56 @@ SHORT = {"none": "", "block": " b", "call": " c"}
 def main() -> None:
     """Print one row for each model and window, or for each preset."""
     if "--presets" in sys.argv:
-        print_head("| preset |", PRESET_CARDS)
-        for name in PRESETS:
-            config = presets.resolve(preset=name)
-            footprint = planning.measure(config, "cuda")
-            print(f"| `{name}` |", cells(config, footprint, PRESET_CARDS), "|", flush=True)
-        return
+        print_presets()
     if "--flows" in sys.argv:
         print_head("| model, pixels, calls with gradient |", FLOW_CARDS)
         for title, (preset, flags) in FLOWS.items():
             flags = {**flags, "sample.width": flags.get("sample.height", 512)}  # square
             config = with_window(presets.resolve(preset=preset, flags=flags))
-            footprint = planning.measure(config, "cuda")
+            footprint = measure(config, "cuda")
             print(f"| {title} |", cells(config, footprint, FLOW_CARDS), "|", flush=True)
+    if len(sys.argv) > 1:
         return
     print_head("| model | window |", CARDS)
     for title, model in MODELS.items():
-        footprint = None
         for window, flags in WINDOWS.items():
             config = resolved(model, flags)
-            footprint = footprint or planning.measure(config, "cuda")
+            footprint = measure(config, "cuda")
             print(f"| {title} | {window} |", cells(config, footprint, CARDS), "|", flush=True)
+
+
+def print_presets() -> None:
+    """Print the presets as they are, and what makes those fit that do not."""
+    print_head("| preset |", PRESET_CARDS)
+    small: list[tuple[str, Config, int]] = []
+    for name in PRESETS:
+        config = with_window(presets.resolve(preset=name))
+        row = cells(config, measure(config, "cuda"), PRESET_CARDS)
+        print(f"| `{name}` |", row, "|", flush=True)
+        fitting = zip(PRESET_CARDS, row.split(" | "), strict=True)
+        small += [(name, config, card) for card, cell in fitting if cell == "-"]
+    print("\n| preset | card | fits with | plan |\n|---|---|---|---|")
+    for name, config, card in small:
+        request = planning.plan_request(config, processes=1)
+        budget = Budget(card * GIB, "cuda", "a card")
+        footprint = measure(config, "cuda")
+        found = smaller.fitting(config, request, footprint, budget, measure)
+        flags, cell = "nothing", "-"
+        if found is not None:
+            flags, cell = f"`{found[0]}`", cells(config, found[1], [card])
+        print(f"| `{name}` | {card} GB | {flags} | {cell} |", flush=True)
+
+
+_measured: dict[str, Footprint] = {}
+
+
+def measure(config: Config, device_type: str) -> Footprint:
+    """Count a configuration; what decides on the count is not counted twice."""
+    sections = config.model, config.lora, config.sample, *config.reward.values()
+    key = repr([list(config.reward), device_type, *(s.model_dump_json() for s in sections)])
+    if key not in _measured:
+        _measured[key] = planning.measure(config, device_type)
+    return _measured[key]
 
 
 def print_head(first: str, cards: Sequence[int]) -> None:

@@ -13,7 +13,6 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 from huggingface_hub import constants
-from safetensors.torch import save_file
 from torch import Tensor
 
 from alignprop_cli.config.schema import ModelConfig, SampleConfig
@@ -308,26 +307,22 @@ def test_every_shipped_architecture_belongs_to_a_published_model() -> None:
 
 
 @pytest.mark.parametrize(
-    "layer",
-    ["model.diffusion_model.joint_blocks.0.x", "double_blocks.3.x", "transformer_blocks.0.x"],
+    ("name", "message"),
+    [
+        ("tiny", r"model\.t5: none: Stable Diffusion 1\.x and 2\.x has no T5"),
+        ("stabilityai/sdxl-turbo", r"model\.t5: none: Stable Diffusion XL has no T5"),
+        ("black-forest-labs/FLUX.2-klein-4B", r"model\.t5: none: FLUX\.2-klein has no T5"),
+        ("Tongyi-MAI/Z-Image-Turbo", r"model\.t5: none: Z-Image has no T5"),
+        ("black-forest-labs/FLUX.1-dev", r"model\.t5: none: FLUX\.1 cannot do without T5"),
+    ],
 )
-def test_a_single_file_of_a_rectified_flow_is_refused_with_what_to_do(
-    layer: str, tmp_path: Path
-) -> None:
-    file, folder = tmp_path / "model.safetensors", tmp_path / "parts"
-    save_file({layer: torch.ones(2)}, file)
-    folder.mkdir()
-    for kind in ("StableDiffusion3Pipeline", "Flux2KleinPipeline"):
-        (folder / "model_index.json").write_text(json.dumps({"_class_name": kind}))
-        # By both ways to a model: for the plan and for the weights.
-        for door in (
-            lambda config: find(config),
-            lambda config: meta_model(config, torch.float32),
-            lambda config: open_model(config, ["a"], CPU),
-        ):
-            with pytest.raises(ConfigError, match="of whose family no single files") as raised:
-                door(ModelConfig(id=str(file), config=str(folder)))
-            assert f"--model {folder}" in str(raised.value.hint)
-    with pytest.raises(ConfigError, match="it holds a transformer") as raised:
-        find(ModelConfig(id=str(file)))
-    assert "from_single_file" in str(raised.value.hint)
+def test_t5_can_be_left_out_of_stable_diffusion_3_alone(name: str, message: str) -> None:
+    config = ModelConfig(id=name, t5="none")
+    for door in (
+        lambda: find(config),
+        lambda: meta_model(config, torch.float32),
+        lambda: open_model(config, ["a"], CPU),
+    ):
+        with pytest.raises(ConfigError, match=f"{message}; the option is for Stable Diffusion 3"):
+            door()
+    assert find(ModelConfig(id="stabilityai/stable-diffusion-3.5-medium", t5="none"))

@@ -92,6 +92,31 @@ def test_the_bytes_that_a_real_step_stores_are_the_predicted_ones(
     assert kept.total == pytest.approx(sum(p.saved(2) for p in parts), rel=0.02)
 
 
+@pytest.mark.parametrize("family", ["sd", "flux1"])
+def test_a_plan_with_dora_is_never_too_small_and_at_most_a_tenth_too_large(
+    family: str, tmp_path: Path
+) -> None:
+    """Not within 2 %, as with other LoRAs: 9.6 % too large here for "sd", 2.9 % for "flux1"."""
+    flow = {"num_inference_steps": 3, "guidance_scale": 3.0, "height": 32, "width": 32}
+    chosen = parse(
+        {
+            "model": {"id": "tiny" if family == "sd" else str(BUILD[family](tmp_path / "model"))},
+            "lora": {"rank": 4, "dora": True},
+            "sample": {"num_inference_steps": 3} if family == "sd" else flow,
+            "gradient": {"method": "full"},
+            "reward": {"clip": {"model": "tiny"}},
+            "train": {"prompts": "shapes", "batch_size": 8},
+        }
+    )
+    plan = plan_of(2, "none")
+    expected = expected_bytes(planning.measure(chosen, "cpu"), plan, 2)
+    made = trainer(plan, chosen)
+    with meter.SavedBytes(there(made)) as kept:
+        ends = path(made, 2, 2)
+    assert ends.requires_grad
+    assert kept.total <= expected <= 1.10 * kept.total
+
+
 def test_buffers_count_as_weights(tmp_path: Path) -> None:
     """The position embeddings of Stable Diffusion 3 are no parameters."""
     folder = small_sd3(tmp_path / "model")

@@ -89,7 +89,8 @@ def trainer(plan: Plan, chosen: Config | None = None, prompt: str = PROMPT) -> T
     chosen = chosen or config()
     model = open_model(chosen.model, [prompt, ""], accelerator.device)
     targets = model.family.target_modules
-    lora.inject(model.network.module, rank=4, alpha=4, target_modules=targets, seed=0)
+    options = {"rank": 4, "alpha": 4, "target_modules": targets, "seed": 0}
+    lora.inject(model.network.module, **options, dora=chosen.lora.dora)
     mixture = build_mixture(chosen.reward, chosen.loss, accelerator.device)
     if plan.checkpoint_reward:
         mixture.recompute()

@@ -1,0 +1,106 @@
+"""The shipped scheduler configurations are those of the published models, where one could be seen.
+
+The hub cannot be reached from the tests: what its pages showed is written down here, without the
+keys that are diffusers' defaults. A row that is no page of the model itself says so.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import diffusers
+import pytest
+
+from alignprop_cli.config.schema import ModelConfig
+from alignprop_cli.models.defaults import own_sampling
+from alignprop_cli.models.published import ARCHITECTURES, PUBLISHED
+
+_FLOW = {"num_train_timesteps": 1000, "base_image_seq_len": 256, "max_image_seq_len": 4096}
+_DIFFUSION = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "prediction_type": "epsilon",
+}
+_DYNAMIC = {**_FLOW, "base_shift": 0.5, "max_shift": 1.15, "shift": 3.0}
+_DYNAMIC |= {"use_dynamic_shifting": True}
+
+# By folder of `ARCHITECTURES`: class, values.
+SEEN: dict[str, tuple[str, dict[str, Any]]] = {
+    # huggingface.co/black-forest-labs/FLUX.1-schnell, commits 64a3664 and 768d12a
+    "flux.1-schnell": (
+        "FlowMatchEulerDiscreteScheduler",
+        {**_FLOW, "base_shift": 0.5, "max_shift": 1.15, "shift": 1.0}
+        | {"use_dynamic_shifting": False},
+    ),
+    # A copy: huggingface.co/multimodalart/FLUX.1-dev2pro-full; max_shift also in
+    # github.com/huggingface/diffusers/issues/10675, which quotes the model's own.
+    "flux.1-dev": ("FlowMatchEulerDiscreteScheduler", _DYNAMIC),
+    # No page seen. "A drop-in replacement in every system that supports FLUX.1 [dev]", says
+    # github.com/black-forest-labs/flux, model_cards/FLUX.1-Krea-dev.md.
+    "flux.1-krea-dev": ("FlowMatchEulerDiscreteScheduler", _DYNAMIC),
+    # FLUX.2-dev's: huggingface.co/diffusers/FLUX.2-dev-bnb-4bit. The pipelines compute the shift.
+    **dict.fromkeys(
+        ("flux.2-klein-4b", "flux.2-klein-9b", "flux.2-klein-base-4b", "flux.2-klein-base-9b"),
+        ("FlowMatchEulerDiscreteScheduler", {**_DYNAMIC, "time_shift_type": "exponential"}),
+    ),
+    # A copy: huggingface.co/frankjoshua/stable-diffusion-3.5-medium, of the public release. That of
+    # large and of 3 was not seen.
+    "sd-3.5-medium": (
+        "FlowMatchEulerDiscreteScheduler",
+        {"num_train_timesteps": 1000, "shift": 3.0},
+    ),
+    # A copy: huggingface.co/TensorStack/Z-Image-Turbo-ts
+    "z-image-turbo": (
+        "FlowMatchEulerDiscreteScheduler",
+        {"num_train_timesteps": 1000, "shift": 3.0, "use_dynamic_shifting": False},
+    ),
+    # A model that was trained from it: huggingface.co/mcuo/Anime-Z
+    "z-image": (
+        "FlowMatchEulerDiscreteScheduler",
+        {"num_train_timesteps": 1000, "shift": 6.0, "use_dynamic_shifting": False},
+    ),
+    # huggingface.co/stabilityai/sdxl-turbo, commit 647e47a
+    "sdxl-turbo": (
+        "EulerAncestralDiscreteScheduler",
+        {**_DIFFUSION, "timestep_spacing": "trailing", "steps_offset": 1},
+    ),
+    # huggingface.co/stabilityai/sd-turbo, commit a07e586
+    "sd-turbo": (
+        "EulerDiscreteScheduler",
+        {**_DIFFUSION, "timestep_spacing": "trailing", "steps_offset": 1}
+        | {"timestep_type": "discrete", "use_karras_sigmas": False},
+    ),
+    # huggingface.co/SimianLuo/LCM_Dreamshaper_v7, commit 4c51dea
+    "lcm-dreamshaper-v7": (
+        "LCMScheduler",
+        {**_DIFFUSION, "original_inference_steps": 50, "set_alpha_to_one": True}
+        | {"steps_offset": 0, "timestep_spacing": "leading", "rescale_betas_zero_snr": False},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", sorted(SEEN))
+def test_a_shipped_schedule_is_the_published_one(name: str) -> None:
+    kind, values = SEEN[name]
+    file = ARCHITECTURES / name / "scheduler" / "scheduler_config.json"
+    shipped = json.loads(file.read_text())
+    assert shipped.pop("_class_name") == kind
+    scheduler = getattr(diffusers, kind)
+    # With what the class takes where nothing is given.
+    found = {key: scheduler.from_config(shipped).config[key] for key in values}
+    assert found == values
+
+
+def test_every_published_model_has_steps_and_guidance_of_its_own() -> None:
+    without = {PUBLISHED[name] for name in PUBLISHED if own_sampling(ModelConfig(id=name)) is None}
+    assert without == set()
+    # Of distilled models no guidance is left.
+    for name in ("flux.2-klein-4b", "flux.1-schnell", "z-image-turbo", "sdxl-turbo", "sd-turbo"):
+        (hub_id,) = (hub_id for hub_id, place in PUBLISHED.items() if place == name)
+        found = own_sampling(ModelConfig(id=hub_id))
+        assert found is not None
+        assert found[0] <= 8
+        assert found[1] <= 1.0
