@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from pydantic import BaseModel, ValidationError
 
+from alignprop_cli.config.foreign import named_here
 from alignprop_cli.config.gradient import GradientConfig
 from alignprop_cli.config.guard import HELD_OUT, PIXEL_MEASURES, RIGHT, SPREAD, HeldOutConfig
 from alignprop_cli.config.schema import Config, LossConfig, RewardConfig
@@ -62,11 +63,10 @@ def parse(
         # pydantic complains once for each branch of a union; the first message is enough.
         problems = list({problem.key: problem for problem in reversed(problems)}.values())[::-1]
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        raise ConfigError(
-            f"{source}: {count}",
-            problems,
-            hint="`alignprop train --preset NAME --show-preset` prints every key of a preset",
-        )
+        hint = "`alignprop train --preset NAME --show-preset` prints every key of a preset"
+        if any(named_here(_key(d), d["input"]) for d in wrong if d["type"] == "extra_forbidden"):
+            hint += "; what other tools' options are called here: docs/coming-from.md"
+        raise ConfigError(f"{source}: {count}", problems, hint=hint)
     return config
 
 
@@ -114,6 +114,11 @@ def _path(location: tuple[str | int, ...]) -> tuple[str | int, ...]:
     return location[: 4 if location[2:3] == ("loss",) else 3]
 
 
+def _key(details: Any) -> str:
+    """Return the dotted key of one of pydantic's errors."""
+    return ".".join(map(str, _path(details["loc"])))
+
+
 def _section(path: tuple[str | int, ...]) -> type[BaseModel] | None:
     """Return the schema of the section at this path; None if there is none."""
     if not path:
@@ -132,11 +137,12 @@ def _section(path: tuple[str | int, ...]) -> type[BaseModel] | None:
 def _problem(details: Any, origins: Mapping[str, str]) -> Problem:
     """Turn one of pydantic's errors into a `Problem`."""
     path = _path(details["loc"])
-    key = ".".join(map(str, path))
+    key = _key(details)
     if details["type"] == "extra_forbidden":
         section = _section(path[:-1])
         known = section.model_fields if section is not None else ()
-        message = f"unknown key '{path[-1]}'.{did_you_mean(str(path[-1]), known)}"
+        advice = named_here(key, details["input"]) or did_you_mean(str(path[-1]), known)
+        message = f"unknown key '{path[-1]}'.{advice}"
     else:
         # A value of thousands of parts would fill the screen.
         got = repr(details["input"])
