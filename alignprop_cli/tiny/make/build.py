@@ -29,7 +29,7 @@ from alignprop_cli.tiny.make import aligner, autoencoder, fewstep, flow, tokeniz
 
 HERE = Path(__file__).parent.parent
 # How long each takes: README.md next to the weights.
-STEPS = {"autoencoder": 3000, "unet": 2300, "aligner": 3000, "flow": 12_000, "fewstep": 4000}
+STEPS = {"autoencoder": 3000, "unet": 2300, "aligner": 3000, "flow": 5000, "fewstep": 4000}
 GUIDANCE_SCALE = 3.0
 FEWSTEP = "fewstep"
 """Name of the variant of the weights, in the folder of the flow model."""
@@ -96,26 +96,22 @@ def load_flow(
     output: Path, device: torch.device, variant: str | None = None
 ) -> StableDiffusion3Pipeline:
     """Load the flow model that was written, or its few-step variant, as users do."""
-    pipeline = StableDiffusion3Pipeline.from_pretrained(output / "flow", variant=variant)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(
+        output / "flow", variant=variant, text_encoder_3=None, tokenizer_3=None
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
 
 def save_pipeline(pipeline: DiffusionPipeline, words: Path, directory: Path) -> None:
     """Write a pipeline in half precision, with the tokenizers' files for old readers too."""
-    parts = [name for name, part in pipeline.components.items() if part is not None]
-    tokenizers = [name for name in parts if name.startswith("tokenizer")]
-    # A tokenizer remembers the padding and truncation of its last call, and would save them.
-    for name in tokenizers:
-        pipeline.components[name].backend_tokenizer.no_padding()
-        pipeline.components[name].backend_tokenizer.no_truncation()
     pipeline.to("cpu", torch.float16).save_pretrained(directory)
-    for name in tokenizers:
-        for file in ("vocab.json", "merges.txt"):
-            shutil.copy(words / file, directory / name / file)
-    # If no dtype is given, diffusers loads in float32 and transformers in that of the config.
-    for name in parts:
-        if name.startswith("text_encoder"):
+    for name, part in pipeline.components.items():
+        # One that was used or loaded would save what it remembers of that.
+        if name.startswith("tokenizer") and part is not None:
+            shutil.copytree(words, directory / name, dirs_exist_ok=True)
+        # If no dtype is given, diffusers loads in float32 and transformers in that of the config.
+        if name.startswith("text_encoder") and part is not None:
             config = directory / name / "config.json"
             values = json.loads(config.read_text()) | {"dtype": "float32"}
             config.write_text(json.dumps(values, indent=2) + "\n")
