@@ -167,7 +167,7 @@ def embed(pipeline: StableDiffusion3Pipeline, prompts: list[str]) -> tuple[Tenso
 @torch.no_grad()
 def start_normalised(layer: torch.nn.Linear, inputs: Tensor) -> None:
     """Let a layer start as if all its inputs (..., D) had mean 0 and standard deviation 1."""
-    # Those of the two text encoders differ by a factor of 60, and the words are in the smaller ones.
+    # Those of the two text encoders differ by a factor of 60, and the smaller ones tell the words.
     inputs = inputs.flatten(0, -2)
     layer.weight /= inputs.std(dim=0)
     layer.bias -= layer.weight @ inputs.mean(dim=0)
@@ -203,8 +203,8 @@ def train(
         pick = torch.randint(len(latents), (BATCH,), generator=generator)
         prompts = chosen[pick].clone()
         prompts[torch.rand(BATCH, generator=generator) < CAPTION_DROP] = len(hidden) - 1
-        # 4. The loss of a rectified flow: noise - x0 from (1 - sigma) x0 + sigma noise. Sigma is the
-        # logistic of a normal number, most often 0.5 to 0.8: number and places are decided there.
+        # 4. The loss of a rectified flow: noise - x0 from (1 - sigma) x0 + sigma noise. Sigma is a
+        # logistic normal, most often 0.5 to 0.8: number and places are decided there.
         x0 = latents[pick].float().to(device)
         noise = torch.randn(x0.shape, generator=generator).to(device)
         sigma = (0.5 + torch.randn(BATCH, generator=generator)).sigmoid().to(device)
