@@ -10,10 +10,12 @@ from diffusers import StableDiffusion3Pipeline, StableDiffusionPipeline
 
 from alignprop_cli.models.families import TINY
 from alignprop_cli.tiny import language as data
-from alignprop_cli.tiny.make import checkpoint, fewstep, flow
+from alignprop_cli.tiny.make import checkpoint, fewstep, flow, transformer
 from tests.factories import randn
 
 CPU = torch.device("cpu")
+ROOKS = ((1, 0), (-1, 0), (0, 1), (0, -1))
+BISHOPS = ((1, 1), (1, -1), (-1, 1), (-1, -1))
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +28,7 @@ def tiny() -> StableDiffusionPipeline:
 @pytest.fixture
 def pipeline(tiny: StableDiffusionPipeline) -> StableDiffusion3Pipeline:
     """Return one with random weights; an untrained network predicts zero."""
-    network = flow.new_transformer()
+    network = transformer.new_transformer()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for weight in network.parameters():
@@ -35,10 +37,30 @@ def pipeline(tiny: StableDiffusionPipeline) -> StableDiffusion3Pipeline:
 
 
 def test_an_untrained_transformer_predicts_zero() -> None:
-    network = flow.new_transformer()
+    network = transformer.new_transformer()
     arguments = randn(0, 2, 12, 12, 12).float(), randn(1, 2, 17, 192).float()
     found = network(*arguments, randn(2, 2, 192).float(), torch.tensor([1.0, 999.0]))
     assert torch.equal(found.sample, torch.zeros(2, 12, 12, 12))
+
+
+def test_attention_starts_at_the_neighbours_of_each_patch() -> None:
+    torch.manual_seed(0)
+    network = transformer.new_transformer()
+    embedded = network.pos_embed(randn(0, 64, 12, 12, 12).float())
+    inputs = torch.nn.functional.layer_norm(embedded, (96,))
+    # Patches are numbered row by row, six in a row; x is to the right, y down.
+    for number, neighbours in enumerate([ROOKS, BISHOPS, ROOKS]):
+        attention = network.transformer_blocks[number].attn
+        queries, keys = (
+            layer(inputs).unflatten(-1, (4, 24)) for layer in (attention.to_q, attention.to_k)
+        )
+        scores = torch.einsum("bihd,bjhd->bhij", queries, keys) / 24**0.5
+        shares = scores.softmax(dim=-1).mean(dim=0)
+        for head, (x, y) in enumerate(neighbours):
+            for row, column in [(2, 2), (3, 3), (2, 3)]:
+                there = (row + y) * 6 + column + x
+                # Equal attention to all patches is 1 / 36.
+                assert shares[head, row * 6 + column, there] > 10 / 36
 
 
 def test_one_token_of_padding_that_counts_as_many_draws_the_same(pipeline) -> None:
@@ -105,7 +127,7 @@ def test_the_teachers_paths_are_those_of_the_pipeline(
     assert points.shape == (3, 5, 12, 12, 12)
     drawn = pipeline(
         [data.train_prompts()[i] for i in chosen],
-        sigmas=[1.0 - call / 16 for call in range(16)],
+        sigmas=[1.0 - call / 12 for call in range(12)],
         guidance_scale=flow.GUIDANCE_SCALE,
         latents=points[:, 0].float(),
         max_sequence_length=1,

@@ -29,7 +29,7 @@ from alignprop_cli.tiny.make import aligner, autoencoder, fewstep, flow, tokeniz
 
 HERE = Path(__file__).parent.parent
 # How long each takes: README.md next to the weights.
-STEPS = {"autoencoder": 3000, "unet": 2300, "aligner": 3000, "flow": 24_000, "fewstep": 4000}
+STEPS = {"autoencoder": 3000, "unet": 2300, "aligner": 3000, "flow": 10_000, "fewstep": 4000}
 GUIDANCE_SCALE = 3.0
 FEWSTEP = "fewstep"
 """Name of the variant of the weights, in the folder of the flow model."""

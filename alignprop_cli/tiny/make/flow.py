@@ -30,10 +30,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from alignprop_cli.tiny import language as data
 from alignprop_cli.tiny.make import checkpoint
+from alignprop_cli.tiny.make.transformer import MuonAndAdamW, new_transformer
 from alignprop_cli.tiny.make.unet import encode_drawings, measure
 
 BATCH = 64
-LEARNING_RATE = 2e-3
 CAPTION_DROP = 0.1
 """Share of the prompts that are replaced by an empty one, for classifier-free guidance."""
 GUIDANCE_SCALE = 3.0
@@ -46,37 +46,9 @@ SAVED_EVERY = 500
 CHECKED = 96
 """Samples that the checker reads now and then while the network trains."""
 # Share of the steps, at the end, over which the learning rate falls to zero.
-_FALL = 0.5
+_FALL = 0.4
 # Steps over which it rises.
-_RISE = 300
-
-
-def new_transformer() -> SD3Transformer2DModel:
-    """Return an untrained transformer of 1.0 M parameters, started as those of DiT are.
-
-    All blocks are the identity and the prediction is zero.
-    """
-    network = SD3Transformer2DModel(
-        sample_size=12,
-        patch_size=2,
-        in_channels=12,
-        out_channels=12,
-        num_layers=3,
-        num_attention_heads=4,
-        attention_head_dim=24,
-        caption_projection_dim=96,
-        joint_attention_dim=192,  # both text encoders side by side
-        pooled_projection_dim=192,
-        pos_embed_max_size=6,
-    )
-    for layer in network.modules():
-        if isinstance(layer, torch.nn.Linear):
-            torch.nn.init.xavier_uniform_(layer.weight)
-            torch.nn.init.zeros_(layer.bias)
-    modulations = [layer for name, layer in network.named_modules() if name.endswith(".linear")]
-    for layer in (*modulations, network.proj_out):
-        torch.nn.init.zeros_(layer.weight)
-    return network
+_RISE = 100
 
 
 def text_encoders(trained: CLIPTextModel) -> list[CLIPTextModelWithProjection]:
@@ -184,9 +156,7 @@ def train(
     # The last embeddings are those of the empty prompt.
     hidden, pooled = embed(assemble(tiny, network), [*data.train_prompts(), ""])
     start_normalised(network.context_embedder, hidden[:, :-1])
-    optimizer = torch.optim.AdamW(
-        network.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-3, fused=True
-    )
+    optimizer = MuonAndAdamW(network)
     average = EMAModel(
         network.parameters(), decay=0.999, use_ema_warmup=True, power=0.75, foreach=True
     )
@@ -196,18 +166,17 @@ def train(
     latents, chosen = encode_drawings(tiny.vae, work, device)
     started, losses = time.perf_counter(), []
     while step < steps:
-        for group in optimizer.param_groups:
-            group["lr"] = _learning_rate(step, steps)
+        optimizer.set_rate(_rate(step, steps))
         # 3. A batch, as a function of the step, so that a resumed run sees the same batches.
         generator = torch.Generator().manual_seed(step)
         pick = torch.randint(len(latents), (BATCH,), generator=generator)
         prompts = chosen[pick].clone()
         prompts[torch.rand(BATCH, generator=generator) < CAPTION_DROP] = len(hidden) - 1
         # 4. The loss of a rectified flow: noise - x0 from (1 - sigma) x0 + sigma noise. Sigma is a
-        # logistic normal, most often 0.5 to 0.8: number and places are decided there.
+        # logistic normal, most often 0.5 to 0.85: number, places and shapes are decided there.
         x0 = latents[pick].float().to(device)
         noise = torch.randn(x0.shape, generator=generator).to(device)
-        sigma = (0.5 + torch.randn(BATCH, generator=generator)).sigmoid().to(device)
+        sigma = (0.7 + torch.randn(BATCH, generator=generator)).sigmoid().to(device)
         mixed = torch.lerp(x0, noise, sigma.view(-1, 1, 1, 1))
         flow = network(mixed, hidden[prompts], pooled[prompts], 1000.0 * sigma, return_dict=False)
         loss = torch.nn.functional.mse_loss(flow[0], noise - x0)
@@ -225,7 +194,7 @@ def train(
 
 
 def update(
-    network: torch.nn.Module, optimizer: torch.optim.Optimizer, average: EMAModel, loss: Tensor
+    network: torch.nn.Module, optimizer: MuonAndAdamW, average: EMAModel, loss: Tensor
 ) -> float:
     """Make one step of the optimizer and of the average, and return the loss."""
     optimizer.zero_grad()
@@ -243,7 +212,6 @@ def averaged(network: SD3Transformer2DModel, average: EMAModel) -> SD3Transforme
     return copied.eval().requires_grad_(False)
 
 
-def _learning_rate(step: int, steps: int) -> float:
-    """Return the rate of a step: it rises, stays, and falls to zero as a half cosine."""
-    left = min((steps - step) / (_FALL * steps), 1.0)
-    return LEARNING_RATE * min(1.0, (step + 1) / _RISE) * (0.5 - 0.5 * math.cos(math.pi * left))
+def _rate(step: int, steps: int) -> float:
+    """Return the share of the full learning rate: it rises, stays, and falls to zero."""
+    return min((step + 1) / _RISE, (steps - step) / (_FALL * steps), 1.0)
