@@ -29,7 +29,7 @@ from alignprop_cli.tiny.make import aligner, autoencoder, fewstep, flow, tokeniz
 
 HERE = Path(__file__).parent.parent
 # How long each takes: README.md next to the weights.
-STEPS = {"autoencoder": 3000, "unet": 2300, "aligner": 3000, "flow": 10_000, "fewstep": 4000}
+STEPS = {"autoencoder": 3000, "unet": 2300, "aligner": 3000, "flow": 10_000, "fewstep": 3000}
 GUIDANCE_SCALE = 3.0
 FEWSTEP = "fewstep"
 """Name of the variant of the weights, in the folder of the flow model."""
@@ -187,10 +187,10 @@ def write_flow_card(output: Path) -> None:
             },
         },
     )
-    # Two rows of each, of the same prompts.
+    # A row of each, of the same prompts.
     images = [
-        unet.samples(base, 20, guidance_scale=flow.GUIDANCE_SCALE, seed=100)[0],
-        unet.samples(fewstep.few_calls(few), 20, guidance_scale=0.0, seed=100)[0],
+        unet.samples(base, 10, guidance_scale=flow.GUIDANCE_SCALE, seed=100)[0],
+        unet.samples(fewstep.few_calls(few), 10, guidance_scale=0.0, seed=100)[0],
     ]
     _save_sheet(np.concatenate(images), output / "flow_samples.png")
 

@@ -30,7 +30,7 @@ CALLS = 4
 SIGMAS = [1.0 - call / CALLS for call in range(CALLS)]
 """Noise levels of the calls, before the scheduler's shift."""
 BATCH = 64
-PATHS = 8192
+PATHS = 6144
 RATE = 0.3
 """Highest learning rate, as a share of those that the teacher was trained with."""
 SAVED_EVERY = 500
