@@ -13,7 +13,7 @@ from alignprop_cli.errors import ConfigError
 from alignprop_cli.paths import user_path
 from alignprop_cli.rewards import registry
 from alignprop_cli.scoring import rows
-from alignprop_cli.scoring.files import Found, drawn_by_tiny
+from alignprop_cli.scoring.files import Found, drawn_by_embedded
 from alignprop_cli.scoring.run import Wanted
 from alignprop_cli.storage import locked
 
@@ -26,8 +26,8 @@ def rewards(sets: Sequence[str] | None, reward: Sequence[str] | None, found: lis
 
     Args:
         sets: Texts of `--set`.
-        reward: Values of `--reward`. Without any, `clip` measures images that the embedded model
-            has drawn.
+        reward: Values of `--reward`. Without any, `clip` measures images that an embedded model has
+            drawn.
         found: The images.
 
     Raises:
@@ -46,10 +46,10 @@ def rewards(sets: Sequence[str] | None, reward: Sequence[str] | None, found: lis
     config = presets.resolve(**given, default_reward="clip", source="command line")
     # Looked at only where it matters: every image has to be opened for it.
     embedded = unnamed or any(registry.is_embedded(n, r.options) for n, r in config.reward.items())
-    model = "tiny" if embedded and all(drawn_by_tiny(each.path) for each in found) else ""
+    model = "tiny" if embedded and all(drawn_by_embedded(each.path) for each in found) else ""
     if unnamed and not model:
         raise ConfigError(
-            "score: no reward is named, and not all images were drawn by the embedded model",
+            "score: no reward is named, and not all images were drawn by an embedded model",
             hint=f"give --reward with one of {', '.join(registry.names())}, or file.py:attribute",
         )
     registry.check_embedded(config.reward, model)

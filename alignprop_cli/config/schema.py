@@ -25,14 +25,17 @@ from alignprop_cli.config.section import (
 from alignprop_cli.config.train import TrainConfig
 from alignprop_cli.parsing import write_yaml
 
+EMBEDDED_MODELS = ("tiny", "tiny-flow", "tiny-fewstep")
+"""Ids of the models inside the package, which all draw the prompts of one language."""
+
 
 class ModelConfig(Section):
     """The base model that the LoRA is trained on."""
 
     id: Text = Field(
         default="tiny",
-        description="`tiny` (the embedded model), a folder in diffusers format, a single "
-        ".safetensors or .ckpt file, or a hub id such as "
+        description="`tiny`, `tiny-flow` or `tiny-fewstep` (the embedded models), a folder in "
+        "diffusers format, a single .safetensors or .ckpt file, or a hub id such as "
         "stable-diffusion-v1-5/stable-diffusion-v1-5.",
     )
     revision: str | None = Field(default=None, description="Branch, tag or commit of a hub id.")

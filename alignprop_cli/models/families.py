@@ -24,8 +24,19 @@ from alignprop_cli.parsing import ParseError, read_json
 from alignprop_cli.paths import read_text, user_path
 from alignprop_cli.prompts import cut_note
 
-TINY = Path(__file__).parent.parent / "tiny" / "pipeline"
+_PACKAGE = Path(__file__).parent.parent
+TINY = _PACKAGE / "tiny" / "pipeline"
 """The embedded model, in diffusers format."""
+
+TINY_FLOW = _PACKAGE / "tiny" / "flow"
+"""The embedded rectified flow; a variant of its weights is the few-step model."""
+
+_EMBEDDED: dict[str, tuple[Path, str | None]] = {
+    "tiny": (TINY, None),
+    "tiny-flow": (TINY_FLOW, None),
+    "tiny-fewstep": (TINY_FLOW, "fewstep"),
+}
+"""Folder of each of `EMBEDDED_MODELS`, and the variant of its weights."""
 
 _MODULAR = "modular_model_index.json"
 
@@ -170,7 +181,8 @@ def find(config: ModelConfig) -> tuple[Family, Path | None]:
         ConfigError: If the family is not supported, or an option of the section is not for it.
     """
     # 1. Local files come first: a folder may have the same name as a hub id.
-    path = TINY if config.id == "tiny" else user_path(config.id, "model.id")
+    embedded = _EMBEDDED.get(config.id)
+    path = embedded[0] if embedded else user_path(config.id, "model.id")
     if path.is_file():
         return _obeying(config, _family_of_file(path, config)), path
     if path.is_dir():
@@ -282,6 +294,8 @@ def open_model(
     #    what cannot be done at all before they are.
     quantized.check(config.quantize, device)
     path = path or loading.download(config)
+    if config.id in _EMBEDDED:
+        config = config.model_copy(update={"variant": _EMBEDDED[config.id][1]})
     source = Source(config, path, resolve_dtype(config.dtype, device), device)
     allow_tf32(source.dtype)
 

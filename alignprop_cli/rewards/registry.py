@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from alignprop_cli.config.guard import HeldOutConfig
-from alignprop_cli.config.schema import RewardConfig
+from alignprop_cli.config.schema import EMBEDDED_MODELS, RewardConfig
 from alignprop_cli.errors import AssetError, ConfigError, did_you_mean
 from alignprop_cli.paths import user_path
 
@@ -196,14 +196,14 @@ def check_embedded(
         section: Where the rewards are named, for messages.
 
     Raises:
-        ConfigError: If the model is not the embedded one, and a reward names no model.
+        ConfigError: If the model is not an embedded one, and a reward names no model.
     """
     for name, reward in rewards.items():
-        if model != "tiny" and is_embedded(name, reward.options):
+        if model not in EMBEDDED_MODELS and is_embedded(name, reward.options):
             option = f"{section}.{name}.model"
             raise ConfigError(
                 f"{option}: no model is named, and the embedded one knows nothing but the coloured "
-                "shapes of the model tiny",
+                "shapes of the embedded models",
                 hint=f"--set {option}=ViT-L-14 --set {section}.{name}.pretrained=openai; "
                 f"or --set {option}=tiny, if the embedded one is meant",
             )

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError, features
 
+from alignprop_cli.config.schema import EMBEDDED_MODELS
 from alignprop_cli.errors import AssetError, ConfigError, RunError, first_line
 from alignprop_cli.paths import reason
 from alignprop_cli.scoring.pixels import MOST_PIXELS, Pixels, factor_of, to_rgb
@@ -234,13 +235,13 @@ def _read(image: Image.Image) -> Decoded:
     return Decoded(to_rgb(image), texts, remark)
 
 
-def drawn_by_tiny(path: Path) -> bool:
-    """Return whether an image says that this program drew it with the embedded model."""
+def drawn_by_embedded(path: Path) -> bool:
+    """Return whether an image says that this program drew it with an embedded model."""
     try:
         # The texts of a PNG come before its pixels, which are not read here.
         with Image.open(path, formats=("PNG",)) as image:
             made = str(image.info.get("Software", ""))
-            return made.startswith("alignprop ") and image.info.get("model") == "tiny"
+            return made.startswith("alignprop ") and image.info.get("model") in EMBEDDED_MODELS
     except _UNREADABLE:
         return False
 

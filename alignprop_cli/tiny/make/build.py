@@ -1,7 +1,8 @@
 """Train the embedded model from scratch: `python -m alignprop_cli.tiny.make.build --work DIR`.
 
-There are three stages: autoencoder, unet, aligner. Each prints its metrics and can be resumed. Then
-`finish` writes card.json with the metrics of the written weights. Users and tests never run this.
+There are five stages: autoencoder, unet, aligner, flow, fewstep. Each prints its metrics and can
+be resumed. Then `finish` writes card.json with the metrics of the written weights. Users and tests
+never run this.
 """
 
 from __future__ import annotations
@@ -10,19 +11,28 @@ import argparse
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+)
 from PIL import Image
 
-from alignprop_cli.tiny.make import aligner, autoencoder, tokenizer, unet
+from alignprop_cli.tiny import language as data
+from alignprop_cli.tiny.make import aligner, autoencoder, fewstep, flow, tokenizer, unet
 
 HERE = Path(__file__).parent.parent
-# Each stage takes 7 to 18 minutes on 2 cores: see README.md next to the weights.
-STEPS = {"autoencoder": 3000, "unet": 2300, "aligner": 3000}
+# How long each takes: README.md next to the weights.
+STEPS = {"autoencoder": 3000, "unet": 2300, "aligner": 3000, "flow": 10_000, "fewstep": 3000}
 GUIDANCE_SCALE = 3.0
+FEWSTEP = "fewstep"
+"""Name of the variant of the weights, in the folder of the flow model."""
 _CARD_SAMPLES = 500
 
 
@@ -42,8 +52,8 @@ def main() -> None:
         vae = autoencoder.train(work, device, STEPS["autoencoder"])
         (work / "latents.pt").unlink(missing_ok=True)
         torch.save(vae.state_dict(), work / "autoencoder.pt")
-    vae = load_autoencoder(work, device)
     if stage in ("unet", "all"):
+        vae = load_autoencoder(work, device)
         pipeline = unet.train(vae, words, work, device, STEPS["unet"])
         (work / "generated.pt").unlink(missing_ok=True)
         save_pipeline(pipeline, work / "tokenizer", arguments.output / "pipeline")
@@ -52,8 +62,20 @@ def main() -> None:
             load_pipeline(arguments.output, device), work, device, STEPS["aligner"]
         )
         aligner.save(model, arguments.output / "aligner")
+    if stage in ("flow", "all"):
+        tiny = load_pipeline(arguments.output, device)
+        network = flow.train(tiny, work, device, STEPS["flow"])
+        for stale in ("paths.pt", "fewstep.pt"):
+            (work / stale).unlink(missing_ok=True)
+        save_pipeline(flow.assemble(tiny, network), work / "tokenizer", arguments.output / "flow")
+    if stage in ("fewstep", "all"):
+        teacher = load_flow(arguments.output, device)
+        network = fewstep.train(teacher, work, device, STEPS["fewstep"])
+        folder = arguments.output / "flow" / "transformer"
+        network.to("cpu", torch.float16).save_pretrained(folder, variant=FEWSTEP)
     if stage in ("finish", "all"):
         write_card(arguments.output, work)
+        write_flow_card(arguments.output)
 
 
 def load_autoencoder(work: Path, device: torch.device) -> AutoencoderKL:
@@ -70,19 +92,29 @@ def load_pipeline(output: Path, device: torch.device) -> StableDiffusionPipeline
     return pipeline.to(device)
 
 
-def save_pipeline(pipeline: StableDiffusionPipeline, words: Path, directory: Path) -> None:
-    """Write the pipeline in half precision, with the tokenizer's files for old readers too."""
-    # The tokenizer remembers the padding and truncation of its last call, and would save them.
-    pipeline.tokenizer.backend_tokenizer.no_padding()
-    pipeline.tokenizer.backend_tokenizer.no_truncation()
-    pipeline.to("cpu", torch.float16).save_pretrained(directory)
-    for name in ("vocab.json", "merges.txt"):
-        shutil.copy(words / name, directory / "tokenizer" / name)
-    # If no dtype is given, diffusers loads in float32 and transformers in that of the config.
-    config = directory / "text_encoder" / "config.json"
-    config.write_text(
-        json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n"
+def load_flow(
+    output: Path, device: torch.device, variant: str | None = None
+) -> StableDiffusion3Pipeline:
+    """Load the flow model that was written, or its few-step variant, as users do."""
+    pipeline = StableDiffusion3Pipeline.from_pretrained(
+        output / "flow", variant=variant, text_encoder_3=None, tokenizer_3=None
     )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline.to(device)
+
+
+def save_pipeline(pipeline: DiffusionPipeline, words: Path, directory: Path) -> None:
+    """Write a pipeline in half precision, with the tokenizers' files for old readers too."""
+    pipeline.to("cpu", torch.float16).save_pretrained(directory)
+    for name, part in pipeline.components.items():
+        # One that was used or loaded would save what it remembers of that.
+        if name.startswith("tokenizer") and part is not None:
+            shutil.copytree(words, directory / name, dirs_exist_ok=True)
+        # If no dtype is given, diffusers loads in float32 and transformers in that of the config.
+        if name.startswith("text_encoder") and part is not None:
+            config = directory / name / "config.json"
+            values = json.loads(config.read_text()) | {"dtype": "float32"}
+            config.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def write_card(output: Path, work: Path) -> None:
@@ -90,16 +122,19 @@ def write_card(output: Path, work: Path) -> None:
     # Loaded from the files, so that the metrics are those of the weights in half precision.
     pipeline = load_pipeline(output, torch.device("cpu"))
     model = open_clip.create_model(f"local-dir:{output / 'aligner'}", precision="fp32").eval()
-    size = sum(file.stat().st_size for file in output.rglob("*.safetensors"))
+    files = [
+        *(output / "pipeline").rglob("*.safetensors"),
+        *(output / "aligner").glob("*.safetensors"),
+    ]
     card = {
-        "weights_megabytes": round(size / 1e6, 2),
+        "weights_megabytes": round(sum(file.stat().st_size for file in files) / 1e6, 2),
         "parameters": {
             "unet": pipeline.unet.num_parameters(),
             "vae": pipeline.vae.num_parameters(),
             "text_encoder": pipeline.text_encoder.num_parameters(),
             "aligner": sum(p.numel() for p in model.parameters()),
         },
-        "steps": STEPS,
+        "steps": {stage: STEPS[stage] for stage in ("autoencoder", "unet", "aligner")},
         "autoencoder": autoencoder.measure(pipeline.vae, 300),
         "samples": {
             "images": _CARD_SAMPLES,
@@ -110,15 +145,70 @@ def write_card(output: Path, work: Path) -> None:
         },
         "aligner_true_prompt_first": aligner.measure(model, work, 500),
     }
-    (output / "card.json").write_text(json.dumps(card, indent=2) + "\n", encoding="utf-8")
-    print(json.dumps(card, indent=2))
+    _update_card(output, **card)
     # Another seed than the default, so that the sheet shows none of the measured samples.
     images, _ = unet.samples(pipeline, 40, guidance_scale=GUIDANCE_SCALE, seed=100)
-    rows = [np.concatenate(images[i : i + 10], axis=1) for i in range(0, 40, 10)]
-    sheet = Image.fromarray(np.concatenate(rows))
-    sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.BICUBIC).save(
-        output / "samples.png", optimize=True
+    _save_sheet(images, output / "samples.png")
+
+
+def write_flow_card(output: Path) -> None:
+    """Measure the written flow model and its few-step variant, for card.json and their sheet."""
+    cpu = torch.device("cpu")
+    base, few = load_flow(output, cpu), load_flow(output, cpu, FEWSTEP)
+    size = sum(file.stat().st_size for file in (output / "flow").rglob("*.safetensors"))
+    guided = {"count": _CARD_SAMPLES, "guidance_scale": flow.GUIDANCE_SCALE}
+    plain = {"count": _CARD_SAMPLES, "guidance_scale": 0.0}
+    _update_card(
+        output,
+        flow={
+            "weights_megabytes": round(size / 1e6, 2),
+            "parameters": {
+                "transformer": base.transformer.num_parameters(),
+                "text_encoder": base.text_encoder.num_parameters(),
+                "text_encoder_2": base.text_encoder_2.num_parameters(),
+            },
+            "steps": STEPS["flow"],
+            "samples": {
+                "images": _CARD_SAMPLES,
+                "prompts": "held out",
+                "num_inference_steps": 20,
+                "guidance_scale": flow.GUIDANCE_SCALE,
+                "right": unet.measure(base, **guided),
+            },
+        },
+        fewstep={
+            "steps": STEPS["fewstep"],
+            "samples": {
+                "images": _CARD_SAMPLES,
+                "prompts": "held out",
+                "sigmas": fewstep.SIGMAS,
+                "guidance_scale": 0.0,
+                "right": unet.measure(fewstep.few_calls(few), **plain),
+            },
+        },
     )
+    # A row of each, of the same prompts.
+    images = [
+        unet.samples(base, 10, guidance_scale=flow.GUIDANCE_SCALE, seed=100)[0],
+        unet.samples(fewstep.few_calls(few), 10, guidance_scale=0.0, seed=100)[0],
+    ]
+    _save_sheet(np.concatenate(images), output / "flow_samples.png")
+
+
+def _update_card(output: Path, **entries: Any) -> None:
+    """Set entries of card.json, keep its others, and show it."""
+    file = output / "card.json"
+    card = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    file.write_text(json.dumps(card | entries, indent=2) + "\n", encoding="utf-8")
+    print(json.dumps(card | entries, indent=2))
+
+
+def _save_sheet(images: data.Pixels, file: Path) -> None:
+    """Write images (N, 48, 48, 3) in rows of ten, enlarged."""
+    rows = [np.concatenate(images[i : i + 10], axis=1) for i in range(0, len(images), 10)]
+    sheet = Image.fromarray(np.concatenate(rows))
+    sheet = sheet.resize((sheet.width * 2, sheet.height * 2), Image.Resampling.BICUBIC)
+    sheet.save(file, optimize=True)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -189,7 +191,7 @@ def assemble(
 
 
 def samples(
-    pipeline: StableDiffusionPipeline,
+    pipeline: Callable[..., Any],
     count: int,
     *,
     steps: int = 20,
@@ -219,7 +221,7 @@ def samples(
 
 
 def measure(
-    pipeline: StableDiffusionPipeline, count: int, *, guidance_scale: float = 3.0
+    pipeline: Callable[..., Any], count: int, *, guidance_scale: float = 3.0
 ) -> dict[str, float]:
     """Return which shares of samples of held-out prompts the checker finds right, by part."""
     checks = check(*samples(pipeline, count, guidance_scale=guidance_scale))
