@@ -8,7 +8,7 @@ Read from huggingface/trl at 0a49bca (trl/trainer/alignprop_config.py), mihirp19
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 _ACCUMULATION = (
     "`train.batch_size` is the images of a whole step; how they are accumulated is planned"
@@ -153,7 +153,8 @@ def named_here(key: str, value: Any) -> str | None:
     for tool, names in TOOLS.items():
         if key in names:
             return f" In {tool}; here it is {names[key]}."
-        inside = [f"{key}.{name}" for name in value] if isinstance(value, dict) else []
+        section = cast(Mapping[str, Any], value) if isinstance(value, dict) else {}
+        inside = [f"{key}.{name}" for name in section]
         if known := [name for name in inside if name in names]:
             said = "; ".join(f"{name.rpartition('.')[2]} is {names[name]}" for name in known)
             return f" A section of {tool}; here {said}."

@@ -133,6 +133,7 @@ def embed(pipeline: StableDiffusion3Pipeline, prompts: list[str]) -> tuple[Tenso
     hidden, _, pooled, _ = pipeline.encode_prompt(
         prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=1
     )
+    assert hidden is not None and pooled is not None  # as they are where prompts are given
     return hidden, pooled
 
 
