@@ -410,7 +410,15 @@ def division(rollout: int, micro: int, decode: int, batch_size: int = 8) -> Plan
     )
 
 
-@pytest.mark.parametrize("method", ["random_k", "last_k"])
+@pytest.mark.parametrize(
+    "method",
+    [
+        "random_k",
+        "last_k",
+        pytest.param("draft_lv", marks=pytest.mark.slow),
+        pytest.param("leap", marks=pytest.mark.slow),
+    ],
+)
 def test_three_batches_divide_the_same_step(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is rolled out, gone back through and decoded together.
 
