@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,6 +127,31 @@ def drop(path: Path) -> None:
         path.unlink()
     else:
         remove(path)
+
+
+def keep_best(run: Path, step: int | None) -> bool:
+    """Make `best` the checkpoint of a step again, where it is of another one.
+
+    It is after a kill between two checkpoints, or where an older one was resumed.
+
+    Args:
+        run: The run folder.
+        step: That of the best measurement; None where there is none.
+
+    Returns:
+        Whether `best` is of this step now. Otherwise there is none.
+    """
+    best = run / "checkpoints" / BEST
+    if step is not None:
+        if best.is_dir() and damage(best) is None and load(best).step == step:
+            return True
+        same = run / "checkpoints" / f"step-{step:06d}"
+        if same.is_dir() and damage(same) is None:
+            write_whole(best, lambda made: shutil.copytree(same, made, dirs_exist_ok=True))
+            return True
+    if best.exists():
+        drop(best)
+    return False
 
 
 def damage(path: Path) -> str | None:

@@ -18,7 +18,7 @@ from alignprop_cli.config.guard import HELD_OUT, RIGHT
 from alignprop_cli.config.schema import Config
 from alignprop_cli.evaluation import sheet
 from alignprop_cli.evaluation.measures import Quantity, means
-from alignprop_cli.training import harm
+from alignprop_cli.training import checkpoint, harm
 from alignprop_cli.training.callbacks import Callback, Run
 from alignprop_cli.training.harm import Change, History
 from alignprop_cli.training.record import StepRecord
@@ -90,15 +90,17 @@ class Guard(Callback):
         base = self._samples.base
         self._held_out = held_out_names(run.config, base)
         self._watched = watched(run.config, base)
-        if not base:
-            return
-        self._curves = {0: means(base)}
+        self._curves = {0: means(base)} if base else {}
         # Read by one and sent: another process may not see the file yet.
         lines: list[Any] = [read_metrics(run.folder) if run.accelerator.is_main_process else None]
         for line in broadcast_object_list(lines)[0]:
             if "guard" in line:
-                self._curves[line["step"]] = line["held_out"]
                 self._history.add(line["step"], line["guard"]["alarms"], line["guard"]["merit"])
+                if base:
+                    self._curves[line["step"]] = line["held_out"]
+        self._keep_best()
+        if not base:
+            return
         if settings.enabled and (said := _unable(settings.watch, self._watched, base)):
             run.console.note(f"guard: {said}")
         if settings.best not in (HELD_OUT, *base):
@@ -145,6 +147,22 @@ class Guard(Callback):
         return Verdict(
             self._run.trainer.step_number, self._stops, self._why, None if best is None else best[0]
         )
+
+    def _keep_best(self) -> None:
+        """Make the folder `best` that of the best measurement; forget that if its weights are gone.
+
+        The process that the run is resumed from may have gone further, or been killed in between.
+        """
+        run, best = self._run, self._history.best
+        kept: list[Any] = [True]
+        if run.accelerator.is_main_process:
+            kept = [checkpoint.keep_best(run.folder, best and best[0])]
+        if best is not None and not broadcast_object_list(kept)[0]:
+            self._history.best = None
+            run.console.note(
+                f"guard: the weights of step {best[0]}, the best so far, are gone: the best is "
+                "chosen among the steps from now on"
+            )
 
     def _told(self, alarms: Mapping[str, Change]) -> str:
         """Return in words what rose and what became worse."""

@@ -97,11 +97,13 @@ class Trial:
 
     def _parts(self, images: int, merged: lora.Merged) -> dict[str, Callable[[], object]]:
         """Return the parts of a step for a batch, as `part_seconds` names them."""
-        # 1. A batch with one call in the window, from noise: what it shows makes no difference.
+        # 1. A batch with one call in the window, from noise: what it shows makes no difference. In
+        #    the whole chain, which `gradient.rollout_steps` may have shortened.
         trainer = self.trainer
         steps, found = len(trainer.schedule), list(trainer.images())
         last = window(steps - 1, steps)
-        batch = [replace(found[i % len(found)], path=last, number=i) for i in range(images)]
+        found = [replace(image, path=last, schedule=trainer.schedule) for image in found]
+        batch = [replace(found[i % len(found)], number=i) for i in range(images)]
         prompts = [image.prompt for image in batch]
         denoise, _ = trainer.chain(batch)
         latents = torch.randn(images, *trainer.shape, device=trainer.model.device)

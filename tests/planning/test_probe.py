@@ -335,6 +335,13 @@ def test_what_a_step_needs_beside_a_micro_batch_is_added(footprint: Footprint) -
     assert measured() == 1000 + 4 * numbers
 
 
+def test_a_call_is_timed_where_the_chain_of_a_step_is_shortened() -> None:
+    made = trainer(plan_of(2), asked())
+    made.settings = replace(made.settings, rollout_steps=1)
+    assert len(made.images()[0].schedule) < len(made.schedule)
+    assert Trial(made).part_seconds(2, ("call",))["call"] > 0.0
+
+
 @given(
     fixed=st.floats(-1e9, 1e10),
     factor=st.floats(0.1, 3.0),

@@ -321,3 +321,30 @@ def test_a_pipe_in_place_of_a_file_is_a_missing_file(tmp_path: Path, name: str) 
     (path / name).unlink()
     os.mkfifo(path / name)
     assert checkpoint.damage(path) == f"{name} is missing"
+
+
+@pytest.mark.parametrize(
+    ("steps", "best", "kept"),
+    [
+        ([3, 6], 3, 3),  # as it should be
+        ([3, 6], 8, 3),  # killed after 8 was found best, and resumed from 6
+        ([3, 6], None, 3),  # killed after 3 was saved, before it became best
+        ([6], 8, None),  # 3 has been dropped meanwhile
+        ([3, 6], 8, None),  # gone back to where nothing had been better than the base model
+    ],
+)
+def test_the_best_checkpoint_is_that_of_the_best_measurement(
+    tmp_path: Path, steps: list[int], best: int | None, kept: int | None
+) -> None:
+    for step in steps:
+        checkpoint.save(tmp_path, state(step), save_adapter)
+    if best is not None:
+        checkpoint.save(tmp_path, state(best), save_adapter, name=BEST)
+    wanted = kept if steps != [6] else 3
+    place = tmp_path / "checkpoints" / BEST
+    assert checkpoint.keep_best(tmp_path, wanted) == (kept is not None)
+    assert place.exists() == (kept is not None)
+    if kept is not None:
+        assert checkpoint.damage(place) is None
+        assert checkpoint.load(place).step == kept
+    assert [path.name for path in checkpoints(tmp_path)] == [f"step-{n:06d}" for n in steps]

@@ -8,15 +8,20 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from alignprop_cli.cli import main
+from alignprop_cli.config.validation import parse
+from alignprop_cli.evaluation.measures import Quantity
 from alignprop_cli.lora.files import BEST, LORA_FILE
 from alignprop_cli.training import checkpoint
+from alignprop_cli.training.guard import Guard
 
 STEPS = 7
 HACK = (
@@ -189,3 +194,33 @@ def test_the_shipped_presets_in_full_are_not_stopped(tmp_path: Path) -> None:
         "| tiny_compressibility",
     ]
     assert said.endswith("0 stopped\n")
+
+
+def line(step: int, merit: float, *alarms: str) -> str:
+    guard = {"alarms": alarms, "merit": merit, "changes": {}}
+    return json.dumps({"step": step, "held_out": {"clip": merit}, "guard": guard}) + "\n"
+
+
+@pytest.mark.parametrize("measures", [True, False])
+def test_weights_of_a_step_that_a_resumed_run_has_not_reached_are_not_called_the_best(
+    tmp_path: Path, measures: bool
+) -> None:
+    # Killed after step 8 was kept as best, and resumed from 6: what it measured later is gone.
+    (tmp_path / "metrics.jsonl").write_text(line(3, 0.2) + line(6, 0.1, "clip"))
+    state, said = checkpoint.State(8, 8, {"p.step": torch.zeros(())}), list[str]()
+    checkpoint.save(
+        tmp_path, state, lambda made: save_file({"p": torch.ones(1)}, made / LORA_FILE), name=BEST
+    )
+    base = {"clip": Quantity(np.zeros(8), 1.0)} if measures else {}
+    run = SimpleNamespace(
+        config=parse({"reward": {"clip": {}}}),
+        folder=tmp_path,
+        accelerator=SimpleNamespace(is_main_process=True),
+        console=SimpleNamespace(note=said.append),
+        trainer=SimpleNamespace(step_number=6),
+    )
+    guard = Guard(cast("Any", SimpleNamespace(base=base)))
+    guard.before_training(cast("Any", run))
+    assert guard.verdict().best is None
+    assert not (tmp_path / "checkpoints" / BEST).exists()
+    assert "the weights of step 3, the best so far, are gone" in said[0]

@@ -133,7 +133,9 @@ def embed(pipeline: StableDiffusion3Pipeline, prompts: list[str]) -> tuple[Tenso
     hidden, _, pooled, _ = pipeline.encode_prompt(
         prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=1
     )
-    assert hidden is not None and pooled is not None  # as they are where prompts are given
+    # As they are where prompts are given.
+    assert hidden is not None
+    assert pooled is not None
     return hidden, pooled
 
 
