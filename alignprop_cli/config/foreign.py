@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
+# What is said of several keys.
 _ACCUMULATION = (
     "`train.batch_size` is the images of a whole step; how they are accumulated is planned"
 )
@@ -18,6 +19,7 @@ _TRUNCATION = "`gradient.method`: random_k, last_k or gaussian_k; k counts calls
 _NONE = "nothing: "
 
 TRL: Mapping[str, str] = {
+    # Where a run goes, and what it shows.
     "exp_name": "`output.dir`",
     "run_name": "`output.dir`",
     "seed": "`train.seed`",
@@ -28,15 +30,18 @@ TRL: Mapping[str, str] = {
     "accelerator_kwargs": _NONE + "`accelerate launch` has its own options",
     "project_kwargs": _NONE + "`output.dir` is all",
     "logdir": "`output.dir`",
+    # How long it takes, and what is kept.
     "num_epochs": _EPOCHS + " (TRL's example: one epoch is one step of 128 images)",
     "save_freq": "`output.save_every`, in steps",
     "num_checkpoint_limit": "`output.keep_last`",
     "mixed_precision": "`model.dtype`: float16, bfloat16 or float32",
     "allow_tf32": _NONE + "it is on wherever it changes nothing that matters",
     "resume_from": "the option --resume RUN",
+    # The chain.
     "sample_num_steps": "`sample.num_inference_steps`",
     "sample_eta": "`sample.eta`",
     "sample_guidance_scale": "`sample.guidance_scale`",
+    # The batch and the optimiser.
     "train_batch_size": _ACCUMULATION,
     "train_gradient_accumulation_steps": _ACCUMULATION,
     "train_use_8bit_adam": "`train.optimizer`: adamw8bit",
@@ -47,6 +52,7 @@ TRL: Mapping[str, str] = {
     "train_adam_epsilon": "`train.adam_epsilon`",
     "train_max_grad_norm": "`train.max_grad_norm`",
     "negative_prompts": "`sample.negative_prompt`, one text",
+    # Where the gradient begins. TRL counts from the noise, we from the image.
     "truncated_backprop_rand": _TRUNCATION,
     "truncated_backprop_timestep": "`gradient.k` of last_k: 50 - 49 is k = 1",
     "truncated_rand_backprop_minmax": "`gradient.k_min` and `gradient.k_max` of random_k: the "
@@ -55,15 +61,18 @@ TRL: Mapping[str, str] = {
 }
 
 ALIGNPROP: Mapping[str, str] = {
+    # Reward, loss and prompts; its factor on the loss has two names.
     "reward_fn": "`reward`, by name: aesthetic or hps",
     "grad_scale": "`loss.scale`",
     "loss_coeff": "`loss.scale`",
     "aesthetic_target": "`loss.kind`: target, with `loss.target`",
     "prompt_fn": "`train.prompts`: animals or hpd",
     "eval_prompt_fn": "`eval.prompts`: animals-eval or hpd-eval",
+    # Of the present code.
     "backprop_strategy": _TRUNCATION,
     "backprop_kwargs": "`gradient.mean` and `gradient.std` of gaussian_k are shares of T (42 of 50 "
     "is 0.84); `gradient.k` of last_k is 50 - value",
+    # Of the first code, a file of ml_collections with sections.
     "steps": "`sample.num_inference_steps`",
     "sd_guidance_scale": "`sample.guidance_scale`",
     "pretrained.model": "`model.id`",
@@ -72,6 +81,7 @@ ALIGNPROP: Mapping[str, str] = {
     "truncated_backprop_minmax": "`gradient.k_min` and `gradient.k_max`: T - max and T - min",
     "trunc_backprop_timestep": "`gradient.k` of last_k: T - timestep",
     "grad_checkpoint": "`gradient.checkpoint_network`; auto recomputes what does not fit",
+    # Evaluation and soups, which were modes of its one program.
     "only_eval": "the command alignprop evaluate",
     "same_evaluation": _NONE + "evaluations have fixed noise",
     "soup_inference": "the command alignprop soup",
@@ -83,6 +93,7 @@ ALIGNPROP: Mapping[str, str] = {
     "visualize_eval": "`eval.every`",
     "debug": _NONE + "there are no trackers to switch off",
     "per_prompt_stat_tracking": _NONE + "it has no effect there either",
+    # Its `train` section, whose other keys have our names.
     "train.loss_coeff": "`loss.scale`",
     "train.use_8bit_adam": "`train.optimizer`: adamw8bit",
     "train.adam_weight_decay": "`train.weight_decay`",
@@ -93,6 +104,7 @@ ALIGNPROP: Mapping[str, str] = {
 }
 
 FLOWBP: Mapping[str, str] = {
+    # The run: its sections are ours under other names.
     "trainer.name": "`gradient.method`: leapalign is leap, flowbp_sparse is sparse",
     "model.pretrained_model_name_or_path": "`model.id`",
     "model.gradient_checkpointing": "`gradient.checkpoint_network`",
@@ -112,6 +124,7 @@ FLOWBP: Mapping[str, str] = {
     "optimizer.lr_warmup_steps": "`train.warmup_steps`",
     "optimizer.max_grad_norm": "`train.max_grad_norm`",
     "distributed": _NONE + "each process has the whole model; `accelerate launch` starts them",
+    # Roll-out and reward.
     "sampling.h": "`sample.height`",
     "sampling.w": "`sample.width`",
     "sampling.sampling_steps": "`sample.num_inference_steps`",
@@ -121,6 +134,7 @@ FLOWBP: Mapping[str, str] = {
     "reward.use_hpsv2": "`reward.hps`",
     "reward.loss_relu_clip": "`loss.kind`: hinge, with `loss.target`",
     "reward.loss_grad_scale": "`loss.scale`",
+    # Its estimators.
     "flowbp.alpha": "`gradient.alpha` of leap",
     "flowbp.tau": "`gradient.tau` of leap",
     "flowbp.min_idx": "`gradient.span`, in fractions of T",
@@ -150,6 +164,7 @@ def named_here(key: str, value: Any) -> str | None:
         key: Dotted, as in the file.
         value: Its value: of a section that only the other tool has, every key is named.
     """
+    # Tools share names; what the first one means by it is said.
     for tool, names in TOOLS.items():
         if key in names:
             return f" In {tool}; here it is {names[key]}."

@@ -37,6 +37,7 @@ class Average:
         """Add the present parameters."""
         self.updates += 1
         t = self.updates
+        # The first update counts alone: before it B is zero, which is no weight to average with.
         share = 1.0 - min(self._decay, t / (t + 9.0)) if t > 1 else 1.0
         for name, parameter in self._parameters.items():
             self.values[name].lerp_(parameter, share)

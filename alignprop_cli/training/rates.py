@@ -48,6 +48,7 @@ class Rates:
             return self.largest * (step + 1) / (self.warmup_steps + 1)
         if self.decay_steps is None:
             return self.largest
+        # The last step still moves: a rate of 0 would be a step for nothing.
         done = min(step - self.warmup_steps, self.decay_steps - 1) / self.decay_steps
         return self.largest * (1.0 - done)
 

@@ -47,6 +47,7 @@ class Samples(Callback):
     def _sample(self, is_shown: bool) -> dict[str, Quantity]:
         """Sample on all processes, write the sheet on the main one, and return the measures."""
         run, step = self._run, self._run.trainer.step_number
+        # Held-out rewards are measured with the trained ones, where there are any.
         mixture = run.measured or run.trainer.mixture
         # A second progress bar would push the training's aside.
         quiet = Console(quiet=True)

@@ -219,6 +219,7 @@ def test_several_loras_are_compared_on_the_same_samples(capsys, trained, tmp_pat
         assert both["rewards"]["brightness"][name] == pytest.approx(alone, abs=1e-5)
 
 
+@pytest.mark.long
 def test_strengths_make_a_curve_from_the_base_model_on(capsys, trained, tmp_path):
     code, out, err = run(capsys, trained, "--scale", "1,0,0.5", "-o", tmp_path / "out", "--json")
     assert code == 0, err

@@ -272,6 +272,7 @@ def test_a_mistake_is_told_with_its_exit_code(run, command, name, code, words) -
         ),
     ],
 )
+@pytest.mark.long
 def test_without_a_gradient_it_measures_and_does_not_train(run, name, code, words) -> None:
     assert run("score", "--reward", name)[0] == 0
     found, out, err = run("train", "--reward", name)

@@ -169,6 +169,7 @@ def many(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv", "rows.parquet"])
+@pytest.mark.long
 def test_a_run_that_was_killed_and_resumed_gives_the_same_file(
     capsys, many, tmp_path, monkeypatch, name
 ):

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from alignprop_cli.cli import main
 from alignprop_cli.config.schema import ModelConfig
 from alignprop_cli.lora import files as adapter
+from alignprop_cli.lora import formats
 from alignprop_cli.lora import layers as lora
 from alignprop_cli.lora.factors import Factors
 from alignprop_cli.lora.files import LORA_FILE
@@ -42,7 +43,7 @@ def make(folder, seed, *, rank=2, base="f1", width=4, layers=("x.to_q", "y.to_v"
         "alignprop.base_model": f"model {base}",
         "alignprop.config": json.dumps(config),
     }
-    weights, settings = adapter.packed(made)
+    weights, settings = formats.packed(made)
     adapter.save(folder, weights, header, prefix="unet.", adapter_metadata=settings)
     return folder
 
@@ -309,6 +310,7 @@ def small_loras(tmp_path):
     return *folders, ["--model", base, "--set", f"eval.prompts={tmp_path / 'prompts.txt'}"]
 
 
+@pytest.mark.long
 def test_a_sweep_goes_from_one_member_to_the_other(capsys, tmp_path):
     a, b, typed = small_loras(tmp_path)
     folder = tmp_path / "path"

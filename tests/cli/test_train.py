@@ -100,6 +100,7 @@ def test_three_steps_and_three_more_equal_six_bit_for_bit(run) -> None:
     assert counters[0] == counters[1]
 
 
+@pytest.mark.long
 def test_the_written_config_repeats_the_run_and_evaluation_changes_no_number(run) -> None:
     assert run("--preset", "tiny", "--steps", 2, "--output", "a", "-q", *FAST)[0] == 0
     assert run("--config", "a/config.yaml", "--output", "b", "-q")[0] == 0
@@ -164,6 +165,7 @@ def test_the_adapter_draws_the_same_pictures_in_plain_diffusers(run) -> None:
     assert np.abs(theirs - plain).max() > 0.02
 
 
+@pytest.mark.long
 def test_a_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path) -> None:
     command = [sys.executable, "-m", "alignprop_cli", "train", "--preset", "tiny", *FAST]
     command += ["--steps", "10000", "--output", "r"]
@@ -254,6 +256,7 @@ def test_a_damaged_checkpoint_is_said_to_be_damaged(run) -> None:
     assert "damaged checkpoint" in err
 
 
+@pytest.mark.long
 def test_half_a_line_of_metrics_does_not_stop_a_resume(run) -> None:
     assert run("--preset", "tiny", "--steps", 1, "--output", "r", "-q", *FAST)[0] == 0
     with Path("r/metrics.jsonl").open("a") as file:
@@ -284,6 +287,7 @@ def test_a_resume_that_would_be_another_run_is_refused_with_all_reasons(run) -> 
     assert "train.learning_rate" in err
 
 
+@pytest.mark.long
 def test_a_run_killed_while_it_measured_can_be_finished_and_then_is_done(run) -> None:
     assert run("--preset", "tiny", "--steps", 1, "--output", "r", "-q", *FAST)[0] == 0
     summary = Path("r/summary.json")
@@ -304,6 +308,7 @@ def test_a_run_killed_while_it_measured_can_be_finished_and_then_is_done(run) ->
     assert "nothing to do" in err
 
 
+@pytest.mark.long
 def test_a_run_stopped_before_its_first_checkpoint_begins_again(run) -> None:
     assert run("--preset", "tiny", "--steps", 1, "--output", "r", "-q", *FAST)[0] == 0
     kept = adapter(Path("r"), 1)
@@ -314,6 +319,7 @@ def test_a_run_stopped_before_its_first_checkpoint_begins_again(run) -> None:
     assert same(adapter(Path("r"), 1), kept)
 
 
+@pytest.mark.long
 def test_resume_auto_finds_the_newest_run_of_this_name_or_begins_one(run) -> None:
     assert run("--resume", "auto")[0] == 3
     once = ("--steps", 1, "-q", *FAST)
@@ -327,6 +333,7 @@ def test_resume_auto_finds_the_newest_run_of_this_name_or_begins_one(run) -> Non
     assert len(metrics(Path("runs/tiny-2"))) == 3
 
 
+@pytest.mark.long
 def test_a_run_can_start_from_another_runs_lora_and_records_what_that_is(run) -> None:
     start = ("--preset", "tiny", "--steps", 1, "-q", *FAST)
     assert run(*start, "--output", "a", "--set=lora.rank=2", "--set=lora.alpha=3")[0] == 0
@@ -343,6 +350,7 @@ def test_a_run_can_start_from_another_runs_lora_and_records_what_that_is(run) ->
     assert run("--resume", "b", "--steps", 2, "-q")[0] == 0
 
 
+@pytest.mark.long
 def test_a_standardised_mixture_measures_the_base_model_once_and_resumes_with_it(run) -> None:
     mix = ("--reward=clip:0.5,compressibility:0.5", "--set=reward.clip.standardise=true")
     assert run("--preset", "tiny", "--steps", 2, "--output", "six", "-q", *FAST, *mix)[0] == 0
@@ -381,6 +389,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(run) -> None:
     assert not list(Path().iterdir())
 
 
+@pytest.mark.long
 def test_a_plan_is_made_for_cards_that_are_not_here(run) -> None:
     dry = ("--preset", "aesthetic", "--dry-run", "--json")
     code, out, _ = run(*dry, "--gpu-memory", "12GB", "--gpus", 2)
@@ -429,6 +438,7 @@ def test_without_a_preset_the_way_on_is_said(run) -> None:
 
 
 @pytest.mark.parametrize("changed", ["train.prompts", "reward.grey.py:grey", "model.id"])
+@pytest.mark.long
 def test_a_run_is_not_resumed_with_other_files_than_it_began_with(run, changed) -> None:
     Path("prompts.txt").write_text("a red circle\n")
     code = "def grey(images, prompts):\n    return -((images - {}) ** 2).mean(dim=(1, 2, 3))\n"
@@ -453,6 +463,7 @@ def test_a_run_is_not_resumed_with_other_files_than_it_began_with(run, changed) 
     assert err.count("its content has changed") == 1
 
 
+@pytest.mark.long
 def test_a_damaged_checkpoint_is_told_and_the_one_before_it_is_resumed(run) -> None:
     given = ("--preset", "tiny", "--steps", 2, "-q", "--set=output.save_every=1", *FAST)
     for folder in ("whole", "damaged"):
@@ -467,6 +478,7 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_is_resumed(run) -> N
     assert metrics(Path("whole")) == metrics(Path("damaged"))
 
 
+@pytest.mark.long
 def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(run, monkeypatch) -> None:
     from alignprop_cli.training import checkpoint
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from alignprop_cli.errors import AssetError
 from alignprop_cli.lora import files as adapter
+from alignprop_cli.lora import formats
 from alignprop_cli.lora.factors import Factors
 from alignprop_cli.lora.files import LORA_FILE, PEFT_FILE
 
@@ -66,7 +67,7 @@ def test_what_is_written_reads_back_with_the_rank_of_every_layer(tmp_path):
         "x.to_q": Factors(torch.rand(2, 4), torch.rand(6, 2), 2.0),
         "y.to_q": Factors(torch.rand(5, 4), torch.rand(6, 5), 5.0),
     }
-    weights, settings = adapter.packed(layers)
+    weights, settings = formats.packed(layers)
     header = {"alignprop.version": "0"}
     file = adapter.save(tmp_path, weights, header, prefix="unet.", adapter_metadata=settings)
     read = adapter.read(file)
@@ -183,7 +184,7 @@ def test_the_same_tensors_and_texts_are_the_same_bytes(tmp_path):
 
 def test_a_lora_is_written_as_the_same_bytes(tmp_path):
     layers = {f"x.{n}.to_q": Factors(torch.rand(2, 4), torch.rand(6, 2), 2.0) for n in range(4)}
-    weights, settings = adapter.packed(layers)
+    weights, settings = formats.packed(layers)
     header = {f"alignprop.{n}": str(n) for n in range(12)}
     written = []
     for name in "abcd":

@@ -451,6 +451,7 @@ def test_the_gradient_of_the_lora_equals_central_differences(
     assert abs(found - expected) <= 1e-6 * abs(expected)
 
 
+@pytest.mark.long
 def test_two_steps_resumed_give_the_image_of_plain_diffusers(folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = {

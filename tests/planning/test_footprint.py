@@ -206,6 +206,7 @@ def test_the_bytes_of_narrow_heads_are_those_of_the_attention_that_the_cpu_takes
 
 
 @pytest.mark.parametrize("level", ["none", "block", "call"])
+@pytest.mark.long
 def test_the_bytes_of_stable_diffusion_xl_are_the_predicted_ones(
     tmp_path: Path, level: Level
 ) -> None:
@@ -247,6 +248,7 @@ def test_the_stored_bytes_of_a_larger_model_are_the_predicted_ones(
 @pytest.mark.parametrize("k", [1, STEPS])
 @pytest.mark.parametrize("decode_batch", [1, 4])
 @pytest.mark.parametrize(("level", "again"), LEVELS)
+@pytest.mark.long
 def test_the_most_that_lives_in_a_real_micro_batch_is_the_predicted_peak(
     predicted: Footprint, level: Level, again: bool, decode_batch: int, k: int
 ) -> None:
@@ -265,6 +267,7 @@ def test_the_most_that_lives_in_a_real_micro_batch_is_the_predicted_peak(
 
 @pytest.mark.parametrize("k", [1, STEPS])
 @pytest.mark.parametrize("level", ["none", "call"])
+@pytest.mark.long
 def test_the_operations_of_a_real_step_are_the_predicted_ones(
     predicted: Footprint, level: Level, k: int
 ) -> None:

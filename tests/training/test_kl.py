@@ -41,9 +41,10 @@ PATHS = {
     "window": GradPath((1, 2, 3)),
     "inner window": GradPath((0, 1)),
     "scattered": GradPath((0, 2, 3)),
-    "detached": GradPath((0, 2), input_grad=0.0, end="predicted"),
+    "detached": GradPath((0, 2), input_grad=0.0, stop=2, endpoint="predicted"),
     "leaps": GradPath((0, 2), input_grad=0.3, leaps=True, weight=0.4),
-    "copies": GradPath((3,), copies=2),
+    "copies": GradPath((3,), copies=2, own_end=False),
+    "copies and the end": GradPath((3,), copies=2),
 }
 
 
@@ -110,8 +111,8 @@ def test_it_is_what_autograd_gives_over_two_separate_networks(
         penalty.around(call(tuned)), latents, levels, path, recomputed=recomputed,
         plain=call(network(seed=3)), **options,
     )  # fmt: skip
-    ends.backward(upstream.repeat(max(path.copies, 1), 1, 1, 1))
-    calls = len(path.calls) * max(path.copies, 1)
+    ends.backward(upstream.repeat(path.ends, 1, 1, 1))
+    calls = len(path)
     # One call of the base model for each, whether or not it is recomputed.
     assert len(made) == (3 if recompute else 2) * calls
 
@@ -136,7 +137,7 @@ def test_it_is_what_autograd_gives_over_two_separate_networks(
     plain = call(network(seed=3))
     ends = backprop(noted, latents, levels, path, plain=plain, **options)
     kl = torch.stack(seen).mean(dim=0)
-    reward = (ends * upstream.repeat(max(path.copies, 1), 1, 1, 1)).sum()
+    reward = (ends * upstream.repeat(path.ends, 1, 1, 1)).sum()
     (reward + WEIGHT * kl.sum()).backward()
 
     assert penalty.values is not None

@@ -130,6 +130,7 @@ def test_dividing_the_batch_into_micro_batches_does_not_change_the_gradient() ->
         assert relative_difference(gradient(micro_batch), whole) < 1e-5
 
 
+@pytest.mark.long
 def test_dividing_the_batch_does_not_change_the_gradient_of_a_network_as_reward() -> None:
     # The same with `clip`, and the last two calls, which no draw decides.
     gradient = {"method": "last_k", "k": 2}
@@ -155,6 +156,7 @@ def double_gradient_of_a_step(config: Config, monkeypatch: pytest.MonkeyPatch) -
     return torch.cat([p.grad.flatten() for p in parameters(trainer)])
 
 
+@pytest.mark.long
 def test_dividing_the_batch_changes_nothing_but_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same law in float64, with fresh noise in every step, to 1e-12."""
 
