@@ -206,7 +206,7 @@ def test_the_best_is_kept_beside_the_newest_and_is_no_step_of_its_own(tmp_path: 
     for step in (2, 4, 6):
         checkpoint.save(tmp_path, state(step), save_adapter)
         if step < 6:
-            best = checkpoint.save(tmp_path, state(step), save_adapter, BEST)
+            best = checkpoint.save(tmp_path, state(step), save_adapter, name=BEST)
     checkpoint.drop_old(tmp_path, 1)
     assert [p.name for p in checkpoints(tmp_path)] == ["step-000006"]
     assert checkpoint.damage(best) is None
@@ -224,9 +224,11 @@ def test_going_back_makes_a_checkpoint_the_newest_and_removes_what_came_after(
 ) -> None:
     for step in (2, 6, 8):
         checkpoint.save(tmp_path, state(step), save_adapter)
-    best = checkpoint.save(tmp_path, state(4), save_adapter, BEST)
+    best = checkpoint.save(tmp_path, state(4), save_adapter, name=BEST)
+    (tmp_path / "summary.json").write_text('{"steps": 8}')
     told: list[str] = []
     resume.go_back(tmp_path, best, told.append)
+    assert not (tmp_path / "summary.json").exists()
     assert told == ["going back to step 4; removed: step-000006, step-000008"]
     assert [p.name for p in checkpoints(tmp_path)] == ["step-000002", "step-000004"]
     assert checkpoint.damage(latest(tmp_path)) is None
