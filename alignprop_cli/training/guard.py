@@ -116,8 +116,11 @@ class Guard(Callback):
             name: harm.change(name, base[name], now[name], self._rule) for name in self._watched
         }
         alarms = [name for name, change in changes.items() if change.alarms]
-        weights = {member.name: member.weight for member in run.trainer.mixture.members}
-        merit = harm.merit(run.config.guard.best, base, now, self._held_out, weights)
+        aims = {
+            member.name: harm.aim(member.weight, member.loss.kind, member.loss.target)
+            for member in run.trainer.mixture.members
+        }
+        merit = harm.merit(run.config.guard.best, base, now, self._held_out, aims)
         # All processes have the same samples, but need not round alike: one decides for all.
         said: list[Any] = [alarms, merit]
         alarms, merit = broadcast_object_list(said)

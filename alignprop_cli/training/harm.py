@@ -8,7 +8,7 @@ own spread cancels.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from scipy import stats
@@ -110,7 +110,7 @@ def merit(
     base: Mapping[str, Quantity],
     now: Mapping[str, Quantity],
     held_out: Collection[str],
-    trained: Mapping[str, float],
+    trained: Mapping[str, Callable[[float], float]],
 ) -> float:
     """Return by what the best checkpoint is chosen; higher is better, 0 is the base model.
 
@@ -120,18 +120,40 @@ def merit(
         base: Quantities of the base model.
         now: The same of the present model.
         held_out: Names of those that are not trained on.
-        trained: Weights of the rewards that are trained on; those of a negative one count as worse.
+        trained: The rewards that are trained on, each with how good a mean of it is, see `aim`.
     """
-    signs = {one: 1.0 for one in held_out if one in base}
+    aims: Mapping[str, Callable[[float], float]] = {
+        one: _as_it_is for one in held_out if one in base
+    }
     if name != HELD_OUT:
-        signs = {name: 1.0} if name in base else {}
-    elif not signs:
-        signs = {one: math.copysign(1.0, weight) for one, weight in trained.items()}
+        aims = {name: _as_it_is} if name in base else {}
+    elif not aims:
+        aims = trained
     changes = [
-        sign * (now[one].mean - base[one].mean) / (base[one].spread or 1.0)
-        for one, sign in signs.items()
+        (good(now[one].mean) - good(base[one].mean)) / (base[one].spread or 1.0)
+        for one, good in aims.items()
     ]
     return math.fsum(changes) / max(len(changes), 1)
+
+
+def aim(weight: float, kind: str, target: float | None) -> Callable[[float], float]:
+    """Return how good a reward that is trained on is, in its own units, as its loss has it.
+
+    Args:
+        weight: Of its loss; of a negative one only the sign counts.
+        kind: Of its loss.
+        target: Of its loss; beyond that no more is gained, and with the kind `target` lost.
+    """
+    sign = math.copysign(1.0, weight)
+    if kind == "maximise" or target is None:
+        return lambda reward: sign * reward
+    if kind == "hinge":
+        return lambda reward: sign * min(reward - target, 0.0)
+    return lambda reward: -sign * abs(reward - target)
+
+
+def _as_it_is(value: float) -> float:
+    return value
 
 
 @dataclass

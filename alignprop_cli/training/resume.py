@@ -106,6 +106,9 @@ def go_back(run: Path, chosen: Path, note: Callable[[str], object]) -> None:
         RunError: If it is damaged.
     """
     step = checkpoint.load(chosen).step
+    # The summary is of an end that the run has no more. A run that is killed after its last step
+    # is resumed to write its own, which it would not be with this one there.
+    (run / "summary.json").unlink(missing_ok=True)
     # 1. A checkpoint of its step, where there is none. If the process is killed after this or any
     #    removal below, the same command goes on from there.
     place = run / "checkpoints" / f"step-{step:06d}"

@@ -225,8 +225,10 @@ def test_going_back_makes_a_checkpoint_the_newest_and_removes_what_came_after(
     for step in (2, 6, 8):
         checkpoint.save(tmp_path, state(step), save_adapter)
     best = checkpoint.save(tmp_path, state(4), save_adapter, name=BEST)
+    (tmp_path / "summary.json").write_text('{"steps": 8}')
     told: list[str] = []
     resume.go_back(tmp_path, best, told.append)
+    assert not (tmp_path / "summary.json").exists()
     assert told == ["going back to step 4; removed: step-000006, step-000008"]
     assert [p.name for p in checkpoints(tmp_path)] == ["step-000002", "step-000004"]
     assert checkpoint.damage(latest(tmp_path)) is None

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from alignprop_cli.evaluation.measures import Quantity
-from alignprop_cli.training.harm import Change, History, Rule, change, merit
+from alignprop_cli.training.harm import Change, History, Rule, aim, change, merit
 
 RULE = Rule()
 
@@ -121,14 +121,34 @@ def test_a_series_stops_after_patience_and_the_best_is_from_before_the_harm() ->
 def test_the_best_is_by_held_out_rewards_in_deviations_or_by_what_is_asked_for() -> None:
     base = {"hps": quantity([1.0], 0.5), "pick": quantity([4.0], 2.0), "all right": quantity([0.5])}
     now = {"hps": quantity([2.0]), "pick": quantity([3.0]), "all right": quantity([0.75])}
-    weights = {"hps": 1.0}
+    aims = {"hps": aim(0.5, "maximise", None)}
     held_out = ["pick", "all right"]
     # (-1 / 2 + 0.25 / 1) / 2
-    assert merit("held_out", base, now, held_out, weights) == pytest.approx(-0.125)
-    assert merit("pick", base, now, held_out, weights) == pytest.approx(-0.5)
+    assert merit("held_out", base, now, held_out, aims) == pytest.approx(-0.125)
+    assert merit("pick", base, now, held_out, aims) == pytest.approx(-0.5)
     # Without held-out rewards it is what is trained on; a negative weight wants less of it.
-    assert merit("held_out", base, now, [], weights) == pytest.approx(2.0)
-    assert merit("held_out", base, now, [], {"hps": -2.0}) == pytest.approx(-2.0)
+    assert merit("held_out", base, now, [], aims) == pytest.approx(2.0)
+    assert merit("held_out", base, now, [], {"hps": aim(-2.0, "maximise", None)}) == pytest.approx(
+        -2.0
+    )
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "merit_now"),
+    [
+        ("target", 1.5, 0.0),  # from half below to half above
+        ("target", 1.75, 1.0),  # 0.75 away, then 0.25
+        ("target", 1.25, -1.0),
+        ("hinge", 1.5, 1.0),  # the half that was missing, and nothing for the other one
+        ("hinge", 0.5, 0.0),
+    ],
+)
+def test_beyond_a_target_more_of_a_reward_is_not_better(
+    kind: str, target: float, merit_now: float
+) -> None:
+    base, now = {"hps": quantity([1.0], 0.5)}, {"hps": quantity([2.0])}
+    found = merit("held_out", base, now, [], {"hps": aim(1.0, kind, target)})
+    assert found == pytest.approx(merit_now)
 
 
 def test_an_alarm_needs_both() -> None:
