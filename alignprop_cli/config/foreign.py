@@ -168,7 +168,7 @@ def named_here(key: str, value: Any) -> str | None:
     for tool, names in TOOLS.items():
         if key in names:
             return f" In {tool}; here it is {names[key]}."
-        section = cast(Mapping[str, Any], value) if isinstance(value, dict) else {}
+        section = cast(Mapping[str, Any], value if isinstance(value, dict) else {})
         inside = [f"{key}.{name}" for name in section]
         if known := [name for name in inside if name in names]:
             said = "; ".join(f"{name.rpartition('.')[2]} is {names[name]}" for name in known)

@@ -137,6 +137,7 @@ def test_the_teachers_paths_are_those_of_the_pipeline(
     torch.testing.assert_close(points[:, -1].float(), drawn, rtol=0.01, atol=0.01)
 
 
+@pytest.mark.slow
 def test_the_student_learns_to_take_the_teachers_steps_at_once(
     pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,4 +46,4 @@ def test_samples_are_drawn_in_a_batch_that_fits(
     asked: list[object] = []
     monkeypatch.setattr(callbacks.draw, "draw_shared", lambda *_, **more: asked.append(more))
     run.sample([draw.Sample("a dog", 0)], console)
-    assert asked == [{"batch_size": expected}]
+    assert asked == [{"batch_size": expected, "features": None}]

@@ -130,13 +130,11 @@ def short(pipeline: StableDiffusion3Pipeline) -> Callable[..., Any]:
 @torch.no_grad()
 def embed(pipeline: StableDiffusion3Pipeline, prompts: list[str]) -> tuple[Tensor, Tensor]:
     """Return embeddings of prompts for `OnePadding`: (N, 17, 192), and pooled ones (N, 192)."""
-    hidden, _, pooled, _ = pipeline.encode_prompt(
+    # diffusers annotates all four as optional.
+    embeds: Any = pipeline.encode_prompt(
         prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=1
     )
-    # As they are where prompts are given.
-    assert hidden is not None
-    assert pooled is not None
-    return hidden, pooled
+    return embeds[0], embeds[2]
 
 
 @torch.no_grad()
