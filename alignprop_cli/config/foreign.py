@@ -73,7 +73,7 @@ ALIGNPROP: Mapping[str, str] = {
     "backprop_kwargs": "`gradient.mean` and `gradient.std` of gaussian_k are shares of T (42 of 50 "
     "is 0.84); `gradient.k` of last_k is 50 - value",
     # Of the first code, a file of ml_collections with sections.
-    "steps": "`sample.num_inference_steps`",
+    "steps": "`sample.num_inference_steps`; optimiser steps are `train.steps`",
     "sd_guidance_scale": "`sample.guidance_scale`",
     "pretrained.model": "`model.id`",
     "pretrained.revision": "`model.revision`",
