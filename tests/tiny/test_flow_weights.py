@@ -23,6 +23,7 @@ from alignprop_cli.rewards import registry
 from alignprop_cli.sampling import sample
 from alignprop_cli.tiny import language as data
 from alignprop_cli.tiny.checker import check
+from alignprop_cli.tiny.make import build
 from tests.factories import randn
 
 CPU = torch.device("cpu")
@@ -89,6 +90,18 @@ def test_autoencoder_and_text_encoder_are_those_of_the_first_embedded_model() ->
     for name in ("tokenizer", "tokenizer_2"):
         for file in (TINY / "tokenizer").iterdir():
             assert (TINY_FLOW / name / file.name).read_bytes() == file.read_bytes()
+
+
+def test_no_part_names_the_folder_that_it_came_from() -> None:
+    for file in TINY_FLOW.parent.rglob("*.json"):
+        assert "_name_or_path" not in file.read_text(encoding="utf-8"), file
+
+
+def test_a_written_configuration_forgets_its_folder_and_nothing_else(tmp_path: Path) -> None:
+    config = tmp_path / "config.json"
+    config.write_text('{"_name_or_path": "/somewhere", "patch_size": 2}')
+    build.forget_origin(config)
+    assert json.loads(config.read_text()) == {"patch_size": 2}
 
 
 def test_the_weights_are_half_precision_and_add_at_most_6_megabytes_to_the_wheel(

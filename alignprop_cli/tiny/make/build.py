@@ -73,6 +73,7 @@ def main() -> None:
         network = fewstep.train(teacher, work, device, STEPS["fewstep"])
         folder = arguments.output / "flow" / "transformer"
         network.to("cpu", torch.float16).save_pretrained(folder, variant=FEWSTEP)
+        forget_origin(folder / "config.json")
     if stage in ("finish", "all"):
         write_card(arguments.output, work)
         write_flow_card(arguments.output)
@@ -115,6 +116,15 @@ def save_pipeline(pipeline: DiffusionPipeline, words: Path, directory: Path) -> 
             config = directory / name / "config.json"
             values = json.loads(config.read_text()) | {"dtype": "float32"}
             config.write_text(json.dumps(values, indent=2) + "\n")
+    for config in directory.glob("*/config.json"):
+        forget_origin(config)
+
+
+def forget_origin(config: Path) -> None:
+    """Drop from a part's configuration the folder that it was loaded from."""
+    values = json.loads(config.read_text())
+    values.pop("_name_or_path", None)
+    config.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def write_card(output: Path, work: Path) -> None:
