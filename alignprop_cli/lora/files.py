@@ -172,10 +172,12 @@ def named_checkpoint(run: Path, name: str) -> Path:
     # Only what is listed there: a name may not lead anywhere else.
     places = (*checkpoints(run), run / "checkpoints" / BEST)
     there = {path.name: path for path in places if path.is_dir()}
-    whole = f"step-{int(name):06d}" if name.isascii() and name.isdigit() else name
+    # As text: Python reads no number of thousands of digits.
+    digits = name.lstrip("0").zfill(6)
+    whole = f"step-{digits}" if name.isascii() and name.isdigit() else name
     if whole not in there:
         told = f"there are: {', '.join(there) or 'none'}"
-        raise AssetError(f"{run}: has no checkpoint {name!r}", hint=told)
+        raise AssetError(f"{run}: has no checkpoint {name[:80]!r}", hint=told)
     return there[whole]
 
 

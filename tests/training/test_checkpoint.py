@@ -213,8 +213,9 @@ def test_the_best_is_kept_beside_the_newest_and_is_no_step_of_its_own(tmp_path: 
     assert checkpoint.load(best).step == 4
     assert resume.newest(tmp_path) == latest(tmp_path)
     assert named_checkpoint(tmp_path, "best") == best
-    assert named_checkpoint(tmp_path, "6") == named_checkpoint(tmp_path, "step-000006")
-    for name in ("4", "..", "best/", "./best", "", "²"):
+    for same in ("6", "06", "0000000006"):
+        assert named_checkpoint(tmp_path, same) == named_checkpoint(tmp_path, "step-000006")
+    for name in ("9" * 5000, "4", "..", "best/", "./best", "", "²"):
         with pytest.raises(AssetError, match="has no checkpoint"):
             named_checkpoint(tmp_path, name)
 
