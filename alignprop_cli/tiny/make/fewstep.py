@@ -20,9 +20,11 @@ from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
+from alignprop_cli.models.padding import CountedPadding
+from alignprop_cli.models.sd3 import T5_LENGTH
 from alignprop_cli.tiny import language as data
 from alignprop_cli.tiny.make import checkpoint
-from alignprop_cli.tiny.make.flow import GUIDANCE_SCALE, OnePadding, averaged, embed, short, update
+from alignprop_cli.tiny.make.flow import GUIDANCE_SCALE, averaged, embed, short, update
 from alignprop_cli.tiny.make.transformer import MuonAndAdamW
 from alignprop_cli.tiny.make.unet import measure
 
@@ -56,7 +58,7 @@ def sample_paths(
     """Sample training prompts with the guided teacher; cached in a file.
 
     Args:
-        pipeline: Of stage four, with `OnePadding`.
+        pipeline: Of stage four, with `CountedPadding`.
         work: Where the file is.
         device: Where the teacher is.
 
@@ -105,7 +107,7 @@ def train(
     # 1. The student starts as its teacher.
     network = copy.deepcopy(teacher.transformer).train().requires_grad_(True)
     for each in (network, teacher.transformer):
-        each.set_attn_processor(OnePadding())
+        each.set_attn_processor(CountedPadding(T5_LENGTH))
     optimizer = MuonAndAdamW(network)
     average = EMAModel(
         network.parameters(), decay=0.998, use_ema_warmup=True, power=0.75, foreach=True

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,9 +24,10 @@ from diffusers import (
 )
 from diffusers.training_utils import EMAModel
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from alignprop_cli.models.padding import CountedPadding
+from alignprop_cli.models.sd3 import T5_LENGTH
 from alignprop_cli.tiny import language as data
 from alignprop_cli.tiny.make import checkpoint
 from alignprop_cli.tiny.make.transformer import MuonAndAdamW, new_transformer
@@ -39,8 +39,6 @@ CAPTION_DROP = 0.1
 GUIDANCE_SCALE = 3.0
 SHIFT = 1.0
 """Of the noise levels: sigma becomes s sigma / (1 + (s - 1) sigma)."""
-PADDING = 256
-"""Tokens of zeros that the pipeline appends to a prompt where there is no T5."""
 SAVED_EVERY = 500
 """Steps between two checkpoints."""
 CHECKED = 96
@@ -88,48 +86,15 @@ def assemble(
     return pipeline
 
 
-class OnePadding:
-    """Attention of Stable Diffusion 3 with one token of padding that counts as many.
-
-    The tokens of zeros have no positions, so they are equal in every block. One with `PADDING`
-    times the weight gives the same result, at a sixth of the cost.
-    """
-
-    def __call__(
-        self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any
-    ) -> tuple[Tensor, Tensor]:
-        """Return the attention's results for image and prompt, as `JointAttnProcessor2_0` does."""
-        # 1. Image and prompt side by side, (B, heads, length, width of a head).
-        both = [
-            torch.cat([image(hidden_states), prompt(encoder_hidden_states)], dim=1)
-            .unflatten(-1, (attn.heads, -1))
-            .transpose(1, 2)
-            for image, prompt in (
-                (attn.to_q, attn.add_q_proj),
-                (attn.to_k, attn.add_k_proj),
-                (attn.to_v, attn.add_v_proj),
-            )
-        ]
-        # 2. Weights are exponentials, so a summand is a factor.
-        counts = hidden_states.new_zeros(both[1].shape[-2])
-        counts[-1] = math.log(PADDING)
-        joined = scaled_dot_product_attention(*both, attn_mask=counts.view(1, 1, 1, -1))
-        joined = joined.transpose(1, 2).flatten(-2)
-        # 3. And apart again. The last block needs no prompt any more.
-        length = hidden_states.shape[1]
-        image, prompt = joined[:, :length], joined[:, length:]
-        return attn.to_out[0](image), prompt if attn.context_pre_only else attn.to_add_out(prompt)
-
-
 def short(pipeline: StableDiffusion3Pipeline) -> Callable[..., Any]:
-    """Return the pipeline with `OnePadding`: the same images, faster. Its network is changed."""
-    pipeline.transformer.set_attn_processor(OnePadding())
+    """Return the pipeline with `CountedPadding`: the same images, faster; changes it."""
+    pipeline.transformer.set_attn_processor(CountedPadding(T5_LENGTH))
     return functools.partial(pipeline, max_sequence_length=1)
 
 
 @torch.no_grad()
 def embed(pipeline: StableDiffusion3Pipeline, prompts: list[str]) -> tuple[Tensor, Tensor]:
-    """Return embeddings of prompts for `OnePadding`: (N, 17, 192), and pooled ones (N, 192)."""
+    """Return embeddings of prompts for `CountedPadding`: (N, 17, 192), and pooled ones (N, 192)."""
     # diffusers annotates all four as optional.
     embeds: Any = pipeline.encode_prompt(
         prompts, None, None, do_classifier_free_guidance=False, max_sequence_length=1
@@ -153,7 +118,7 @@ def train(
     # 1. The network, its optimizer, and the moving average of its weights, which is what is kept.
     torch.manual_seed(10)
     network = new_transformer().to(device)
-    network.set_attn_processor(OnePadding())
+    network.set_attn_processor(CountedPadding(T5_LENGTH))
     # The last embeddings are those of the empty prompt.
     hidden, pooled = embed(assemble(tiny, network), [*data.train_prompts(), ""])
     start_normalised(network.context_embedder, hidden[:, :-1])
