@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ def evaluate(
     targets: Sequence[str],
     *,
     preset: str | None = None,
-    config: str | None = None,
+    config: str | Mapping[str, Any] | None = None,
     checkpoint: str | None = None,
     sets: Sequence[str] | None = None,
     model: str | None = None,
@@ -47,7 +47,7 @@ def evaluate(
         console: For people and for the result.
         targets: Runs, checkpoints, LoRA files or folders; or `base` alone.
         preset: As the option of the same name, and so are the others.
-        config: File of the user's own.
+        config: File of the user's own, or its values.
         checkpoint: Of the runs.
         sets: Texts of `--set`.
         model: Of `model.id`.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from alignprop_cli.commands import cards, settings
 from alignprop_cli.config.schema import dump
@@ -13,7 +14,7 @@ def train(
     console: Console,
     *,
     preset: str | None = None,
-    config: str | None = None,
+    config: str | Mapping[str, Any] | None = None,
     sets: Sequence[str] | None = None,
     reward: Sequence[str] | None = None,
     model: str | None = None,
@@ -34,7 +35,7 @@ def train(
     Args:
         console: For people and for the result.
         preset: As the option of the same name, and so are the others.
-        config: File of the user's own.
+        config: File of the user's own, or its values.
         sets: Texts of `--set`.
         reward: NAME or NAME:WEIGHT.
         model: Of `model.id`.
