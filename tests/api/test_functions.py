@@ -1,4 +1,4 @@
-"""`alignprop_cli.train` and the others: what the commands do, in a process that is somebody else's."""
+"""`alignprop_cli.train` and the others: what the commands do, in somebody else's process."""
 
 from __future__ import annotations
 
