@@ -68,17 +68,21 @@ def train(
     with _command(reward, progress, verbose, weighted=True) as (console, rewards):
         body.train(
             console,
+            # What is trained; later ones win.
             preset=preset,
             config=given.config(config),
             sets=given.assignments(overrides),
             reward=rewards,
             model=given.path(model),
             output=given.path(output),
+            # Keys of the configuration with an option of their own.
             steps=steps,
             seed=seed,
             on_nonfinite=on_nonfinite,
+            # Or which run is resumed, from where.
             resume=given.path(resume),
             checkpoint=None if checkpoint is None else str(checkpoint),
+            # The machine. Plans for other machines are the command line's.
             gpu_memory=gpu_memory,
         )
 
@@ -140,6 +144,7 @@ def evaluate(
     with _command(reward, progress, verbose) as (console, rewards):
         body.evaluate(
             console,
+            # What is compared, instead of which configuration.
             given.several(targets),
             preset=preset,
             config=given.config(config),
@@ -147,12 +152,15 @@ def evaluate(
             sets=given.assignments(overrides),
             model=given.path(model),
             reward=rewards,
+            # What is sampled: keys of `eval`, checked with the others.
             prompts=given.path(prompts),
             images=images,
             images_per_prompt=images_per_prompt,
+            # How the LoRA is used.
             scale=given.listed(scale),
             base_until=given.listed(base_until),
             ema=ema,
+            # The noise, and how it is worked through.
             seed=seed,
             batch_size=batch_size,
             output=given.path(output),
@@ -213,6 +221,7 @@ def soup(
     from alignprop_cli.commands.bodies import soup as body
 
     names, shares = given.members(members, coef)
+    # Checked by the options of the command, which are not in the way here.
     given.one_of("method", method, get_args(Method))
     given.one_of("file_format", file_format, get_args(Format))
     recipe = Recipe(
@@ -227,9 +236,11 @@ def soup(
     with _command(reward, progress, verbose) as (console, rewards):
         made = body.soup(
             console,
+            # The mix.
             names,
             recipe=recipe,
             coef=shares,
+            # Its evaluation.
             evaluate=evaluate,
             sweep=None if sweep is None else ":".join(repr(float(part)) for part in sweep),
             reward=rewards,
@@ -242,6 +253,7 @@ def soup(
 
     from alignprop_cli.api.results import of_soup
 
+    # With an evaluation the console has its result, and what was made is returned.
     compared = console.values if evaluate or sweep is not None else None
     return of_soup(made, compared, console.warnings)
 
@@ -293,15 +305,18 @@ def score(
     with _command(reward, progress, verbose) as (console, rewards):
         body.score(
             console,
+            # What is measured, by what.
             given.several(paths),
             reward=rewards,
             sets=given.assignments(overrides),
             prompt=prompt,
             prompts=given.path(prompts),
+            # Where the rows go; else all of them are in the result.
             output_format=output_format,
             output=given.path(output),
             overwrite=overwrite,
             resume=resume,
+            # What is shown of them.
             top=given.at_least("top", top, 1),
             gallery=gallery,
             strict=strict,
@@ -328,5 +343,7 @@ def _command(
     named = given.rewards(reward, weighted=weighted)
     console = KeptConsole(verbose=verbose, progress=progress)
     with guest(named.objects):
+        # Whatever the block raises passes: nothing here ends the process.
         yield console, named.texts
+        # Inside, since it needs the processes that the command has joined.
         console.share()

@@ -74,6 +74,7 @@ def rewards(given: Rewards | None, *, weighted: bool = False) -> Named:
                     f"reward: two objects have the name {name}", hint="give one another __name__"
                 )
             objects[name] = reward
+        # As the option has it: the weight after a colon.
         texts.append(name if weight is None else f"{name}:{_weight(name, weight)}")
     return Named(texts, objects)
 
@@ -92,13 +93,11 @@ def _name(reward: object) -> str:
 
 def _weight(name: str, weight: object) -> str:
     """Return the text of a weight."""
-    if (
-        isinstance(weight, bool)
-        or not isinstance(weight, numbers.Real)
-        or not math.isfinite(weight)
-    ):
+    # True is a number to Python, and a slip here.
+    finite = isinstance(weight, numbers.Real) and math.isfinite(weight)
+    if isinstance(weight, bool) or not finite:
         raise ConfigError(f"reward: {name}: expected a finite number as its weight, got {weight!r}")
-    return repr(float(weight))
+    return repr(float(cast(Any, weight)))
 
 
 def assignments(overrides: Mapping[str, Any] | None) -> list[str]:
@@ -135,6 +134,7 @@ def plain(value: Any, where: str) -> Any:
 
 def config(given: PathLike | Mapping[str, Any] | None) -> str | Mapping[str, Any] | None:
     """Return a configuration of the user's own as the commands take it."""
+    # Values that YAML would not have, such as paths, become what it would have.
     if isinstance(given, Mapping):
         return cast(Mapping[str, Any], plain(given, "config"))
     return path(given)
@@ -151,6 +151,7 @@ def several(given: PathLike | Sequence[PathLike]) -> list[str]:
     Raises:
         ConfigError: If there is none.
     """
+    # A text is a sequence too, of its letters.
     one = isinstance(given, str | os.PathLike)
     found = [os.fspath(cast(Any, each)) for each in ([given] if one else cast(Any, given))]
     if not found:
@@ -162,6 +163,7 @@ def listed(given: float | Sequence[float] | None) -> str | None:
     """Return numbers separated by commas, as an option has them; None stays None."""
     if given is None:
         return None
+    # repr: the shortest text that is read back as the same number.
     values = [given] if isinstance(given, numbers.Real) else cast(Sequence[Any], given)
     return ",".join(repr(float(value)) for value in values)
 
@@ -178,6 +180,7 @@ def members(
         return several(given), listed(coef)
     if coef is not None:
         raise ConfigError("soup: shares are given twice, by coef and by the mapping of members")
+    # By --coef rather than as MEMBER=SHARE, since a path may contain an equals sign.
     shares = cast(Mapping[Any, float], given)
     return several(list(shares)), listed(list(shares.values()))
 

@@ -78,6 +78,7 @@ class KeptConsole(Console):
         """Keep the result; if verbose, print what people get."""
         self.values = values
         if self._verbose:
+            # For people: as the command without --json.
             self.as_json = False
             super().result(schema, values, human)
             self.as_json = True
@@ -89,6 +90,7 @@ class KeptConsole(Console):
     @contextmanager
     def bar(self, total: int, label: str) -> Iterator[Bar]:
         """Report to the callback; if verbose, show a bar as the command does."""
+        # With JSON there is no bar.
         self.as_json = not self._verbose
         with super().bar(total, label) as bar:
             self.as_json = True
@@ -124,6 +126,7 @@ def guest(rewards: Mapping[str, object]) -> Iterator[None]:
     Raises:
         AlignPropError: For what the operating system or a library reports, where it is known.
     """
+    # The lock first: what is put back must be what was there when no other call ran.
     with _ONE_AT_A_TIME, _kept(), registry.given(rewards):
         try:
             yield
@@ -154,18 +157,24 @@ def _kept() -> Iterator[None]:
         # 2. Put it back.
         for setting in back:
             setting()
+        # Only where it differs: setting it also ends torch's own choice.
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
+        # Else the caller's own would be told what to be by ours.
         if not made_before:
             forget_accelerator()
         give_back_memory()
+        # Libraries initialise weights at random before they load them.
         random.setstate(seeds[0])
         np.random.set_state(seeds[1])  # noqa: NPY002
         torch.set_rng_state(seeds[2])
+        # Bars of a library that was imported on the way are on by default.
         for name, module in _libraries_with_bars():
             wanted = bars.get(name, True)
             (module.enable_progress_bar if wanted else module.disable_progress_bar)()
+        # Libraries raise it when they are imported.
         sys.setrecursionlimit(recursion)
+        # accelerate tells its settings to other libraries there.
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]
         os.environ.update(environment)
@@ -182,6 +191,7 @@ def _torch_settings() -> list[Callable[[], object]]:
     cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
     repeats = torch.are_deterministic_algorithms_enabled()
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
+    # Read now, and set by the functions below.
     fills, dtype = deterministic.fill_uninitialized_memory, torch.get_default_dtype()
     precision, benchmark, tf32 = (
         torch.get_float32_matmul_precision(),

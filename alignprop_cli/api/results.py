@@ -155,6 +155,7 @@ class ScoreResult:
 
 def of_training(values: Mapping[str, Any], warnings: Sequence[str]) -> TrainResult:
     """Return the result of a training."""
+    # The keys of summary.json, which are those of --json.
     guard, held_out = values["guard"], values["held_out"]
     return TrainResult(
         run=Path(values["run"]),
@@ -165,9 +166,11 @@ def of_training(values: Mapping[str, Any], warnings: Sequence[str]) -> TrainResu
         images_seen=values["images_seen"],
         seconds=values["seconds"],
         peak_memory_gib=values["peak_memory_gib"],
+        # What the guard says, and what it kept.
         stopped_by_guard=guard["stopped"],
         best_step=guard["best_step"],
         best=_path(guard["best"]),
+        # Held-out images before and after.
         rewards={name: Paired(**each) for name, each in held_out["rewards"].items()},
         checker={part: Paired(**each) for part, each in held_out["checker"].items()},
         warnings=tuple(warnings),
@@ -180,6 +183,7 @@ def of_evaluation(values: Mapping[str, Any], warnings: Sequence[str]) -> Evaluat
     output = Path(values["output"])
     return EvaluateResult(
         output=output,
+        # Its name is fixed; the others are told.
         results=output / "results.json",
         report=Path(values["report"]),
         sheet=Path(values["sheet"]),
@@ -213,9 +217,11 @@ def of_scoring(values: Mapping[str, Any], warnings: Sequence[str]) -> ScoreResul
     """Return the result of scoring."""
     return ScoreResult(
         scored=values["scored"],
+        # Names need not be UTF-8, which paths may be and JSON may not.
         skipped={Path(each["file"]): each["reason"] for each in values["skipped"]},
         same_content=values["same_content"],
         rewards={name: _summary(each) for name, each in values["rewards"].items()},
+        # Only where they are not in a file.
         images=[{**row, "file": Path(row["file"])} for row in values.get("images", ())],
         output=_path(values["output"]),
         gallery=_path(values["gallery"]),
@@ -238,10 +244,12 @@ def _metrics(values: Mapping[str, Any]) -> Metrics:
 
 
 def _metric(values: Mapping[str, Any]) -> Metric:
+    # The base model has no comparison with itself.
     paired = {key: value for key, value in values.items() if key not in ("mean", "std")}
     return Metric(values["mean"], values["std"], Paired(**paired) if paired else None)
 
 
 def _summary(values: Mapping[str, Any]) -> Summary:
+    # JSON has no numbers as keys.
     quantiles = {float(share): value for share, value in values["quantiles"].items()}
     return Summary(values["mean"], values["std"], values["min"], values["max"], quantiles)

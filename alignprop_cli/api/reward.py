@@ -118,8 +118,10 @@ def load_reward(
 
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     place = torch.device(auto if device is None else device)
+    # Loading changes torch's settings; measuring, which comes later, does not.
     with guest(named.objects):
         config = RewardConfig.model_validate({"dtype": dtype, **values})
         mixture = build_mixture({name: config}, LossConfig(), place)
+    # The name without `python:`, since here it is not among others.
     own = reward if isinstance(reward, str) else getattr(reward, "__name__", type(reward).__name__)
     return LoadedReward(own, mixture, place)
