@@ -14,6 +14,8 @@ from typing import Any
 import psutil
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import broadcast_object_list
 
 
 def make_accelerator() -> Accelerator:
@@ -118,8 +120,38 @@ def keep_memory() -> None:
         libc.mallopt(_TRIM_THRESHOLD, -1)
 
 
+def give_back_memory() -> None:
+    """Undo `keep_memory`, for a process that goes on with something else."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        # glibc's own values, which it does not tell.
+        libc.mallopt(_MMAP_MAX, 65536)
+        libc.mallopt(_TRIM_THRESHOLD, 128 * 1024)
+        libc.malloc_trim(0)
+
+
 # The numbers of M_TRIM_THRESHOLD and M_MMAP_MAX in malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+
+
+def has_accelerator() -> bool:
+    """Return whether this process has made an `Accelerator`; all that it makes share one state."""
+    return bool(PartialState._shared_state)
+
+
+def forget_accelerator() -> None:
+    """Let the next `Accelerator` of this process choose its device anew; not among several."""
+    if has_accelerator() and PartialState().num_processes == 1:
+        GradientState._reset_state()
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def from_main(value: Any) -> Any:
+    """Return what the main process passes here, in all processes."""
+    # Among several processes this is a place where they meet.
+    if not has_accelerator() or PartialState().num_processes == 1:
+        return value
+    return broadcast_object_list([value])[0]
 
 
 def hold_memory(device: torch.device, limit: int) -> None:

@@ -66,6 +66,10 @@ class ConfigError(AlignPropError):
         super().__init__("\n".join(lines), hint)
 
 
+class NothingToDo(ConfigError):
+    """The run that is to be resumed has done all its steps."""
+
+
 class AssetError(AlignPropError):
     """Something needed is missing: weights, a file, an optional package, the network, access."""
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -21,16 +20,7 @@ from alignprop_cli.commands.options import (
     SeedOption,
     SetOption,
 )
-from alignprop_cli.commands.output import EVALUATION, claimed
-from alignprop_cli.commands.strengths import BaseUntilOption, ScaleOption, choose
-from alignprop_cli.errors import ConfigError
-from alignprop_cli.paths import user_path
-
-if TYPE_CHECKING:
-    from alignprop_cli.lora.files import Located
-
-# The base model's name as a target; a folder of that name has to be written ./base.
-BASE = "base"
+from alignprop_cli.commands.strengths import BaseUntilOption, ScaleOption
 
 Targets = Annotated[
     list[str],
@@ -93,47 +83,27 @@ def evaluate(
 
       alignprop evaluate runs/tiny --checkpoint best --base-until 0,0.2,0.4,0.6
     """
-    from alignprop_cli.commands.settings import for_evaluation
+    # Only now, so that --help is quick.
+    from alignprop_cli.commands.bodies import evaluate as body
     from alignprop_cli.console import Console
 
-    # 1. What the command line says, before a configuration is read or torch is imported.
-    located = _locate(targets, checkpoint, ema)
-    chosen = choose(scale, base_until, located)
-    folder = _default_folder(located) if output is None else user_path(output, "--output")
-    # 2. The configuration. A flag sets one of its keys and wins over every other source.
-    flags: dict[str, Any] = {"model.id": model, "eval.prompts": prompts, "eval.images": images}
-    flags |= {"eval.images_per_prompt": images_per_prompt, "eval.seed": seed}
-    flags |= {"eval.batch_size": batch_size}
-    with claimed(folder, overwrite=overwrite, ours=EVALUATION, sign="results.json"):
-        first = next(iter(located), None)
-        resolved = for_evaluation(
-            targets[0], first, preset, config, sets=sets, reward=reward, flags=flags
-        )
-        from alignprop_cli.evaluation.run import run_evaluation, variants
-
-        console, axis = Console(as_json=as_json, quiet=quiet), chosen.axis
-        compared = variants(located, chosen.strengths, chosen.base_until)
-        run_evaluation(resolved, console, compared, folder, replace=overwrite, axis=axis)
-
-
-def _locate(targets: list[str], checkpoint: str | None, ema: bool) -> list[Located]:
-    """Return the LoRAs that the targets name; none for the base model alone."""
-    from alignprop_cli.lora import files
-
-    # Everything is compared with the base model, so it cannot be one of several targets.
-    if BASE in targets and (len(targets) > 1 or ema):
-        raise ConfigError("evaluate: the base model is always sampled: name the LoRAs alone")
-    names = [] if targets == [BASE] else targets
-    folders = [user_path(name, "evaluate") / "checkpoints" for name in names]
-    if checkpoint is not None and not (folders and all(f.is_dir() for f in folders)):
-        raise ConfigError("--checkpoint goes with runs")
-    return [files.locate(target, "evaluate", checkpoint, averaged=ema) for target in names]
-
-
-def _default_folder(located: list[Located]) -> Path:
-    """Return <run>/evaluation, or evaluation-<names> in the working folder for anything else."""
-    if not located:
-        return Path("evaluation-base")
-    if len(located) == 1 and (run := located[0].run) is not None:
-        return run / f"evaluation{located[0].suffix}"
-    return Path("-".join(["evaluation", *(found.label for found in located)])[:200])
+    body.evaluate(
+        Console(as_json=as_json, quiet=quiet),
+        targets,
+        preset=preset,
+        config=config,
+        checkpoint=checkpoint,
+        sets=sets,
+        model=model,
+        reward=reward,
+        prompts=prompts,
+        images=images,
+        images_per_prompt=images_per_prompt,
+        scale=scale,
+        base_until=base_until,
+        ema=ema,
+        seed=seed,
+        batch_size=batch_size,
+        output=output,
+        overwrite=overwrite,
+    )

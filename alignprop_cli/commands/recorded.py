@@ -15,6 +15,7 @@ from alignprop_cli.commands.typed import refuse_untyped, typed_values
 from alignprop_cli.config import presets, trust
 from alignprop_cli.config.schema import Config
 from alignprop_cli.errors import ConfigError
+from alignprop_cli.rewards import registry
 
 if TYPE_CHECKING:
     from alignprop_cli.lora.files import Located
@@ -61,7 +62,7 @@ def build(
     header: Mapping[str, Any] | None = None,
     run: Path | None = None,
     preset: str | None = None,
-    config: Path | None = None,
+    config: presets.Source | None = None,
     assignments: Sequence[str] = (),
     rewards: Sequence[str] = (),
     flags: Mapping[str, Any] | None = None,
@@ -76,7 +77,7 @@ def build(
         header: Values from the header of a LoRA file.
         run: The folder of a run, whose config.yaml is read.
         preset: Name of a shipped preset.
-        config: A YAML file that the user named.
+        config: A YAML file that the user named, or its values.
         assignments: Texts of `--set`.
         rewards: Names that replace the rewards of the files; a reward of the same name keeps its
             options.
@@ -92,6 +93,7 @@ def build(
     # A preset or a file that the user names is for the model that they name.
     own = {} if preset or config else own_settings(header, run, typed_values(given))
     found = presets.resolve(recorded=header, run=run, replaced=own, **given_once, **given)
+    registry.check_given(found.reward, source)
     # Without recorded values everything was typed.
     if header or run is not None:
         refuse_untyped(found, given, source, trust.TO_EVALUATE)
@@ -102,7 +104,7 @@ def resume(
     run: Path,
     *,
     preset: str | None = None,
-    config: Path | None = None,
+    config: presets.Source | None = None,
     assignments: Sequence[str] = (),
     rewards: Mapping[str, float | None] | None = None,
     flags: Mapping[str, Any] | None = None,
@@ -133,6 +135,7 @@ def resume(
     found = presets.resolve(
         run=run, assignments=assignments, rewards=chosen, flags=flags, source=str(source)
     )
+    registry.check_given(found.reward, str(source))
     given: dict[str, Any] = {"preset": preset, "config": config, "assignments": assignments}
     given |= {"rewards": rewards, "flags": flags}
     # `lora.init` is only read until there is a checkpoint.

@@ -75,32 +75,23 @@ def score(
 
       alignprop score "out/**/*.png" --reward hps --prompt "a cat" --output scores.csv --resume
     """
-    from alignprop_cli.commands import measuring
+    # Only now, so that --help is quick.
+    from alignprop_cli.commands.bodies import score as body
     from alignprop_cli.console import Console
-    from alignprop_cli.device import make_accelerator
-    from alignprop_cli.errors import RunError
-    from alignprop_cli.paths import user_path
-    from alignprop_cli.scoring import files, report, run
-    from alignprop_cli.scoring.captions import PromptFinder
 
-    console = Console(as_json=as_json, quiet=quiet)
-    # 1. Options that contradict each other, and the images: quick, and most mistakes are here.
-    with measuring.destination(
-        output,
-        output_format,
-        gallery=gallery,
-        top=top,
-        as_json=as_json,
+    body.score(
+        Console(as_json=as_json, quiet=quiet),
+        paths,
+        reward=reward,
+        sets=sets,
+        prompt=prompt,
+        prompts=prompts,
+        output_format=output_format,
+        output=output,
         overwrite=overwrite,
         resume=resume,
+        top=top,
+        gallery=gallery,
+        strict=strict,
         workers=workers,
-    ) as wanted:
-        finder = PromptFinder(prompt, user_path(prompts, "--prompts") if prompts else None)
-        found = files.find_images(files.expand_names(paths))
-        config = measuring.rewards(sets, reward, found)
-        # 2. The rewards, which take seconds to load; then the images, in parallel.
-        measures = run.build_measures(config.reward, config.loss, make_accelerator().device)
-        tally = run.run(found, measures, finder, wanted, console)
-        report.finish(console, tally)
-    if strict and tally.skipped:
-        raise RunError(f"--strict: {len(tally.skipped)} of {len(found)} images were skipped")
+    )

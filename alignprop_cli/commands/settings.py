@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def for_training(
     run: Path | None,
     preset: str | None = None,
-    config: str | None = None,
+    config: str | Mapping[str, Any] | None = None,
     *,
     sets: Sequence[str] | None,
     reward: Sequence[str] | None,
@@ -32,7 +32,7 @@ def for_training(
     Args:
         run: The folder of the run to resume; None starts a new one.
         preset: As in `for_evaluation`, and so are the others.
-        config: File.
+        config: File, or its values.
         sets: Texts.
         reward: Names or NAME:WEIGHT.
         flags: None values were not given.
@@ -41,8 +41,8 @@ def for_training(
         AssetError, ConfigError: If something cannot be read, or the configuration is incomplete.
     """
     rewards = reward_weights(reward)  # no default: what a model is trained on must be said
-    file = None if config is None else user_path(config, "--config")
-    given: dict[str, Any] = {"preset": preset, "config": file, "assignments": sets or ()}
+    own = _source(config)
+    given: dict[str, Any] = {"preset": preset, "config": own, "assignments": sets or ()}
     if run is not None:
         # A run keeps its folder, wherever that has been moved to.
         return recorded.resume(run, **given, rewards=rewards, flags={**flags, "output.dir": None})
@@ -58,7 +58,7 @@ def for_evaluation(
     target: str,
     located: Located | None,
     preset: str | None = None,
-    config: str | None = None,
+    config: str | Mapping[str, Any] | None = None,
     *,
     header: Mapping[str, str] | None = None,
     sets: Sequence[str] | None = None,
@@ -71,7 +71,7 @@ def for_evaluation(
         target: The target as typed, for messages.
         located: Its LoRA; None is the base model.
         preset: Name of a preset, used instead of what comes with the LoRA.
-        config: File of the user's own, used instead of what comes with the LoRA.
+        config: File of the user's own or its values, used instead of what comes with the LoRA.
         header: Used instead of the header of the LoRA's file; None reads the file.
         sets: Texts of `--set`.
         reward: Values of `--reward`.
@@ -91,7 +91,7 @@ def for_evaluation(
         header=values,
         run=run,
         preset=preset,
-        config=None if config is None else user_path(config, "--config"),
+        config=_source(config),
         assignments=sets or (),
         rewards=reward_names(reward),
         flags=flags,
@@ -102,6 +102,11 @@ def for_evaluation(
         registry.check(name, member.options)
     registry.check_embedded(resolved.reward, resolved.model.id)
     return resolved
+
+
+def _source(config: str | Mapping[str, Any] | None) -> presets.Source | None:
+    """Return a configuration of the user's own, as `presets` takes it."""
+    return user_path(config, "--config") if isinstance(config, str) else config
 
 
 def for_soup(made: Soup, **given: Any) -> Config:

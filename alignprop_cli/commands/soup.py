@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -22,13 +22,6 @@ from alignprop_cli.commands.options import (
     RewardOption,
     SetOption,
 )
-from alignprop_cli.commands.output import EVALUATION, claimed
-from alignprop_cli.lora.recipe import Recipe, check_recipe, member_shares, sweep_shares
-
-if TYPE_CHECKING:
-    from alignprop_cli.config.schema import Config
-    from alignprop_cli.console import Console
-    from alignprop_cli.lora.soup import Soup
 
 Members = Annotated[
     list[str],
@@ -97,48 +90,22 @@ def soup(
 
       alignprop soup runs/clip runs/brightness --sweep 0:1:0.25 --reward clip,brightness
     """
-    from alignprop_cli.commands import settings
+    # Only now, so that --help is quick.
+    from alignprop_cli.commands.bodies import soup as body
     from alignprop_cli.console import Console
+    from alignprop_cli.lora.recipe import Recipe
 
-    # 1. Everything on the command line is checked before a file is read.
-    recipe = Recipe(method, rank, density, seed, allow_missing, file_format)
-    check_recipe(recipe)
-    shares = None if sweep is None else sweep_shares(sweep, members, coef)
-    names, coefficients = member_shares(members, coef)
-
-    from alignprop_cli.lora.soup import prepare
-
-    # 2. The members are read and checked, and the configuration they record; nothing is written.
-    made = prepare(names, coefficients, shares, output, recipe)
-    with claimed(made.folder, overwrite=overwrite, ours=made.contents(EVALUATION)):
-        config, console = None, Console(as_json=as_json, quiet=quiet)
-        if evaluate or shares is not None:
-            flags = {"model.id": model, "eval.images": images}
-            config = settings.for_soup(made, sets=sets, reward=reward, flags=flags)
-        _make(console, made, config, replace=overwrite)
-
-
-def _make(console: Console, soup: Soup, config: Config | None, *, replace: bool) -> None:
-    """Make the mixes; print what was made or, with a `config`, evaluate them."""
-    from alignprop_cli.commands import settings
-    from alignprop_cli.lora.files import locate
-
-    for text in soup.left_out:
-        console.warn(text)
-    for text in soup.remarks:
-        console.note(text)
-    values, lines = soup.make(replace=replace)
-    if config is None:
-        lines.append(f"next: {settings.evaluate_command(soup.folder, soup.header)}")
-        console.result("alignprop.soup/1", values, lines)
-        return
-    for line in lines:  # with --evaluate the result is that of the evaluation
-        console.note(line)
-    from alignprop_cli.evaluation.run import Variant, run_evaluation
-
-    mixes = [
-        Variant("tuned" if m.share is None else m.folder.name, locate(str(m.folder)), at=m.share)
-        for m in soup.mixes
-    ]
-    folder, axis = soup.folder / "evaluation", "share of the first member"
-    run_evaluation(config, console, mixes, folder, replace=replace, axis=axis)
+    body.soup(
+        Console(as_json=as_json, quiet=quiet),
+        members,
+        recipe=Recipe(method, rank, density, seed, allow_missing, file_format),
+        coef=coef,
+        evaluate=evaluate,
+        sweep=sweep,
+        reward=reward,
+        model=model,
+        sets=sets,
+        images=images,
+        output=output,
+        overwrite=overwrite,
+    )

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from alignprop_cli.commands.cards import GpuMemoryOption, GpuOption, GpusOption, checked
+from alignprop_cli.commands.cards import GpuMemoryOption, GpuOption, GpusOption
 from alignprop_cli.commands.options import (
     ConfigOption,
     DebugOption,
@@ -18,11 +18,9 @@ from alignprop_cli.commands.options import (
     SeedOption,
     SetOption,
 )
+from alignprop_cli.errors import NothingToDo
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from alignprop_cli.config.schema import Config
     from alignprop_cli.console import Console
 
 WeightedRewardOption = Annotated[
@@ -87,51 +85,36 @@ def train(
 
       alignprop train --resume runs/first --steps 10
     """
-    from alignprop_cli.commands import settings
-    from alignprop_cli.config.schema import dump
+    # Only now, so that --help is quick.
+    from alignprop_cli.commands.bodies import train as body
     from alignprop_cli.console import Console
-    from alignprop_cli.training.folders import run_name, run_to_resume
 
     console = Console(as_json=as_json, quiet=quiet)
     if list_presets:
-        return _list(console)  # 1. without any configuration
-    cards = checked(dry_run, gpu_memory, gpu, gpus)
-    # 2. The configuration of the run to resume, or of a new one.
-    run = run_to_resume(resume, preset, config, output, checkpoint)
-    flags = {"model.id": model, "train.steps": steps, "train.seed": seed, "output.dir": output}
-    flags |= {"train.on_nonfinite": on_nonfinite}
-    flags |= {} if dry_run else {"train.memory_limit": gpu_memory}
-    resolved = settings.for_training(run, preset, config, sets=sets, reward=reward, flags=flags)
-    if show_preset:
-        values = {"config": resolved.model_dump(mode="json")}
-        return console.result("alignprop.config/1", values, [dump(resolved).rstrip()])
-
-    # 3. From here on torch and diffusers are needed.
-    name = run_name(preset, config) if run is None else run.name
-    if dry_run:
-        from alignprop_cli.training.plans import describe
-
-        return describe(resolved, console, name=name, resume=run, **cards)
-    _run(resolved, console, name, run, checkpoint, is_auto=resume == "auto")
-
-
-def _run(
-    config: Config,
-    console: Console,
-    name: str,
-    run: Path | None,
-    back_to: str | None,
-    *,
-    is_auto: bool,
-) -> None:
-    """Train; where a scheduler's line finds its run done, that is no error."""
-    from alignprop_cli.training.resume import NothingToDo
-    from alignprop_cli.training.run import run_training
-
+        return _list(console)
     try:
-        run_training(config, console, name=name, resume=run, back_to=back_to)
+        body.train(
+            console,
+            preset=preset,
+            config=config,
+            sets=sets,
+            reward=reward,
+            model=model,
+            output=output,
+            steps=steps,
+            seed=seed,
+            on_nonfinite=on_nonfinite,
+            resume=resume,
+            checkpoint=checkpoint,
+            dry_run=dry_run,
+            gpu_memory=gpu_memory,
+            gpu=gpu,
+            gpus=gpus,
+            show_preset=show_preset,
+        )
     except NothingToDo as error:
-        if not is_auto:
+        # Where a scheduler's line finds its run done, that is no error.
+        if resume != "auto":
             raise
         console.note(error.message)
 

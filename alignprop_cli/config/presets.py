@@ -30,6 +30,10 @@ _REWARDS = ("reward", "eval.rewards")
 _MOST_PARENTS = 20
 
 
+Source = Path | Mapping[str, Any]
+"""A configuration of the user's own: a file or, from Python, its nested values."""
+
+
 @dataclass
 class Layers:
     """The values merged so far, and the source that set each dotted key."""
@@ -135,6 +139,32 @@ def read(
         sibling = user_path(str(path.parent / parent), f"{path}: extends")
         read(sibling if sibling.is_file() else preset_path(parent), layers, (*seen, path.resolve()))
     # 3. This file.
+    _put(tree, layers)
+    layers.origins |= {key: f"{path.name}:{line}" for key, line in lines.items()}
+
+
+def add(values: Mapping[str, Any], layers: Layers) -> None:
+    """Put nested values into the layers as `read` puts those of a file, and first what they extend.
+
+    Args:
+        values: `extends` among them names a shipped preset or a file.
+        layers: Changed in place.
+
+    Raises:
+        AssetError, ConfigError: As `read`.
+    """
+    tree = copy.deepcopy(dict(values))
+    parent = tree.pop("extends", None)
+    if parent is not None:
+        if not isinstance(parent, str):
+            raise ConfigError(f"config: extends: expected the name of a preset, got {parent!r}")
+        file = user_path(parent, "config: extends")
+        read(file if file.is_file() else preset_path(parent), layers)
+    _put(tree, layers)
+
+
+def _put(tree: Tree, layers: Layers) -> None:
+    """Merge one source into the layers; its sections of rewards replace those before it."""
     if "reward" in tree:
         # Not merged: the rewards of the parent would stay in the mixture.
         layers.values.pop("reward", None)
@@ -142,7 +172,6 @@ def read(
     if isinstance(own, dict) and isinstance(inherited, dict) and "rewards" in own:
         cast(Tree, inherited).pop("rewards", None)
     _merge(layers.values, tree)
-    layers.origins |= {key: f"{path.name}:{line}" for key, line in lines.items()}
 
 
 def override(layers: Layers, assignments: Iterable[str]) -> None:
@@ -219,7 +248,7 @@ def choose_rewards(layers: Layers, rewards: Mapping[str, float | None]) -> None:
 def resolve(
     *,
     preset: str | None = None,
-    config: Path | None = None,
+    config: Source | None = None,
     recorded: Mapping[str, Any] | None = None,
     run: Path | None = None,
     replaced: Mapping[str, Any] | None = None,
@@ -234,7 +263,7 @@ def resolve(
 
     Args:
         preset: Name of a shipped preset.
-        config: File of the user's own; read after the preset.
+        config: Of the user's own; counts after the preset.
         recorded: Values from the header of a LoRA file.
         run: The folder of a run, whose configuration must be complete.
         replaced: Dotted key to the value that counts instead of the recorded one.
@@ -265,7 +294,8 @@ def resolve(
     if default_reward is not None and not layers.values.get("reward"):
         layers.values["reward"] = {default_reward: None}
     if source is None:
-        source = f"preset {preset}" if config is None and preset else str(config or "command line")
+        own = str(config) if isinstance(config, Path) else "config" if config else "command line"
+        source = f"preset {preset}" if config is None and preset else own
     return parse(layers.values, layers.origins, source=source, training=training)
 
 
@@ -273,7 +303,7 @@ def stack(
     layers: Layers,
     *,
     preset: str | None = None,
-    config: Path | None = None,
+    config: Source | None = None,
     assignments: Iterable[str] = (),
     rewards: Mapping[str, float | None] | None = None,
     flags: Mapping[str, Any] | None = None,
@@ -293,8 +323,10 @@ def stack(
     """
     if preset is not None:
         read(preset_path(preset), layers)
-    if config is not None:
+    if isinstance(config, Path):
         read(config, layers)
+    elif config is not None:
+        add(config, layers)
     override(layers, assignments)
     if rewards:
         choose_rewards(layers, rewards)

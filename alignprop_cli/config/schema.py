@@ -29,6 +29,10 @@ EMBEDDED_MODELS = ("tiny", "tiny-flow", "tiny-fewstep")
 """Ids of the models inside the package, which all draw the prompts of one language."""
 
 
+PYTHON = "python:"
+"""How the name of a reward begins that is a Python object, given by a caller; no file names it."""
+
+
 class ModelConfig(Section):
     """The base model that the LoRA is trained on."""
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from alignprop_cli.config import presets
-from alignprop_cli.config.schema import Config
+from alignprop_cli.config.schema import PYTHON, Config
 from alignprop_cli.errors import ConfigError, Problem
 
 TO_EVALUATE = ("model.id", "model.revision", "model.variant", "model.config", "eval.prompts")
@@ -205,6 +205,9 @@ def _presets() -> tuple[Mapping[str, Any], ...]:
 def _line(config: Config, found: Sequence[_Named]) -> str | None:
     """Return the shell options that name all this; None if they could not be typed or read back."""
     words: list[str] = []
+    # An object in the memory of another process.
+    if any(one.path[-1].startswith(PYTHON) for one in found):
+        return None
     if any(one.is_code and one.section == ("reward",) for one in found):
         # All rewards, since those of --reward replace the recorded ones.
         if not all(map(_is_plain, config.reward)):

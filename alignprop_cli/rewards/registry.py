@@ -4,7 +4,8 @@ A name is one of
   clip, brightness, ...            shipped, listed below
   package.module:attribute         a function, or a class, constructed with the given options
   path/to/file.py:attribute        the same from a file
-  any name in the entry point group `alignprop.rewards` of an installed package.
+  any name in the entry point group `alignprop.rewards` of an installed package
+  python:blueness                  an object that a Python caller has given; see `given`.
 
 To ship another reward, add one file to this folder and one line to `SHIPPED`. Its options are the
 arguments of its constructor. They are read from the source, so that names and options are checked
@@ -18,7 +19,9 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
@@ -26,7 +29,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from alignprop_cli.config.guard import HeldOutConfig
-from alignprop_cli.config.schema import EMBEDDED_MODELS, RewardConfig
+from alignprop_cli.config.schema import EMBEDDED_MODELS, PYTHON, RewardConfig
 from alignprop_cli.errors import AssetError, ConfigError, did_you_mean
 from alignprop_cli.paths import user_path
 
@@ -170,11 +173,49 @@ def check(name: str, options: Mapping[str, Any], section: str = "reward") -> Non
             if value is not None and type(value) is not known[option]:
                 kind = known[option].__name__
                 raise ConfigError(f"{section}.{name}.{option}: expected a {kind}, got {value!r}")
+    elif name.startswith(PYTHON):
+        check_given([name], section)
     elif ":" not in name and name not in names():
         raise ConfigError(
             f"{section}: unknown reward '{name}'.{did_you_mean(name, names())}",
             hint="a reward of your own is named file.py:attribute or package.module:attribute",
         )
+
+
+@contextmanager
+def given(rewards: Mapping[str, object]) -> Iterator[None]:
+    """Let these names mean these objects while the block runs, in this thread alone.
+
+    Args:
+        rewards: The rewards by name; the names begin with `schema.PYTHON`.
+    """
+    token = _GIVEN.set({**_GIVEN.get({}), **rewards})
+    try:
+        yield
+    finally:
+        _GIVEN.reset(token)
+
+
+_GIVEN: ContextVar[Mapping[str, object]] = ContextVar("given")
+
+
+def check_given(rewards: Collection[str], source: str) -> None:
+    """Refuse the name of a Python object that is not there: only its own process knows it.
+
+    Args:
+        rewards: Names of rewards of any kind.
+        source: Where they are named, for the message.
+
+    Raises:
+        ConfigError: With the first such name.
+    """
+    for name in rewards:
+        if name.startswith(PYTHON) and name not in _GIVEN.get({}):
+            raise ConfigError(
+                f"{source}: the reward {name} was a Python object, which a file cannot name",
+                hint=f"from Python, give it again: reward={name.removeprefix(PYTHON)}; or name "
+                "other rewards to evaluate with, by --reward or reward=",
+            )
 
 
 def is_embedded(name: str, options: Mapping[str, Any]) -> bool:
@@ -264,6 +305,9 @@ def on_meta(name: str, options: Mapping[str, Any], dtype: torch.dtype) -> MetaRe
     check(name, options)
     # Looked up on the class: constructing an object would load its weights.
     target = _import(name)
+    # An object that is there already: its class does not know how it was built.
+    if name.startswith(PYTHON) and not inspect.isclass(target):
+        return None
     with user.faults(AssetError, f"reward '{name}': on_meta failed"):
         make: Callable[..., object] | None = getattr(target, "on_meta", None)
     if make is None:
@@ -296,7 +340,9 @@ def _import(name: str) -> Any:
     """Return the object that a name stands for."""
     from alignprop_cli.rewards import user
 
-    # 1. Every kind of name becomes PLACE:ATTRIBUTE.
+    # 1. Every kind of name becomes PLACE:ATTRIBUTE, but those that stand for an object.
+    if name.startswith(PYTHON):
+        return _GIVEN.get()[name]
     if name in SHIPPED:
         name = f"alignprop_cli.rewards.{SHIPPED[name].target}"
     elif ":" not in name:

@@ -17,12 +17,16 @@ LOCK = ".lock"
 """The file in a run folder that its process holds."""
 
 
-def run_name(preset: str | None, config: str | None) -> str:
+def run_name(preset: str | None, config: object) -> str:
     """Return the name of a run, which is that of its preset or configuration file.
 
     For the configuration of another run it is the name of that run.
+
+    Args:
+        preset: Name of the preset.
+        config: The file; anything else, such as its values, names nothing.
     """
-    if config is None:
+    if not isinstance(config, str):
         return preset or "run"
     path = Path(config)
     return path.parent.name if path.name == "config.yaml" and path.parent.name else path.stem
@@ -31,7 +35,7 @@ def run_name(preset: str | None, config: str | None) -> str:
 def run_to_resume(
     resume: str | None,
     preset: str | None,
-    config: str | None,
+    config: object,
     output: str | None,
     checkpoint: str | None = None,
 ) -> Path | None:
@@ -40,7 +44,7 @@ def run_to_resume(
     Args:
         resume: A run's folder, or `auto`: the newest run, or a new one if there is none.
         preset: The preset of a new run.
-        config: The configuration file of a new run.
+        config: The configuration of a new run; None for none.
         output: With `auto` the only folder that is looked at; None looks at all in runs/.
         checkpoint: Which checkpoint of the run is wanted; None is the newest.
 
@@ -71,7 +75,7 @@ def run_to_resume(
     return run
 
 
-def _newest_run(preset: str | None, config: str | None, output: str | None) -> Path | None:
+def _newest_run(preset: str | None, config: object, output: str | None) -> Path | None:
     # With `auto` one command line starts a run and, after a crash, resumes it: for job schedulers.
     startable = preset is not None or config is not None
     if output is not None:

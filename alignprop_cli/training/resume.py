@@ -11,7 +11,7 @@ from typing import Any
 from alignprop_cli.config.schema import Config
 from alignprop_cli.config.section import differences
 from alignprop_cli.config.validation import parse
-from alignprop_cli.errors import ConfigError, Problem, RunError
+from alignprop_cli.errors import ConfigError, NothingToDo, Problem, RunError
 from alignprop_cli.lora import layers as lora
 from alignprop_cli.lora.files import checkpoints, named_checkpoint
 from alignprop_cli.parsing import read_json
@@ -38,10 +38,6 @@ _MAY_CHANGE = (
     "guard.",
     "output.",
 )
-
-
-class NothingToDo(ConfigError):
-    """The run that is to be resumed has done all its steps."""
 
 
 def choose(

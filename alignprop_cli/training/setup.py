@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from alignprop_cli.config.schema import Config, RewardConfig
+from alignprop_cli.config.schema import PYTHON, Config, RewardConfig
 from alignprop_cli.console import Console
 from alignprop_cli.device import resolve_dtype
 from alignprop_cli.errors import AlignPropError, AssetError, ConfigError, explained
@@ -192,7 +192,7 @@ def inputs(config: Config, model: Model) -> dict[str, str]:
     if (folder := taesd.local_folder(config.model)) is not None:
         found["model.decoder"] = fingerprint(folder)
     for name, reward in config.reward.items():
-        named = {f"reward.{name}": name.rpartition(":")[0]}
+        named = {f"reward.{name}": "" if name.startswith(PYTHON) else name.rpartition(":")[0]}
         named |= {f"reward.{name}.{option}": value for option, value in reward.options.items()}
         for key, value in named.items():
             # os.path, since an option may be any text: it answers False where Path would raise.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, cast
@@ -33,12 +34,15 @@ class Interruption(Callback):
         self._save, self._wants_save = save, False
 
     def before_training(self, run: Run) -> None:
-        """Install the handlers."""
+        """Install the handlers; from Python a run may be in another thread, which can have none."""
         self._accelerator, self._console = run.accelerator, run.console
         self._run, self._old = run, dict[int, Any]()
+        if threading.current_thread() is not threading.main_thread():
+            return
         for number in (*_STOPPING, signal.SIGUSR1):
-            # `nohup` asks to ignore SIGHUP, and so it is.
-            if signal.getsignal(number) != signal.SIG_IGN:
+            # `nohup` asks to ignore SIGHUP, and so it is. One that is not Python's cannot be put
+            # back.
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 self._old[number] = signal.signal(number, self._handle)
 
     def should_stop(self) -> bool:

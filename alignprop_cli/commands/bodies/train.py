@@ -1,0 +1,82 @@
+"""What `alignprop train` does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from alignprop_cli.commands import cards, settings
+from alignprop_cli.config.schema import dump
+from alignprop_cli.console import Console
+
+
+def train(
+    console: Console,
+    *,
+    preset: str | None = None,
+    config: str | Mapping[str, Any] | None = None,
+    sets: Sequence[str] | None = None,
+    reward: Sequence[str] | None = None,
+    model: str | None = None,
+    output: str | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
+    on_nonfinite: str | None = None,
+    resume: str | None = None,
+    checkpoint: str | None = None,
+    dry_run: bool = False,
+    gpu_memory: str | None = None,
+    gpu: str | None = None,
+    gpus: int | None = None,
+    show_preset: bool = False,
+) -> None:
+    """Train, or plan a training, and give the console the result.
+
+    Args:
+        console: For people and for the result.
+        preset: As the option of the same name, and so are the others.
+        config: File of the user's own, or its values.
+        sets: Texts of `--set`.
+        reward: NAME or NAME:WEIGHT.
+        model: Of `model.id`.
+        output: The run folder.
+        steps: Of `train.steps`.
+        seed: Of `train.seed`.
+        on_nonfinite: Of `train.on_nonfinite`.
+        resume: The run to resume, or `auto`.
+        checkpoint: Of the run to resume.
+        dry_run: Whether to plan only.
+        gpu_memory: Memory to plan for.
+        gpu: Card to plan for.
+        gpus: How many of them.
+        show_preset: Whether to print the configuration only.
+
+    Raises:
+        AlignPropError: Whatever is wrong with the configuration, the files or the run.
+    """
+    from alignprop_cli.training.folders import run_name, run_to_resume
+
+    # 1. Cards of another machine go with a plan alone.
+    planned = cards.checked(dry_run, gpu_memory, gpu, gpus)
+    # 2. The configuration of the run to resume, or of a new one.
+    run = run_to_resume(resume, preset, config, output, checkpoint)
+    flags = {"model.id": model, "train.steps": steps, "train.seed": seed, "output.dir": output}
+    flags |= {"train.on_nonfinite": on_nonfinite}
+    # In a dry run it is the memory to plan for, and no limit on this machine's.
+    flags |= {} if dry_run else {"train.memory_limit": gpu_memory}
+    resolved = settings.for_training(run, preset, config, sets=sets, reward=reward, flags=flags)
+    # Looked at often, so it must not wait for torch.
+    if show_preset:
+        values = {"config": resolved.model_dump(mode="json")}
+        return console.result("alignprop.config/1", values, [dump(resolved).rstrip()])
+
+    # 3. From here on torch and diffusers are needed.
+    # A resumed run keeps its name, whatever file it was once started with.
+    name = run_name(preset, config) if run is None else run.name
+    if dry_run:
+        from alignprop_cli.training.plans import describe
+
+        return describe(resolved, console, name=name, resume=run, **planned)
+    from alignprop_cli.training.run import run_training
+
+    run_training(resolved, console, name=name, resume=run, back_to=checkpoint)

@@ -1,0 +1,333 @@
+"""`alignprop_cli.train` and the others: what the commands do, in somebody else's process."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import warnings
+from dataclasses import FrozenInstanceError, asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import alignprop_cli
+from alignprop_cli import (
+    AssetError,
+    ConfigError,
+    InterruptedRun,
+    NothingToDo,
+    Progress,
+    RunError,
+    cli,
+)
+from alignprop_cli.rewards.pixel import brightness
+from tests.factories import picture
+
+# The smallest run there is: two steps, each of one image through one call.
+SMALL: dict[str, Any] = {
+    "sample.num_inference_steps": 1,
+    "gradient.k_max": 1,
+    "train.batch_size": 1,
+    "train.micro_batch": 1,
+    "eval.images": 1,
+    "eval.sample_images": 1,
+    "eval.sample_images_per_prompt": 1,
+    "eval.rewards": {},
+}
+TYPED = [f"--set={key}={json.dumps(value)}" for key, value in SMALL.items()]
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+
+
+def blueness(images, prompts):
+    return images[:, 2].mean(dim=(1, 2))
+
+
+class Redness:
+    def __init__(self, gain: float = 1.0) -> None:
+        self.gain = gain
+
+    def __call__(self, images, prompts):
+        return self.gain * images[:, 0].mean(dim=(1, 2))
+
+
+def command(*args: object) -> int:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(list(map(str, args)))
+    return int(ended.value.code or 0)
+
+
+def state() -> dict[str, Any]:
+    """Return what a call could leave changed."""
+    noise = np.random.get_state()  # noqa: NPY002
+    return {
+        "cwd": Path.cwd(),
+        "environment": dict(os.environ),
+        "signals": [signal.getsignal(number) for number in SIGNALS],
+        "threads": torch.get_num_threads(),
+        "dtype": torch.get_default_dtype(),
+        "gradients": torch.is_grad_enabled(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "fills": torch.utils.deterministic.fill_uninitialized_memory,
+        "precision": torch.get_float32_matmul_precision(),
+        "cudnn": (torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32),
+        "seeds": (random.getstate(), noise[1].tolist(), torch.get_rng_state().tolist()),
+        "warnings": list(warnings.filters),
+        "recursion": sys.getrecursionlimit(),
+        "logging": (logging.root.level, list(logging.root.handlers)),
+        "bars": transformers.utils.logging.is_progress_bar_enabled(),
+        "streams": (sys.stdout, sys.stderr),
+    }
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Return a folder with the run `typed`, which the command made."""
+    folder = tmp_path_factory.mktemp("api")
+    args = ["train", "--preset", "tiny", "--reward", "brightness", "--steps", 2, "--quiet"]
+    assert command(*args, "--output", folder / "typed", *TYPED) == 0
+    return folder
+
+
+def test_train_is_the_command_and_leaves_the_process_as_it_was(place, capfd) -> None:
+    # A caller who computes in another precision, without gradients and on one thread more.
+    torch.manual_seed(7)
+    random.seed(7)
+    threads = torch.get_num_threads()
+    torch.use_deterministic_algorithms(False)
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(threads + 1)
+    transformers.utils.logging.enable_progress_bar()
+    seen: list[Progress] = []
+    try:
+        torch.set_num_threads(threads)
+        with torch.inference_mode():
+            before = state()
+            made = alignprop_cli.train(
+                "tiny",
+                reward="brightness",
+                steps=2,
+                output=place / "called",
+                overrides=SMALL,
+                progress=seen.append,
+            )
+            after = state()
+    finally:
+        torch.use_deterministic_algorithms(True)
+        torch.set_default_dtype(torch.float32)
+    assert after == before
+    assert capfd.readouterr() == ("", "")
+
+    typed = json.loads((place / "typed" / "summary.json").read_text())
+    assert made.adapter.read_bytes() == Path(typed["adapter"]).read_bytes()
+    assert asdict(made.rewards["brightness"]) == typed["held_out"]["rewards"]["brightness"]
+    assert {k: asdict(v) for k, v in made.checker.items()} == typed["held_out"]["checker"]
+    assert (made.run, made.steps, made.images_seen) == (place / "called", 2, 2)
+    assert made.values.keys() == typed.keys()
+    assert made.sheet.is_file()
+    assert [p.done for p in seen if p.stage == "training"] == [0, 1, 2]
+    assert {p.stage for p in seen} == {"base model", "training", "tuned model"}
+    with pytest.raises(FrozenInstanceError):
+        made.steps = 3  # type: ignore[misc]
+
+
+def test_evaluate_soup_and_score_are_the_commands(place, capfd) -> None:
+    run = place / "typed"
+    before = state()
+    # 1. evaluate
+    made = alignprop_cli.evaluate(run, images=2, scale=[0, 1], output=place / "e", seed=3)
+    args = ("evaluate", run, "--images", 2, "--scale", "0,1", "--seed", 3, "--quiet")
+    assert command(*args, "--output", place / "e2", "--json") == 0
+    typed = json.loads(capfd.readouterr().out)
+    differ = {k for k, v in made.values.items() if v != typed[k]}
+    assert differ <= {"seconds", "output", "sheet", "report"}
+    assert made.rewards["brightness"]["strength 1"].paired is not None
+    assert made.rewards["brightness"]["base"].paired is None
+    # A LoRA of strength 0 is the base model.
+    same = made.rewards["brightness"]["strength 0"].paired
+    assert same is not None
+    assert (same.difference, same.ties) == (0.0, 1.0)
+    assert made.results.is_file()
+
+    # 2. soup
+    soup = alignprop_cli.soup({run: 0.25, "base": 0.75}, output=place / "s")
+    args = ("soup", run, "base", "--coef", "0.25", "--output", place / "s2", "--json")
+    assert command(*args) == 0
+    typed = json.loads(capfd.readouterr().out)
+    assert soup.adapter is not None
+    assert soup.adapter.read_bytes() == Path(typed["adapter"]).read_bytes()
+    assert (soup.folder, soup.error, soup.evaluation) == (place / "s", 0.0, None)
+    assert soup.values.keys() | {"schema"} == typed.keys()
+    swept = alignprop_cli.soup([run, "base"], sweep=(0, 1, 1), images=1, output=place / "w")
+    assert (swept.folder, swept.adapter) == (place / "w", None)
+    assert swept.evaluation is not None
+    assert set(swept.evaluation.rewards["brightness"]) == {"base", "share-0", "share-1"}
+
+    # 3. score
+    images = made.output / "images" / "base"
+    scored = alignprop_cli.score(images, reward="brightness", top=1)
+    assert command("score", images, "--reward", "brightness", "--top", 1, "--json") == 0
+    typed = json.loads(capfd.readouterr().out)
+    assert {**scored.values, "schema": "alignprop.score/3"} == typed
+    assert scored.rewards["brightness"].mean == made.rewards["brightness"]["base"].mean
+    assert [row["file"].parent for row in scored.images] == [images]
+    assert state() == before
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_run_in_a_thread_with_an_object_as_its_reward_is_resumed_with_it(place) -> None:
+    found: list[Any] = []
+    before = state()
+
+    def work() -> None:
+        found.append(
+            alignprop_cli.train(
+                config={"extends": "tiny", "train": {"steps": 1}},
+                reward={Redness: 1.0, blueness: -0.5},
+                output=place / "own",
+                overrides={**SMALL, "reward.python:Redness.gain": 2.0, "output.save_every": 1},
+            )
+        )
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert state() == before
+    assert list(found[0].rewards)[:2] == ["python:Redness", "python:blueness"]
+
+    # Its folder cannot name them: whoever comes next is told, from Python and at the command line.
+    for call in (
+        lambda: alignprop_cli.train(resume=place / "own", steps=2),
+        lambda: alignprop_cli.evaluate(place / "own"),
+        lambda: alignprop_cli.evaluate(found[0].adapter),
+    ):
+        with pytest.raises(ConfigError, match="python:Redness was a Python object") as told:
+            call()
+        assert "reward=Redness" in str(told.value.hint)
+    assert command("evaluate", place / "own") == 2
+
+    again = alignprop_cli.train(resume=place / "own", steps=2, reward=[Redness, blueness])
+    assert again.steps == 2
+    with pytest.raises(NothingToDo):
+        alignprop_cli.train(resume=place / "own", steps=2, reward=[Redness, blueness])
+    judged = alignprop_cli.evaluate(
+        place / "own", reward=[Redness(), brightness], images=1, overwrite=True
+    )
+    # Of the class the run says that its gain is 2, of the object it is 1.
+    assert list(judged.rewards)[:2] == ["python:Redness", "python:brightness"]
+
+
+def test_ctrl_c_finishes_the_step_and_saves(place) -> None:
+    before = state()
+
+    def interrupt(progress: Progress) -> None:
+        if (progress.stage, progress.done) == ("training", 1):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(InterruptedRun, match="after step 1; it is saved") as ended:
+        alignprop_cli.train(
+            "tiny",
+            reward="brightness",
+            output=place / "stopped",
+            overrides=SMALL,
+            progress=interrupt,
+        )
+    assert ended.value.exit_code == 130
+    assert (place / "stopped" / "checkpoints" / "step-000001").is_dir()
+    assert state() == before
+    # What the callback raises ends the run as well, and the handlers are put back.
+    with pytest.raises(ZeroDivisionError):
+        alignprop_cli.train(resume=place / "stopped", progress=lambda progress: 1 / 0)
+    assert state() == before
+
+
+def test_mistakes_are_exceptions_of_the_documented_classes(place, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = place / "typed"
+    before = state()
+    for kind, said, call in [
+        (ConfigError, "unknown preset 'tny'", lambda: alignprop_cli.train("tny")),
+        (ConfigError, "nothing to do", lambda: alignprop_cli.train()),
+        (
+            ConfigError,
+            "train.stepz",
+            lambda: alignprop_cli.train("tiny", overrides={"train.stepz": 1}),
+        ),
+        (
+            ConfigError,
+            "reward.x: a Redness can be in no configuration",
+            lambda: alignprop_cli.train("tiny", overrides={"reward.x": Redness()}),
+        ),
+        (ConfigError, "extends", lambda: alignprop_cli.train(config={"extends": 3})),
+        (ConfigError, "sizes", lambda: alignprop_cli.train("tiny", config={"sizes": {}})),
+        (ConfigError, "no name", lambda: alignprop_cli.train("tiny", reward=3)),  # type: ignore
+        (ConfigError, "exists and is not", lambda: alignprop_cli.train("tiny", output=run)),
+        (AssetError, "is not a run", lambda: alignprop_cli.train(resume=tmp_path)),
+        (AssetError, "nowhere", lambda: alignprop_cli.evaluate("nowhere")),
+        (ConfigError, "expected at least one", lambda: alignprop_cli.evaluate([])),
+        (ConfigError, "weights are for", lambda: alignprop_cli.evaluate(run, reward={"clip": 1})),
+        (ConfigError, "images", lambda: alignprop_cli.evaluate(run, images=0)),
+        (ConfigError, "unknown 'exakt'", lambda: alignprop_cli.soup([run], method="exakt")),  # type: ignore
+        (ConfigError, "given twice", lambda: alignprop_cli.soup({run: 1.0}, coef=1.0)),
+        (ConfigError, "top: expected at least 1", lambda: alignprop_cli.score(".", top=0)),
+        (AssetError, "nowhere.png", lambda: alignprop_cli.score("nowhere.png")),
+    ]:
+        with pytest.raises(kind) as told:
+            call()
+        if said != "no name":
+            assert said in str(told.value), (said, str(told.value))
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    with pytest.raises(RunError, match="nothing was measured"):
+        alignprop_cli.score(tmp_path / "broken.png", reward="brightness")
+    assert state() == before
+
+
+def test_what_the_command_warns_of_is_in_the_result_and_verbose_prints_it(tmp_path, capfd) -> None:
+    picture(tmp_path / "a.png")
+    (tmp_path / "b.png").write_bytes(b"no image")
+    found = alignprop_cli.score(tmp_path, reward=[blueness])
+    assert list(found.skipped) == [tmp_path / "b.png"]
+    [warning] = found.warnings
+    assert "skipped" in warning
+    assert capfd.readouterr() == ("", "")
+    alignprop_cli.score(tmp_path, reward=[blueness], verbose=True)
+    out, err = capfd.readouterr()
+    assert "python:blueness" in out
+    assert warning in " ".join(err.split())
+
+
+def test_importing_the_package_loads_nothing_and_is_quick() -> None:
+    code = (
+        "import sys, time\n"
+        "started = time.perf_counter()\n"
+        "import alignprop_cli\n"
+        "print(time.perf_counter() - started)\n"
+        "alignprop_cli.train, alignprop_cli.load_reward, alignprop_cli.ConfigError\n"
+        "print(*{'torch', 'diffusers', 'numpy'} & {*sys.modules})\n"
+        "assert {*alignprop_cli.__all__} <= {*dir(alignprop_cli)}, dir(alignprop_cli)\n"
+    )
+    seconds: list[float] = []
+    while len(seconds) < 5 and not any(one < 0.1 for one in seconds):
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        )
+        taken, loaded = done.stdout.splitlines()
+        assert loaded == ""
+        seconds.append(float(taken))
+    assert min(seconds) < 0.1, f"import alignprop_cli took {seconds} s"
+
+
+def test_every_documented_name_is_there() -> None:
+    for name in alignprop_cli.__all__:
+        assert getattr(alignprop_cli, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'trainer'"):
+        alignprop_cli.trainer  # noqa: B018
