@@ -81,7 +81,11 @@ def _sampled(
 def _points(lines: Lines, name: str, base: Mapping[str, float]) -> Line:
     """Return what was measured on the fixed samples, the base model's at step 0."""
     found = [(0, base[name])] if name in base else []
-    found += [(line["step"], line["held_out"][name]) for line in lines if name in _measures(line)]
+    found += [
+        (line["step"], line["held_out"][name])
+        for line in lines
+        if name in _measures(line) and _is_number(line["held_out"][name])
+    ]
     xs, ys = thinned([step for step, _ in found], [value for _, value in found])
     return Line("fixed samples", xs, ys, "points")
 

@@ -20,6 +20,8 @@ SHOWN = 16
 
 # Steps of which a report shows images: with 16 images each it stays below some ten megabytes.
 _MOST_STEPS = 32
+# Bytes of a file: sixteen images have at most a tenth of it.
+_MOST_BYTES = 2**23
 # The folder of a run may be somebody else's: only images inside the page are addresses here.
 _Source = Annotated[str, Field(pattern=r"^data:image/(png|jpeg);base64,[A-Za-z0-9+/]+=*$")]
 
@@ -99,6 +101,8 @@ def _alike(frame: Frame, other: Frame) -> bool:
 
 def _read(file: Path) -> Frame | None:
     try:
+        if file.stat().st_size > _MOST_BYTES:
+            return None
         return Frame.model_validate_json(file.read_bytes())
     except (OSError, ValidationError):
         return None
