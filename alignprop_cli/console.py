@@ -59,11 +59,15 @@ class Console:
     Args:
         as_json: Print the result as one JSON object; nothing else goes to standard output.
         quiet: Print no progress and no notes; results, warnings and errors remain.
+
+    Attributes:
+        warned: The warnings that were printed, for the report of a run.
     """
 
     def __init__(self, *, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json = as_json
         self.quiet = quiet
+        self.warned: list[str] = []
         # soft_wrap: the terminal breaks lines, so that copied paths and commands stay whole.
         self._out = RichConsole(highlight=False, emoji=False, soft_wrap=True)
         self._err = RichConsole(stderr=True, highlight=False, emoji=False, soft_wrap=True)
@@ -78,6 +82,7 @@ class Console:
 
     def warn(self, text: str) -> None:
         """Print a warning on standard error."""
+        self.warned.append(text)
         self._err.print(f"[yellow]warning:[/] {_safe(text)}")
 
     def error(self, error: AlignPropError) -> None:

@@ -85,6 +85,7 @@ ONLY_IMPORTERS = {
     "matplotlib": {"evaluation"},
     "open_clip": {"rewards", "tiny"},
     "peft": {"lora"},
+    "plotly": {"evaluation"},
     "prodigyopt": {"training"},
     "rich": {"console"},
     "transformers": {"models", "rewards", "tiny"},
@@ -425,7 +426,8 @@ def test_help_loads_no_heavy_library():
         "    runpy.run_module('alignprop_cli', run_name='__main__')\n"
         "except SystemExit as stop:\n"
         "    assert not stop.code, stop.code\n"
-        "heavy = {'torch', 'diffusers', 'peft', 'transformers', 'accelerate', 'scipy', 'numpy'}\n"
+        "heavy = {'torch', 'diffusers', 'peft', 'transformers', 'accelerate', 'scipy', 'numpy',\n"
+        "         'plotly'}\n"
         "print('loaded:', *sorted(heavy & set(sys.modules)))\n"
     )
     done = _python("-c", code)

@@ -37,7 +37,18 @@ def names(wheel: zipfile.ZipFile) -> set[str]:
 
 def test_wheel_holds_every_source_file_and_the_embedded_model(names: set[str]):
     package = ROOT / "alignprop_cli"
-    kinds = {".py", ".typed", ".html", ".safetensors", ".json", ".txt", ".png", ".md"}
+    kinds = {
+        ".py",
+        ".typed",
+        ".html",
+        ".css",
+        ".js",
+        ".safetensors",
+        ".json",
+        ".txt",
+        ".png",
+        ".md",
+    }
     wanted = {
         path.relative_to(ROOT).as_posix()
         for path in package.rglob("*")

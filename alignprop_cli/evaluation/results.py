@@ -13,6 +13,7 @@ from alignprop_cli import __version__
 from alignprop_cli.console import Console, table
 from alignprop_cli.evaluation import page
 from alignprop_cli.evaluation.compare import Evaluation, Metrics
+from alignprop_cli.evaluation.plots import Group, histogram, sweep
 from alignprop_cli.evaluation.sheet import Cell, contact_sheet, curves, save_image
 from alignprop_cli.storage import write_text
 
@@ -48,7 +49,7 @@ def write(result: Evaluation, folder: Path) -> None:
     text = json.dumps({"schema": SCHEMA, **values}, indent=2)
     write_text(folder / "results.json", text + "\n")
     _write_csv(result, folder / "results.csv")
-    # 4. The curve, then the report, which includes it.
+    # 4. The curve, then the report.
     if len(result.curve) > 1:
         means = {
             name: [by_model[variant].mean for variant in result.variants]
@@ -197,7 +198,6 @@ def _write_page(result: Evaluation, values: Mapping[str, Any], folder: Path) -> 
         )
         for i, sample in enumerate(base.samples[:_PAGE_CARDS])
     ]
-    curve = folder / "curve.png"
     page.write(
         folder / "report.html",
         "evaluation.html",
@@ -205,13 +205,26 @@ def _write_page(result: Evaluation, values: Mapping[str, Any], folder: Path) -> 
         values=values,
         sampled_with=_sampled_with(result) if result.other_models else None,
         rows=_rows(result.metrics, result.trained_on),
-        groups={g: _rows(each, result.trained_on) for g, each in result.groups.items()},
+        columns=COLUMNS,
+        by_group={g: _rows(each, result.trained_on) for g, each in result.groups.items()},
         checker=_rows(result.checker, set(), shares=True),
         cards=cards,
         sorts=list(base.rewards),
-        curve=page.file(curve) if curve.is_file() else None,
-        axis=result.axis,
+        groups=_plots(result),
     )
+
+
+def _plots(result: Evaluation) -> list[Group]:
+    """Return the rewards along the curve, if there is one, and their distributions."""
+    groups: list[Group] = []
+    if len(result.curve) > 1:
+        found = sweep(result.curve, result.metrics, list(result.variants), result.axis)
+        groups.append((f"By {result.axis}", found))
+    spread = [
+        histogram(name, {model: each.rewards[name] for model, each in result.sampled.items()})
+        for name in result.sampled["base"].rewards
+    ]
+    return [*groups, ("Distributions of the rewards", spread)]
 
 
 def _rows(metrics: Metrics, trained: set[str], *, shares: bool = False) -> list[tuple[str, ...]]:

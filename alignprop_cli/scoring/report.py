@@ -13,6 +13,7 @@ import numpy as np
 from alignprop_cli.console import Console, printable, table
 from alignprop_cli.errors import RunError
 from alignprop_cli.evaluation import page
+from alignprop_cli.evaluation.plots import histogram
 from alignprop_cli.scoring.files import read_image
 from alignprop_cli.scoring.rows import Row
 from alignprop_cli.scoring.run import GALLERY, LISTED, Tally
@@ -106,6 +107,8 @@ def _write_gallery(file: Path, tally: Tally) -> None:
         title=f"{len(cards)} of {tally.count} images",
         names=tally.names,
         cards=cards,
+        # Of all images, not of the best alone.
+        groups=[("Distributions", [histogram(n, {"images": v}) for n, v in tally.values.items()])],
     )
 
 

@@ -45,6 +45,7 @@ from alignprop_cli.training.callbacks import (
 )
 from alignprop_cli.training.guard import Guard, Verdict
 from alignprop_cli.training.plans import budget_here, plan_here, try_out
+from alignprop_cli.training.report import Report
 from alignprop_cli.training.resume import (
     choose,
     cut_metrics,
@@ -114,11 +115,11 @@ def run_training(
         with lora.disabled(run.trainer.model.network.module):
             base = run.sample(run.held_out, run.console, "base model")
         _standardise(run, base)
-        checkpoints, verdict = _train(run, callbacks)
+        checkpoints, verdict, report = _train(run, callbacks)
         tuned = _sample_again(run, verdict)
         checkpoints.drop_old()
         if accelerator.is_main_process:
-            finish(run, base, tuned, verdict, time.perf_counter() - started)
+            finish(run, base, tuned, verdict, time.perf_counter() - started, report)
 
 
 def _build(
@@ -203,7 +204,7 @@ def _prepare_device(accelerator: Accelerator, config: Config) -> None:
 
 def _open_folder(run: Run, found: Path | None, *, is_older: bool) -> None:
     """Write the configuration, and cut checkpoints and metrics to where the run is resumed."""
-    for folder in (run.folder, run.folder / "checkpoints"):
+    for folder in (run.folder, run.folder / "checkpoints", run.folder / "samples"):
         sweep(folder)
     # First of all: with it the run can be resumed, without it the folder can be begun again.
     write_text(run.folder / "config.yaml", dump(run.config))
@@ -243,22 +244,24 @@ def _sample_again(run: Run, verdict: Verdict) -> draw.Samples:
     return run.sample(run.held_out, run.console, f"step {verdict.best}, the best")
 
 
-def _train(run: Run, others: Sequence[Callback]) -> tuple[Checkpoints, Verdict]:
+def _train(run: Run, others: Sequence[Callback]) -> tuple[Checkpoints, Verdict, Report]:
     """Step until all steps are done or a callback asks to stop.
 
     Returns:
-        The callback that saves, and what the guard says.
+        The callback that saves, what the guard says, and the report.
 
     Raises:
         InterruptedRun: After a signal, when everything is saved.
     """
     # The order counts: Samples adds its measures to the record, Guard judges them, MetricsFile
-    # writes it, and a checkpoint holds the hash of what is written.
+    # writes it, and a checkpoint holds the hash of what is written. Report shows all of it.
     samples = Samples()
     guard = Guard(samples)
     checkpoints = Checkpoints(guard.is_best)
     interruption = Interruption(checkpoints.save)
-    callbacks = [samples, guard, MetricsFile(), checkpoints, *others, Progress(), interruption]
+    report = Report(samples, guard)
+    callbacks = [samples, guard, MetricsFile(), checkpoints, *others, Progress()]
+    callbacks += [report, interruption]
     begun: list[Callback] = []
     try:
         for callback in callbacks:
@@ -286,4 +289,4 @@ def _train(run: Run, others: Sequence[Callback]) -> tuple[Checkpoints, Verdict]:
             interruption.number,
             hint=f"resume with: {command}",
         )
-    return checkpoints, guard.verdict()
+    return checkpoints, guard.verdict(), report

@@ -9,18 +9,20 @@ from typing import Any
 
 from alignprop_cli.console import table
 from alignprop_cli.device import peak_gib
-from alignprop_cli.evaluation import page
 from alignprop_cli.evaluation.compare import Paired, checks, compare
 from alignprop_cli.evaluation.draw import Samples
-from alignprop_cli.evaluation.sheet import CURVES, Cell, contact_sheet
+from alignprop_cli.evaluation.sheet import Cell, contact_sheet
 from alignprop_cli.lora.files import BEST, EMA_FOLDER, LORA_FILE, latest
 from alignprop_cli.shipped import next_command
 from alignprop_cli.storage import write_text
 from alignprop_cli.training.callbacks import Run
 from alignprop_cli.training.guard import Verdict
+from alignprop_cli.training.report import REPORT, Outcome, Report
 
 
-def finish(run: Run, base: Samples, tuned: Samples, verdict: Verdict, seconds: float) -> None:
+def finish(
+    run: Run, base: Samples, tuned: Samples, verdict: Verdict, seconds: float, report: Report
+) -> None:
     """Write the before/after sheet, the summary and the report, and print the result.
 
     Args:
@@ -29,17 +31,11 @@ def finish(run: Run, base: Samples, tuned: Samples, verdict: Verdict, seconds: f
         tuned: The same of the adapter; where the guard stopped the run, of its best checkpoint.
         verdict: What the guard says.
         seconds: Of the whole run.
+        report: Gets what is known now.
     """
     # 1. The comparison: the same samples of the base and the tuned model, pair by pair.
     folder, console = run.folder, run.console
-    metrics = (run.measured or run.trainer.mixture).metrics
-    paired = {
-        name: compare(base.samples, base.rewards[name], tuned.rewards[name]) for name in metrics
-    }
-    checked = {
-        part: compare(base.samples, right["base"], right["tuned"])
-        for part, right in checks({"base": base, "tuned": tuned}).items()
-    }
+    paired, checked = _compared(run, base, tuned)
     # 2. Files. The tuned model is that of the last step, unless the guard stopped the run there.
     took_best = verdict.stopped and verdict.best is not None
     adapter = folder / "checkpoints" / BEST if took_best else latest(folder)
@@ -60,7 +56,7 @@ def finish(run: Run, base: Samples, tuned: Samples, verdict: Verdict, seconds: f
         f"{len(base.samples)} held-out samples ({run.config.eval.prompts}), "
         f"{names[0]} and {names[1]}"
     )
-    _write_report(report := folder / "report.html", run, verdict, title, (columns, rows))
+    report.finish(Outcome(title, columns, rows, base, tuned, names, seconds))
     write_text(folder / "summary.json", json.dumps(values, indent=2) + "\n")
     if verdict.stopped:
         console.warn(verdict.told)
@@ -74,12 +70,27 @@ def finish(run: Run, base: Samples, tuned: Samples, verdict: Verdict, seconds: f
             f"adapter  {adapter / LORA_FILE}",
             *_average_line(adapter),
             f"images   {sheet}",
-            f"report   {report}",
+            f"report   {folder / REPORT}",
             f"{values['steps']} steps, {values['images_seen']} images, "
             f"{seconds:.0f} s, at most {values['peak_memory_gib']:.2f} GiB",
             f"next: {values['next']}",
         ],
     )
+
+
+def _compared(
+    run: Run, base: Samples, tuned: Samples
+) -> tuple[dict[str, Paired], dict[str, Paired]]:
+    """Return the rewards by name, and what the checker of the prompts finds right by part."""
+    metrics = (run.measured or run.trainer.mixture).metrics
+    paired = {
+        name: compare(base.samples, base.rewards[name], tuned.rewards[name]) for name in metrics
+    }
+    checked = {
+        part: compare(base.samples, right["base"], right["tuned"])
+        for part, right in checks({"base": base, "tuned": tuned}).items()
+    }
+    return paired, checked
 
 
 def _values(
@@ -111,35 +122,6 @@ def _values(
         },
         "next": command,
     }
-
-
-def _write_report(
-    path: Path,
-    run: Run,
-    verdict: Verdict,
-    title: str,
-    shown: tuple[tuple[str, ...], list[tuple[str, ...]]],
-) -> None:
-    """Write the page of the run: what the guard says, the table, the curves and the images."""
-    pictures = [
-        (name, page.file(file))
-        for name, file in (
-            ("Curves: dashed the base model, dotted the best step", path.with_name(CURVES)),
-            ("Before and after", path.with_name("before_after.png")),
-        )
-        if file.is_file()
-    ]
-    page.write(
-        path,
-        "run.html",
-        title=f"{path.parent.resolve().name}: {run.config.model.id}",
-        told=verdict.told,
-        stopped=verdict.stopped,
-        caption=title,
-        columns=shown[0],
-        rows=shown[1],
-        pictures=pictures,
-    )
 
 
 def _average_line(adapter: Path) -> list[str]:

@@ -59,10 +59,18 @@ def run(*args):
     assert not ended.value.code
 
 
+def drawn(page):
+    """Return the titles of the plots, once all of them are drawn."""
+    page.wait_for_function(
+        "[...document.querySelectorAll('.plot')].every((p) => p.querySelector('svg.main-svg path'))"
+    )
+    return page.locator(".plots figcaption").all_inner_texts()
+
+
 def sorted_by(page, label):
     """Return the cards' captions in the order that a choice gives."""
     page.locator("#sort").select_option(label=label)
-    return page.locator("figcaption").all_inner_texts()
+    return page.locator("article figcaption").all_inner_texts()
 
 
 def test_a_gallery_sorts_shows_its_pictures_and_runs_no_prompt(tmp_path, show):
@@ -74,8 +82,11 @@ def test_a_gallery_sorts_shows_its_pictures_and_runs_no_prompt(tmp_path, show):
     run("score", tmp_path, "--reward", "brightness,contrast", "-o", target, "--gallery", "-q")
     page, faults = show(target.with_suffix(".html"))
     assert page.title() == "3 of 3 images"
+    assert drawn(page) == ["brightness", "contrast"]
     assert page.locator(".prompt").all_inner_texts() == [SCRIPT, "c", "a #1"]
-    names = [caption.split("\n")[0] for caption in page.locator("figcaption").all_inner_texts()]
+    names = [
+        caption.split("\n")[0] for caption in page.locator("article figcaption").all_inner_texts()
+    ]
     assert names == ["b.png", "c.png", "a #1.png"]
     up = sorted_by(page, "brightness, smallest first")
     assert [caption.split("\n")[0] for caption in up] == names[::-1]
@@ -99,7 +110,7 @@ def test_the_report_of_an_evaluation_sorts_and_shows_its_pictures(tmp_path, show
         "lora": {"rank": 2},
         "reward": {"brightness": {}},
         "train": {"prompts": str(prompts), "steps": 2, "batch_size": 2, "learning_rate": 0.1},
-        "eval": {"prompts": str(prompts), "images": 3, "sample_images": 2},
+        "eval": {"prompts": str(prompts), "images": 3, "sample_images": 2, "every": 1},
     }
     (tmp_path / "config.yaml").write_text(json.dumps(config))
     run("train", "--config", tmp_path / "config.yaml", "-o", tmp_path / "run", "-q")
@@ -119,4 +130,16 @@ def test_the_report_of_an_evaluation_sorts_and_shows_its_pictures(tmp_path, show
     links = page.eval_on_selector_all("figure a", "links => links.map((a) => a.href)")
     assert len(links) == 9
     assert all(Path(unquote(urlparse(link).path)).is_file() for link in links)
+    # The curve over the two strengths, and the distributions.
+    assert drawn(page) == ["brightness", "jpeg_kilobytes"] * 2
+    assert page.locator("h2").all_inner_texts()[0] == "By strength of the LoRA"
+
+    # What the run itself wrote: its three kinds of images, and the slider over two steps.
+    page, faults = show(tmp_path / "run" / "report.html")
+    assert "loss" in drawn(page)
+    assert page.locator("#shown").inner_text().startswith("step 2 of 2")
+    assert page.locator("#step").get_attribute("max") == "2"
+    assert page.locator("#sorted article").count() == 3
+    assert SCRIPT in page.locator("#sorted .prompt").all_inner_texts()
+    assert page.title() == f"run: {base}"
     assert faults == []

@@ -128,9 +128,7 @@ def test_the_best_checkpoint_is_whole_survives_keep_last_and_has_a_name(
     assert sorted(p.name for p in best.parent.iterdir()) == [BEST, last]
     assert stopped.summary["adapter"] == str((best / LORA_FILE).resolve())
     assert f"--checkpoint {BEST}" in stopped.summary["next"]
-    report = (stopped.folder / "report.html").read_text()
-    assert "Stopped by the guard" in report
-    assert report.count("data:image/png") == 2
+    assert "Stopped by the guard" in (stopped.folder / "report.html").read_text()
     # By its name, with the base model in the first two of the three calls, and in all of them.
     common = ("--images=2", "--checkpoint=best", f"--output={tmp_path / 'e'}", "--json", "--quiet")
     with pytest.raises(SystemExit) as ended:

@@ -1,0 +1,223 @@
+"""What a run's report holds, and that no run suffers from it. In a browser: test_report_page.py."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from alignprop_cli.config import presets
+from alignprop_cli.training import curves, frames, provenance
+from alignprop_cli.training.resume import read_metrics
+from tests.training.reported import Reported, images
+
+PROMPTS = ["a cat", "a dog"]
+
+
+class Content(HTMLParser):
+    """The data of a page, and the addresses that it names."""
+
+    def __init__(self, file: Path) -> None:
+        super().__init__()
+        self.data, self.addresses, self._inside = "", list[str](), False
+        self.feed(file.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self._inside = tag == "script" and values.get("id") == "data"
+        self.addresses += [values[n] or "" for n in ("src", "href") if n in values]
+
+    def handle_data(self, data: str) -> None:
+        if self._inside:
+            self.data += data
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps of the slider."""
+        return [frame["step"] for frame in json.loads(self.data)["images"]["steps"]]
+
+    def line(self, title: str, name: str) -> tuple[list[float], list[float]]:
+        """Return the values of one line of a plot."""
+        plot = next(p for p in json.loads(self.data)["plots"] if p["title"] == title)
+        line = next(each for each in plot["lines"] if each["name"] == name)
+        return line["x"], line["y"]
+
+
+def test_the_page_is_there_before_the_first_step_and_new_after_every_evaluation(
+    tmp_path: Path,
+) -> None:
+    run = Reported(tmp_path / "run", PROMPTS)
+    run.begin()
+    assert Content(run.file).steps == [0]
+    first = run.file.stat().st_mtime_ns
+    run.step(sampled=False)
+    assert run.file.stat().st_mtime_ns == first
+    run.step(sampled=True)
+    assert Content(run.file).steps == [0, 2]
+    assert "Step 2 of 6" in run.file.read_text()
+    # Its curves are what metrics.jsonl says.
+    lines = read_metrics(run.folder)
+    measured = [line["held_out"]["brightness"] for line in lines if "held_out" in line]
+    base = run.samples.base["brightness"].mean
+    assert Content(run.file).line("brightness, held out", "fixed samples") == (
+        [0, 2],
+        [base, *measured],
+    )
+    assert Content(run.file).line("loss", "each step") == ([1, 2], [line["loss"] for line in lines])
+
+
+def test_a_resumed_run_goes_on_with_the_same_curves_and_images(tmp_path: Path) -> None:
+    whole, parts = (Reported(tmp_path / name, PROMPTS) for name in ("whole", "parts"))
+    whole.begin()
+    parts.begin()
+    for step in range(1, 7):
+        whole.step(sampled=step % 2 == 0)
+    for step in range(1, 5):
+        parts.step(sampled=step % 2 == 0)
+    # Another process, which knows the folder alone.
+    again = Reported(parts.folder, PROMPTS)
+    again.begin()
+    assert Content(again.file).steps == [0, 2, 4]
+    again.step(sampled=False)
+    again.step(sampled=True)
+    assert json.loads(Content(again.file).data) == json.loads(Content(whole.file).data)
+
+
+def test_images_of_steps_that_a_resumed_run_has_not_reached_are_not_shown(tmp_path: Path) -> None:
+    run = Reported(tmp_path / "run", PROMPTS)
+    run.begin()
+    for _ in range(4):
+        run.step(sampled=True)
+    # Resumed from step 2: the lines after it are cut (resume.cut_metrics), the images are not.
+    metrics = run.folder / "metrics.jsonl"
+    metrics.write_text("".join(f"{line}\n" for line in metrics.read_text().splitlines()[:2]))
+    again = Reported(run.folder, PROMPTS)
+    again.begin()
+    assert Content(again.file).steps == [0, 1, 2]
+    # With other prompts the old images are of something else.
+    other = Reported(run.folder, ["a bird", "a horse"])
+    other.begin()
+    assert Content(other.file).steps == [0]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"",
+        b"{",
+        b'{"step": 2}',
+        # An address that would be fetched.
+        json.dumps(
+            {
+                "step": 2,
+                "prompts": PROMPTS,
+                "images": ["https://example.org/a.png"] * 2,
+                "size": [8, 8],
+                "rewards": {},
+            }
+        ).encode(),
+    ],
+)
+def test_images_that_were_damaged_or_come_from_elsewhere_are_left_out(
+    tmp_path: Path, damage: bytes
+) -> None:
+    run = Reported(tmp_path / "run", PROMPTS)
+    run.begin()
+    run.step(sampled=True)
+    run.step(sampled=True)
+    (run.folder / "samples" / "step-000002.json").write_bytes(damage)
+    again = Reported(run.folder, PROMPTS)
+    again.begin()
+    assert Content(again.file).steps == [0, 1]
+
+
+def test_a_report_that_cannot_be_written_is_one_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Reported(tmp_path / "run", PROMPTS)
+    run.file.mkdir()  # a folder in its place
+    run.begin()
+    run.step(sampled=True)
+    run.finish()
+    said = capsys.readouterr().err
+    assert said.count("report.html cannot be written; the run goes on") == 1
+    # What is in its way is gone: the next page is written.
+    run.file.rmdir()
+    run.step(sampled=True)
+    assert Content(run.file).steps == [0, 1, 2]
+
+
+def test_only_the_main_process_writes(tmp_path: Path) -> None:
+    run = Reported(tmp_path / "run", PROMPTS)
+    run.run.accelerator.is_main_process = False
+    run.begin()
+    run.step(sampled=True)
+    run.report.after_training()
+    assert [path.name for path in run.folder.iterdir()] == ["metrics.jsonl"]
+
+
+def test_the_page_fetches_nothing_and_has_plotly_once(tmp_path: Path) -> None:
+    run = Reported(tmp_path / "run", PROMPTS)
+    run.begin()
+    run.step(sampled=True)
+    run.finish()
+    addresses = Content(run.file).addresses
+    assert len(addresses) > 4
+    assert all(re.match(r"data:(image/(png|jpeg);base64,|,$)|#[\w-]+$", a) for a in addresses)
+    assert run.file.read_text().count("plotly.js v") == 1
+
+
+def test_what_a_skipped_step_and_a_step_of_nan_lack_is_a_gap(tmp_path: Path) -> None:
+    run = Reported(tmp_path / "run", PROMPTS)
+    run.begin()
+    run.step(sampled=False, skipped="a reward is not finite")
+    run.step(sampled=False, grad_norm=float("nan"))
+    run.step(sampled=True)
+    found = Content(run.file)
+    assert found.line("loss", "each step")[0] == [2, 3]
+    assert found.line("gradient norm, before clipping", "each step")[1] == [None, 0.5 / 3]
+
+
+def test_a_refresh_of_a_long_run_takes_less_than_a_second(tmp_path: Path) -> None:
+    run = Reported(tmp_path / "run", [f"prompt {i}" for i in range(16)], steps=400, px=256)
+    run.begin()
+    for step in range(1, 400):
+        sampled = step % 10 == 0
+        run.step(sampled=False, held_out={"clip": 0.1} if sampled else {})
+        if sampled:
+            frame = frames.make(step, run.run.sampled)
+            frames.write(run.folder / "samples", frame)
+    seconds: list[float] = []
+    # Of this process alone: other tests may run beside it.
+    for _ in range(3):
+        run.run.sampled, run.samples.now = images(1, run.prompts, 256), run.samples.base
+        started = time.process_time()
+        run.report._write("running", run.report._keep_samples)
+        seconds.append(time.process_time() - started)
+    shown = Content(run.file).steps
+    assert shown[0] == 0
+    assert shown[-1] == 390
+    assert len(shown) == 33
+    assert len(Content(run.file).line("loss", "smoothed")[0]) <= 1000
+    assert min(seconds) < 1.0
+
+
+def test_the_nearest_preset_is_the_one_that_was_changed_and_the_changes_are_told() -> None:
+    config = presets.resolve(
+        preset="tiny_count", assignments=["train.steps=3", "lora.rank=2", "output.dir=x"]
+    )
+    name, rows = provenance.nearest_preset(config)
+    assert name == "tiny_count"
+    assert {row[0]: row[2] for row in rows} == {"train.steps": "3", "lora.rank": "2"}
+
+
+def test_the_smoothed_curve_is_the_exponential_mean() -> None:
+    lines = [{"step": i + 1, "loss": value} for i, value in enumerate([1.0, 0.0, 2.0])]
+    found = curves.groups(lines, {}, trained=[], held_out=[], calls=1, best=None)
+    (loss,) = (plot for _, plots in found for plot in plots)
+    # 0.8 of the mean before and 0.2 of the value: 1, 0.8, 0.8 * 0.8 + 0.2 * 2.
+    assert loss.lines[1].y == pytest.approx([1.0, 0.8, 1.04])
