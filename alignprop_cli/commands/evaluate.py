@@ -12,6 +12,7 @@ from alignprop_cli.commands.options import (
     DebugOption,
     EmaOption,
     JsonOption,
+    LogWithOption,
     ModelOption,
     OutputOption,
     OverwriteOption,
@@ -20,6 +21,7 @@ from alignprop_cli.commands.options import (
     RewardOption,
     SeedOption,
     SetOption,
+    tracker_names,
 )
 from alignprop_cli.commands.output import EVALUATION, claimed
 from alignprop_cli.commands.strengths import BaseUntilOption, ScaleOption, choose
@@ -73,6 +75,7 @@ def evaluate(
     batch_size: BatchOption = None,
     output: OutputOption = None,
     overwrite: OverwriteOption = False,
+    log_with: LogWithOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -103,7 +106,7 @@ def evaluate(
     # 2. The configuration. A flag sets one of its keys and wins over every other source.
     flags: dict[str, Any] = {"model.id": model, "eval.prompts": prompts, "eval.images": images}
     flags |= {"eval.images_per_prompt": images_per_prompt, "eval.seed": seed}
-    flags |= {"eval.batch_size": batch_size}
+    flags |= {"eval.batch_size": batch_size, "tracking.log_with": tracker_names(log_with)}
     with claimed(folder, overwrite=overwrite, ours=EVALUATION, sign="results.json"):
         first = next(iter(located), None)
         resolved = for_evaluation(

@@ -11,6 +11,7 @@ from alignprop_cli.commands.options import (
     DensityOption,
     FormatOption,
     JsonOption,
+    LogWithOption,
     MethodOption,
     MissingOption,
     MixSeedOption,
@@ -21,6 +22,7 @@ from alignprop_cli.commands.options import (
     RankOption,
     RewardOption,
     SetOption,
+    tracker_names,
 )
 from alignprop_cli.commands.output import EVALUATION, claimed
 from alignprop_cli.lora.recipe import Recipe, check_recipe, member_shares, sweep_shares
@@ -74,6 +76,7 @@ def soup(
     images: ImagesOption = None,
     output: OutputOption = None,
     overwrite: OverwriteOption = False,
+    log_with: LogWithOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -105,7 +108,7 @@ def soup(
     check_recipe(recipe)
     shares = None if sweep is None else sweep_shares(sweep, members, coef)
     names, coefficients = member_shares(members, coef)
-
+    trackers = tracker_names(log_with, used=evaluate or shares is not None)
     from alignprop_cli.lora.soup import prepare
 
     # 2. The members are read and checked, and the configuration they record; nothing is written.
@@ -113,7 +116,7 @@ def soup(
     with claimed(made.folder, overwrite=overwrite, ours=made.contents(EVALUATION)):
         config, console = None, Console(as_json=as_json, quiet=quiet)
         if evaluate or shares is not None:
-            flags = {"model.id": model, "eval.images": images}
+            flags = {"model.id": model, "eval.images": images, "tracking.log_with": trackers}
             config = settings.for_soup(made, sets=sets, reward=reward, flags=flags)
         _make(console, made, config, replace=overwrite)
 

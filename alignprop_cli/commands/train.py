@@ -11,12 +11,14 @@ from alignprop_cli.commands.options import (
     ConfigOption,
     DebugOption,
     JsonOption,
+    LogWithOption,
     ModelOption,
     OutputOption,
     PresetOption,
     QuietOption,
     SeedOption,
     SetOption,
+    tracker_names,
 )
 
 if TYPE_CHECKING:
@@ -71,6 +73,7 @@ def train(
     gpus: GpusOption = None,
     list_presets: ListOption = False,
     show_preset: ShowOption = False,
+    log_with: LogWithOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -99,13 +102,12 @@ def train(
     # 2. The configuration of the run to resume, or of a new one.
     run = run_to_resume(resume, preset, config, output, checkpoint)
     flags = {"model.id": model, "train.steps": steps, "train.seed": seed, "output.dir": output}
-    flags |= {"train.on_nonfinite": on_nonfinite}
+    flags |= {"train.on_nonfinite": on_nonfinite, "tracking.log_with": tracker_names(log_with)}
     flags |= {} if dry_run else {"train.memory_limit": gpu_memory}
     resolved = settings.for_training(run, preset, config, sets=sets, reward=reward, flags=flags)
     if show_preset:
         values = {"config": resolved.model_dump(mode="json")}
         return console.result("alignprop.config/1", values, [dump(resolved).rstrip()])
-
     # 3. From here on torch and diffusers are needed.
     name = run_name(preset, config) if run is None else run.name
     if dry_run:

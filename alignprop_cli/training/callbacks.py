@@ -47,6 +47,7 @@ class Run:
         sample_batch: Images sampled together; None is `eval.batch_size`.
         measured: The rewards that samples are measured with: those trained on, then held-out ones;
             None is those trained on.
+        sampled: The last samples taken during training; None if there are none yet.
     """
 
     config: Config
@@ -59,6 +60,7 @@ class Run:
     inputs: Mapping[str, str] = field(default_factory=dict[str, str])
     sample_batch: int | None = None
     measured: Mixture | None = None
+    sampled: draw.Samples | None = None
 
     def sample(
         self,

@@ -52,6 +52,7 @@ class Samples(Callback):
         # A second progress bar would push the training's aside.
         quiet = Console(quiet=True)
         found = run.sample(run.samples, quiet, features=mixture.features)
+        run.sampled = found
         if is_shown and run.accelerator.is_main_process:
             _write_sheet(found, run.folder / "samples" / f"step-{step:06d}.png", step)
         return measure(found)
