@@ -37,7 +37,7 @@ LAYER = {
     },
     **dict.fromkeys(STORY, "story"),
     **dict.fromkeys(("paths", "parsing"), "outside"),
-    **dict.fromkeys(("device", "storage", "hub", "prompts"), "ground"),
+    **dict.fromkeys(("device", "storage", "hub", "prompts", "tracking"), "ground"),
     **dict.fromkeys(("models", "rewards", "lora", "planning", "shipped"), "parts"),
     "tiny": "tiny",
     "commands": "commands",
@@ -76,7 +76,7 @@ WITHOUT_TRAINING = ("alignprop_cli.commands.evaluate", "alignprop_cli.commands.s
 
 # The only homes of libraries that would otherwise spread. An empty set: nobody.
 ONLY_IMPORTERS = {
-    "accelerate": {"device", "training"},
+    "accelerate": {"device", "tracking", "training"},
     "bitsandbytes": {"models", "training"},
     "click": set[str](),
     "diffusers": {"models", "tiny", "training"},
@@ -90,6 +90,10 @@ ONLY_IMPORTERS = {
     "rich": {"console"},
     "transformers": {"models", "rewards", "tiny"},
     "typer": {"cli", "commands"},
+    "mlflow": {"tracking"},
+    "swanlab": {"tracking"},
+    "trackio": {"tracking"},
+    "wandb": {"tracking"},
     "yaml": {"parsing"},
 }
 
@@ -107,7 +111,11 @@ KNOWS_FAMILIES = (
     "alignprop_cli/lora/names.py",
 )
 
-MAY_CATCH_EVERYTHING = {"alignprop_cli/cli.py", "alignprop_cli/rewards/user.py"}
+MAY_CATCH_EVERYTHING = {
+    "alignprop_cli/cli.py",
+    "alignprop_cli/rewards/user.py",
+    "alignprop_cli/tracking/child.py",
+}
 MAY_PRINT = ("alignprop_cli/console.py", "alignprop_cli/tiny/make/")
 ATTICS = re.compile(r"(^|_)(utils?|helpers?|common|misc)$")
 MAX_HELP_SECONDS = 0.6
@@ -121,6 +129,7 @@ MAY_LOAD_CODE = {
         "alignprop_cli/prompts.py",
         "alignprop_cli/rewards/registry.py",
         "alignprop_cli/scoring/rows.py",
+        "alignprop_cli/tracking/child.py",
     },
     "spec_from_file_location": {"alignprop_cli/rewards/registry.py"},
     **{key: set[str]() for key in ("eval", "exec", "compile", "__import__", "system", "popen")},
@@ -133,7 +142,8 @@ MAY_IMPORT_UNSAFE = {
     },
     # The class of its error alone.
     "pickle": {"alignprop_cli/hub.py"},
-    **{key: set[str]() for key in ("subprocess", "marshal", "shelve", "code", "pty")},
+    "subprocess": {"alignprop_cli/tracking/follow.py"},
+    **{key: set[str]() for key in ("marshal", "shelve", "code", "pty")},
 }
 
 # Lines. The step and the chain are read top to bottom on one page.
@@ -345,8 +355,8 @@ def test_only_the_console_prints():
     )
 
 
-def test_only_two_places_catch_everything():
-    """The last resort, which hides the traceback, and the place that runs code of others."""
+def test_only_three_places_catch_everything():
+    """The last resort, which hides the traceback, and the places that run code of others."""
     broad = [
         (module.name, node.lineno)
         for module in MODULES

@@ -11,6 +11,7 @@ from alignprop_cli.commands.options import (
     DebugOption,
     EmaOption,
     JsonOption,
+    LogWithOption,
     ModelOption,
     OutputOption,
     OverwriteOption,
@@ -19,6 +20,7 @@ from alignprop_cli.commands.options import (
     RewardOption,
     SeedOption,
     SetOption,
+    tracker_names,
 )
 from alignprop_cli.commands.strengths import BaseUntilOption, ScaleOption
 
@@ -63,6 +65,7 @@ def evaluate(
     batch_size: BatchOption = None,
     output: OutputOption = None,
     overwrite: OverwriteOption = False,
+    log_with: LogWithOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -106,4 +109,5 @@ def evaluate(
         batch_size=batch_size,
         output=output,
         overwrite=overwrite,
+        log_with=tracker_names(log_with),
     )

@@ -41,6 +41,12 @@ RewardOption = Annotated[
     typer.Option("--reward", "-r", help="reward to measure, repeatable or with commas"),
 ]
 
+LogWithOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--log-with", help="trackers, with commas: tensorboard, wandb, trackio, mlflow, swanlab"
+    ),
+]
 EmaOption = Annotated[
     bool, typer.Option("--ema", help="the average of the weights (train.ema_decay), not the last")
 ]
@@ -64,6 +70,17 @@ MissingOption = Annotated[
 FormatOption = Annotated[
     Format, typer.Option("--format", help="of the file: diffusers' names, or ComfyUI's and A1111's")
 ]
+
+
+def tracker_names(values: Sequence[str] | None, *, used: bool = True) -> list[str] | None:
+    """Return the names of `--log-with`; None where it is not given.
+
+    Raises:
+        ConfigError: If it is given where there is nothing to tell.
+    """
+    if values is not None and not used:
+        raise ConfigError("--log-with goes with --evaluate or --sweep")
+    return None if values is None else reward_names(values)
 
 
 def reward_names(values: Sequence[str] | None) -> list[str]:

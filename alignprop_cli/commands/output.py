@@ -13,7 +13,11 @@ from alignprop_cli.errors import ConfigError
 from alignprop_cli.paths import reason
 from alignprop_cli.storage import locked
 
-EVALUATION = (r"results\.(json|csv)|report\.html|(sheet|curve)\.png", r"images/[^/]+/\d{4,}\.png")
+EVALUATION = (
+    r"results\.(json|csv)|report\.html|(sheet|curve)\.png",
+    r"images/[^/]+/\d{4,}\.png",
+    r"tensorboard/events\.out\.tfevents\.[^/]+",
+)
 """The files that an evaluation writes into its folder, as regular expressions."""
 
 _HINT = "choose another place with --output, or give --overwrite"

@@ -11,6 +11,7 @@ from alignprop_cli.commands.options import (
     DensityOption,
     FormatOption,
     JsonOption,
+    LogWithOption,
     MethodOption,
     MissingOption,
     MixSeedOption,
@@ -21,6 +22,7 @@ from alignprop_cli.commands.options import (
     RankOption,
     RewardOption,
     SetOption,
+    tracker_names,
 )
 
 Members = Annotated[
@@ -67,6 +69,7 @@ def soup(
     images: ImagesOption = None,
     output: OutputOption = None,
     overwrite: OverwriteOption = False,
+    log_with: LogWithOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -108,4 +111,5 @@ def soup(
         images=images,
         output=output,
         overwrite=overwrite,
+        log_with=tracker_names(log_with, used=evaluate or sweep is not None),
     )

@@ -11,12 +11,14 @@ from alignprop_cli.commands.options import (
     ConfigOption,
     DebugOption,
     JsonOption,
+    LogWithOption,
     ModelOption,
     OutputOption,
     PresetOption,
     QuietOption,
     SeedOption,
     SetOption,
+    tracker_names,
 )
 from alignprop_cli.errors import NothingToDo
 
@@ -69,6 +71,7 @@ def train(
     gpus: GpusOption = None,
     list_presets: ListOption = False,
     show_preset: ShowOption = False,
+    log_with: LogWithOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -111,6 +114,7 @@ def train(
             gpu=gpu,
             gpus=gpus,
             show_preset=show_preset,
+            log_with=tracker_names(log_with),
         )
     except NothingToDo as error:
         # Where a scheduler's line finds its run done, that is no error.

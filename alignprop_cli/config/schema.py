@@ -22,6 +22,7 @@ from alignprop_cli.config.section import (
     Share,
     Text,
 )
+from alignprop_cli.config.tracking import TrackingConfig
 from alignprop_cli.config.train import TrainConfig
 from alignprop_cli.parsing import write_yaml
 
@@ -277,6 +278,7 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     guard: GuardConfig = GuardConfig()
     output: OutputConfig = OutputConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     @field_validator("reward", mode="before")
     @classmethod

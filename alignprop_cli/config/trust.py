@@ -18,8 +18,13 @@ from alignprop_cli.config import presets
 from alignprop_cli.config.schema import PYTHON, Config
 from alignprop_cli.errors import ConfigError, Problem
 
-TO_EVALUATE = ("model.id", "model.revision", "model.variant", "model.config", "eval.prompts")
-"""Keys that name a file, a hub id or a part of one, of those that an evaluation reads."""
+_TRACKING = ("tracking.log_with", "tracking.project", "tracking.run_name", "tracking.tags")
+TO_EVALUATE = (
+    *("model.id", "model.revision", "model.variant", "model.config", "eval.prompts"),
+    # They say whom to send images to, with the user's own key.
+    *_TRACKING,
+)
+"""Keys that name a file, a hub id or a part of one, or a tracker, of those an evaluation reads."""
 
 TO_RESUME = (*TO_EVALUATE, "model.decoder", "train.prompts", "eval.rewards")
 """Such keys that a resumed run reads; also `lora.init` if the run has no checkpoint yet."""

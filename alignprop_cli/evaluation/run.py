@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from alignprop_cli.errors import ConfigError
 from alignprop_cli.evaluation.compare import Evaluation, Identity
 from alignprop_cli.evaluation.draw import Samples, choose_samples, draw_shared
 from alignprop_cli.evaluation.results import show, write
+from alignprop_cli.evaluation.trackers import Told
 from alignprop_cli.lora import files, fit
 from alignprop_cli.lora import layers as lora
 from alignprop_cli.lora.factors import is_dora
@@ -33,6 +34,7 @@ from alignprop_cli.prompts import load_groups, load_prompts
 from alignprop_cli.rewards.jpeg import true_size
 from alignprop_cli.rewards.mixture import Mixture, build_mixture
 from alignprop_cli.storage import write_whole
+from alignprop_cli.tracking import follow
 
 
 @dataclass(frozen=True)
@@ -111,20 +113,40 @@ def run_evaluation(
     Raises:
         AlignPropError: Whatever is wrong with the model, a LoRA, the rewards or the images.
     """
-    started = time.perf_counter()
-    settings = config.eval
-    # 1. Everything that may be refused is read before anything is loaded or sampled.
-    prompts, group_of = load_prompts(settings.prompts), load_groups(settings.prompts)
+    # Everything that may be refused is read before anything is loaded or sampled.
+    follow.check(config.tracking)
+    prompts = load_prompts(config.eval.prompts)
     adapters = _read(chosen, config)
     accelerator = make_accelerator()
     console = console if accelerator.is_main_process else Console(quiet=True)
     check_memory(config, accelerator.device, models=1 + len(chosen))
+    with Told(config, console, folder, is_main=accelerator.is_main_process) as told:
+        device = accelerator.device
+        result = _evaluate(config, console, chosen, adapters, prompts, device, axis)
+        if accelerator.is_main_process:
+            write_whole(folder, lambda made: write(result, made), replace=replace)
+            show(console, result, folder)
+            told.tell(result)
+
+
+def _evaluate(
+    config: Config,
+    console: Console,
+    chosen: Sequence[Variant],
+    adapters: Mapping[Path, Adapter],
+    prompts: Sequence[str],
+    device: torch.device,
+    axis: str,
+) -> Evaluation:
+    """Load the model, sample with every LoRA, and compare."""
+    started, settings = time.perf_counter(), config.eval
+    # 1. The model, once the LoRAs are known to fit it.
     samples = choose_samples(prompts, settings.images, settings.images_per_prompt)
     wanted = [*(sample.prompt for sample in samples), config.sample.negative_prompt]
-    model = open_model(config.model, wanted, accelerator.device, console.note)
+    model = open_model(config.model, wanted, device, console.note)
     _check(adapters.values(), model.network.module, model.fingerprint, model.id)
     _say(adapters.values(), config, console)
-    mixture = _mixture(config, accelerator.device, wanted, console)
+    mixture = _mixture(config, device, wanted, console)
 
     # 2. The same samples with every model.
     # For `compare.diversity`, which needs several images of a prompt.
@@ -132,10 +154,8 @@ def run_evaluation(
     features = mixture.features if repeated else None
     draw = partial(draw_shared, model, samples, mixture, config, console, features=features)
     sampled = _draw_all(draw, model, [(v, adapters[v.located.file]) for v in chosen])
-    if not accelerator.is_main_process:
-        return
     # 3. The comparison.
-    result = Evaluation(
+    return Evaluation(
         model={"id": model.id, "fingerprint": model.fingerprint},
         variants={v.name: _identity(v, adapters[v.located.file]) for v in chosen},
         prompt_set=settings.prompts,
@@ -144,11 +164,9 @@ def run_evaluation(
         axis=axis,
         curve=[variant.at for variant in chosen if variant.at is not None],
         sampled=sampled,
-        group_of=group_of,
+        group_of=load_groups(settings.prompts),
         seconds=time.perf_counter() - started,
     )
-    write_whole(folder, lambda made: write(result, made), replace=replace)
-    show(console, result, folder)
 
 
 def _mixture(

@@ -57,6 +57,7 @@ from alignprop_cli.training.resume import (
 from alignprop_cli.training.samples import Samples
 from alignprop_cli.training.signals import Interruption
 from alignprop_cli.training.summary import finish
+from alignprop_cli.training.trackers import Trackers
 from alignprop_cli.training.trainer import Trainer
 
 
@@ -87,14 +88,14 @@ def run_training(
     """
     started = time.perf_counter()
     # 1. Refuse what cannot work before anything heavy is loaded.
-    wanted = config.output.dir
+    wanted, trackers = config.output.dir, Trackers(config.tracking)
     setup.check(config, resume)
     config = window.with_window(setup.settled(config))
     accelerator = make_accelerator()
     if not accelerator.is_main_process:
         console = Console(quiet=True)
 
-    with setup.claimed(resume, wanted, name, accelerator) as folder:
+    with setup.claimed(resume, wanted, name, accelerator) as folder, trackers:
         found = None if resume is None else choose(resume, back_to, config, console.warn)
 
         # 2. Plan: divide a step so that it fits the memory.
@@ -115,7 +116,7 @@ def run_training(
         with lora.disabled(run.trainer.model.network.module):
             base = run.sample(run.held_out, run.console, "base model")
         _standardise(run, base)
-        checkpoints, verdict, report = _train(run, callbacks)
+        checkpoints, verdict, report = _train(run, [trackers, *callbacks])
         tuned = _sample_again(run, verdict)
         checkpoints.drop_old()
         if accelerator.is_main_process:
@@ -281,8 +282,9 @@ def _train(run: Run, others: Sequence[Callback]) -> tuple[Checkpoints, Verdict, 
     step = run.trainer.step_number
     if interruption.number is not None and step < run.config.train.steps:
         # What config.yaml names must be typed again where it is not shipped with alignprop.
+        told = next((c.words for c in others if isinstance(c, Trackers)), "")
         command = next_command(
-            f"alignprop train --resume {run.folder}", run.config, trust.TO_RESUME
+            f"alignprop train --resume {run.folder}{told}", run.config, trust.TO_RESUME
         )
         raise InterruptedRun(
             f"stopped by {signal.Signals(interruption.number).name} after step {step}; it is saved",

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from alignprop_cli.config.schema import PYTHON, Config, RewardConfig
+from alignprop_cli.config.tracking import TrackingConfig
 from alignprop_cli.console import Console
 from alignprop_cli.device import resolve_dtype
 from alignprop_cli.errors import AlignPropError, AssetError, ConfigError, explained
@@ -30,6 +31,7 @@ from alignprop_cli.rewards import registry
 from alignprop_cli.rewards.jpeg import true_size
 from alignprop_cli.rewards.mixture import Mixture, build_mixture
 from alignprop_cli.storage import fingerprint, locked
+from alignprop_cli.tracking import follow
 from alignprop_cli.training import folders, rules
 from alignprop_cli.training.batches import Settings
 from alignprop_cli.training.optimizer import OptimizerSettings
@@ -49,6 +51,7 @@ def check(config: Config, resume: Path | None) -> None:
         ConfigError: If a name is unknown or an option is wrong.
     """
     rules.check(config.train.optimizer)
+    follow.check(config.tracking)
     for name, reward in config.reward.items():
         registry.check(name, reward.options)
         if name in registry.SHIPPED and not registry.SHIPPED[name].trainable:
@@ -68,11 +71,13 @@ def check(config: Config, resume: Path | None) -> None:
 def settled(config: Config) -> Config:
     """Return the configuration as it is stored with the run."""
     # The window group is written out: a later version may have another default and must compute the
-    # same. The folder is left out: the run may be moved, or repeated in another one.
+    # same. The folder is left out: the run may be moved, or repeated in another one. So are the
+    # trackers: who trains again may have others, and is asked (config/trust.py).
     group = config.gradient.window_group or window_group(config.train.batch_size)
     gradient = config.gradient.model_copy(update={"window_group": group})
     output = config.output.model_copy(update={"dir": None})
-    return config.model_copy(update={"gradient": gradient, "output": output})
+    kept = {"gradient": gradient, "output": output, "tracking": TrackingConfig()}
+    return config.model_copy(update=kept)
 
 
 def settings(config: Config, model: Model, estimator: Estimator) -> Settings:

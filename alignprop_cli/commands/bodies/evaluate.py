@@ -40,6 +40,7 @@ def evaluate(
     batch_size: int | None = None,
     output: str | None = None,
     overwrite: bool = False,
+    log_with: Sequence[str] | None = None,
 ) -> None:
     """Compare LoRAs with the base model, and give the console the result.
 
@@ -62,6 +63,7 @@ def evaluate(
         batch_size: Of `eval.batch_size`.
         output: The folder of the result.
         overwrite: Whether it may be replaced.
+        log_with: Names of trackers.
 
     Raises:
         AlignPropError: Whatever is wrong with the options, the files, the model or the rewards.
@@ -73,7 +75,7 @@ def evaluate(
     # 2. The configuration. A flag sets one of its keys and wins over every other source.
     flags: dict[str, Any] = {"model.id": model, "eval.prompts": prompts, "eval.images": images}
     flags |= {"eval.images_per_prompt": images_per_prompt, "eval.seed": seed}
-    flags |= {"eval.batch_size": batch_size}
+    flags |= {"eval.batch_size": batch_size, "tracking.log_with": log_with}
     # 3. The folder is held until the result is in it: sampling may take hours.
     with claimed(folder, overwrite=overwrite, ours=EVALUATION, sign="results.json"):
         first = next(iter(located), None)

@@ -29,6 +29,7 @@ def soup(
     images: int | None = None,
     output: str | None = None,
     overwrite: bool = False,
+    log_with: Sequence[str] | None = None,
 ) -> Mapping[str, Any]:
     """Mix LoRAs into one, and give the console the result.
 
@@ -45,6 +46,7 @@ def soup(
         images: Of `eval.images`.
         output: The folder of the result.
         overwrite: Whether it may be replaced.
+        log_with: Names of trackers, for the evaluation.
 
     Returns:
         What was made, for programs; of a sweep nothing.
@@ -66,7 +68,7 @@ def soup(
         # Before a mix is written, so that one that cannot be evaluated leaves nothing behind.
         config = None
         if evaluate or shares is not None:
-            flags = {"model.id": model, "eval.images": images}
+            flags = {"model.id": model, "eval.images": images, "tracking.log_with": log_with}
             config = settings.for_soup(made, sets=sets, reward=reward, flags=flags)
         return _make(console, made, config, replace=overwrite)
 

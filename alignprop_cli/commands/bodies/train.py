@@ -29,6 +29,7 @@ def train(
     gpu: str | None = None,
     gpus: int | None = None,
     show_preset: bool = False,
+    log_with: Sequence[str] | None = None,
 ) -> None:
     """Train, or plan a training, and give the console the result.
 
@@ -50,6 +51,7 @@ def train(
         gpu: Card to plan for.
         gpus: How many of them.
         show_preset: Whether to print the configuration only.
+        log_with: Names of trackers.
 
     Raises:
         AlignPropError: Whatever is wrong with the configuration, the files or the run.
@@ -61,7 +63,7 @@ def train(
     # 2. The configuration of the run to resume, or of a new one.
     run = run_to_resume(resume, preset, config, output, checkpoint)
     flags = {"model.id": model, "train.steps": steps, "train.seed": seed, "output.dir": output}
-    flags |= {"train.on_nonfinite": on_nonfinite}
+    flags |= {"train.on_nonfinite": on_nonfinite, "tracking.log_with": log_with}
     # In a dry run it is the memory to plan for, and no limit on this machine's.
     flags |= {} if dry_run else {"train.memory_limit": gpu_memory}
     resolved = settings.for_training(run, preset, config, sets=sets, reward=reward, flags=flags)
