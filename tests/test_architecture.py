@@ -33,7 +33,10 @@ STORY = ("schedule", "guidance", "sampling", "calls", "estimators", "losses", "i
 LAYER = {
     **{
         name: name
-        for name in ("errors", "waiting", "console", "config", "evaluation", "training", "scoring")
+        for name in (
+            *("errors", "waiting", "console", "config", "evaluation", "training", "scoring"),
+            "publishing",
+        )
     },
     **dict.fromkeys(STORY, "story"),
     **dict.fromkeys(("paths", "parsing"), "outside"),
@@ -60,10 +63,11 @@ MAY_IMPORT = {
     "ground": {"errors", "outside", "story", "config"},
     "tiny": set[str](),
     "parts": _PARTS,
-    "evaluation": {*_PARTS, "console"},
-    "training": {*_PARTS, "console", "evaluation"},
-    "scoring": {*_PARTS, "console", "evaluation"},
-    "commands": {*_PARTS, "console", "evaluation", "training", "scoring"},
+    "publishing": {*_PARTS, "console"},
+    "evaluation": {*_PARTS, "console", "publishing"},
+    "training": {*_PARTS, "console", "evaluation", "publishing"},
+    "scoring": {*_PARTS, "console", "evaluation", "publishing"},
+    "commands": {*_PARTS, "console", "evaluation", "training", "scoring", "publishing"},
     "cli": {"errors", "waiting", "console", "commands"},
     "main": {"cli"},
 }
@@ -100,6 +104,7 @@ KNOWS_FAMILIES = (
     "alignprop_cli/tiny/make/",
     "alignprop_cli/lora/files.py",
     "alignprop_cli/lora/formats.py",
+    "alignprop_cli/lora/modelspec.py",
     "alignprop_cli/lora/names.py",
 )
 

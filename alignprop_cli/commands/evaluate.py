@@ -22,9 +22,11 @@ from alignprop_cli.commands.options import (
     SetOption,
 )
 from alignprop_cli.commands.output import EVALUATION, claimed
+from alignprop_cli.commands.sharing import ExportOption, of_evaluation
 from alignprop_cli.commands.strengths import BaseUntilOption, ScaleOption, choose
 from alignprop_cli.errors import ConfigError
 from alignprop_cli.paths import user_path
+from alignprop_cli.publishing.request import FILES
 
 if TYPE_CHECKING:
     from alignprop_cli.lora.files import Located
@@ -71,6 +73,7 @@ def evaluate(
     ema: EmaOption = False,
     seed: SeedOption = None,
     batch_size: BatchOption = None,
+    export: ExportOption = None,
     output: OutputOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
@@ -102,18 +105,19 @@ def evaluate(
     folder = _default_folder(located) if output is None else user_path(output, "--output")
     # 2. The configuration. A flag sets one of its keys and wins over every other source.
     flags: dict[str, Any] = {"model.id": model, "eval.prompts": prompts, "eval.images": images}
-    flags |= {"eval.images_per_prompt": images_per_prompt, "eval.seed": seed}
-    flags |= {"eval.batch_size": batch_size}
-    with claimed(folder, overwrite=overwrite, ours=EVALUATION, sign="results.json"):
+    flags |= {"eval.images_per_prompt": images_per_prompt}
+    flags |= {"eval.seed": seed, "eval.batch_size": batch_size}
+    with claimed(folder, overwrite=overwrite, ours=(*EVALUATION, *FILES), sign="results.json"):
         first = next(iter(located), None)
-        resolved = for_evaluation(
-            targets[0], first, preset, config, sets=sets, reward=reward, flags=flags
-        )
+        given: dict[str, Any] = {"sets": sets, "reward": reward, "flags": flags}
+        resolved = for_evaluation(targets[0], first, preset, config, **given)
         from alignprop_cli.evaluation.run import run_evaluation, variants
 
         console, axis = Console(as_json=as_json, quiet=quiet), chosen.axis
         compared = variants(located, chosen.strengths, chosen.base_until)
-        run_evaluation(resolved, console, compared, folder, replace=overwrite, axis=axis)
+        publish = of_evaluation(export, located, chosen, resolved.model, folder)
+        more: dict[str, Any] = {"replace": overwrite, "axis": axis, "publish": publish}
+        run_evaluation(resolved, console, compared, folder, **more)
 
 
 def _locate(targets: list[str], checkpoint: str | None, ema: bool) -> list[Located]:

@@ -24,6 +24,9 @@ PresetOption = Annotated[
     str | None, typer.Option("--preset", "-p", help="shipped preset, see train --list-presets")
 ]
 ConfigOption = Annotated[str | None, typer.Option("--config", "-c", help="YAML file of your own")]
+ListOption = Annotated[
+    bool, typer.Option("--list-presets", help="list the shipped presets and stop")
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="key=value, dotted, repeatable: train.steps=40")
 ]
@@ -48,6 +51,14 @@ EmaOption = Annotated[
 _HINT = "choose another place with --output, or give --overwrite"
 
 # How the members of a soup are mixed.
+CoefOption = Annotated[
+    str | None,
+    typer.Option(
+        "--coef",
+        help="share of A, B gets the rest; or one share for each member: 0.2,0.3,0.5; "
+        "default: equal shares",
+    ),
+]
 MethodOption = Annotated[Method, typer.Option("--method", help="how the members are mixed")]
 RankOption = Annotated[
     int | None,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from alignprop_cli.commands.options import (
+    CoefOption,
     DebugOption,
     DensityOption,
     FormatOption,
@@ -23,7 +24,9 @@ from alignprop_cli.commands.options import (
     SetOption,
 )
 from alignprop_cli.commands.output import EVALUATION, claimed
+from alignprop_cli.commands.sharing import ExportOption, PushOption, of_soup
 from alignprop_cli.lora.recipe import Recipe, check_recipe, member_shares, sweep_shares
+from alignprop_cli.publishing.request import FILES, Publish
 
 if TYPE_CHECKING:
     from alignprop_cli.config.schema import Config
@@ -35,14 +38,6 @@ Members = Annotated[
     typer.Argument(
         metavar="MEMBER...",
         help="runs, checkpoints, LoRA files or folders, or base; MEMBER=0.7 gives its share",
-    ),
-]
-CoefOption = Annotated[
-    str | None,
-    typer.Option(
-        "--coef",
-        help="share of A, B gets the rest; or one share for each member: 0.2,0.3,0.5; "
-        "default: equal shares",
     ),
 ]
 EvaluateOption = Annotated[
@@ -72,6 +67,8 @@ def soup(
     model: ModelOption = None,
     sets: SetOption = None,
     images: ImagesOption = None,
+    export: ExportOption = None,
+    push_to_hub: PushOption = None,
     output: OutputOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
@@ -93,7 +90,7 @@ def soup(
 
       alignprop soup runs/clip base --coef 0.5 --output runs/clip-half
 
-      alignprop soup runs/clip --format comfyui
+      alignprop soup runs/clip --export comfyui
 
       alignprop soup runs/clip runs/brightness --sweep 0:1:0.25 --reward clip,brightness
     """
@@ -101,24 +98,25 @@ def soup(
     from alignprop_cli.console import Console
 
     # 1. Everything on the command line is checked before a file is read.
-    recipe = Recipe(method, rank, density, seed, allow_missing, file_format)
-    check_recipe(recipe)
+    check_recipe(recipe := Recipe(method, rank, density, seed, allow_missing, file_format))
     shares = None if sweep is None else sweep_shares(sweep, members, coef)
     names, coefficients = member_shares(members, coef)
-
     from alignprop_cli.lora.soup import prepare
 
     # 2. The members are read and checked, and the configuration they record; nothing is written.
     made = prepare(names, coefficients, shares, output, recipe)
-    with claimed(made.folder, overwrite=overwrite, ours=made.contents(EVALUATION)):
-        config, console = None, Console(as_json=as_json, quiet=quiet)
-        if evaluate or shares is not None:
-            flags = {"model.id": model, "eval.images": images}
-            config = settings.for_soup(made, sets=sets, reward=reward, flags=flags)
-        _make(console, made, config, replace=overwrite)
+    asked = evaluate or shares is not None
+    publish = of_soup(made, export, push_to_hub, model, is_evaluated=asked)
+    with claimed(made.folder, overwrite=overwrite, ours=(*made.contents(EVALUATION), *FILES)):
+        flags = {"model.id": model, "eval.images": images}
+        given: dict[str, Any] = {"sets": sets, "reward": reward, "flags": flags}
+        config = settings.for_soup(made, **given) if asked else None
+        _make(Console(as_json=as_json, quiet=quiet), made, config, publish, replace=overwrite)
 
 
-def _make(console: Console, soup: Soup, config: Config | None, *, replace: bool) -> None:
+def _make(
+    console: Console, soup: Soup, config: Config | None, publish: Publish, *, replace: bool
+) -> None:
     """Make the mixes; print what was made or, with a `config`, evaluate them."""
     from alignprop_cli.commands import settings
     from alignprop_cli.lora.files import locate
@@ -129,9 +127,11 @@ def _make(console: Console, soup: Soup, config: Config | None, *, replace: bool)
         console.note(text)
     values, lines = soup.make(replace=replace)
     if config is None:
+        published = publish()
+        lines += [*published.lines]
         lines.append(f"next: {settings.evaluate_command(soup.folder, soup.header)}")
-        console.result("alignprop.soup/1", values, lines)
-        return
+        console.result("alignprop.soup/1", {**values, **published.values}, lines)
+        return published.check()
     for line in lines:  # with --evaluate the result is that of the evaluation
         console.note(line)
     from alignprop_cli.evaluation.run import Variant, run_evaluation
@@ -141,4 +141,4 @@ def _make(console: Console, soup: Soup, config: Config | None, *, replace: bool)
         for m in soup.mixes
     ]
     folder, axis = soup.folder / "evaluation", "share of the first member"
-    run_evaluation(config, console, mixes, folder, replace=replace, axis=axis)
+    run_evaluation(config, console, mixes, folder, replace=replace, axis=axis, publish=publish)

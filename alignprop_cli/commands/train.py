@@ -7,10 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from alignprop_cli.commands.cards import GpuMemoryOption, GpuOption, GpusOption, checked
+from alignprop_cli.commands.listing import list_shipped, show
 from alignprop_cli.commands.options import (
     ConfigOption,
     DebugOption,
     JsonOption,
+    ListOption,
     ModelOption,
     OutputOption,
     PresetOption,
@@ -18,12 +20,14 @@ from alignprop_cli.commands.options import (
     SeedOption,
     SetOption,
 )
+from alignprop_cli.commands.sharing import ExportOption, PushOption, of_training
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from alignprop_cli.config.schema import Config
     from alignprop_cli.console import Console
+    from alignprop_cli.publishing.request import Request
 
 WeightedRewardOption = Annotated[
     list[str] | None,
@@ -44,9 +48,6 @@ BackToOption = Annotated[
 ]
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="print the plan and the configuration, and stop")
-]
-ListOption = Annotated[
-    bool, typer.Option("--list-presets", help="list the shipped presets and stop")
 ]
 ShowOption = Annotated[
     bool, typer.Option("--show-preset", help="print the complete configuration and stop")
@@ -69,6 +70,8 @@ def train(
     gpu_memory: GpuMemoryOption = None,
     gpu: GpuOption = None,
     gpus: GpusOption = None,
+    export: ExportOption = None,
+    push_to_hub: PushOption = None,
     list_presets: ListOption = False,
     show_preset: ShowOption = False,
     as_json: JsonOption = False,
@@ -88,13 +91,12 @@ def train(
       alignprop train --resume runs/first --steps 10
     """
     from alignprop_cli.commands import settings
-    from alignprop_cli.config.schema import dump
     from alignprop_cli.console import Console
     from alignprop_cli.training.folders import run_name, run_to_resume
 
     console = Console(as_json=as_json, quiet=quiet)
     if list_presets:
-        return _list(console)  # 1. without any configuration
+        return list_shipped(console)  # 1. without any configuration
     cards = checked(dry_run, gpu_memory, gpu, gpus)
     # 2. The configuration of the run to resume, or of a new one.
     run = run_to_resume(resume, preset, config, output, checkpoint)
@@ -103,16 +105,15 @@ def train(
     flags |= {} if dry_run else {"train.memory_limit": gpu_memory}
     resolved = settings.for_training(run, preset, config, sets=sets, reward=reward, flags=flags)
     if show_preset:
-        values = {"config": resolved.model_dump(mode="json")}
-        return console.result("alignprop.config/1", values, [dump(resolved).rstrip()])
-
+        return show(resolved, console)
     # 3. From here on torch and diffusers are needed.
     name = run_name(preset, config) if run is None else run.name
     if dry_run:
         from alignprop_cli.training.plans import describe
 
         return describe(resolved, console, name=name, resume=run, **cards)
-    _run(resolved, console, name, run, checkpoint, is_auto=resume == "auto")
+    publish, is_auto = of_training(resolved, export, push_to_hub), resume == "auto"
+    _run(resolved, console, name, run, checkpoint, publish, is_auto=is_auto)
 
 
 def _run(
@@ -121,6 +122,7 @@ def _run(
     name: str,
     run: Path | None,
     back_to: str | None,
+    publish: Request,
     *,
     is_auto: bool,
 ) -> None:
@@ -129,18 +131,8 @@ def _run(
     from alignprop_cli.training.run import run_training
 
     try:
-        run_training(config, console, name=name, resume=run, back_to=back_to)
+        run_training(config, console, name=name, resume=run, back_to=back_to, publish=publish)
     except NothingToDo as error:
         if not is_auto:
             raise
         console.note(error.message)
-
-
-def _list(console: Console) -> None:
-    """Print the shipped presets, each with the first comment line of its file."""
-    from alignprop_cli.config import presets
-    from alignprop_cli.console import table
-
-    rows = [(name, presets.summary(name)) for name in presets.names()]
-    listing = table("Presets", ("name", "what it does"), rows, numbers=False)
-    console.result("alignprop.presets/1", {"presets": dict(rows)}, [listing])

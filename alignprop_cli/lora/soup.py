@@ -96,6 +96,12 @@ class Soup:
         return _recorded(self._adapters)
 
     @property
+    def rewards(self) -> list[str]:
+        """Return the rewards that the members record that they were trained on, each once."""
+        named = (a.header.get("alignprop.rewards", "") for a in self._adapters)
+        return list(dict.fromkeys(name for text in named for name in text.split(",") if name))
+
+    @property
     def _adapters(self) -> list[Adapter]:
         return [member.adapter for member in self.members if member.adapter is not None]
 
@@ -248,7 +254,8 @@ def _make(
 
     def save(folder: Path) -> None:
         if recipe.format == "comfyui":
-            files.save_for_comfyui(folder, mixed.layers, header, prefix=prefix)
+            file, title = folder / LORA_FILE, mix.folder.name
+            files.save_for_comfyui(file, mixed.layers, header, prefix=prefix, title=title)
         else:
             files.save(folder, weights, header, prefix=prefix, adapter_metadata=metadata)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from alignprop_cli.evaluation.compare import Paired, checks, compare
 from alignprop_cli.evaluation.draw import Samples
 from alignprop_cli.evaluation.sheet import CURVES, Cell, contact_sheet
 from alignprop_cli.lora.files import BEST, EMA_FOLDER, LORA_FILE, latest
+from alignprop_cli.publishing import card
+from alignprop_cli.publishing.request import Published
+from alignprop_cli.publishing.results import publish
 from alignprop_cli.shipped import next_command
 from alignprop_cli.storage import write_text
 from alignprop_cli.training.callbacks import Run
@@ -47,23 +51,19 @@ def finish(run: Run, base: Samples, tuned: Samples, verdict: Verdict, seconds: f
     sheet = folder / "before_after.png"
     _write_sheet(sheet, base, tuned, names)
     values = _values(run, verdict, seconds, adapter, sheet)
-    values["held_out"] = {
-        "prompts": run.config.eval.prompts,
-        "images": len(base.samples),
-        "rewards": {name: asdict(result) for name, result in paired.items()},
-        "checker": {part: asdict(result) for part, result in checked.items()},
-    }
+    prompts, images = run.config.eval.prompts, len(base.samples)
+    values["held_out"] = {"prompts": prompts, "images": images, **_figures(paired, checked)}
     # 3. The same for people.
     rows = [*map(_reward_row, paired, paired.values()), *map(_check_row, checked, checked.values())]
     columns = ("", *names, "difference", "95 % interval")
-    title = (
-        f"{len(base.samples)} held-out samples ({run.config.eval.prompts}), "
-        f"{names[0]} and {names[1]}"
-    )
+    title = f"{images} held-out samples ({prompts}), {names[0]} and {names[1]}"
     _write_report(report := folder / "report.html", run, verdict, title, (columns, rows))
     write_text(folder / "summary.json", json.dumps(values, indent=2) + "\n")
     if verdict.stopped:
         console.warn(verdict.told)
+    # 4. What is made of the result, which is on the disk whatever fails here.
+    published = _publish(run, values, adapter / LORA_FILE, sheet, base)
+    values |= published.values
     console.result(
         "alignprop.train/2",
         values,
@@ -75,11 +75,37 @@ def finish(run: Run, base: Samples, tuned: Samples, verdict: Verdict, seconds: f
             *_average_line(adapter),
             f"images   {sheet}",
             f"report   {report}",
+            *published.lines,
             f"{values['steps']} steps, {values['images_seen']} images, "
             f"{seconds:.0f} s, at most {values['peak_memory_gib']:.2f} GiB",
             f"next: {values['next']}",
         ],
     )
+    published.check()
+
+
+def _figures(paired: Mapping[str, Paired], checked: Mapping[str, Paired]) -> dict[str, Any]:
+    return {
+        "rewards": {name: asdict(result) for name, result in paired.items()},
+        "checker": {part: asdict(result) for part, result in checked.items()},
+    }
+
+
+def _publish(
+    run: Run, values: dict[str, Any], adapter: Path, sheet: Path, base: Samples
+) -> Published:
+    """Write the model card, and export and upload what is asked for."""
+    title, model = run.folder.resolve().name, run.trainer.model
+    made = card.of_run(
+        run.config,
+        title,
+        model.family.pipeline_class,
+        model.fingerprint,
+        values,
+        [sample.prompt for sample in base.samples],
+    )
+    base_model = run.config.model
+    return publish(run.publish, adapter, base_model, run.folder, title, made, sheet)
 
 
 def _values(
