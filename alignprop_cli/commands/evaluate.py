@@ -105,19 +105,18 @@ def evaluate(
     folder = _default_folder(located) if output is None else user_path(output, "--output")
     # 2. The configuration. A flag sets one of its keys and wins over every other source.
     flags: dict[str, Any] = {"model.id": model, "eval.prompts": prompts, "eval.images": images}
-    flags |= {"eval.images_per_prompt": images_per_prompt}
-    flags |= {"eval.seed": seed, "eval.batch_size": batch_size}
+    flags |= {"eval.images_per_prompt": images_per_prompt, "eval.seed": seed}
+    flags["eval.batch_size"] = batch_size
+    given: dict[str, Any] = {"sets": sets, "reward": reward, "flags": flags}
     with claimed(folder, overwrite=overwrite, ours=(*EVALUATION, *FILES), sign="results.json"):
-        first = next(iter(located), None)
-        given: dict[str, Any] = {"sets": sets, "reward": reward, "flags": flags}
+        first = located[0] if located else None
         resolved = for_evaluation(targets[0], first, preset, config, **given)
         from alignprop_cli.evaluation.run import run_evaluation, variants
 
-        console, axis = Console(as_json=as_json, quiet=quiet), chosen.axis
         compared = variants(located, chosen.strengths, chosen.base_until)
         publish = of_evaluation(export, located, chosen, resolved.model, folder)
-        more: dict[str, Any] = {"replace": overwrite, "axis": axis, "publish": publish}
-        run_evaluation(resolved, console, compared, folder, **more)
+        more: dict[str, Any] = {"replace": overwrite, "axis": chosen.axis, "publish": publish}
+        run_evaluation(resolved, Console(as_json=as_json, quiet=quiet), compared, folder, **more)
 
 
 def _locate(targets: list[str], checkpoint: str | None, ema: bool) -> list[Located]:

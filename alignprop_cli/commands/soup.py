@@ -120,12 +120,13 @@ def _make(
     """Make the mixes; print what was made or, with a `config`, evaluate them."""
     from alignprop_cli.commands import settings
     from alignprop_cli.lora.files import locate
+    from alignprop_cli.publishing.soups import add_card
 
     for text in soup.left_out:
         console.warn(text)
     for text in soup.remarks:
         console.note(text)
-    values, lines = soup.make(replace=replace)
+    values, lines = soup.make(replace=replace, also=add_card)
     if config is None:
         published = publish()
         lines += [*published.lines]

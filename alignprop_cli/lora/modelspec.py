@@ -123,14 +123,11 @@ def of_lora(
     return found
 
 
-def of_model(
-    kind: str, tensors: Mapping[str, Tensor], title: str, size: tuple[int, int], prediction: str
-) -> dict[str, str]:
+def of_model(kind: str, title: str, size: tuple[int, int], prediction: str) -> dict[str, str]:
     """Return the texts for the header of a whole model in the original layout.
 
     Args:
         kind: Its `architecture`.
-        tensors: What is written.
         title: What an interface shows.
         size: (width, height) in pixels that it samples by itself.
         prediction: The scheduler's `prediction_type`.
@@ -142,8 +139,8 @@ def of_model(
         "modelspec.title": title,
         "modelspec.resolution": f"{size[0]}x{size[1]}",
         "modelspec.description": "merged with alignprop",
-        "modelspec.hash_sha256": f"0x{tensors_sha256(tensors)}",
     }
+    # Without a hash, for which the whole model would have to be in memory once more.
     known = {"epsilon": "epsilon", "v_prediction": "v"}.get(prediction)
     return found | ({"modelspec.prediction_type": known} if known else {})
 

@@ -29,6 +29,8 @@ from alignprop_cli.lora.tensor_file import save_tensors
 from alignprop_cli.models import components, original_layout, parts, sdxl, unet
 from alignprop_cli.models.base import Family, Source
 from alignprop_cli.models.families import find, source_of
+from alignprop_cli.parsing import read_json
+from alignprop_cli.paths import read_text
 from alignprop_cli.storage import check_space
 
 CPU = torch.device("cpu")
@@ -133,7 +135,7 @@ def save_single_file(config: ModelConfig, adapter: Adapter, file: Path, title: s
     height, width = (sides, sides) if isinstance(sides, int) else sides
     size = (width * pipeline.vae_scale_factor, height * pipeline.vae_scale_factor)
     prediction = pipeline.scheduler.config.prediction_type
-    header = modelspec.of_model(architecture, state, title, size, prediction)
+    header = modelspec.of_model(architecture, title, size, prediction)
     save_tensors(file, state, {"format": "pt", **header})
     return merged
 
@@ -243,7 +245,7 @@ def _copy(file: Path, target: Path, variant: str | None) -> None:
         shutil.copyfile(file, target)
         return
     # The index of a variant names its files.
-    found = json.loads(file.read_text(encoding="utf-8"))
+    found = read_json(read_text(file, "model.id"), strict=False)
     names = found["weight_map"].items()
     found["weight_map"] = {tensor: name.replace(f".{variant}", "") for tensor, name in names}
     target.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

@@ -21,7 +21,7 @@ from alignprop_cli.lora.tensor_file import save_tensors
 from alignprop_cli.publishing import export, push, shared
 from alignprop_cli.publishing.card import Card
 from alignprop_cli.publishing.request import CARD, HUB, IMAGES, Published, Request
-from alignprop_cli.storage import write_text, write_whole
+from alignprop_cli.storage import sweep, write_text, write_whole
 
 # Of the header of a LoRA file, what diffusers reads.
 _DIFFUSERS = ("format", "lora_adapter_metadata")
@@ -38,6 +38,22 @@ def check(request: Request, *, dora: bool = False, model: ModelConfig | None = N
         push.check(request.hub_id)
 
 
+def write_card(folder: Path, card: Card, images: Path | None = None) -> Path:
+    """Write the card beside an adapter.
+
+    Args:
+        folder: That of the adapter.
+        card: What it says.
+        images: Images for it.
+
+    Returns:
+        The file.
+    """
+    sweep(folder, CARD)
+    write_text(folder / CARD, card.text("THIS-FOLDER", _relative(images, folder)))
+    return folder / CARD
+
+
 def publish(
     request: Request,
     adapter: Path,
@@ -47,7 +63,7 @@ def publish(
     card: Card | None = None,
     images: Path | None = None,
 ) -> Published:
-    """Write card and exports, and upload.
+    """Write the exports, and upload.
 
     Args:
         request: What is asked for.
@@ -55,17 +71,12 @@ def publish(
         model: The base model, for merged models.
         folder: Of the result; exports go there.
         title: Name of the result.
-        card: Written beside the adapter; None writes none.
+        card: Uploaded with the adapter.
         images: Images for the card.
     """
     values: dict[str, Any] = {}
     lines: list[str] = []
     try:
-        if card is not None:
-            beside = adapter.with_name(CARD)
-            write_text(beside, card.text("THIS-FOLDER", _relative(images, adapter.parent)))
-            values["card"] = str(beside.resolve())
-            lines.append(f"card     {beside}")
         if request.exports:
             made = export.write(request.exports, files.read(adapter), model, folder, title)
             values["exports"] = {one.kind: str(one.path.resolve()) for one in made}

@@ -16,8 +16,8 @@ from alignprop_cli.evaluation.draw import Samples
 from alignprop_cli.evaluation.sheet import CURVES, Cell, contact_sheet
 from alignprop_cli.lora.files import BEST, EMA_FOLDER, LORA_FILE, latest
 from alignprop_cli.publishing import card
-from alignprop_cli.publishing.request import Published
-from alignprop_cli.publishing.results import publish
+from alignprop_cli.publishing.request import CARD
+from alignprop_cli.publishing.results import publish, write_card
 from alignprop_cli.shipped import next_command
 from alignprop_cli.storage import write_text
 from alignprop_cli.training.callbacks import Run
@@ -36,14 +36,7 @@ def finish(run: Run, base: Samples, tuned: Samples, verdict: Verdict, seconds: f
     """
     # 1. The comparison: the same samples of the base and the tuned model, pair by pair.
     folder, console = run.folder, run.console
-    metrics = (run.measured or run.trainer.mixture).metrics
-    paired = {
-        name: compare(base.samples, base.rewards[name], tuned.rewards[name]) for name in metrics
-    }
-    checked = {
-        part: compare(base.samples, right["base"], right["tuned"])
-        for part, right in checks({"base": base, "tuned": tuned}).items()
-    }
+    paired, checked = _compare(run, base, tuned)
     # 2. Files. The tuned model is that of the last step, unless the guard stopped the run there.
     took_best = verdict.stopped and verdict.best is not None
     adapter = folder / "checkpoints" / BEST if took_best else latest(folder)
@@ -58,11 +51,15 @@ def finish(run: Run, base: Samples, tuned: Samples, verdict: Verdict, seconds: f
     columns = ("", *names, "difference", "95 % interval")
     title = f"{images} held-out samples ({prompts}), {names[0]} and {names[1]}"
     _write_report(report := folder / "report.html", run, verdict, title, (columns, rows))
+    # The card first: a run that is killed before its summary is resumed to write both.
+    about = _card(run, values, base)
+    values["card"] = str(write_card(adapter, about, sheet).resolve())
     write_text(folder / "summary.json", json.dumps(values, indent=2) + "\n")
     if verdict.stopped:
         console.warn(verdict.told)
     # 4. What is made of the result, which is on the disk whatever fails here.
-    published = _publish(run, values, adapter / LORA_FILE, sheet, base)
+    given = (adapter / LORA_FILE, run.config.model, folder, folder.resolve().name, about, sheet)
+    published = publish(run.publish, *given)
     values |= published.values
     console.result(
         "alignprop.train/2",
@@ -75,6 +72,7 @@ def finish(run: Run, base: Samples, tuned: Samples, verdict: Verdict, seconds: f
             *_average_line(adapter),
             f"images   {sheet}",
             f"report   {report}",
+            f"card     {adapter / CARD}",
             *published.lines,
             f"{values['steps']} steps, {values['images_seen']} images, "
             f"{seconds:.0f} s, at most {values['peak_memory_gib']:.2f} GiB",
@@ -84,6 +82,21 @@ def finish(run: Run, base: Samples, tuned: Samples, verdict: Verdict, seconds: f
     published.check()
 
 
+def _compare(
+    run: Run, base: Samples, tuned: Samples
+) -> tuple[dict[str, Paired], dict[str, Paired]]:
+    """Return how rewards and extra metrics compare, and what the checker found right."""
+    metrics = (run.measured or run.trainer.mixture).metrics
+    paired = {
+        name: compare(base.samples, base.rewards[name], tuned.rewards[name]) for name in metrics
+    }
+    checked = {
+        part: compare(base.samples, right["base"], right["tuned"])
+        for part, right in checks({"base": base, "tuned": tuned}).items()
+    }
+    return paired, checked
+
+
 def _figures(paired: Mapping[str, Paired], checked: Mapping[str, Paired]) -> dict[str, Any]:
     return {
         "rewards": {name: asdict(result) for name, result in paired.items()},
@@ -91,21 +104,10 @@ def _figures(paired: Mapping[str, Paired], checked: Mapping[str, Paired]) -> dic
     }
 
 
-def _publish(
-    run: Run, values: dict[str, Any], adapter: Path, sheet: Path, base: Samples
-) -> Published:
-    """Write the model card, and export and upload what is asked for."""
-    title, model = run.folder.resolve().name, run.trainer.model
-    made = card.of_run(
-        run.config,
-        title,
-        model.family.pipeline_class,
-        model.fingerprint,
-        values,
-        [sample.prompt for sample in base.samples],
-    )
-    base_model = run.config.model
-    return publish(run.publish, adapter, base_model, run.folder, title, made, sheet)
+def _card(run: Run, values: Mapping[str, Any], base: Samples) -> card.Card:
+    model, prompts = run.trainer.model, [sample.prompt for sample in base.samples]
+    title, kind = run.folder.resolve().name, model.family.pipeline_class
+    return card.of_run(run.config, title, kind, model.fingerprint, values, prompts)
 
 
 def _values(
