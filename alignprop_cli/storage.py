@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from alignprop_cli.errors import ConfigError
+from alignprop_cli.errors import ConfigError, RunError
 
 # What names of temporary folders and files end in, and how much of the final name they keep.
 _SUFFIX = ".unfinished"
@@ -140,6 +140,27 @@ def locked(file: Path, what: str) -> Iterator[None]:
             # Removed while it is held, or it might be another process's by now.
             file.unlink(missing_ok=True)
             os.close(handle)
+
+
+def check_space(folder: Path, needed: int, what: str) -> None:
+    """Refuse a big write that the disk has no space for, before it begins.
+
+    Args:
+        folder: Existing, on that disk.
+        needed: Bytes.
+        what: What is written, for the message.
+
+    Raises:
+        RunError: If there is less space.
+    """
+    free = shutil.disk_usage(folder).free
+    # A little more: headers, small files, blocks.
+    if free < needed + needed // 100 + 2**20:
+        raise RunError(
+            f"{folder.parent}: {what} needs {needed / 2**30:.2f} GiB, and the disk has "
+            f"{free / 2**30:.2f} GiB left",
+            hint="make room, or choose another disk with --output",
+        )
 
 
 def sha256(file: Path) -> str:

@@ -33,7 +33,10 @@ STORY = ("schedule", "guidance", "sampling", "calls", "estimators", "losses", "i
 LAYER = {
     **{
         name: name
-        for name in ("errors", "waiting", "console", "config", "evaluation", "training", "scoring")
+        for name in (
+            *("errors", "waiting", "console", "config", "evaluation", "training", "scoring"),
+            "publishing",
+        )
     },
     **dict.fromkeys(STORY, "story"),
     **dict.fromkeys(("paths", "parsing"), "outside"),
@@ -60,12 +63,14 @@ MAY_IMPORT = {
     "outside": {"errors"},
     "config": {"errors", "outside"},
     "ground": {"errors", "outside", "story", "config"},
-    "tiny": set[str](),
+    # What made the embedded models shares their attention with what trains them.
+    "tiny": {"parts"},
     "parts": _PARTS,
-    "evaluation": {*_PARTS, "console"},
-    "training": {*_PARTS, "console", "evaluation"},
-    "scoring": {*_PARTS, "console", "evaluation"},
-    "commands": {*_PARTS, "console", "evaluation", "training", "scoring"},
+    "publishing": {*_PARTS, "console"},
+    "evaluation": {*_PARTS, "console", "publishing"},
+    "training": {*_PARTS, "console", "evaluation", "publishing"},
+    "scoring": {*_PARTS, "console", "evaluation", "publishing"},
+    "commands": {*_PARTS, "console", "evaluation", "training", "scoring", "publishing"},
     "api": {*_PARTS, "console", "evaluation", "commands"},
     "cli": {"errors", "waiting", "console", "commands"},
     "main": {"cli"},
@@ -108,6 +113,7 @@ KNOWS_FAMILIES = (
     "alignprop_cli/tiny/make/",
     "alignprop_cli/lora/files.py",
     "alignprop_cli/lora/formats.py",
+    "alignprop_cli/lora/modelspec.py",
     "alignprop_cli/lora/names.py",
 )
 

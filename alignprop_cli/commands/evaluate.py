@@ -11,7 +11,6 @@ from alignprop_cli.commands.options import (
     DebugOption,
     EmaOption,
     JsonOption,
-    LogWithOption,
     ModelOption,
     OutputOption,
     OverwriteOption,
@@ -20,9 +19,10 @@ from alignprop_cli.commands.options import (
     RewardOption,
     SeedOption,
     SetOption,
-    tracker_names,
 )
+from alignprop_cli.commands.sharing import ExportOption
 from alignprop_cli.commands.strengths import BaseUntilOption, ScaleOption
+from alignprop_cli.commands.trackers import LogWithOption, tracker_names
 
 Targets = Annotated[
     list[str],
@@ -63,6 +63,7 @@ def evaluate(
     ema: EmaOption = False,
     seed: SeedOption = None,
     batch_size: BatchOption = None,
+    export: ExportOption = None,
     output: OutputOption = None,
     overwrite: OverwriteOption = False,
     log_with: LogWithOption = None,
@@ -110,4 +111,5 @@ def evaluate(
         output=output,
         overwrite=overwrite,
         log_with=tracker_names(log_with),
+        export=export,
     )

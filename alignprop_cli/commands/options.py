@@ -24,6 +24,9 @@ PresetOption = Annotated[
     str | None, typer.Option("--preset", "-p", help="shipped preset, see train --list-presets")
 ]
 ConfigOption = Annotated[str | None, typer.Option("--config", "-c", help="YAML file of your own")]
+ListOption = Annotated[
+    bool, typer.Option("--list-presets", help="list the shipped presets and stop")
+]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="key=value, dotted, repeatable: train.steps=40")
 ]
@@ -41,12 +44,6 @@ RewardOption = Annotated[
     typer.Option("--reward", "-r", help="reward to measure, repeatable or with commas"),
 ]
 
-LogWithOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--log-with", help="trackers, with commas: tensorboard, wandb, trackio, mlflow, swanlab"
-    ),
-]
 EmaOption = Annotated[
     bool, typer.Option("--ema", help="the average of the weights (train.ema_decay), not the last")
 ]
@@ -54,6 +51,14 @@ EmaOption = Annotated[
 _HINT = "choose another place with --output, or give --overwrite"
 
 # How the members of a soup are mixed.
+CoefOption = Annotated[
+    str | None,
+    typer.Option(
+        "--coef",
+        help="share of A, B gets the rest; or one share for each member: 0.2,0.3,0.5; "
+        "default: equal shares",
+    ),
+]
 MethodOption = Annotated[Method, typer.Option("--method", help="how the members are mixed")]
 RankOption = Annotated[
     int | None,
@@ -70,17 +75,6 @@ MissingOption = Annotated[
 FormatOption = Annotated[
     Format, typer.Option("--format", help="of the file: diffusers' names, or ComfyUI's and A1111's")
 ]
-
-
-def tracker_names(values: Sequence[str] | None, *, used: bool = True) -> list[str] | None:
-    """Return the names of `--log-with`; None where it is not given.
-
-    Raises:
-        ConfigError: If it is given where there is nothing to tell.
-    """
-    if values is not None and not used:
-        raise ConfigError("--log-with goes with --evaluate or --sweep")
-    return None if values is None else reward_names(values)
 
 
 def reward_names(values: Sequence[str] | None) -> list[str]:

@@ -7,11 +7,11 @@ from typing import Annotated
 import typer
 
 from alignprop_cli.commands.options import (
+    CoefOption,
     DebugOption,
     DensityOption,
     FormatOption,
     JsonOption,
-    LogWithOption,
     MethodOption,
     MissingOption,
     MixSeedOption,
@@ -22,22 +22,15 @@ from alignprop_cli.commands.options import (
     RankOption,
     RewardOption,
     SetOption,
-    tracker_names,
 )
+from alignprop_cli.commands.sharing import ExportOption, PushOption
+from alignprop_cli.commands.trackers import LogWithOption, tracker_names
 
 Members = Annotated[
     list[str],
     typer.Argument(
         metavar="MEMBER...",
         help="runs, checkpoints, LoRA files or folders, or base; MEMBER=0.7 gives its share",
-    ),
-]
-CoefOption = Annotated[
-    str | None,
-    typer.Option(
-        "--coef",
-        help="share of A, B gets the rest; or one share for each member: 0.2,0.3,0.5; "
-        "default: equal shares",
     ),
 ]
 EvaluateOption = Annotated[
@@ -67,6 +60,8 @@ def soup(
     model: ModelOption = None,
     sets: SetOption = None,
     images: ImagesOption = None,
+    export: ExportOption = None,
+    push_to_hub: PushOption = None,
     output: OutputOption = None,
     overwrite: OverwriteOption = False,
     log_with: LogWithOption = None,
@@ -89,7 +84,7 @@ def soup(
 
       alignprop soup runs/clip base --coef 0.5 --output runs/clip-half
 
-      alignprop soup runs/clip --format comfyui
+      alignprop soup runs/clip --export comfyui
 
       alignprop soup runs/clip runs/brightness --sweep 0:1:0.25 --reward clip,brightness
     """
@@ -112,4 +107,6 @@ def soup(
         output=output,
         overwrite=overwrite,
         log_with=tracker_names(log_with, used=evaluate or sweep is not None),
+        export=export,
+        push_to_hub=push_to_hub,
     )

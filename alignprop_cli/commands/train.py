@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from alignprop_cli.commands.cards import GpuMemoryOption, GpuOption, GpusOption
+from alignprop_cli.commands.listing import list_shipped
 from alignprop_cli.commands.options import (
     ConfigOption,
     DebugOption,
     JsonOption,
-    LogWithOption,
+    ListOption,
     ModelOption,
     OutputOption,
     PresetOption,
     QuietOption,
     SeedOption,
     SetOption,
-    tracker_names,
 )
+from alignprop_cli.commands.sharing import ExportOption, PushOption
+from alignprop_cli.commands.trackers import LogWithOption, tracker_names
 from alignprop_cli.errors import NothingToDo
-
-if TYPE_CHECKING:
-    from alignprop_cli.console import Console
 
 WeightedRewardOption = Annotated[
     list[str] | None,
@@ -44,9 +43,6 @@ BackToOption = Annotated[
 ]
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="print the plan and the configuration, and stop")
-]
-ListOption = Annotated[
-    bool, typer.Option("--list-presets", help="list the shipped presets and stop")
 ]
 ShowOption = Annotated[
     bool, typer.Option("--show-preset", help="print the complete configuration and stop")
@@ -69,6 +65,8 @@ def train(
     gpu_memory: GpuMemoryOption = None,
     gpu: GpuOption = None,
     gpus: GpusOption = None,
+    export: ExportOption = None,
+    push_to_hub: PushOption = None,
     list_presets: ListOption = False,
     show_preset: ShowOption = False,
     log_with: LogWithOption = None,
@@ -94,7 +92,7 @@ def train(
 
     console = Console(as_json=as_json, quiet=quiet)
     if list_presets:
-        return _list(console)
+        return list_shipped(console)
     try:
         body.train(
             console,
@@ -115,19 +113,11 @@ def train(
             gpus=gpus,
             show_preset=show_preset,
             log_with=tracker_names(log_with),
+            export=export,
+            push_to_hub=push_to_hub,
         )
     except NothingToDo as error:
         # Where a scheduler's line finds its run done, that is no error.
         if resume != "auto":
             raise
         console.note(error.message)
-
-
-def _list(console: Console) -> None:
-    """Print the shipped presets, each with the first comment line of its file."""
-    from alignprop_cli.config import presets
-    from alignprop_cli.console import table
-
-    rows = [(name, presets.summary(name)) for name in presets.names()]
-    listing = table("Presets", ("name", "what it does"), rows, numbers=False)
-    console.result("alignprop.presets/1", {"presets": dict(rows)}, [listing])

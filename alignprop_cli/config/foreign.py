@@ -57,7 +57,7 @@ TRL: Mapping[str, str] = {
     "truncated_backprop_timestep": "`gradient.k` of last_k: 50 - 49 is k = 1",
     "truncated_rand_backprop_minmax": "`gradient.k_min` and `gradient.k_max` of random_k: the "
     "range (0, 50) is k of 50 to 0",
-    "push_to_hub": _NONE + "checkpoints are files that load as they are",
+    "push_to_hub": "the option --push-to-hub ID; a new repository is private",
 }
 
 ALIGNPROP: Mapping[str, str] = {

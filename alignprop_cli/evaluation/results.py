@@ -15,6 +15,7 @@ from alignprop_cli.evaluation import page
 from alignprop_cli.evaluation.compare import Evaluation, Metrics
 from alignprop_cli.evaluation.plots import Group, histogram, sweep
 from alignprop_cli.evaluation.sheet import Cell, contact_sheet, curves, save_image
+from alignprop_cli.publishing.request import Published
 from alignprop_cli.storage import write_text
 
 SCHEMA = "alignprop.evaluate/4"
@@ -255,16 +256,24 @@ def _rows(metrics: Metrics, trained: set[str], *, shares: bool = False) -> list[
 COLUMNS = ("", "model", "mean", "difference", "95 % interval", "higher", "equal")
 
 
-def show(console: Console, result: Evaluation, folder: Path) -> None:
-    """Print a table for people, or one JSON object for programs."""
+def show(
+    console: Console, result: Evaluation, folder: Path, published: Published | None = None
+) -> None:
+    """Print a table for people, or one JSON object for programs.
+
+    Raises:
+        AlignPropError: What went wrong in publishing, once the result is shown.
+    """
+    published = published or Published()
     files = {name: folder / name for name in ("results.json", "report.html", "sheet.png")}
     values = {**_values(result), "output": str(folder.resolve())}
     values["sheet"] = str(files["sheet.png"].resolve())
     values["report"] = str(files["report.html"].resolve())
+    values |= published.values
     parts: list[Any] = [_table(result)]
     if result.other_models:
         parts.append(_sampled_with(result))
-    parts += ["", *(f"{name:12s} {path}" for name, path in files.items())]
+    parts += ["", *(f"{name:12s} {path}" for name, path in files.items()), *published.lines]
     # Said, since a sheet of 60 looks complete.
     count = len(result.samples)
     if count > _SHEET_CELLS:
@@ -273,6 +282,7 @@ def show(console: Console, result: Evaluation, folder: Path) -> None:
             + (f", the report {_PAGE_CARDS}" if count > _PAGE_CARDS else "")
         )
     console.result(SCHEMA, values, parts)
+    published.check()
 
 
 def _sampled_with(result: Evaluation) -> str:

@@ -31,6 +31,7 @@ from alignprop_cli.models.families import find, fingerprint, open_model
 from alignprop_cli.models.meta import meta_model
 from alignprop_cli.planning.sampling import check_memory
 from alignprop_cli.prompts import load_groups, load_prompts
+from alignprop_cli.publishing.request import Publish, Published
 from alignprop_cli.rewards.jpeg import true_size
 from alignprop_cli.rewards.mixture import Mixture, build_mixture
 from alignprop_cli.storage import write_whole
@@ -99,6 +100,7 @@ def run_evaluation(
     *,
     replace: bool,
     axis: str = "strength of the LoRA",
+    publish: Publish = Published,
 ) -> None:
     """Sample, measure, compare, write the folder, and print the result.
 
@@ -109,6 +111,7 @@ def run_evaluation(
         folder: Where the result is written.
         replace: Whether a folder of this name is replaced, also one that appears meanwhile.
         axis: Title of the curve's x axis.
+        publish: Exports or uploads what was evaluated.
 
     Raises:
         AlignPropError: Whatever is wrong with the model, a LoRA, the rewards or the images.
@@ -125,8 +128,8 @@ def run_evaluation(
         result = _evaluate(config, console, chosen, adapters, prompts, device, axis)
         if accelerator.is_main_process:
             write_whole(folder, lambda made: write(result, made), replace=replace)
-            show(console, result, folder)
             told.tell(result)
+            show(console, result, folder, publish())
 
 
 def _evaluate(
@@ -147,11 +150,9 @@ def _evaluate(
     _check(adapters.values(), model.network.module, model.fingerprint, model.id)
     _say(adapters.values(), config, console)
     mixture = _mixture(config, device, wanted, console)
-
     # 2. The same samples with every model.
     # For `compare.diversity`, which needs several images of a prompt.
-    repeated = len({sample.prompt_index for sample in samples}) < len(samples)
-    features = mixture.features if repeated else None
+    features = mixture.features if len({s.prompt_index for s in samples}) < len(samples) else None
     draw = partial(draw_shared, model, samples, mixture, config, console, features=features)
     sampled = _draw_all(draw, model, [(v, adapters[v.located.file]) for v in chosen])
     # 3. The comparison.

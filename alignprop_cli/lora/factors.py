@@ -62,6 +62,14 @@ class Factors:
         product = self.up.double().flatten(1) @ self.down.double().flatten(1)
         return (self.scaling * product).view(self.shape)
 
+    def merged(self, weight: Tensor) -> Tensor:
+        """Return the weight W with the LoRA or DoRA in it, float64, of the same shape."""
+        whole = weight.double() + self.delta()
+        if self.magnitude is None:
+            return whole
+        lengths = self.magnitude.double().flatten() / whole.flatten(1).norm(dim=1)
+        return lengths.view(-1, *[1] * (whole.ndim - 1)) * whole
+
 
 Layers = Mapping[str, Factors]
 """A whole LoRA: the factors of every layer it changes, by the layer's name in the network."""

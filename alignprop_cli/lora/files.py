@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from alignprop_cli.errors import AssetError, first_line
-from alignprop_cli.lora import formats, names
+from alignprop_cli.lora import formats, modelspec, names
 from alignprop_cli.lora.factors import Layers
 from alignprop_cli.lora.settings import shown
 from alignprop_cli.lora.tensor_file import save_tensors
@@ -322,23 +322,24 @@ def layers_as_written(layers: Layers, prefix: str) -> Layers:
 
 
 def save_for_comfyui(
-    folder: Path, layers: Layers, header: Mapping[str, str], *, prefix: str
+    file: Path, layers: Layers, header: Mapping[str, str], *, prefix: str, title: str
 ) -> Path:
-    """Write pytorch_lora_weights.safetensors with the names that ComfyUI reads.
+    """Write a file with the names that ComfyUI reads, and ModelSpec's texts in its header.
 
     Args:
-        folder: Existing.
+        file: Replaced if it exists.
         layers: The LoRA.
-        header: Texts for the header.
+        header: Further texts for the header.
         prefix: As in `save`.
+        title: What a user interface shows.
 
     Returns:
         The file.
     """
     state = formats.for_comfyui(layers, prefix)
-    file = folder / LORA_FILE
     tensors = {name: value.contiguous() for name, value in state.items()}
-    save_tensors(file, tensors, {"format": "pt", **header})
+    texts = modelspec.of_lora(layers, tensors, prefix, header, title)
+    save_tensors(file, tensors, {"format": "pt", **header, **texts})
     return file
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ class Soup:
         """
         # Of a sweep only the folders of its own shares: another sweep's results are not replaced.
         parts = [mix.folder.name for mix in self.mixes if mix.share is not None]
-        mixes = [re.escape(f"{part}/{LORA_FILE}") for part in parts]
+        mixes = [re.escape(f"{part}/{name}") for part in parts for name in (LORA_FILE, "README.md")]
         return [re.escape(LORA_FILE), *(f"evaluation/({name})" for name in evaluation), *mixes]
 
     @property
@@ -94,6 +94,12 @@ class Soup:
     def header(self) -> dict[str, str]:
         """Return what the mixes record about their base model and how to sample with it."""
         return _recorded(self._adapters)
+
+    @property
+    def rewards(self) -> list[str]:
+        """Return the rewards that the members record that they were trained on, each once."""
+        named = (a.header.get("alignprop.rewards", "") for a in self._adapters)
+        return list(dict.fromkeys(name for text in named for name in text.split(",") if name))
 
     @property
     def _adapters(self) -> list[Adapter]:
@@ -115,10 +121,13 @@ class Soup:
             return [f"the shares add up to {total:g}: the mix is not an average"]
         return ["a share is negative: the mix lies beyond a member"] if least < 0.0 else []
 
-    def make(self, *, replace: bool) -> tuple[dict[str, Any], list[str]]:
+    def make(
+        self, *, replace: bool, also: Callable[[Soup, Mix, Path], object] = lambda *_: None
+    ) -> tuple[dict[str, Any], list[str]]:
         """Write the mixes.
 
         Args:
+            also: Writes more into the folder of a mix before that has its name.
             replace: Whether folders of their names are replaced, also those that appear meanwhile.
 
         Returns:
@@ -132,7 +141,7 @@ class Soup:
         # for its file, as all together may not fit the memory.
         for mix in self.mixes if len(self.mixes) > 1 else ():
             _mixed(mix, self.members, self.recipe)
-        made = [_make(mix, self.members, self.recipe, replace=replace) for mix in self.mixes]
+        made = [_make(self, mix, replace=replace, also=also) for mix in self.mixes]
         return made[0] if self.mixes[0].share is None else ({}, [])
 
 
@@ -225,9 +234,10 @@ def _check_members(adapters: Sequence[Adapter], allow_missing: bool) -> None:
 
 
 def _make(
-    mix: Mix, members: Sequence[Member], recipe: Recipe, *, replace: bool
+    soup: Soup, mix: Mix, *, replace: bool, also: Callable[[Soup, Mix, Path], object]
 ) -> tuple[dict[str, Any], list[str]]:
     """Mix the members, write the folder whole or not at all, and return what was made."""
+    members, recipe = soup.members, soup.recipe
     # 1. The arithmetic.
     mixed = _mixed(mix, members, recipe)
     pairs = list(zip(members, mix.coefficients, strict=True))
@@ -248,9 +258,11 @@ def _make(
 
     def save(folder: Path) -> None:
         if recipe.format == "comfyui":
-            files.save_for_comfyui(folder, mixed.layers, header, prefix=prefix)
+            file, title = folder / LORA_FILE, mix.folder.name
+            files.save_for_comfyui(file, mixed.layers, header, prefix=prefix, title=title)
         else:
             files.save(folder, weights, header, prefix=prefix, adapter_metadata=metadata)
+        also(soup, mix, folder)
 
     write_whole(mix.folder, save, replace=replace)
     return _describe(mix.folder, made_of, mixed, recipe)

@@ -1,7 +1,8 @@
-"""Write tensors to a safetensors file."""
+"""Write tensors to a safetensors file, and hash them."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -34,3 +35,14 @@ def save_tensors(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
     with file.open("wb") as opened:
         opened.write(len(text).to_bytes(8, "little") + text)
         opened.write(memoryview(data)[end:])
+
+
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """Return the hexadecimal SHA-256 of all that a safetensors file has after its header.
+
+    Args:
+        tensors: As in `save_tensors`.
+    """
+    # safetensors orders tensors by precision and name, so the header's texts change nothing here.
+    data = serialise(dict(tensors))
+    return hashlib.sha256(memoryview(data)[8 + int.from_bytes(data[:8], "little") :]).hexdigest()

@@ -293,10 +293,8 @@ def open_model(
     # 1. All files are fetched first, so that missing ones are reported before any work is done; and
     #    what cannot be done at all before they are.
     quantized.check(config.quantize, device)
-    path = path or loading.download(config)
-    if config.id in _EMBEDDED:
-        config = config.model_copy(update={"variant": _EMBEDDED[config.id][1]})
-    source = Source(config, path, resolve_dtype(config.dtype, device), device)
+    source = source_of(config, path, device)
+    path, config = source.path, source.config
     allow_tf32(source.dtype)
 
     # 2. The text encoders live within this call. They can hold cycles of references, which only the
@@ -320,6 +318,14 @@ def open_model(
         fingerprint=fingerprint(parts.network.module),
         path=path,
     )
+
+
+def source_of(config: ModelConfig, path: Path | None, device: torch.device) -> Source:
+    """Return where a model is, downloaded if it has to be."""
+    path = path or loading.download(config)
+    if config.id in _EMBEDDED:
+        config = config.model_copy(update={"variant": _EMBEDDED[config.id][1]})
+    return Source(config, path, resolve_dtype(config.dtype, device), device)
 
 
 def _encode(

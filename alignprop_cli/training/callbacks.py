@@ -21,6 +21,7 @@ from alignprop_cli.device import release_cached
 from alignprop_cli.evaluation import draw
 from alignprop_cli.lora import files
 from alignprop_cli.lora import layers as lora
+from alignprop_cli.publishing.request import NOTHING, Request
 from alignprop_cli.rewards.mixture import Mixture
 from alignprop_cli.training import checkpoint
 from alignprop_cli.training.record import StepRecord
@@ -48,6 +49,7 @@ class Run:
         measured: The rewards that samples are measured with: those trained on, then held-out ones;
             None is those trained on.
         sampled: The last samples taken during training; None if there are none yet.
+        publish: What is exported or uploaded of the result.
     """
 
     config: Config
@@ -61,6 +63,7 @@ class Run:
     sample_batch: int | None = None
     measured: Mixture | None = None
     sampled: draw.Samples | None = None
+    publish: Request = NOTHING
 
     def sample(
         self,

@@ -32,6 +32,7 @@ from alignprop_cli.planning import request as planning
 from alignprop_cli.planning import window
 from alignprop_cli.planning.plan import Plan, PlanRequest
 from alignprop_cli.prompts import PromptStream, load_prompts
+from alignprop_cli.publishing.request import NOTHING, Request
 from alignprop_cli.rewards.mixture import build_mixture
 from alignprop_cli.shipped import next_command
 from alignprop_cli.storage import sweep, write_text
@@ -70,6 +71,7 @@ def run_training(
     back_to: str | None = None,
     callbacks: Sequence[Callback] = (),
     estimator: Estimator | None = None,
+    publish: Request = NOTHING,
 ) -> None:
     """Run a training from its configuration to its summary.
 
@@ -81,6 +83,7 @@ def run_training(
         back_to: The checkpoint to resume it from, `best` or a step's; None is the newest.
         callbacks: Your own callbacks, called after the built-in ones that record and save.
         estimator: Your own estimator, instead of the one that `gradient` names.
+        publish: What is exported or uploaded of the result.
 
     Raises:
         AlignPropError: Whatever is wrong with the configuration, the files or the run.
@@ -92,12 +95,9 @@ def run_training(
     setup.check(config, resume)
     config = window.with_window(setup.settled(config))
     accelerator = make_accelerator()
-    if not accelerator.is_main_process:
-        console = Console(quiet=True)
-
+    console = console if accelerator.is_main_process else Console(quiet=True)
     with setup.claimed(resume, wanted, name, accelerator) as folder, trackers:
         found = None if resume is None else choose(resume, back_to, config, console.warn)
-
         # 2. Plan: divide a step so that it fits the memory.
         request = planning.plan_request(config, accelerator.num_processes, estimator)
         budget = budget_here(accelerator, config)
@@ -108,6 +108,7 @@ def run_training(
 
         # 3. Build: model, rewards, LoRA, trainer.
         run = _build(config, folder, plan, request, accelerator, console, found)
+        run.publish = publish  # at the end, by `finish`
         try_out(run, request, footprint, budget)
         if accelerator.is_main_process:
             _open_folder(run, found, is_older=back_to is not None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,9 @@ from alignprop_cli.evaluation.compare import Paired, checks, compare
 from alignprop_cli.evaluation.draw import Samples
 from alignprop_cli.evaluation.sheet import Cell, contact_sheet
 from alignprop_cli.lora.files import BEST, EMA_FOLDER, LORA_FILE, latest
+from alignprop_cli.publishing import card
+from alignprop_cli.publishing.request import CARD
+from alignprop_cli.publishing.results import publish, write_card
 from alignprop_cli.shipped import next_command
 from alignprop_cli.storage import write_text
 from alignprop_cli.training.callbacks import Run
@@ -35,7 +39,7 @@ def finish(
     """
     # 1. The comparison: the same samples of the base and the tuned model, pair by pair.
     folder, console = run.folder, run.console
-    paired, checked = _compared(run, base, tuned)
+    paired, checked = _compare(run, base, tuned)
     # 2. Files. The tuned model is that of the last step, unless the guard stopped the run there.
     took_best = verdict.stopped and verdict.best is not None
     adapter = folder / "checkpoints" / BEST if took_best else latest(folder)
@@ -43,23 +47,23 @@ def finish(
     sheet = folder / "before_after.png"
     _write_sheet(sheet, base, tuned, names)
     values = _values(run, verdict, seconds, adapter, sheet)
-    values["held_out"] = {
-        "prompts": run.config.eval.prompts,
-        "images": len(base.samples),
-        "rewards": {name: asdict(result) for name, result in paired.items()},
-        "checker": {part: asdict(result) for part, result in checked.items()},
-    }
+    prompts, images = run.config.eval.prompts, len(base.samples)
+    values["held_out"] = {"prompts": prompts, "images": images, **_figures(paired, checked)}
     # 3. The same for people.
     rows = [*map(_reward_row, paired, paired.values()), *map(_check_row, checked, checked.values())]
     columns = ("", *names, "difference", "95 % interval")
-    title = (
-        f"{len(base.samples)} held-out samples ({run.config.eval.prompts}), "
-        f"{names[0]} and {names[1]}"
-    )
+    title = f"{images} held-out samples ({prompts}), {names[0]} and {names[1]}"
     report.finish(Outcome(title, columns, rows, base, tuned, names, seconds))
+    # The card first: a run that is killed before its summary is resumed to write both.
+    about = _card(run, values, base)
+    values["card"] = str(write_card(adapter, about, sheet).resolve())
     write_text(folder / "summary.json", json.dumps(values, indent=2) + "\n")
     if verdict.stopped:
         console.warn(verdict.told)
+    # 4. What is made of the result, which is on the disk whatever fails here.
+    given = (adapter / LORA_FILE, run.config.model, folder, folder.resolve().name, about, sheet)
+    published = publish(run.publish, *given)
+    values |= published.values
     console.result(
         "alignprop.train/2",
         values,
@@ -71,17 +75,20 @@ def finish(
             *_average_line(adapter),
             f"images   {sheet}",
             f"report   {folder / REPORT}",
+            f"card     {adapter / CARD}",
+            *published.lines,
             f"{values['steps']} steps, {values['images_seen']} images, "
             f"{seconds:.0f} s, at most {values['peak_memory_gib']:.2f} GiB",
             f"next: {values['next']}",
         ],
     )
+    published.check()
 
 
-def _compared(
+def _compare(
     run: Run, base: Samples, tuned: Samples
 ) -> tuple[dict[str, Paired], dict[str, Paired]]:
-    """Return the rewards by name, and what the checker of the prompts finds right by part."""
+    """Return how rewards and extra metrics compare, and what the checker found right."""
     metrics = (run.measured or run.trainer.mixture).metrics
     paired = {
         name: compare(base.samples, base.rewards[name], tuned.rewards[name]) for name in metrics
@@ -91,6 +98,19 @@ def _compared(
         for part, right in checks({"base": base, "tuned": tuned}).items()
     }
     return paired, checked
+
+
+def _figures(paired: Mapping[str, Paired], checked: Mapping[str, Paired]) -> dict[str, Any]:
+    return {
+        "rewards": {name: asdict(result) for name, result in paired.items()},
+        "checker": {part: asdict(result) for part, result in checked.items()},
+    }
+
+
+def _card(run: Run, values: Mapping[str, Any], base: Samples) -> card.Card:
+    model, prompts = run.trainer.model, [sample.prompt for sample in base.samples]
+    title, kind = run.folder.resolve().name, model.family.pipeline_class
+    return card.of_run(run.config, title, kind, model.fingerprint, values, prompts)
 
 
 def _values(

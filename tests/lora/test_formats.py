@@ -279,7 +279,9 @@ def test_a_file_for_comfyui_is_read_back_with_its_scaling(tmp_path: Path, prefix
     # Only a U-Net's have alpha; diffusers refuses those of a transformer with it.
     alphas = [name for name in state if name.endswith(".alpha")]
     assert (len(state), len(alphas)) == ((6, 2) if prefix == "unet." else (4, 0))
-    file = files.save_for_comfyui(tmp_path, layers, {"note": "x"}, prefix=prefix)
+    file = files.save_for_comfyui(
+        tmp_path / files.LORA_FILE, layers, {"note": "x"}, prefix=prefix, title="t"
+    )
     found = files.read(file)
     assert found.header["note"] == "x"
     for name, factors in layers.items():

@@ -492,7 +492,8 @@ def test_a_written_file_changes_the_weights_alike_in_diffusers_and_by_comfyuis_r
         metadata = lora.adapter_metadata(module)
         file = files.save(place, lora.weights(module), {}, prefix=prefix, adapter_metadata=metadata)
         if made == "comfyui":
-            file = files.save_for_comfyui(place, files.read(file).layers, {}, prefix=prefix)
+            layers = files.read(file).layers
+            files.save_for_comfyui(file, layers, {}, prefix=prefix, title="t")
         state, read = load_file(file), files.read(file).layers
         pipeline = pipeline_of(case, folder)
         pipeline.load_lora_weights(place)

@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from alignprop_cli.commands.output import EVALUATION, claimed
 from alignprop_cli.commands.settings import for_evaluation
+from alignprop_cli.commands.sharing import of_evaluation
 from alignprop_cli.commands.strengths import choose
 from alignprop_cli.console import Console
 from alignprop_cli.errors import ConfigError
 from alignprop_cli.paths import user_path
+from alignprop_cli.publishing.request import FILES
 
 if TYPE_CHECKING:
     from alignprop_cli.lora.files import Located
@@ -41,6 +43,7 @@ def evaluate(
     output: str | None = None,
     overwrite: bool = False,
     log_with: Sequence[str] | None = None,
+    export: Sequence[str] | None = None,
 ) -> None:
     """Compare LoRAs with the base model, and give the console the result.
 
@@ -64,6 +67,7 @@ def evaluate(
         output: The folder of the result.
         overwrite: Whether it may be replaced.
         log_with: Names of trackers.
+        export: Formats to write the LoRA in.
 
     Raises:
         AlignPropError: Whatever is wrong with the options, the files, the model or the rewards.
@@ -77,7 +81,7 @@ def evaluate(
     flags |= {"eval.images_per_prompt": images_per_prompt, "eval.seed": seed}
     flags |= {"eval.batch_size": batch_size, "tracking.log_with": log_with}
     # 3. The folder is held until the result is in it: sampling may take hours.
-    with claimed(folder, overwrite=overwrite, ours=EVALUATION, sign="results.json"):
+    with claimed(folder, overwrite=overwrite, ours=(*EVALUATION, *FILES), sign="results.json"):
         first = next(iter(located), None)
         resolved = for_evaluation(
             targets[0], first, preset, config, sets=sets, reward=reward, flags=flags
@@ -86,7 +90,9 @@ def evaluate(
         from alignprop_cli.evaluation.run import run_evaluation, variants
 
         compared = variants(located, chosen.strengths, chosen.base_until)
-        run_evaluation(resolved, console, compared, folder, replace=overwrite, axis=chosen.axis)
+        publish = of_evaluation(export, located, chosen, resolved.model, folder)
+        more: dict[str, Any] = {"replace": overwrite, "axis": chosen.axis, "publish": publish}
+        run_evaluation(resolved, console, compared, folder, **more)
 
 
 def _locate(targets: Sequence[str], checkpoint: str | None, ema: bool) -> list[Located]:

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from alignprop_cli.commands import settings
 from alignprop_cli.commands.output import EVALUATION, claimed
+from alignprop_cli.commands.sharing import of_soup
 from alignprop_cli.console import Console
 from alignprop_cli.lora.recipe import Recipe, check_recipe, member_shares, sweep_shares
+from alignprop_cli.publishing.request import FILES, Publish
 
 if TYPE_CHECKING:
     from alignprop_cli.config.schema import Config
@@ -30,6 +32,8 @@ def soup(
     output: str | None = None,
     overwrite: bool = False,
     log_with: Sequence[str] | None = None,
+    export: Sequence[str] | None = None,
+    push_to_hub: str | None = None,
 ) -> Mapping[str, Any]:
     """Mix LoRAs into one, and give the console the result.
 
@@ -47,6 +51,8 @@ def soup(
         output: The folder of the result.
         overwrite: Whether it may be replaced.
         log_with: Names of trackers, for the evaluation.
+        export: Formats to write the mix in.
+        push_to_hub: Id on the hub to upload it to.
 
     Returns:
         What was made, for programs; of a sweep nothing.
@@ -64,29 +70,36 @@ def soup(
 
     # 2. The members are read and checked, and the configuration they record; nothing is written.
     made = prepare(names, coefficients, shares, output, recipe)
-    with claimed(made.folder, overwrite=overwrite, ours=made.contents(EVALUATION)):
+    asked = evaluate or shares is not None
+    publish = of_soup(made, export, push_to_hub, model, is_evaluated=asked)
+    with claimed(made.folder, overwrite=overwrite, ours=(*made.contents(EVALUATION), *FILES)):
         # Before a mix is written, so that one that cannot be evaluated leaves nothing behind.
         config = None
-        if evaluate or shares is not None:
+        if asked:
             flags = {"model.id": model, "eval.images": images, "tracking.log_with": log_with}
             config = settings.for_soup(made, sets=sets, reward=reward, flags=flags)
-        return _make(console, made, config, replace=overwrite)
+        return _make(console, made, config, publish, replace=overwrite)
 
 
 def _make(
-    console: Console, soup: Soup, config: Config | None, *, replace: bool
+    console: Console, soup: Soup, config: Config | None, publish: Publish, *, replace: bool
 ) -> Mapping[str, Any]:
     """Make the mixes; print what was made or, with a `config`, evaluate them."""
     from alignprop_cli.lora.files import locate
+    from alignprop_cli.publishing.soups import add_card
 
     for text in soup.left_out:
         console.warn(text)
     for text in soup.remarks:
         console.note(text)
-    values, lines = soup.make(replace=replace)
+    values, lines = soup.make(replace=replace, also=add_card)
     if config is None:
+        published = publish()
+        lines += [*published.lines]
+        values = {**values, **published.values}
         lines.append(f"next: {settings.evaluate_command(soup.folder, soup.header)}")
         console.result("alignprop.soup/1", values, lines)
+        published.check()
         return values
     for line in lines:  # with --evaluate the result is that of the evaluation
         console.note(line)
@@ -97,5 +110,5 @@ def _make(
         for m in soup.mixes
     ]
     folder, axis = soup.folder / "evaluation", "share of the first member"
-    run_evaluation(config, console, mixes, folder, replace=replace, axis=axis)
+    run_evaluation(config, console, mixes, folder, replace=replace, axis=axis, publish=publish)
     return values

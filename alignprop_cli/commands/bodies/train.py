@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alignprop_cli.commands import cards, settings
-from alignprop_cli.config.schema import dump
+from alignprop_cli.commands.listing import show
+from alignprop_cli.commands.sharing import of_training
 from alignprop_cli.console import Console
 
 
@@ -30,6 +31,8 @@ def train(
     gpus: int | None = None,
     show_preset: bool = False,
     log_with: Sequence[str] | None = None,
+    export: Sequence[str] | None = None,
+    push_to_hub: str | None = None,
 ) -> None:
     """Train, or plan a training, and give the console the result.
 
@@ -52,6 +55,8 @@ def train(
         gpus: How many of them.
         show_preset: Whether to print the configuration only.
         log_with: Names of trackers.
+        export: Formats to write the adapter in.
+        push_to_hub: Id on the hub to upload it to.
 
     Raises:
         AlignPropError: Whatever is wrong with the configuration, the files or the run.
@@ -69,8 +74,7 @@ def train(
     resolved = settings.for_training(run, preset, config, sets=sets, reward=reward, flags=flags)
     # Looked at often, so it must not wait for torch.
     if show_preset:
-        values = {"config": resolved.model_dump(mode="json")}
-        return console.result("alignprop.config/1", values, [dump(resolved).rstrip()])
+        return show(resolved, console)
 
     # 3. From here on torch and diffusers are needed.
     # A resumed run keeps its name, whatever file it was once started with.
@@ -81,4 +85,5 @@ def train(
         return describe(resolved, console, name=name, resume=run, **planned)
     from alignprop_cli.training.run import run_training
 
-    run_training(resolved, console, name=name, resume=run, back_to=checkpoint)
+    publish = of_training(resolved, export, push_to_hub)
+    run_training(resolved, console, name=name, resume=run, back_to=checkpoint, publish=publish)

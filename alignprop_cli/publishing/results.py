@@ -1,0 +1,115 @@
+"""The end of a command whose result leaves this machine: card, exports, upload.
+
+The result itself is on the disk before any of it begins, and stays there whatever fails.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from safetensors.torch import load_file
+
+from alignprop_cli.config.schema import ModelConfig
+from alignprop_cli.errors import AlignPropError
+from alignprop_cli.lora import files
+from alignprop_cli.lora.files import LORA_FILE
+from alignprop_cli.lora.tensor_file import save_tensors
+from alignprop_cli.publishing import export, push, shared
+from alignprop_cli.publishing.card import Card
+from alignprop_cli.publishing.request import CARD, HUB, IMAGES, Published, Request
+from alignprop_cli.storage import sweep, write_text, write_whole
+
+# Of the header of a LoRA file, what diffusers reads.
+_DIFFUSERS = ("format", "lora_adapter_metadata")
+
+
+def check(request: Request, *, dora: bool = False, model: ModelConfig | None = None) -> None:
+    """Refuse what cannot be done, before anything is trained, sampled or mixed.
+
+    Raises:
+        AlignPropError: As `export.check` and `push.check`.
+    """
+    export.check(request.exports, dora=dora, model=model)
+    if request.hub_id is not None:
+        push.check(request.hub_id)
+
+
+def write_card(folder: Path, card: Card, images: Path | None = None) -> Path:
+    """Write the card beside an adapter.
+
+    Args:
+        folder: That of the adapter.
+        card: What it says.
+        images: Images for it.
+
+    Returns:
+        The file.
+    """
+    sweep(folder, CARD)
+    write_text(folder / CARD, card.text("THIS-FOLDER", _relative(images, folder)))
+    return folder / CARD
+
+
+def publish(
+    request: Request,
+    adapter: Path,
+    model: ModelConfig | None,
+    folder: Path,
+    title: str,
+    card: Card | None = None,
+    images: Path | None = None,
+) -> Published:
+    """Write the exports, and upload.
+
+    Args:
+        request: What is asked for.
+        adapter: The LoRA file.
+        model: The base model, for merged models.
+        folder: Of the result; exports go there.
+        title: Name of the result.
+        card: Uploaded with the adapter.
+        images: Images for the card.
+    """
+    values: dict[str, Any] = {}
+    lines: list[str] = []
+    try:
+        if request.exports:
+            made = export.write(request.exports, files.read(adapter), model, folder, title)
+            values["exports"] = {one.kind: str(one.path.resolve()) for one in made}
+            lines += [f"export   {one.path}{f' ({one.note})' if one.note else ''}" for one in made]
+        if request.hub_id is not None:
+            assert card is not None
+            prepared = folder / HUB
+            _prepare(prepared, adapter, card, images, request.hub_id)
+            values["hub"] = push.upload(request.hub_id, prepared)
+            lines.append(f"hub      {values['hub']} (private, if it is new)")
+    except AlignPropError as error:
+        return Published(values, lines, error)
+    return Published(values, lines)
+
+
+def _prepare(folder: Path, adapter: Path, card: Card, images: Path | None, hub_id: str) -> None:
+    """Write a folder with what is uploaded and nothing else, so that it can be looked at."""
+    found = files.read_header(adapter)
+    header = {key: found[key] for key in _DIFFUSERS if key in found} | shared.header(found)
+
+    def write(made: Path) -> None:
+        save_tensors(made / LORA_FILE, load_file(adapter), header)
+        text = card.text(hub_id, None if images is None else IMAGES)
+        (made / CARD).write_text(text, encoding="utf-8")
+        if images is not None:
+            shutil.copyfile(images, made / IMAGES)
+
+    write_whole(folder, write)
+
+
+def _relative(images: Path | None, folder: Path) -> str | None:
+    """Return the path of the images from the folder of the card."""
+    if images is None:
+        return None
+    # As a link: a blank or a bracket would end it.
+    return quote(Path(os.path.relpath(images.resolve(), folder.resolve())).as_posix())

@@ -1,0 +1,54 @@
+"""What a file that is given away says: nothing about the machine that it was made on."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from alignprop_cli.config.schema import EMBEDDED_MODELS
+from alignprop_cli.parsing import ParseError, read_json
+
+_KEPT = ("version", "base_fingerprint", "step", "seed", "ema_decay")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+
+def base_model(name: str | None) -> str | None:
+    """Return a base model's name as others may know it; None for a path of this machine."""
+    if name is None or name in EMBEDDED_MODELS:
+        return name
+    # A hub id can be a folder here as well; then it was that folder.
+    return name if _HUB_ID.fullmatch(name) and not Path(name).exists() else None
+
+
+def last_part(name: str) -> str:
+    """Return a name without the folders before it, such as that of a reward in a file."""
+    return re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+
+
+def header(found: Mapping[str, str]) -> dict[str, str]:
+    """Return what a LoRA's header may tell others.
+
+    The configuration of the run is not among it, as that names files and folders.
+
+    Args:
+        found: The header of the file on this machine.
+    """
+    kept = {key: found[key] for part in _KEPT if (key := f"alignprop.{part}") in found}
+    if (known := base_model(found.get("alignprop.base_model"))) is not None:
+        kept["alignprop.base_model"] = known
+    if rewards := found.get("alignprop.rewards"):
+        kept["alignprop.rewards"] = ",".join(map(last_part, rewards.split(",")))
+    if members := _members(found.get("alignprop.merged_from", "[]")):
+        kept["alignprop.merged_from"] = members
+    return kept
+
+
+def _members(text: str) -> str | None:
+    """Return what a soup is made of, the members without their folders."""
+    try:
+        members = [{**one, "name": last_part(str(one["name"]))} for one in read_json(text)]
+    except (ParseError, LookupError, TypeError):
+        return None  # somebody else's
+    return json.dumps(members) if members else None

@@ -1,0 +1,163 @@
+"""Model cards: what they say, and that nothing of a foreign text is markup in them."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+from markdown_it import MarkdownIt
+
+from alignprop_cli.config import presets
+from alignprop_cli.models.published import PUBLISHED
+from alignprop_cli.publishing import card, facts
+from alignprop_cli.rewards.registry import SHIPPED
+
+ROOT = Path(__file__).parents[2]
+PAIRED = {"base": 0.25, "tuned": 0.5, "difference": 0.25, "low": 0.125, "high": 0.375}
+EVIL = (
+    "<script>alert(1)</script>",
+    "![x](http://evil.example/track.png)",
+    "[click](javascript:alert(1)) http://evil.example www.evil.example",
+    "a `code` and ``more`` of it`",
+    "`",
+    "a | b | c",
+    "---\nlicense: mit\n---",
+    "# heading\n\n- list\x1b[31m\u202e",
+    "",
+)
+
+
+def summary(**more: Any) -> dict[str, Any]:
+    return {
+        "weights": "last step",
+        "steps": 3,
+        "guard": {"told": ""},
+        "held_out": {
+            "prompts": "shapes-heldout",
+            "images": 4,
+            "rewards": {"clip": PAIRED, "hps": PAIRED},
+            "checker": {"colour": PAIRED},
+        },
+        **more,
+    }
+
+
+def of(model: str, examples: tuple[str, ...] = (), **flags: Any) -> card.Card:
+    given = {"model.id": model, "reward.clip.model": "ViT-B-32", **flags}
+    config = presets.resolve(preset="aesthetic", rewards={"clip": 2.0}, flags=given)
+    return card.of_run(config, "r", "SomePipeline", "f1", summary(), examples)
+
+
+def test_a_card_says_what_was_trained_and_measured() -> None:
+    model = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+    text = of(model, ("a cat",)).text("me/r", "before_after.png")
+    made = ModelCard(text)
+    assert made.data.base_model == model
+    assert made.data.license == "creativeml-openrail-m"
+    assert made.data.library_name == "diffusers"
+    assert made.data.pipeline_tag == "text-to-image"
+    for expected in (
+        f'SomePipeline.from_pretrained("{model}")',
+        'pipeline.load_lora_weights("me/r")',
+        "num_inference_steps=50",
+        "| reward `clip` | weight 2 |",
+        "| `clip` (trained on) | 0.2500 | 0.5000 | +0.2500 | +0.1250 to +0.3750 |",
+        "| `hps` | 0.2500 |",
+        "| `colour` right | 25.0% | 50.0% | +25.0% | +12.5% to +37.5% |",
+        "4 images of held-out prompts (`shapes-heldout`)",
+        "- `a cat`",
+        "](before_after.png)",
+        "- `clip`: fooled by texture that only this model sees.",
+        f"- base model `{model}`: CreativeML OpenRAIL-M",
+        "arXiv:2310.03739",
+    ):
+        assert expected in made.text, expected
+
+
+def test_of_a_local_model_only_the_name_is_told() -> None:
+    text = of("/data/secret/mine").text("x", None)
+    assert "/data" not in text
+    assert "a local model, `mine`" in text
+    assert "FOLDER-OF-THE-BASE-MODEL" in text
+    made = ModelCard(text)
+    assert made.data.base_model is None
+    assert made.data.license is None
+    assert "not known here" in made.text
+
+
+def test_a_soup_has_the_figures_of_its_evaluation_or_says_that_there_are_none() -> None:
+    header = {"alignprop.base_model": "Tongyi-MAI/Z-Image"}
+    members = [("a", 0.7), ("b", 0.3)]
+    given = ("mix", header, members, ["clip", "/data/own.py:A"], "exact")
+    text = card.of_soup(*given, {"sample": {"num_inference_steps": 7}}, None).text("x", None)
+    assert "Nothing was measured." in text
+    assert "num_inference_steps=7" in text
+    assert "| member 1 | `0.7 x a` |" in text
+    assert "- `own.py:A`: a reward of its user's own" in text
+    assert ModelCard(text).data.license == "apache-2.0"
+    tuned = {"mean": 0.5, "std": 0.1, "difference": 0.25, "low": 0.125, "high": 0.375}
+    evaluation = {
+        "images": 8,
+        "prompts": "/data/prompts.txt",
+        "sample": {"num_inference_steps": 9},
+        "rewards": {"hps": {"base": {"mean": 0.25}, "tuned": tuned}},
+    }
+    text = card.of_soup(*given, {}, evaluation).text("x", "evaluation/sheet.png")
+    assert "| `hps` | 0.2500 | 0.5000 | +0.2500 | +0.1250 to +0.3750 |" in text
+    assert "8 images of held-out prompts (`prompts.txt`)" in text
+    assert "num_inference_steps=9" in text
+
+
+@pytest.mark.parametrize("evil", EVIL)
+def test_nothing_in_a_foreign_text_is_markup(evil: str) -> None:
+    """By markdown-it, with tables, links and HTML as the hub has them."""
+    parser = MarkdownIt("commonmark", {"html": True, "linkify": False}).enable("table")
+    honest = vars(of("tiny", ("a cat",)))
+
+    def with_text(text: str) -> card.Card:
+        given = {"title": text, "examples": [text], "remark": text, "base": f"/x/{text}"}
+        rewards, settings = {f"m:{text}": "weight 1"}, [("prompts", text)]
+        return card.Card(**{**honest, **given, "rewards": rewards, "settings": settings})
+
+    hostile, plain = with_text(evil), with_text("t")
+
+    def kinds(made: card.Card) -> list[str]:
+        body = ModelCard(made.text("x", None)).text
+        tokens = parser.parse(body)
+        inner = [child for token in tokens for child in token.children or ()]
+        return [token.type for token in (*tokens, *inner) if token.type != "text"]
+
+    # The same headings, tables, code and links, in the same order, whatever the text is.
+    found = kinds(hostile)
+    assert found == (kinds(plain) if evil else found)
+    assert not {"html_block", "html_inline", "image"} & set(found)
+    assert ModelCard(hostile.text("x", None)).data.to_dict() == (
+        ModelCard(plain.text("x", None)).data.to_dict()
+    )
+    assert not re.search("[\x00-\x08\x0b-\x1f\u202e]", hostile.text("x", None))
+
+
+def test_the_facts_about_rewards_are_those_of_the_documentation() -> None:
+    assert set(facts.REWARDS) == set(SHIPPED)
+    text = (ROOT / "docs" / "rewards.md").read_text(encoding="utf-8")
+    for name in ("aesthetic", "hps", "imagereward", "clip"):
+        section = text.split(f"\n## {name}\n")[1].split("\n## ")[0]
+        said = " ".join(re.search(r"\*\*Fooled by\*\*: (.*?)\.\n", section, re.DOTALL)[1].split())
+        assert facts.REWARDS[name].fooled_by == said
+        licence = facts.REWARDS[name].licence
+        if name != "clip":
+            assert licence is not None
+            assert "Apache-2.0" in licence
+            assert "Apache-2.0" in section
+    for name, ends in re.findall(r"\| `(\w+)` \| [^|]+ \| [^|]+ \| ([^|]+) \|", text):
+        assert facts.REWARDS[name].fooled_by == ends.strip()
+
+
+def test_a_licence_is_told_of_published_models_alone() -> None:
+    known = {model for model in PUBLISHED if facts.base_licence(model)}
+    assert known >= {"Tongyi-MAI/Z-Image", "black-forest-labs/FLUX.1-dev"}
+    assert facts.base_licence("somebody/else") is None
+    assert facts.base_licence(None) is None
