@@ -58,7 +58,8 @@ class Backend:
         """Close the run."""
         self.tracker.finish()
 
-    tracker: tracking.GeneralTracker
+    # accelerate declares neither the library's own run nor files.
+    tracker: Any
 
 
 class TensorBoard(Backend):

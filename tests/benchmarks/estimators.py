@@ -10,10 +10,11 @@ where all products of means are taken over pairs of different images, so that no
 them. A step of B images divides the variance by B. The images with the largest full gradients can
 be left out: they decide everything otherwise. Calls and seconds are those of one image alone.
 
-`training`: the preset's training with each estimator, at equal images (the preset's steps) and at
-equal seconds (as many steps as take the time of the preset's own estimator, by the median step of
-the first run; the learning rate falls over the same share of them). Then `alignprop evaluate` on
-held-out prompts, several images each. One process at a time; everything goes through the program.
+`training`: the preset's training with each estimator at a constant learning rate, judged at equal
+images (the preset's steps) and at equal seconds (as many steps as take the CPU time of the preset's
+own estimator, a multiple of 5): one run each, of which `alignprop evaluate` compares both
+checkpoints with the base model on held-out prompts, several images each. One process at a time;
+everything goes through the program.
 
 Run:  python tests/benchmarks/estimators.py gradients
       python tests/benchmarks/estimators.py training --keep estimators
@@ -47,6 +48,8 @@ from alignprop_cli.training.trainer import Trainer
 
 METHODS = get_args(GradientConfig.model_fields["method"].annotation)
 FULL = "full"
+STRIDE = 5
+"""Steps between two checkpoints."""
 
 
 def chosen(text: str) -> tuple[str, list[str]]:
@@ -140,67 +143,86 @@ def program(*args: str) -> None:
 
 
 def trained(arguments: argparse.Namespace, name: str, seed: int, steps: int) -> Path:
-    """Return the run folder of a method and seed; one that is there is used again."""
-    folder = arguments.keep / f"{arguments.preset}-{name}-s{seed}-n{steps}"
-    if not (folder / "evaluation" / "results.json").is_file():
+    """Return the run folder of a method and seed, trained to at least so many steps."""
+    folder = arguments.keep / f"{arguments.preset}-{name}-s{seed}"
+    if not folder.is_dir():
         _, options = chosen(name)
-        config = presets.resolve(preset=arguments.preset)
-        settings = [*arguments.set, *options, f"train.seed={seed}", "eval.every=0", "eval.images=8"]
-        if config.train.lr_decay_steps is not None:
-            share = config.train.lr_decay_steps / config.train.steps
-            settings.append(f"train.lr_decay_steps={max(round(share * steps), 1)}")
-        again = ["--resume", str(folder)] if folder.is_dir() else [f"--preset={arguments.preset}"]
-        options = [] if folder.is_dir() else [f"--set={setting}" for setting in settings]
-        new = [] if folder.is_dir() else [f"--output={folder}"]
-        program("train", *again, *options, *new, f"--steps={steps}", "--quiet")
-        program(
-            *("evaluate", str(folder), f"--output={folder / 'evaluation'}", "--quiet"),
-            *(f"--images={arguments.images}", f"--images-per-prompt={arguments.images_per_prompt}"),
-            *(f"--reward={arguments.reward}",) * bool(arguments.reward),
-        )
+        # A constant rate, so that a longer run has the shorter one's checkpoints.
+        settings = [*options, f"train.seed={seed}", "train.lr_decay_steps=null"]
+        settings += [f"output.save_every={STRIDE}", "output.keep_last=null", "eval.every=0"]
+        settings += ["eval.images=8", *arguments.set]
+        options = [f"--preset={arguments.preset}", *(f"--set={each}" for each in settings)]
+        program("train", *options, f"--output={folder}", f"--steps={steps}", "--quiet")
+    elif not (folder / "checkpoints" / f"step-{steps:06d}").is_dir():
+        program("train", f"--resume={folder}", f"--steps={steps}", "--quiet")
     return folder
 
 
-def step_seconds(folder: Path) -> float:
-    """Return the median time of a step; the first is warming up."""
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return statistics.median([json.loads(line)["seconds"] for line in lines][1:])
+def step_seconds(arguments: argparse.Namespace, name: str) -> float:
+    """Return the CPU time of a step, the median of three; other programs hardly change it."""
+    _, options = chosen(name)
+    config = presets.resolve(preset=arguments.preset, assignments=[*arguments.set, *options])
+    prompts = load_prompts(config.train.prompts)
+    trainer = building.build_trainer(config, building.open_parts(config, prompts))
+    times = list[float]()
+    # The first is warming up.
+    for _ in range(4):
+        started = time.process_time()
+        trainer.step()
+        times.append(time.process_time() - started)
+    return statistics.median(times[1:])
 
 
-def differences(folder: Path) -> dict[str, float]:
-    """Return base and tuned minus base of every metric of the evaluation."""
-    text = (folder / "evaluation" / "results.json").read_text(encoding="utf-8")
+def judged(
+    arguments: argparse.Namespace, folder: Path, counts: Sequence[int]
+) -> list[dict[str, float]]:
+    """Return tuned minus base of every metric after each of these numbers of steps."""
+    output = folder / f"evaluation-{'-'.join(map(str, counts))}"
+    if not (output / "results.json").is_file():
+        program(
+            *("evaluate", *(str(folder / "checkpoints" / f"step-{n:06d}") for n in counts)),
+            *(f"--output={output}", "--overwrite", "--quiet", f"--images={arguments.images}"),
+            f"--images-per-prompt={arguments.images_per_prompt}",
+            *(f"--reward={arguments.reward}",) * bool(arguments.reward),
+        )
+    text = (output / "results.json").read_text(encoding="utf-8")
     values: Mapping[str, Any] = json.loads(text)
-    found: dict[str, float] = {}
+    found = [dict[str, float]() for _ in counts]
     for name, metric in {**values["rewards"], **values["checker"]}.items():
         models = [key for key in metric if key not in ("trained_on", "base")]
-        found[name] = metric[models[-1]]["mean"] - metric["base"]["mean"]
+        for model, place in zip(models, found, strict=True):
+            place[name] = metric[model]["mean"] - metric["base"]["mean"]
     return found
 
 
 def training(arguments: argparse.Namespace, report: Report) -> None:
     config = presets.resolve(preset=arguments.preset)
     own, steps = config.gradient.method, arguments.steps or config.train.steps
-    budget = {s: steps * step_seconds(trained(arguments, own, s, steps)) for s in arguments.seeds}
+    if steps % STRIDE:
+        raise SystemExit(f"--steps: expected a multiple of {STRIDE}")
     rows: list[tuple[str, str, list[dict[str, float]]]] = []
-    for name in arguments.methods:
+    paces = {n: step_seconds(arguments, n) for n in dict.fromkeys((own, *arguments.methods))}
+    for name, pace in paces.items():
         images, seconds = list[dict[str, float]](), list[dict[str, float]]()
+        count = STRIDE * max(round(steps * paces[own] / pace / STRIDE), 1)
         for seed in arguments.seeds:
-            folder = trained(arguments, name, seed, steps)
-            pace = step_seconds(folder)
-            images.append({**differences(folder), "steps": steps, "step seconds": pace})
-            count = max(round(budget[seed] / pace), 1)
-            other = folder if name == own else trained(arguments, name, seed, count)
-            seconds.append({**differences(other), "steps": count, "step seconds": pace})
+            folder = trained(arguments, name, seed, max(steps, count))
+            both = judged(arguments, folder, list(dict.fromkeys((steps, count))))
+            images.append({**both[0], "steps": steps, "step seconds": pace})
+            seconds.append({**both[-1], "steps": count, "step seconds": pace})
         rows += [(name, "images", images), (name, "seconds", seconds)]
-    columns = list(rows[0][2][0])
-    report.add(f"| method | equal | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|")
-    for name, equal, seeds in rows:
-        cells = [
-            f"{np.mean([s[c] for s in seeds]):+.4g} ({', '.join(f'{s[c]:+.3g}' for s in seeds)})"
-            for c in columns
-        ]
-        report.add(f"| {name} | {equal} | {' | '.join(cells)} |")
+        columns = list(images[0])
+        if name == own:
+            report.add(
+                f"| method | equal | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|"
+            )
+        for _, equal, seeds in rows[-2:]:
+            cells = [_cell([seed[column] for seed in seeds]) for column in columns]
+            report.add(f"| {name} | {equal} | {' | '.join(cells)} |")
+
+
+def _cell(values: Sequence[float]) -> str:
+    return f"{np.mean(values):+.4g} ({', '.join(f'{value:+.3g}' for value in values)})"
 
 
 def main() -> None:
