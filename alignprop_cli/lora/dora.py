@@ -1,4 +1,4 @@
-"""The start of a DoRA, whose layers run by peft's own code."""
+"""The start of a DoRA, whose layers run by peft's own code, and whether a network has one."""
 
 from __future__ import annotations
 
@@ -20,3 +20,9 @@ def start_magnitudes(network: torch.nn.Module) -> None:
             weight = dequantize_module_weight(layer.get_base_layer()).float()
             # The update is 0, as B is.
             magnitude.weight.data = magnitude.get_weight_norm(weight, 0.0, 1.0)
+
+
+def is_present(network: torch.nn.Module) -> bool:
+    """Return whether the network's LoRA is a DoRA."""
+    layers = (layer for layer in network.modules() if isinstance(layer, LoraLayer))
+    return any(ADAPTER in layer.lora_magnitude_vector for layer in layers)

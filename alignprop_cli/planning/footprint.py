@@ -1,24 +1,31 @@
 """What each part of a step needs, counted by running the real code on one image.
 
 It runs on the meta device: seconds, without weights and without a GPU. Everything but the LoRA's
-gradients is proportional to the batch, so one image is enough.
+gradients is proportional to the batch, so one image is enough. Not with DoRA, whose layers compute
+the norms of their weights in every call, however many images there are: calls are counted twice.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from alignprop_cli.guidance import guided
+from alignprop_cli.guidance import Conditioning, Embeds, guided
+from alignprop_cli.lora import dora
 from alignprop_cli.lora import layers as lora
 from alignprop_cli.models.base import Decoder, MetaModel, Sampler
 from alignprop_cli.planning import meter
 from alignprop_cli.planning.estimate import Footprint, Level
 from alignprop_cli.planning.work import Affine, Work
+
+# The batches of those two counts. Not 1, as what is a view of one image can be a copy of several. A
+# peak is the largest of several moments: between the two it is at most what their line says.
+_TWO_COUNTS = (2, 8)
 
 
 def measure(
@@ -44,30 +51,30 @@ def measure(
         tiny: What decodes the images that are rewarded; None is the model's own decoder.
         detach_uncond: As in `guidance.guided`, of calls with gradient.
     """
+    model, batches = _with_batches(model)
     network, own = model.parts.network, model.parts.decoder
     shape = network.latent_shape(sampler.height, sampler.width)
     there, latents = there_anyway(model), 4 * math.prod(shape)  # bytes, in float32
     trained = sum(p.numel() for p in lora.trainable(network.module))
+    counted = partial(count, shape=shape, there=there, device_type=device_type, batches=batches)
 
     # 1. Calls without gradient, with the LoRA merged or cast as in training.
     with lora.prepared(network.module) as merged:
         plain = torch.no_grad()(merged.around(guided_call(model, sampler, shape)))
-        rollout = count(plain, shape, there=there, device_type=device_type, has_grad=False)
+        rollout = counted(plain, has_grad=False)
 
     # 2. Calls with gradient, with and without gradient in their input, by what is recomputed. The
     #    LoRA's float32 gradients are the one thing whose size does not depend on the batch.
     denoise = guided_call(model, sampler, shape, detach_uncond=detach_uncond)
-    counted = functools.partial(count, denoise, shape, there=there, device_type=device_type)
-
-    def call(*, has_grad: bool, blocks: bool) -> Work:
-        network.recompute_blocks(blocks)
-        with lora.prepared(network.module):
-            return counted(has_grad=has_grad, fixed_backward=4 * trained)
 
     def by_level(*, has_grad: bool) -> dict[Level, Work]:
-        blocks = call(has_grad=has_grad, blocks=True)
-        stored = call(has_grad=has_grad, blocks=False)  # last: nothing stays recomputed
-        return {"none": stored, "block": blocks, "call": _recomputed_call(stored, rollout, latents)}
+        each: dict[bool, Work] = {}
+        for blocks in (True, False):  # last: nothing stays recomputed
+            network.recompute_blocks(blocks)
+            with lora.prepared(network.module):
+                each[blocks] = counted(denoise, has_grad=has_grad, fixed_backward=4 * trained)
+        whole = _recomputed_call(each[False], rollout, latents)
+        return {"none": each[False], "block": each[True], "call": whole}
 
     return Footprint(
         weights={**weights, "merged LoRA": merged.bytes} if merged.bytes else weights,
@@ -87,6 +94,18 @@ def there_anyway(model: MetaModel) -> list[Tensor]:
     """Return what exists during every call: what the network holds, and the embeddings."""
     embeds = [e for e in (model.conditioning.text, model.conditioning.negative) if e is not None]
     return [*held(model.parts.network.module), *(t for e in embeds for t in e.tensors.values())]
+
+
+def _with_batches(model: MetaModel) -> tuple[MetaModel, tuple[int] | tuple[int, int]]:
+    """Return the batches in which calls are counted, after the model with as many embeddings."""
+    batches = _TWO_COUNTS if dora.is_present(model.parts.network.module) else (1,)
+
+    def repeated(embeds: Embeds) -> Embeds:
+        return Embeds({n: torch.cat([t] * max(batches)) for n, t in embeds.tensors.items()})
+
+    text, negative = model.conditioning.text, model.conditioning.negative
+    many = Conditioning(repeated(text), None if negative is None else repeated(negative))
+    return replace(model, conditioning=many), batches
 
 
 def held(module: torch.nn.Module) -> list[Tensor]:
@@ -154,27 +173,42 @@ def count(
     device_type: str,
     has_grad: bool = True,
     fixed_backward: float = 0.0,
+    batches: tuple[int] | tuple[int, int] = (1,),
 ) -> Work:
-    """Count a part of a step on the meta device, with one image.
+    """Count a part of a step on the meta device.
 
     Args:
-        run: The part: a float32 tensor (1, *shape) to another tensor.
+        run: The part: a float32 tensor (B, *shape) to another tensor.
         shape: Shape of the latents or of the image, without the batch.
         there: Tensors that exist anyway and are not counted: weights, embeddings.
         device_type: Device whose attention kernel is counted.
         has_grad: Whether the input carries gradient.
-        fixed_backward: Bytes of backward that do not grow with the batch.
+        fixed_backward: Bytes of backward that do not grow with the batch, where one count is made.
+        batches: B of each count. Two of them show which bytes do not grow with the batch.
     """
-    given = torch.zeros((1, *shape), device="meta", requires_grad=has_grad)
-    cost = meter.count(lambda: run(given), exclude=[*there, given], device_type=device_type)
+    there = list(there)
+
+    def counted(images: int) -> meter.Cost:
+        given = torch.zeros((images, *shape), device="meta", requires_grad=has_grad)
+        return meter.count(lambda: run(given), exclude=[*there, given], device_type=device_type)
+
+    few, costs = batches[0], [counted(images) for images in batches]
+    first, last = costs[0], costs[-1]
+
+    def line(read: Callable[[meter.Cost], int], fixed: float = 0.0) -> Affine:
+        if len(costs) == 1:
+            return Affine(fixed, (read(first) - fixed) / few)
+        each = (read(last) - read(first)) / (batches[-1] - few)
+        return Affine(read(first) - few * each, each)
+
     return Work(
-        saved=Affine(0.0, cost.saved),
-        forward=Affine(0.0, cost.forward),
-        backward=Affine(fixed_backward, cost.backward - fixed_backward),
-        forward_flops=cost.forward_flops,
-        backward_flops=cost.backward_flops,
-        forward_launches=cost.forward_launches,
-        backward_launches=cost.backward_launches,
+        saved=line(lambda cost: cost.saved),
+        forward=line(lambda cost: cost.forward),
+        backward=line(lambda cost: cost.backward, fixed_backward),
+        forward_flops=first.forward_flops / few,
+        backward_flops=first.backward_flops / few,
+        forward_launches=first.forward_launches,
+        backward_launches=first.backward_launches,
     )
 
 

@@ -27,6 +27,8 @@ _DIFFUSION = {
 _DYNAMIC = {**_FLOW, "base_shift": 0.5, "max_shift": 1.15, "shift": 3.0}
 _DYNAMIC |= {"use_dynamic_shifting": True}
 
+_STATIC = {"num_train_timesteps": 1000, "shift": 3.0}
+
 # By folder of `ARCHITECTURES`: class, values.
 SEEN: dict[str, tuple[str, dict[str, Any]]] = {
     # huggingface.co/black-forest-labs/FLUX.1-schnell, commits 64a3664 and 768d12a
@@ -41,17 +43,20 @@ SEEN: dict[str, tuple[str, dict[str, Any]]] = {
     # No page seen. "A drop-in replacement in every system that supports FLUX.1 [dev]", says
     # github.com/black-forest-labs/flux, model_cards/FLUX.1-Krea-dev.md.
     "flux.1-krea-dev": ("FlowMatchEulerDiscreteScheduler", _DYNAMIC),
-    # FLUX.2-dev's: huggingface.co/diffusers/FLUX.2-dev-bnb-4bit. The pipelines compute the shift.
+    # FLUX.2-dev's: huggingface.co/diffusers/FLUX.2-dev-bnb-4bit. The pipelines compute the shift. A
+    # copy of klein 4B's (github.com/DenOfEquity/ersatzForge, backend/huggingface, 7c22b59) has all
+    # of these but a shift of 2.02, which is not read beside dynamic shifting.
     **dict.fromkeys(
         ("flux.2-klein-4b", "flux.2-klein-9b", "flux.2-klein-base-4b", "flux.2-klein-base-9b"),
         ("FlowMatchEulerDiscreteScheduler", {**_DYNAMIC, "time_shift_type": "exponential"}),
     ),
-    # A copy: huggingface.co/frankjoshua/stable-diffusion-3.5-medium, of the public release. That of
-    # large and of 3 was not seen.
-    "sd-3.5-medium": (
-        "FlowMatchEulerDiscreteScheduler",
-        {"num_train_timesteps": 1000, "shift": 3.0},
-    ),
+    # A copy: huggingface.co/frankjoshua/stable-diffusion-3.5-medium, of the public release.
+    "sd-3.5-medium": ("FlowMatchEulerDiscreteScheduler", _STATIC),
+    # A copy: github.com/lllyasviel/stable-diffusion-webui-forge, backend/huggingface, 2d5b6ca.
+    "sd-3.5-large": ("FlowMatchEulerDiscreteScheduler", _STATIC),
+    # No page seen. "Noise scheduler stay exactly the same as in SD3 Medium", says
+    # huggingface.co/blog/sd3-5 of 3.5 large.
+    "sd-3-medium": ("FlowMatchEulerDiscreteScheduler", _STATIC),
     # A copy: huggingface.co/TensorStack/Z-Image-Turbo-ts
     "z-image-turbo": (
         "FlowMatchEulerDiscreteScheduler",

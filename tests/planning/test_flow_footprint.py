@@ -93,10 +93,10 @@ def test_the_bytes_that_a_real_step_stores_are_the_predicted_ones(
 
 
 @pytest.mark.parametrize("family", ["sd", "flux1"])
-def test_a_plan_with_dora_is_never_too_small_and_at_most_a_tenth_too_large(
+def test_a_plan_with_dora_is_never_too_small_and_at_most_2_percent_too_large(
     family: str, tmp_path: Path
 ) -> None:
-    """Not within 2 %, as with other LoRAs: 9.6 % too large here for "sd", 2.9 % for "flux1"."""
+    """Its layers store the norms of their weights once a call, whatever the number of images."""
     flow = {"num_inference_steps": 3, "guidance_scale": 3.0, "height": 32, "width": 32}
     chosen = parse(
         {
@@ -108,13 +108,16 @@ def test_a_plan_with_dora_is_never_too_small_and_at_most_a_tenth_too_large(
             "train": {"prompts": "shapes", "batch_size": 8},
         }
     )
-    plan = plan_of(2, "none")
-    expected = expected_bytes(planning.measure(chosen, "cpu"), plan, 2)
-    made = trainer(plan, chosen)
-    with meter.SavedBytes(there(made)) as kept:
-        ends = path(made, 2, 2)
-    assert ends.requires_grad
-    assert kept.total <= expected <= 1.10 * kept.total
+    found = planning.measure(chosen, "cpu")
+    made = trainer(plan_of(4), chosen)
+    for images in (1, 2, 4):
+        with meter.SavedBytes(there(made)) as kept:
+            ends = path(made, images, 2)
+        assert ends.requires_grad
+        expected = expected_bytes(found, plan_of(images), 2)
+        assert kept.total <= expected <= 1.02 * kept.total
+    # Not all of it is proportional to the images.
+    assert 0.05 * found.call["none"].saved(1) < found.call["none"].saved.fixed
 
 
 def test_buffers_count_as_weights(tmp_path: Path) -> None:
