@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -144,7 +144,10 @@ class Report(Callback):
         return self._run.folder / "samples"
 
     def _write(
-        self, state: str, prepare: Any = lambda: None, outcome: Outcome | None = None
+        self,
+        state: str,
+        prepare: Callable[[], object] = lambda: None,
+        outcome: Outcome | None = None,
     ) -> None:
         """Write the page; where that fails, say so once and let the run go on."""
         # What is written before a page is in here too: it is for the page alone.
