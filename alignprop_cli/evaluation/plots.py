@@ -120,7 +120,8 @@ def histogram(name: str, values: Mapping[str, Sequence[float] | NDArray[np.float
             "bars",
             colour,
         )
-        for colour, (model, each) in enumerate(shown.items())
+        # Grey is the base model's, beside others.
+        for colour, (model, each) in enumerate(shown.items(), start=int(len(shown) == 1))
     ]
     return Plot(name, name, lines, share=True)
 

@@ -40,7 +40,7 @@ def groups(
     # In the middle of a run with other settings a measure may begin, or end.
     names = list(dict.fromkeys([*base, *measured]))
     others = [name for name in names if name not in trained and name not in held_out]
-    return [
+    found: list[tuple[str, list[Plot]]] = [
         (
             "Rewards",
             [
@@ -48,9 +48,13 @@ def groups(
                 *(_sampled(lines, name, base, best, ", held out") for name in held_out),
             ],
         ),
-        ("Other measures", [_sampled(lines, n, base, best) for n in others]),
-        ("Optimisation", [plot for plot in _optimisation(lines, calls) if plot.lines]),
-        ("Speed and memory", [plot for plot in _speed(lines) if plot.lines]),
+        ("Other measures", [_sampled(lines, name, base, best) for name in others]),
+        ("Optimisation", _optimisation(lines, calls)),
+        ("Speed and memory", _speed(lines)),
+    ]
+    # Before the first step, and of what a run does not have, there is nothing to draw.
+    return [
+        (title, [p for p in plots if any(line.x for line in p.lines)]) for title, plots in found
     ]
 
 

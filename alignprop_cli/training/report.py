@@ -7,7 +7,8 @@ A run never fails for it, and waits for it less than a second.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,6 +32,8 @@ REPORT = "report.html"
 # Warnings that are shown, the last ones; steps from which the time that is left is taken.
 _MOST_WARNINGS = 50
 _RECENT = 20
+# Seconds after which the page is written again where no samples are taken.
+_PAUSE = 60.0
 # Pairs of images before and after.
 _MOST_PAIRS = 100
 # What may go wrong while a page is made: files, a missing package, values of another kind. A
@@ -73,6 +76,8 @@ class Outcome:
 class Report(Callback):
     """Writes the report before the first step, after every evaluation, and at the end.
 
+    Between evaluations it is written too, at most once a minute.
+
     It comes after `MetricsFile` in the list of callbacks. Only the main process writes.
 
     Args:
@@ -82,7 +87,7 @@ class Report(Callback):
 
     def __init__(self, samples: Samples, guard: Guard) -> None:
         self._samples, self._guard = samples, guard
-        self._has_warned = False
+        self._has_warned, self._written = False, 0.0
 
     def before_training(self, run: Run) -> None:
         """Take in what was measured before, and write the first page."""
@@ -94,12 +99,14 @@ class Report(Callback):
         self._write("running", self._begin)
 
     def after_step(self, record: StepRecord) -> None:
-        """Write the page, if this step was followed by samples."""
+        """Write the page, if this step was followed by samples or a minute has passed."""
         if not self._run.accelerator.is_main_process:
             return
         self._lines.append(record.line())
         if self._samples.now is not None:
             self._write("running", self._keep_samples)
+        elif time.monotonic() - self._written > _PAUSE:
+            self._write("running")
 
     def after_training(self) -> None:
         """Write the page once more, also after an interruption or an error."""
@@ -137,7 +144,10 @@ class Report(Callback):
         return self._run.folder / "samples"
 
     def _write(
-        self, state: str, prepare: Any = lambda: None, outcome: Outcome | None = None
+        self,
+        state: str,
+        prepare: Callable[[], object] = lambda: None,
+        outcome: Outcome | None = None,
     ) -> None:
         """Write the page; where that fails, say so once and let the run go on."""
         # What is written before a page is in here too: it is for the page alone.
@@ -149,6 +159,7 @@ class Report(Callback):
                 self._has_warned = True
                 what = f"{type(error).__name__}: {error}"
                 self._run.console.warn(f"{REPORT} cannot be written; the run goes on: {what}")
+        self._written = time.monotonic()
 
     def _content(self, state: str, outcome: Outcome | None) -> dict[str, Any]:
         """Return the values for the template."""

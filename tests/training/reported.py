@@ -86,6 +86,10 @@ class Reported:
         """The report."""
         return self.folder / "report.html"
 
+    def without_samples(self) -> None:
+        """Let it be a run with `eval.every` 0."""
+        self.run.sampled, self.samples.base = None, {}
+
     def begin(self) -> None:
         """Call the report as before the first step, or as a resumed run does."""
         lines = read_metrics(self.folder)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from alignprop_cli.config import presets
-from alignprop_cli.training import curves, frames, provenance
+from alignprop_cli.training import curves, frames, provenance, report
 from alignprop_cli.training.resume import read_metrics
 from tests.training.reported import Reported, images
 
@@ -133,6 +133,20 @@ def test_images_that_were_damaged_or_come_from_elsewhere_are_left_out(
     again = Reported(run.folder, PROMPTS)
     again.begin()
     assert Content(again.file).steps == [0, 1]
+
+
+def test_without_samples_the_page_is_written_now_and_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Reported(tmp_path / "run", PROMPTS)
+    run.without_samples()
+    run.begin()
+    assert json.loads(Content(run.file).data) == {"plots": []}
+    run.step(sampled=False)
+    assert json.loads(Content(run.file).data) == {"plots": []}
+    monkeypatch.setattr(report, "_PAUSE", 0.0)
+    run.step(sampled=False)
+    assert Content(run.file).line("loss", "each step")[0] == [1, 2]
 
 
 def test_a_report_that_cannot_be_written_is_one_warning(

@@ -169,6 +169,17 @@ def test_hostile_prompts_stay_text(done: Reported, show: Callable[..., Any]) -> 
     assert page.locator("b").count() == 0
 
 
+def test_a_run_that_has_just_begun_and_takes_no_samples_has_a_page(
+    tmp_path: Path, show: Callable[..., Any]
+) -> None:
+    run = Reported(tmp_path / "run", PROMPTS)
+    run.without_samples()
+    run.begin()
+    page = show(run.file)
+    assert "Step 0 of 6" in page.locator("header").inner_text()
+    assert page.locator("img, .plot, #step").count() == 0
+
+
 def test_the_held_out_pairs_sort(done: Reported, show: Callable[..., Any]) -> None:
     page = show(done.file)
     page.locator("#sort").select_option(label="change of clip, smallest first")

@@ -130,8 +130,15 @@
     const grey = dark.matches ? "#8d8d97" : "#85858e";
     return line.colour === 0 ? grey : palette[(line.colour - 1) % palette.length];
   };
-  const traces = (line) => {
+  const traces = (line, _, all) => {
     const tint = colour(line), name = escaped(line.name);
+    if (line.kind === "bars" && all.length > 2) {
+      // Bars of more than two models would hide each other: their outlines do not.
+      const width = line.x[1] - line.x[0];
+      const x = [line.x[0] - width, ...line.x, line.x.at(-1) + width];
+      const outline = { type: "scatter", mode: "lines", x, y: [0, ...line.y, 0], name };
+      return [{ ...outline, line: { color: tint, shape: "hvh", width: 1.75 } }];
+    }
     if (line.kind === "bars") {
       const bar = { type: "bar", x: line.x, y: line.y, name, opacity: 0.62 };
       return [{ ...bar, marker: { color: tint } }];
