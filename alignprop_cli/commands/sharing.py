@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -37,6 +37,7 @@ def of_training(config: Config, export: Sequence[str] | None, hub_id: str | None
         AlignPropError: As `results.check`.
     """
     request = Request(read_kinds(export), hub_id)
+    # Now, since the run takes hours and its result would be there to no purpose.
     if not request.is_empty:
         from alignprop_cli.publishing.results import check
 
@@ -66,6 +67,7 @@ def of_evaluation(
     request = Request(read_kinds(export))
     if request.is_empty:
         return Published
+    # A curve of strengths is no one LoRA; and a strength would have to be in the weights.
     if len(located) != 1 or chosen != Chosen(None, None):
         raise ConfigError(
             "--export goes with one LoRA, as it was trained",
@@ -85,6 +87,7 @@ def of_soup(
     export: Sequence[str] | None,
     hub_id: str | None,
     model: str | None,
+    sets: Sequence[str] | None,
     *,
     is_evaluated: bool,
 ) -> Publish:
@@ -95,12 +98,14 @@ def of_soup(
         export: Values of `--export`.
         hub_id: Value of `--push-to-hub`.
         model: The base model that the command line names.
+        sets: Values of `--set`.
         is_evaluated: Whether the mix is evaluated before.
 
     Raises:
         AlignPropError: As `results.check`; if there are several mixes, or no base model is known.
     """
     request = Request(read_kinds(export), hub_id)
+    # 1. What does not go together.
     if len(made.mixes) > 1:
         if not request.is_empty:
             raise ConfigError("--export and --push-to-hub go with one mix, not with --sweep")
@@ -113,19 +118,22 @@ def of_soup(
     from alignprop_cli.publishing.results import check
     from alignprop_cli.publishing.soups import publish_soup
 
+    # 2. A merged model needs its base, which the members may record.
     base = None
     if any(kind != "comfyui" for kind in request.exports):
-        base = _base_model(made, model)
+        base = _base_model(made, model, sets)
     check(request, model=base)
     return lambda: publish_soup(request, made, base, is_evaluated=is_evaluated)
 
 
-def _base_model(made: Soup, model: str | None) -> ModelConfig:
+def _base_model(made: Soup, model: str | None, sets: Sequence[str] | None) -> ModelConfig:
     """Return the base model that the command line names, or that the members record."""
     from alignprop_cli.commands import recorded
 
-    found = recorded.from_header(made.source, made.header, model)
-    # Rewards and prompts are not needed, so what they name need not be typed.
+    # Of another model than the recorded one nothing that is recorded counts. Rewards and prompts
+    # are not needed, so what they name need not be typed.
+    found = {} if model else recorded.from_header(made.source, made.header, model)
     values = {"model": found["model"]} if "model" in found else {}
-    flags = {"model.id": model}
-    return recorded.build(header=values, flags=flags, source=str(made.source.file)).model
+    own = [text for text in sets or () if text.strip().startswith("model.")]
+    given: dict[str, Any] = {"assignments": own, "flags": {"model.id": model}}
+    return recorded.build(header=values, **given, source=str(made.source.file)).model

@@ -87,13 +87,16 @@ def save_folder(config: ModelConfig, adapter: Adapter, folder: Path) -> Merged:
             network.to(memory_format=torch.contiguous_format)
         pipeline.save_pretrained(folder)
         return merged
+    # 1. The network alone is loaded, in the precision of its files, and merged.
     part = family.lora_prefix.rstrip(".")
     source = replace(source, dtype=_stored(_weights(source.path / part, source.config.variant)))
     network: Any = family.load_parts(source, CPU).network.module
     merged = _merge(network, adapter, config.id)
+    # 2. What is written is counted before the first byte of it.
     copied = _copied(source, part)
     size = sum(file.stat().st_size for file in copied.values()) + _bytes(network)
     check_space(folder, size, "the merged model")
+    # 3. The other parts as they are, then the network.
     for name, file in copied.items():
         _copy(file, folder / name, source.config.variant)
     _write_index(source.path, folder, part)
@@ -120,6 +123,7 @@ def save_single_file(config: ModelConfig, adapter: Adapter, file: Path, title: s
             f"--export merged-single-file: {family.name} is not written as a single file",
             hint="--export merged writes a folder in diffusers format",
         )
+    # 1. All parts, in the most exact precision that one of them is stored in.
     kind = _kind(family)
     files = [source.path]
     if source.path.is_dir():
@@ -128,9 +132,11 @@ def save_single_file(config: ModelConfig, adapter: Adapter, file: Path, title: s
     source = replace(source, dtype=_stored(files))
     pipeline = parts.load(kind, source, *kind.networks, "scheduler")
     merged = _merge(pipeline.unet, adapter, config.id)
+    # 2. By the other names.
     state = original_layout.single_file(pipeline)
     check_space(file.parent, sum(t.numel() * t.element_size() for t in state.values()), "the file")
     architecture = modelspec.architecture(adapter.layers, family.lora_prefix, config.id)
+    # 3. A header that says what it is.
     sides = pipeline.unet.config.sample_size
     height, width = (sides, sides) if isinstance(sides, int) else sides
     size = (width * pipeline.vae_scale_factor, height * pipeline.vae_scale_factor)
@@ -170,6 +176,7 @@ def merge(network: torch.nn.Module, layers: Layers) -> float:
     lost = change = 0.0
     for name, factors in layers.items():
         weight = network.get_submodule(name).get_parameter("weight")
+        # Layer by layer: in float64 the whole network would take four times its size.
         exact = factors.merged(weight)
         rounded = exact.to(weight.dtype)
         if not bool(rounded.isfinite().all()):
@@ -205,6 +212,7 @@ def _stored(files: Iterable[Path]) -> torch.dtype:
 
 def _weights(folder: Path, variant: str | None) -> list[Path]:
     """Return the files of weights that are loaded of a part, indices of several among them."""
+    # As the libraries choose: the variant before the plain files, safetensors before pickles.
     files = [file for file in sorted(folder.glob("*")) if file.is_file()]
     for mark in (*[f".{variant}"] * bool(variant), ""):
         for kind in ("safetensors", "bin"):
@@ -254,6 +262,7 @@ def _copy(file: Path, target: Path, variant: str | None) -> None:
 def _write_index(source: Path, folder: Path, network: str) -> None:
     """Write model_index.json: that of the base model, without the parts that are not there."""
     index = components.read_object(source / components.INDEX) or {}
+    # A hub id is downloaded without what is not used, such as the safety checker.
     for part, value in index.items():
         if isinstance(value, list) and part != network and not (folder / part).is_dir():
             index[part] = [None, None]

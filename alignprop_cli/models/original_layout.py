@@ -58,14 +58,17 @@ def single_file(pipeline: Any) -> dict[str, Tensor]:
     Raises:
         ConfigError: If a part has a tensor that the original layout has no name for.
     """
+    # 1. The network.
     network, vae = pipeline.unet, pipeline.vae
     fixed = {**_TABLE["unet"]["layers"], **_TABLE["unet"]["addition_embed_type"]}
     state = _renamed("unet", network, fixed, _network_blocks(network.config))
     state = {f"model.diffusion_model.{name}": value for name, value in state.items()}
+    # 2. The autoencoder.
     for name, value in _renamed("vae", vae, _TABLE["vae"], _vae_blocks(vae.config)).items():
         # The original writes attention as convolutions of one pixel.
         is_matrix = ".attn_1." in name and value.ndim == 2
         state[f"first_stage_model.{name}"] = value[:, :, None, None] if is_matrix else value
+    # 3. The text encoders: of SDXL, which has two, numbered.
     if getattr(pipeline, "text_encoder_2", None) is not None:
         state |= _clip(pipeline.text_encoder, "conditioner.embedders.0.transformer.")
         state |= _open_clip(pipeline.text_encoder_2, "conditioner.embedders.1.model.")
@@ -155,6 +158,7 @@ def _vae_blocks(config: Any) -> _Blocks:
             place = f"{side}.mid_block.resnets.{number}."
             blocks[place] = (f"{side}.mid.block_{number + 1}.", _VAE_RESNET)
         blocks[f"{side}.mid_block.attentions.0."] = (f"{side}.mid.attn_1.", _VAE_ATTENTION)
+    # Every level but the last changes the size.
     levels = len(config.block_out_channels)
     for level in range(levels):
         # On the way up the original counts levels from the image, diffusers from the latents.

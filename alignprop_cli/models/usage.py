@@ -22,6 +22,7 @@ def snippet(
         sample: Values of the `sample` section; may be incomplete.
     """
     kind = pipeline_class or _ANY
+    # What the pipelines of all families take, by the names of the section.
     options: dict[str, Any] = {
         name: sample[name]
         for name in ("num_inference_steps", "guidance_scale", "height", "width")

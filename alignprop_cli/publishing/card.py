@@ -86,6 +86,7 @@ class Card:
             place: Folder or hub id that diffusers loads the adapter from.
             images: Path of the before/after images from the card; None where there are none.
         """
+        # 1. The part that the hub reads.
         base = shared.base_model(self.base)
         licence = facts.base_licence(base)
         named: dict[str, Any] = {"license": licence.id} if licence else {}
@@ -99,6 +100,7 @@ class Card:
             tags=_TAGS,
             **named,
         )
+        # 2. The part for people.
         parts = [
             f"# {code(self.title)}",
             f"{self.about} Base model: {_base(base, self.base)}.",
@@ -133,6 +135,7 @@ class Card:
 
     def _made(self) -> list[str]:
         """Return rewards, prompts and settings."""
+        # Rewards first: they are what the adapter is about.
         rows = [*((f"reward {code(n)}", w) for n, w in self.rewards.items())]
         rows += [(name, code(value)) for name, value in self.settings]
         if self.fingerprint:
@@ -161,6 +164,7 @@ class Card:
                 for name, values in figures.shares.items()
             ]
             parts.append(_table(columns, rows))
+        # What the guard says; it may name rewards of others.
         if self.remark:
             parts.append(code(self.remark, most=1000))
         if self.examples:
@@ -180,6 +184,7 @@ class Card:
             "Every reward is only a model of what people want, and can be fooled. A higher number "
             "here is no proof of better images.",
         ]
+        # Of a reward that is not shipped nothing is known, and that is said.
         known = ((name, facts.REWARDS.get(name)) for name in self.rewards)
         rows = [
             f"- {code(name)}: fooled by {fact.fooled_by}."
@@ -191,6 +196,7 @@ class Card:
 
     def _licence(self, base: str | None, licence: facts.Licence | None) -> list[str]:
         """Return the licences of what the adapter is made from, where they are known."""
+        # Nothing is guessed: a licence that is not in facts.py is not known.
         known = licence.name if licence else "not known here; see its page"
         rows = [f"- base model {_base(base, self.base)}: {known}"]
         for name in self.rewards:
@@ -222,11 +228,13 @@ def of_run(
         examples: Some held-out prompts.
     """
     train, lora, gradient = config.train, config.lora, config.gradient
+    # A reward of a user's own is named by its file, whose folder is nobody else's affair.
     weights = {
         shared.last_part(name): f"weight {reward.weight:g}"
         for name, reward in config.reward.items()
     }
     kind = "DoRA" if lora.dora else "rsLoRA" if lora.rslora else "LoRA"
+    # Of the other estimators the number of calls is drawn, or is not one number.
     calls = {"last_k": f", k = {gradient.k}"}.get(gradient.method, "")
     sample = config.sample.model_dump(mode="json")
     held_out = summary["held_out"]
@@ -282,6 +290,7 @@ def of_soup(
     """
     named = [shared.last_part(name) for name in rewards]
     sample: Mapping[str, Any] = config.get("sample") or {}
+    # An evaluation says how it sampled, which may be otherwise than the members record.
     figures = None
     if evaluation is not None:
         sample = evaluation["sample"]
@@ -310,6 +319,7 @@ def of_soup(
 
 def code(text: str, *, most: int = _LONGEST) -> str:
     """Return a text as inline code of markdown: nothing in it is markup, a link or HTML."""
+    # On one line: a line break would end the code.
     shown = printable(" ".join(text.split()))
     shown = shown if len(shown) <= most else f"{shown[:most]}..."
     if not shown:
@@ -342,6 +352,7 @@ def _list(names: Mapping[str, str]) -> str:
 
 def _numbers(values: Mapping[str, Any], form: str) -> tuple[str, ...]:
     """Return a row of the table of results."""
+    # Differences with their sign, also where they are 0.
     signed = form.replace(":", ":+")
     low, high = signed.format(values["low"]), signed.format(values["high"])
     return (

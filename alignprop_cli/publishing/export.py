@@ -55,6 +55,7 @@ def check(kinds: Sequence[Kind], *, dora: bool, model: ModelConfig | None) -> No
         ConfigError: If a format cannot hold a DoRA, or the base model is written in no single file.
         AssetError: If the base model is not found.
     """
+    # ComfyUI's rule for `dora_scale` differs from peft's, so the images would be others.
     if dora and "comfyui" in kinds:
         raise ConfigError(
             "--export comfyui: this is a DoRA, and ComfyUI reads DoRAs of another kind alone",
@@ -98,6 +99,7 @@ def _write(
     # A name that is safe in every file system, and that tells the files of a folder apart.
     name = re.sub(r"[^\w.-]+", "-", title)[:100].strip(".-") or "lora"
     name += ".safetensors"
+    # 1. A LoRA file needs no base model.
     if kind == "comfyui":
         texts = shared.header(adapter.header)
 
@@ -108,7 +110,7 @@ def _write(
 
         write_whole(place, save)
         return Exported(kind, place / name)
-    # Imported here, as it loads diffusers.
+    # 2. A merged model. Imported here, as it loads diffusers.
     from alignprop_cli.models import merged
 
     assert model is not None
@@ -126,6 +128,7 @@ def _note(done: object, model: ModelConfig) -> str:
     from alignprop_cli.models.merged import Merged
 
     assert isinstance(done, Merged)
+    # In float32 the rounding is 1e-7 of the weights, and nothing is said.
     said = f"{done.layers} layers merged in {done.dtype}"
     if done.rounding >= 1e-4:
         said += f"; its rounding changes the LoRA's update by {done.rounding:.1%}"

@@ -70,6 +70,7 @@ _AS_HPS = "glossy, overdetailed images; variety goes down"
 _AS_CLIP = "texture that only this model sees"
 _NO_WEIGHTS = None
 
+# Shortened where a card needs no more than the gist; a test compares the others word for word.
 REWARDS: Mapping[str, RewardFacts] = {
     "aesthetic": RewardFacts(
         "MIT (CLIP ViT-L/14) and Apache-2.0 (LAION's head)",

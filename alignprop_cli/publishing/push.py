@@ -42,6 +42,7 @@ def check(hub_id: str) -> None:
         AssetError: If there is no token, the hub does not take it, or cannot be reached.
         ConfigError: If it is no id, or a repository of this name holds anything else.
     """
+    # 1. The id, without asking anybody.
     try:
         validate_repo_id(hub_id)
     except HFValidationError as error:
@@ -49,6 +50,7 @@ def check(hub_id: str) -> None:
             f"--push-to-hub: {hub_id[:100]!r} is no id of the hub: {first_line(error)[:200]}",
             hint="expected OWNER/NAME",
         ) from error
+    # 2. The token, and what is there already.
     with explained(hub_id):
         if get_token() is None:
             raise AssetError(f"--push-to-hub {hub_id}: there is no token of the hub", hint=_LOGIN)
@@ -71,11 +73,13 @@ def upload(hub_id: str, folder: Path) -> str:
         AssetError: If it fails, with the command that tries again.
         ConfigError: As `check`.
     """
+    # They would be drawn into the result.
     disable_progress_bars()
     api = HfApi()
     again = shlex.join(["hf", "upload", hub_id, str(folder), ".", "--private"])
     with explained(hub_id, again):
         made = api.create_repo(hub_id, private=True, exist_ok=True)
+        # Again, as hours may have passed.
         _refuse_foreign(api, made.repo_id)
         api.upload_folder(
             repo_id=made.repo_id, folder_path=folder, commit_message="Upload with alignprop"
@@ -88,6 +92,7 @@ def _refuse_foreign(api: HfApi, repo_id: str) -> None:
     try:
         found = api.list_repo_files(repo_id)
     except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError) as error:
+        # A gated repository counts as a missing one there.
         if isinstance(error, errors.GatedRepoError):
             raise
         return  # there is none, or nothing in it
@@ -132,6 +137,7 @@ def _reason(error: Exception) -> tuple[str, str]:
         return "the hub is not asked, as HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE"
     if isinstance(error, errors.GatedRepoError):
         return "the repository is gated for this token", "ask its owner for access"
+    # By the status; the class of the error depends on the address that was asked.
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
     if status == 401:

@@ -13,6 +13,7 @@ Kind = Literal["comfyui", "merged", "merged-single-file"]
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
+# One folder for each, so that --overwrite knows what is its own.
 EXPORT, HUB = "export", "hub"
 """The folders with exports and with what is uploaded, in that of the result."""
 
@@ -79,6 +80,7 @@ def read_kinds(values: Sequence[str] | None) -> tuple[Kind, ...]:
     Raises:
         ConfigError: If there is no such kind.
     """
+    # In the order of KINDS, whatever order they were typed in.
     names = [part.strip() for value in values or () for part in value.split(",")]
     for name in names:
         if name not in KINDS:

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from alignprop_cli.config.schema import ModelConfig
-from alignprop_cli.errors import AlignPropError
+from alignprop_cli.errors import AlignPropError, explained
 from alignprop_cli.lora import files
 from alignprop_cli.lora.files import LORA_FILE
 from alignprop_cli.lora.tensor_file import save_tensors
@@ -34,6 +35,7 @@ def check(request: Request, *, dora: bool = False, model: ModelConfig | None = N
         AlignPropError: As `export.check` and `push.check`.
     """
     export.check(request.exports, dora=dora, model=model)
+    # Last, as it asks the hub.
     if request.hub_id is not None:
         push.check(request.hub_id)
 
@@ -49,6 +51,7 @@ def write_card(folder: Path, card: Card, images: Path | None = None) -> Path:
     Returns:
         The file.
     """
+    # What a process left that was killed while it wrote the card.
     sweep(folder, CARD)
     write_text(folder / CARD, card.text("THIS-FOLDER", _relative(images, folder)))
     return folder / CARD
@@ -77,18 +80,24 @@ def publish(
     values: dict[str, Any] = {}
     lines: list[str] = []
     try:
+        # 1. Files for other programs.
         if request.exports:
             made = export.write(request.exports, files.read(adapter), model, folder, title)
             values["exports"] = {one.kind: str(one.path.resolve()) for one in made}
             lines += [f"export   {one.path}{f' ({one.note})' if one.note else ''}" for one in made]
+        # 2. The hub: first a folder here, from which it can be tried again.
         if request.hub_id is not None:
             assert card is not None
             prepared = folder / HUB
             _prepare(prepared, adapter, card, images, request.hub_id)
             values["hub"] = push.upload(request.hub_id, prepared)
             lines.append(f"hub      {values['hub']} (private, if it is new)")
-    except AlignPropError as error:
-        return Published(values, lines, error)
+    # The result is on the disk and still to be shown, so nothing is raised here that can be told.
+    except (AlignPropError, OSError, RuntimeError, MemoryError, SafetensorError) as error:
+        failure = error if isinstance(error, AlignPropError) else explained(error)
+        if failure is None:
+            raise  # a bug
+        return Published(values, lines, failure)
     return Published(values, lines)
 
 
@@ -98,6 +107,7 @@ def _prepare(folder: Path, adapter: Path, card: Card, images: Path | None, hub_i
     header = {key: found[key] for key in _DIFFUSERS if key in found} | shared.header(found)
 
     def write(made: Path) -> None:
+        # Written again rather than copied, since its header goes with it.
         save_tensors(made / LORA_FILE, load_file(adapter), header)
         text = card.text(hub_id, None if images is None else IMAGES)
         (made / CARD).write_text(text, encoding="utf-8")

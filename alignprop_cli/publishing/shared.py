@@ -35,6 +35,7 @@ def header(found: Mapping[str, str]) -> dict[str, str]:
     Args:
         found: The header of the file on this machine.
     """
+    # A list of what is kept, not of what is left out: a new key stays here until somebody decides.
     kept = {key: found[key] for part in _KEPT if (key := f"alignprop.{part}") in found}
     if (known := base_model(found.get("alignprop.base_model"))) is not None:
         kept["alignprop.base_model"] = known

@@ -35,11 +35,13 @@ def publish_soup(
     """
     (mix,) = made.mixes
     folder, measured, images = mix.folder, None, None
+    # 1. The figures, where there are any, as they stand in the evaluation's own file.
     if is_evaluated:
         evaluation = folder / "evaluation"
         measured = read_json(read_text(evaluation / "results.json", "soup"))
         images = evaluation / "sheet.png"
     about = _card(made, mix, folder, measured)
+    # 2. The card was written before the mix was evaluated: it is replaced.
     if is_evaluated:
         write_card(folder, about, images)
     title = folder.resolve().name
@@ -47,8 +49,10 @@ def publish_soup(
 
 
 def _card(made: Soup, mix: Mix, folder: Path, measured: Mapping[str, Any] | None) -> card.Card:
+    # From the file, which says what its own members and their configuration were.
     header = files.read_header(folder / LORA_FILE)
     return card.of_soup(
+        # `folder` may be a temporary one.
         mix.folder.resolve().name,
         header,
         [(one.label, share) for one, share in zip(made.members, mix.coefficients, strict=True)],

@@ -99,6 +99,10 @@ def running() -> Iterator[Hub]:
         protocol_version = "HTTP/1.1"
 
         def _serve(self) -> None:
+            # A connection that is still open from before answers nothing either.
+            if hub.server is None:
+                self.close_connection = True
+                return
             size = int(self.headers.get("Content-Length") or 0)
             body = self.rfile.read(size)
             hub.asked.append(f"{self.command} {self.path}")

@@ -71,7 +71,7 @@ def soup(
     # 2. The members are read and checked, and the configuration they record; nothing is written.
     made = prepare(names, coefficients, shares, output, recipe)
     asked = evaluate or shares is not None
-    publish = of_soup(made, export, push_to_hub, model, is_evaluated=asked)
+    publish = of_soup(made, export, push_to_hub, model, sets, is_evaluated=asked)
     with claimed(made.folder, overwrite=overwrite, ours=(*made.contents(EVALUATION), *FILES)):
         # Before a mix is written, so that one that cannot be evaluated leaves nothing behind.
         config = None
