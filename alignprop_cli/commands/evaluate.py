@@ -12,7 +12,6 @@ from alignprop_cli.commands.options import (
     DebugOption,
     EmaOption,
     JsonOption,
-    LogWithOption,
     ModelOption,
     OutputOption,
     OverwriteOption,
@@ -21,10 +20,11 @@ from alignprop_cli.commands.options import (
     RewardOption,
     SeedOption,
     SetOption,
-    tracker_names,
 )
 from alignprop_cli.commands.output import EVALUATION, claimed
+from alignprop_cli.commands.places import CheckpointOption, Targets
 from alignprop_cli.commands.strengths import BaseUntilOption, ScaleOption, choose
+from alignprop_cli.commands.trackers import LogWithOption, tracker_names
 from alignprop_cli.errors import ConfigError
 from alignprop_cli.paths import user_path
 
@@ -34,10 +34,6 @@ if TYPE_CHECKING:
 # The base model's name as a target; a folder of that name has to be written ./base.
 BASE = "base"
 
-Targets = Annotated[
-    list[str],
-    typer.Argument(metavar="TARGET...", help="runs, checkpoints, LoRA files or folders, or base"),
-]
 PromptsOption = Annotated[
     str | None, typer.Option("--prompts", help="prompt set, or .txt, .jsonl, .json or .csv file")
 ]
@@ -46,10 +42,6 @@ ImagesOption = Annotated[
 ]
 PerPromptOption = Annotated[
     int | None, typer.Option("--images-per-prompt", min=1, help="of these, images of each prompt")
-]
-CheckpointOption = Annotated[
-    str | None,
-    typer.Option("--checkpoint", help="of the runs: best, or a step such as 40; default: newest"),
 ]
 BatchOption = Annotated[
     int | None,

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from alignprop_cli.commands import completion
 from alignprop_cli.errors import ConfigError
 from alignprop_cli.lora.recipe import Format, Method
 
@@ -21,7 +22,12 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="no progress an
 DebugOption = Annotated[bool, typer.Option("--debug", help="show tracebacks and library warnings")]
 # What a configuration is made of.
 PresetOption = Annotated[
-    str | None, typer.Option("--preset", "-p", help="shipped preset, see train --list-presets")
+    str | None,
+    typer.Option(
+        *("--preset", "-p"),
+        help="shipped preset, see train --list-presets",
+        autocompletion=completion.preset_names,
+    ),
 ]
 ConfigOption = Annotated[str | None, typer.Option("--config", "-c", help="YAML file of your own")]
 SetOption = Annotated[
@@ -38,15 +44,13 @@ OverwriteOption = Annotated[
 SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="seed of all random numbers")]
 RewardOption = Annotated[
     list[str] | None,
-    typer.Option("--reward", "-r", help="reward to measure, repeatable or with commas"),
-]
-
-LogWithOption = Annotated[
-    list[str] | None,
     typer.Option(
-        "--log-with", help="trackers, with commas: tensorboard, wandb, trackio, mlflow, swanlab"
+        *("--reward", "-r"),
+        help="reward to measure, repeatable or with commas",
+        autocompletion=completion.rewards,
     ),
 ]
+
 EmaOption = Annotated[
     bool, typer.Option("--ema", help="the average of the weights (train.ema_decay), not the last")
 ]
@@ -70,17 +74,6 @@ MissingOption = Annotated[
 FormatOption = Annotated[
     Format, typer.Option("--format", help="of the file: diffusers' names, or ComfyUI's and A1111's")
 ]
-
-
-def tracker_names(values: Sequence[str] | None, *, used: bool = True) -> list[str] | None:
-    """Return the names of `--log-with`; None where it is not given.
-
-    Raises:
-        ConfigError: If it is given where there is nothing to tell.
-    """
-    if values is not None and not used:
-        raise ConfigError("--log-with goes with --evaluate or --sweep")
-    return None if values is None else reward_names(values)
 
 
 def reward_names(values: Sequence[str] | None) -> list[str]:

@@ -11,7 +11,6 @@ from alignprop_cli.commands.options import (
     DensityOption,
     FormatOption,
     JsonOption,
-    LogWithOption,
     MethodOption,
     MissingOption,
     MixSeedOption,
@@ -22,9 +21,10 @@ from alignprop_cli.commands.options import (
     RankOption,
     RewardOption,
     SetOption,
-    tracker_names,
 )
 from alignprop_cli.commands.output import EVALUATION, claimed
+from alignprop_cli.commands.places import Members
+from alignprop_cli.commands.trackers import LogWithOption, tracker_names
 from alignprop_cli.lora.recipe import Recipe, check_recipe, member_shares, sweep_shares
 
 if TYPE_CHECKING:
@@ -32,13 +32,6 @@ if TYPE_CHECKING:
     from alignprop_cli.console import Console
     from alignprop_cli.lora.soup import Soup
 
-Members = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="MEMBER...",
-        help="runs, checkpoints, LoRA files or folders, or base; MEMBER=0.7 gives its share",
-    ),
-]
 CoefOption = Annotated[
     str | None,
     typer.Option(

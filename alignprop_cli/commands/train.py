@@ -6,20 +6,21 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from alignprop_cli.commands import completion
 from alignprop_cli.commands.cards import GpuMemoryOption, GpuOption, GpusOption, checked
 from alignprop_cli.commands.options import (
     ConfigOption,
     DebugOption,
     JsonOption,
-    LogWithOption,
     ModelOption,
     OutputOption,
     PresetOption,
     QuietOption,
     SeedOption,
     SetOption,
-    tracker_names,
 )
+from alignprop_cli.commands.places import BackToOption, ResumeOption
+from alignprop_cli.commands.trackers import LogWithOption, tracker_names
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -29,20 +30,16 @@ if TYPE_CHECKING:
 
 WeightedRewardOption = Annotated[
     list[str] | None,
-    typer.Option("--reward", "-r", help="NAME or NAME:WEIGHT, repeatable or with commas"),
+    typer.Option(
+        *("--reward", "-r"),
+        help="NAME or NAME:WEIGHT, repeatable or with commas",
+        autocompletion=completion.rewards,
+    ),
 ]
 StepsOption = Annotated[int | None, typer.Option("--steps", help="optimiser steps")]
 NonfiniteOption = Annotated[
     str | None,
     typer.Option("--on-nonfinite", help="at NaN or infinity: stop, or skip the step's update"),
-]
-ResumeOption = Annotated[
-    str | None,
-    typer.Option("--resume", help="run folder to resume, or auto: the newest, else a new one"),
-]
-BackToOption = Annotated[
-    str | None,
-    typer.Option("--checkpoint", help="with --resume: go back to best, or to a step such as 40"),
 ]
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="print the plan and the configuration, and stop")
