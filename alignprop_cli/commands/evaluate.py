@@ -20,14 +20,11 @@ from alignprop_cli.commands.options import (
     SeedOption,
     SetOption,
 )
+from alignprop_cli.commands.places import CheckpointOption, Targets
 from alignprop_cli.commands.sharing import ExportOption
 from alignprop_cli.commands.strengths import BaseUntilOption, ScaleOption
 from alignprop_cli.commands.trackers import LogWithOption, tracker_names
 
-Targets = Annotated[
-    list[str],
-    typer.Argument(metavar="TARGET...", help="runs, checkpoints, LoRA files or folders, or base"),
-]
 PromptsOption = Annotated[
     str | None, typer.Option("--prompts", help="prompt set, or .txt, .jsonl, .json or .csv file")
 ]
@@ -36,10 +33,6 @@ ImagesOption = Annotated[
 ]
 PerPromptOption = Annotated[
     int | None, typer.Option("--images-per-prompt", min=1, help="of these, images of each prompt")
-]
-CheckpointOption = Annotated[
-    str | None,
-    typer.Option("--checkpoint", help="of the runs: best, or a step such as 40; default: newest"),
 ]
 BatchOption = Annotated[
     int | None,

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from alignprop_cli.commands import completion
 from alignprop_cli.errors import ConfigError
 from alignprop_cli.lora.recipe import Format, Method
 
@@ -21,7 +22,12 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="no progress an
 DebugOption = Annotated[bool, typer.Option("--debug", help="show tracebacks and library warnings")]
 # What a configuration is made of.
 PresetOption = Annotated[
-    str | None, typer.Option("--preset", "-p", help="shipped preset, see train --list-presets")
+    str | None,
+    typer.Option(
+        *("--preset", "-p"),
+        help="shipped preset, see train --list-presets",
+        autocompletion=completion.preset_names,
+    ),
 ]
 ConfigOption = Annotated[str | None, typer.Option("--config", "-c", help="YAML file of your own")]
 ListOption = Annotated[
@@ -41,7 +47,11 @@ OverwriteOption = Annotated[
 SeedOption = Annotated[int | None, typer.Option("--seed", min=0, help="seed of all random numbers")]
 RewardOption = Annotated[
     list[str] | None,
-    typer.Option("--reward", "-r", help="reward to measure, repeatable or with commas"),
+    typer.Option(
+        *("--reward", "-r"),
+        help="reward to measure, repeatable or with commas",
+        autocompletion=completion.rewards,
+    ),
 ]
 
 EmaOption = Annotated[

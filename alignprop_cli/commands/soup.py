@@ -23,16 +23,10 @@ from alignprop_cli.commands.options import (
     RewardOption,
     SetOption,
 )
+from alignprop_cli.commands.places import Members
 from alignprop_cli.commands.sharing import ExportOption, PushOption
 from alignprop_cli.commands.trackers import LogWithOption, tracker_names
 
-Members = Annotated[
-    list[str],
-    typer.Argument(
-        metavar="MEMBER...",
-        help="runs, checkpoints, LoRA files or folders, or base; MEMBER=0.7 gives its share",
-    ),
-]
 EvaluateOption = Annotated[
     bool, typer.Option("--evaluate", help="compare the mix with the base model right away")
 ]

@@ -1,4 +1,4 @@
-"""The option of the trackers, `--log-with`."""
+"""The option `--log-with`, which names experiment trackers."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from typing import Annotated
 
 import typer
 
+from alignprop_cli.commands import completion
 from alignprop_cli.commands.options import reward_names
 from alignprop_cli.errors import ConfigError
 
 LogWithOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--log-with", help="trackers, with commas: tensorboard, wandb, trackio, mlflow, swanlab"
+        "--log-with",
+        help="trackers, with commas: tensorboard, wandb, trackio, mlflow, swanlab",
+        autocompletion=completion.trackers,
     ),
 ]
 

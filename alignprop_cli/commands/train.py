@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from alignprop_cli.commands import completion
 from alignprop_cli.commands.cards import GpuMemoryOption, GpuOption, GpusOption
 from alignprop_cli.commands.listing import list_shipped
 from alignprop_cli.commands.options import (
@@ -20,26 +21,23 @@ from alignprop_cli.commands.options import (
     SeedOption,
     SetOption,
 )
+from alignprop_cli.commands.places import BackToOption, ResumeOption
 from alignprop_cli.commands.sharing import ExportOption, PushOption
 from alignprop_cli.commands.trackers import LogWithOption, tracker_names
 from alignprop_cli.errors import NothingToDo
 
 WeightedRewardOption = Annotated[
     list[str] | None,
-    typer.Option("--reward", "-r", help="NAME or NAME:WEIGHT, repeatable or with commas"),
+    typer.Option(
+        *("--reward", "-r"),
+        help="NAME or NAME:WEIGHT, repeatable or with commas",
+        autocompletion=completion.rewards,
+    ),
 ]
 StepsOption = Annotated[int | None, typer.Option("--steps", help="optimiser steps")]
 NonfiniteOption = Annotated[
     str | None,
     typer.Option("--on-nonfinite", help="at NaN or infinity: stop, or skip the step's update"),
-]
-ResumeOption = Annotated[
-    str | None,
-    typer.Option("--resume", help="run folder to resume, or auto: the newest, else a new one"),
-]
-BackToOption = Annotated[
-    str | None,
-    typer.Option("--checkpoint", help="with --resume: go back to best, or to a step such as 40"),
 ]
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="print the plan and the configuration, and stop")

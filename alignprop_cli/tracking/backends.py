@@ -6,6 +6,7 @@ each tracker's own.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -196,6 +197,8 @@ class MLflow(Backend):
         os.environ["MLFLOW_EXPERIMENT_NAME"] = self.project
         # Ids of runs are MLflow's own there; this tag is what a resumed run finds its run by.
         tags = {"alignprop.run": identity, "alignprop.kind": job.kind}
+        # accelerate would take the variable's instead of these.
+        tags |= json.loads(os.environ.pop("MLFLOW_TAGS", "{}"))
         known = self._known(mlflow) if job.resumed else None
         self.tracker = tracking.MLflowTracker(
             self.project,

@@ -28,7 +28,7 @@ from alignprop_cli.tracking.spool import Job, State, identity
 INSTALLED = [name for name in get_args(Tracker) if importlib.util.find_spec(name) is not None]
 SECRET = "0123456789abcdef0123456789abcdef01234567"  # what a key of wandb looks like
 PROMPT = "two red cats"
-PATIENT = 120.0  # seconds; more than any tracker needs to import and write
+PATIENT = 600.0  # seconds; more than any tracker needs to import and write
 
 
 def needs(name: str) -> pytest.MarkDecorator:
