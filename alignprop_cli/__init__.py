@@ -65,3 +65,8 @@ def __getattr__(name: str) -> object:
     else:
         from alignprop_cli.api import functions as home
     return getattr(home, name)
+
+
+def __dir__() -> list[str]:
+    """Return the names, for completion: those that are not imported yet too."""
+    return sorted({*globals(), *__all__})

@@ -120,7 +120,7 @@ def plain(value: Any, where: str) -> Any:
     # NumPy's numbers are of neither type, but of these kinds.
     if isinstance(value, numbers.Integral):
         return int(value)
-    if isinstance(value, numbers.Real):
+    if isinstance(value, numbers.Real) and math.isfinite(value):
         return float(value)
     if isinstance(value, os.PathLike):
         return os.fspath(cast("os.PathLike[str]", value))
@@ -129,7 +129,8 @@ def plain(value: Any, where: str) -> Any:
         return {str(k): plain(v, f"{where}.{k}") for k, v in items}
     if isinstance(value, list | tuple):
         return [plain(v, where) for v in cast(Sequence[Any], value)]
-    raise ConfigError(f"{where}: a {type(value).__name__} can be in no configuration")
+    kind = value if isinstance(value, float) else f"an object of {type(value).__name__}"
+    raise ConfigError(f"{where}: {kind} can be in no configuration")
 
 
 def config(given: PathLike | Mapping[str, Any] | None) -> str | Mapping[str, Any] | None:

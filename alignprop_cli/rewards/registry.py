@@ -266,8 +266,9 @@ def build(name: str, options: Mapping[str, Any]) -> Reward:
         raise ConfigError(f"reward '{name}': its {kind} is not a function or a class")
     if not inspect.isclass(target):
         if options:
+            kind = "a function" if inspect.isroutine(target) else "an object"
             raise ConfigError(
-                f"reward '{name}' is a function and takes no options, got {dict(options)}"
+                f"reward '{name}' is {kind} and takes no options, got {dict(options)}"
             )
         return cast("Reward", target)
     # Bound before the call: a TypeError from inside the constructor is not a wrong option.

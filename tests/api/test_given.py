@@ -8,18 +8,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import given as for_all
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from alignprop_cli.api import given
 from alignprop_cli.config import presets
 from alignprop_cli.errors import ConfigError
 
-SCALARS = st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False)
-VALUES = st.recursive(
-    SCALARS, lambda inner: st.lists(inner) | st.dictionaries(st.text(min_size=1), inner)
-)
+NUMBERS = st.integers() | st.floats(allow_nan=False, allow_infinity=False)
+SCALARS = st.none() | st.booleans() | NUMBERS | st.text(max_size=5)
+VALUES = SCALARS | st.lists(SCALARS, max_size=3) | st.dictionaries(st.text("ab.:"), SCALARS)
 
 
+@settings(max_examples=50)
 @for_all(VALUES)
 def test_an_override_sets_the_value_itself(value) -> None:
     layers = presets.Layers()
@@ -33,7 +34,9 @@ def test_an_override_sets_the_value_itself(value) -> None:
 def test_paths_tuples_and_numbers_of_numpy_become_plain_values() -> None:
     value = {"a": (np.int64(3), np.float32(0.5)), "b": Path("x/y")}
     assert given.plain(value, "here") == {"a": [3, 0.5], "b": "x/y"}
-    with pytest.raises(ConfigError, match=r"here\.a: a object can be in no configuration"):
+    with pytest.raises(
+        ConfigError, match=r"here\.a: an object of object can be in no configuration"
+    ):
         given.plain({"a": object()}, "here")
 
 
