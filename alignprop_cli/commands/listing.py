@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 if TYPE_CHECKING:
     from alignprop_cli.config.schema import Config
     from alignprop_cli.console import Console
+
+ListOption = Annotated[
+    bool, typer.Option("--list-presets", help="list the shipped presets and stop")
+]
 
 
 def show(config: Config, console: Console) -> None:

@@ -30,9 +30,6 @@ PresetOption = Annotated[
     ),
 ]
 ConfigOption = Annotated[str | None, typer.Option("--config", "-c", help="YAML file of your own")]
-ListOption = Annotated[
-    bool, typer.Option("--list-presets", help="list the shipped presets and stop")
-]
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", help="key=value, dotted, repeatable: train.steps=40")
 ]

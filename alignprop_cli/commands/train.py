@@ -8,12 +8,11 @@ import typer
 
 from alignprop_cli.commands import completion
 from alignprop_cli.commands.cards import GpuMemoryOption, GpuOption, GpusOption
-from alignprop_cli.commands.listing import list_shipped
+from alignprop_cli.commands.listing import ListOption, list_shipped
 from alignprop_cli.commands.options import (
     ConfigOption,
     DebugOption,
     JsonOption,
-    ListOption,
     ModelOption,
     OutputOption,
     PresetOption,
