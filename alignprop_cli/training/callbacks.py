@@ -7,6 +7,7 @@ training, and that may ask the run to stop. `run_training` takes further ones.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -50,6 +51,7 @@ class Run:
             None is those trained on.
         sampled: The last samples taken during training; None if there are none yet.
         publish: What is exported or uploaded of the result.
+        image_seconds: What each image took when samples were taken last.
     """
 
     config: Config
@@ -64,6 +66,7 @@ class Run:
     measured: Mixture | None = None
     sampled: draw.Samples | None = None
     publish: Request = NOTHING
+    image_seconds: float = 0.0
 
     def sample(
         self,
@@ -73,7 +76,7 @@ class Run:
         features: draw.Features | None = None,
     ) -> draw.Samples:
         """Sample with the LoRA as it is, on all processes, and measure; training is not touched."""
-        trainer = self.trainer
+        trainer, started = self.trainer, time.perf_counter()
         found = draw.draw_shared(
             trainer.model,
             samples,
@@ -86,6 +89,7 @@ class Run:
         )
         # What torch keeps for other sizes than training's would be missing there.
         release_cached(self.accelerator.device)
+        self.image_seconds = (time.perf_counter() - started) / max(len(samples), 1)
         return found
 
 

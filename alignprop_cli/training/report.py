@@ -21,6 +21,7 @@ from alignprop_cli.evaluation.measures import means
 from alignprop_cli.evaluation.plots import Group, Plot, histogram
 from alignprop_cli.training import curves, frames, provenance
 from alignprop_cli.training.callbacks import Callback, Run
+from alignprop_cli.training.forecast import duration
 from alignprop_cli.training.guard import Guard, held_out_names
 from alignprop_cli.training.record import StepRecord
 from alignprop_cli.training.resume import read_metrics
@@ -175,7 +176,7 @@ class Report(Callback):
             "steps": steps,
             "written": datetime.now(UTC).isoformat(timespec="seconds"),
             "left": self._time_left(steps - step) if state == "running" else "",
-            "took": "" if outcome is None else _duration(outcome.seconds),
+            "took": "" if outcome is None else duration(outcome.seconds),
             "told": verdict.told,
             "stopped": verdict.stopped,
             "outcome": outcome,
@@ -264,7 +265,7 @@ class Report(Callback):
     def _time_left(self, steps: int) -> str:
         # A median: a first step that compiles, or a pause of the machine, says nothing of the rest.
         recent = [line["seconds"] for line in self._lines[-_RECENT:]]
-        return _duration(steps * statistics.median(recent)) if recent else ""
+        return duration(steps * statistics.median(recent)) if recent else ""
 
 
 def _cards(outcome: Outcome) -> list[page.Card]:
@@ -285,10 +286,3 @@ def _cards(outcome: Outcome) -> list[page.Card]:
         )
         for i, sample in enumerate(outcome.base.samples[:_MOST_PAIRS])
     ]
-
-
-def _duration(seconds: float) -> str:
-    """Return a time in words: 40 s, 12 min, 3.4 h."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -44,6 +44,7 @@ from alignprop_cli.training.callbacks import (
     Progress,
     Run,
 )
+from alignprop_cli.training.forecast import Forecast
 from alignprop_cli.training.guard import Guard, Verdict
 from alignprop_cli.training.plans import budget_here, plan_here, try_out
 from alignprop_cli.training.report import Report
@@ -262,7 +263,7 @@ def _train(run: Run, others: Sequence[Callback]) -> tuple[Checkpoints, Verdict, 
     checkpoints = Checkpoints(guard.is_best)
     interruption = Interruption(checkpoints.save)
     report = Report(samples, guard)
-    callbacks = [samples, guard, MetricsFile(), checkpoints, *others, Progress()]
+    callbacks = [samples, guard, MetricsFile(), checkpoints, *others, Progress(), Forecast()]
     callbacks += [report, interruption]
     begun: list[Callback] = []
     try:
