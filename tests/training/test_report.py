@@ -165,6 +165,14 @@ def test_a_report_that_cannot_be_written_is_one_warning(
     assert Content(run.file).steps == [0, 1, 2]
 
 
+def test_a_run_that_was_moved_away_leaves_no_page_behind(tmp_path: Path) -> None:
+    run = Reported(tmp_path / "run", PROMPTS)
+    run.begin()
+    run.folder.rename(tmp_path / "elsewhere")
+    run.report.after_training()
+    assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
+
+
 def test_only_the_main_process_writes(tmp_path: Path) -> None:
     run = Reported(tmp_path / "run", PROMPTS)
     run.run.accelerator.is_main_process = False
