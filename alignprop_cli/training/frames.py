@@ -18,8 +18,10 @@ from alignprop_cli.storage import write_text
 SHOWN = 16
 """Images of a step that a report shows."""
 
-# Steps of which a report shows images: with 16 images each it stays below some ten megabytes.
+# Steps of which a report shows images, and the bytes that they may have together: a page is mailed,
+# and written within a second.
 _MOST_STEPS = 32
+_MOST_TOGETHER = 2**24
 # Bytes of a file: sixteen images have at most a tenth of it.
 _MOST_BYTES = 2**23
 # The folder of a run may be somebody else's: only images inside the page are addresses here.
@@ -88,7 +90,9 @@ def read(folder: Path, steps: Sequence[int], like: Frame) -> list[Frame]:
     """
     # Chosen before they are read: a long run has thousands.
     known = [step for step in steps if _file(folder, step).is_file()]
-    frames = [_read(_file(folder, step)) for step in _spread(known)]
+    largest = max((_file(folder, step).stat().st_size for step in known), default=1)
+    most = max(min(_MOST_STEPS, _MOST_TOGETHER // max(largest, 1)), 2)
+    frames = [_read(_file(folder, step)) for step in _spread(known, most)]
     return [f for f in frames if f is not None and _alike(f, like)]
 
 
@@ -108,12 +112,12 @@ def _read(file: Path) -> Frame | None:
         return None
 
 
-def _spread(steps: Sequence[int]) -> list[int]:
-    """Return at most `_MOST_STEPS` of them, evenly, the first and the last among them."""
-    if len(steps) <= _MOST_STEPS:
+def _spread(steps: Sequence[int], most: int) -> list[int]:
+    """Return at most so many of them, evenly, the first and the last among them."""
+    if len(steps) <= most:
         return list(steps)
     last = len(steps) - 1
-    return [steps[round(i * last / (_MOST_STEPS - 1))] for i in range(_MOST_STEPS)]
+    return [steps[round(i * last / (most - 1))] for i in range(most)]
 
 
 def _file(folder: Path, step: int) -> Path:

@@ -126,14 +126,14 @@ class Report(Callback):
         """Read the metrics of a resumed run, and find out what does not change."""
         run = self._run
         self._lines = read_metrics(run.folder)
-        # Of the base model: nothing else has been sampled in this process yet.
-        if run.sampled is not None:
-            self._base_frame = frames.make(0, run.sampled)
-            frames.write(self._folder, self._base_frame)
         # Found out once: comparing with all presets takes a third of a second.
         self._environment = provenance.environment(run)
         self._plan = provenance.plan(run)
         self._preset, self._changed = provenance.nearest_preset(run.config)
+        # Of the base model: nothing else has been sampled in this process yet.
+        if run.sampled is not None:
+            self._base_frame = frames.make(0, run.sampled)
+            frames.write(self._folder, self._base_frame)
 
     def _keep_samples(self) -> None:
         if self._run.sampled is not None:
@@ -151,6 +151,9 @@ class Report(Callback):
         outcome: Outcome | None = None,
     ) -> None:
         """Write the page; where that fails, say so once and let the run go on."""
+        # A run that was moved away must not leave a page where it was.
+        if not self._run.folder.is_dir():
+            return
         # What is written before a page is in here too: it is for the page alone.
         try:
             prepare()

@@ -135,6 +135,20 @@ def test_images_that_were_damaged_or_come_from_elsewhere_are_left_out(
     assert Content(again.file).steps == [0, 1]
 
 
+def test_large_images_are_shown_of_fewer_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Reported(tmp_path / "run", PROMPTS, steps=9)
+    run.begin()
+    for _ in range(8):
+        run.step(sampled=True)
+    largest = max(p.stat().st_size for p in (run.folder / "samples").iterdir())
+    monkeypatch.setattr(frames, "_MOST_TOGETHER", 3 * largest)
+    run.step(sampled=True)
+    # Three of nine: the first, the middle one and the last, after the base model.
+    assert Content(run.file).steps == [0, 1, 5, 9]
+
+
 def test_without_samples_the_page_is_written_now_and_then(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -163,6 +177,14 @@ def test_a_report_that_cannot_be_written_is_one_warning(
     run.file.rmdir()
     run.step(sampled=True)
     assert Content(run.file).steps == [0, 1, 2]
+
+
+def test_a_run_that_was_moved_away_leaves_no_page_behind(tmp_path: Path) -> None:
+    run = Reported(tmp_path / "run", PROMPTS)
+    run.begin()
+    run.folder.rename(tmp_path / "elsewhere")
+    run.report.after_training()
+    assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
 
 
 def test_only_the_main_process_writes(tmp_path: Path) -> None:
