@@ -19,6 +19,7 @@ def show(config: Config, console: Console) -> None:
     """Print a complete configuration."""
     from alignprop_cli.config.schema import dump
 
+    # As YAML for people, which --config reads back.
     values = {"config": config.model_dump(mode="json")}
     console.result("alignprop.config/1", values, [dump(config).rstrip()])
 

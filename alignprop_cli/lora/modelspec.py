@@ -83,6 +83,7 @@ def architecture(layers: Layers, prefix: str, base_model: str | None) -> str:
         ends = ("attn2.to_k", "attn2.to_v")
         widths = {factors.shape[1] for name, factors in layers.items() if name.endswith(ends)}
         return _BY_WIDTH.get(next(iter(widths), 0), _UNKNOWN) if len(widths) == 1 else _UNKNOWN
+    # Which transformer it is shows in names that only one family has.
     found = (kind for part, kind in _BY_NAME.items() if any(part in name for name in layers))
     return next(found, _UNKNOWN)
 
@@ -147,6 +148,7 @@ def of_model(kind: str, title: str, size: tuple[int, int], prediction: str) -> d
 
 def _least_of_kohya(layers: Layers, kind: str) -> dict[str, str]:
     """Return kohya's least set of keys; all values are texts."""
+    # Alpha as kohya counts it, whatever the scaling of the LoRA is called here.
     ranks = {factors.rank for factors in layers.values()}
     alphas = {factors.scaling * factors.rank for factors in layers.values()}
     base = next((name for start, name in _KOHYA.items() if kind.startswith(start)), kind)

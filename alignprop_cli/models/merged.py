@@ -148,6 +148,7 @@ def save_single_file(config: ModelConfig, adapter: Adapter, file: Path, title: s
 
 def _full(config: ModelConfig) -> tuple[Family, Source]:
     """Return the family of a model and where its weights are, which are loaded in full."""
+    # What is quantised in memory is stored in full; the precision is chosen by the files.
     family, path = find(config)
     full = config.model_copy(update={"quantize": "none", "dtype": "float32"})
     return family, source_of(full, path, CPU)

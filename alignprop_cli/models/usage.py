@@ -34,6 +34,7 @@ def snippet(
         # As JSON, which Python reads alike: no quotation mark of the text ends it.
         options["negative_prompt"] = sample["negative_prompt"]
     arguments = [json.dumps("a prompt"), *(f"{n}={json.dumps(v)}" for n, v in options.items())]
+    # Names go in as JSON too: a quotation mark in one ends nothing.
     return [
         f"from diffusers import {kind}",
         "",

@@ -340,6 +340,7 @@ def _base(known: str | None, given: str | None) -> str:
 def _sampling(sample: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Return the settings of sampling, of those that are known."""
     shown = {"num_inference_steps": "sampling steps", "guidance_scale": "guidance scale"}
+    # A number as people write it: 7.5, and 50 rather than 50.0.
     found = [(title, f"{sample[n]:g}") for n, title in shown.items() if sample.get(n) is not None]
     if sample.get("height") and sample.get("width"):
         found.append(("image size", f"{sample['width']} x {sample['height']}"))

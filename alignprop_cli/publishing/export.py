@@ -88,6 +88,7 @@ def write(
         AlignPropError: If it cannot be done: see `check`; the base model cannot be loaded, the LoRA
             does not fit it, or there is no space.
     """
+    # All of it before the first file: an export that fails half-way would leave half of them.
     check(kinds, dora=is_dora(adapter.layers), model=model)
     return [_write(kind, adapter, model, folder, title) for kind in kinds]
 

@@ -76,6 +76,7 @@ def upload(hub_id: str, folder: Path) -> str:
     # They would be drawn into the result.
     disable_progress_bars()
     api = HfApi()
+    # For a shell, where a folder's name may have a blank.
     again = shlex.join(["hf", "upload", hub_id, str(folder), ".", "--private"])
     with explained(hub_id, again):
         made = api.create_repo(hub_id, private=True, exist_ok=True)
