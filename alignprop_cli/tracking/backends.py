@@ -59,7 +59,7 @@ class Backend:
         """Close the run."""
         self.tracker.finish()
 
-    # accelerate declares neither the library's own run nor files.
+    # One of accelerate's, which have more methods than their base class.
     tracker: Any
 
 
@@ -247,7 +247,7 @@ class MLflow(Backend):
 class SwanLab(Backend):
     """SwanLab. It has no artifacts, and goes on with a run only where it is online."""
 
-    project_variable, name_variable = "SWANLAB_PROJECT", "SWANLAB_EXP_NAME"
+    project_variable, name_variable = "SWANLAB_PROJ_NAME", "SWANLAB_EXP_NAME"
 
     def __init__(self, job: Job, identity: str) -> None:
         super().__init__(job, identity)

@@ -12,8 +12,11 @@ from tests.schemas import FOLDER, schemas, text
 
 jsonschema = pytest.importorskip("jsonschema")
 
-QUICK = ("--set=sample.num_inference_steps=2", "--set=gradient.k_max=2", "--set=train.batch_size=2",
-         "--set=eval.images=2", "--set=eval.sample_images=2", "--set=eval.every=0")  # fmt: skip
+QUICK = (
+    *("--set=sample.num_inference_steps=2", "--set=gradient.k_max=2"),
+    *("--set=train.batch_size=2", "--set=train.micro_batch=2"),
+    *("--set=eval.images=2", "--set=eval.sample_images=2", "--set=eval.every=0"),
+)
 
 
 @pytest.fixture
