@@ -6,7 +6,6 @@ another kind, against NaN and infinity, is in nonfinite.py.)
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,8 +24,6 @@ from alignprop_cli.training.record import StepRecord
 from alignprop_cli.training.resume import read_metrics
 from alignprop_cli.training.samples import Samples
 
-# Seconds between two drawings of the curves, which take one; the last is drawn in any case.
-_PAUSE = 30.0
 # Prompts below which a change would have to be more than ten standard errors to be clear.
 _FEWEST = 4
 
@@ -74,7 +71,6 @@ class Guard(Callback):
         self._samples = samples
         self._why, self._stops, self._is_best = "", False, False
         self._curves: dict[int, dict[str, float]] = {}
-        self._drawn = 0.0
 
     def before_training(self, run: Run) -> None:
         """Take in what was measured before the run was resumed."""
@@ -130,7 +126,6 @@ class Guard(Callback):
         self._curves[record.step] = record.held_out
         self._why = self._told({name: changes[name] for name in alarms}) if alarms else ""
         self._stops = run.config.guard.enabled and self._history.wants_to_stop
-        self._draw(at_once=False)
 
     def is_best(self) -> bool:
         """Return whether the present step is the best that was measured so far."""
@@ -141,8 +136,10 @@ class Guard(Callback):
         return self._stops
 
     def after_training(self) -> None:
-        """Draw the curves, also after an interruption."""
-        self._draw(at_once=True)
+        """Draw the curves, also after an interruption; the report has them all the time."""
+        if len(self._curves) > 1 and self._run.accelerator.is_main_process:
+            best = self._history.best
+            draw_curves(self._curves, best and best[0], self._run.folder / sheet.CURVES)
 
     def verdict(self) -> Verdict:
         """Return what there is to say at the end of the run."""
@@ -176,16 +173,6 @@ class Guard(Callback):
             for name, c in alarms.items()
         ]
         return f"{', '.join(trained)} while {', '.join(worse)}"
-
-    def _draw(self, *, at_once: bool) -> None:
-        """Draw the curves on the main process, unless that has just been done."""
-        is_late = time.monotonic() - self._drawn > _PAUSE
-        if len(self._curves) < 2 or not self._run.accelerator.is_main_process:
-            return
-        if at_once or is_late:
-            best = self._history.best
-            draw_curves(self._curves, best and best[0], self._run.folder / sheet.CURVES)
-            self._drawn = time.monotonic()
 
 
 def _unable(
