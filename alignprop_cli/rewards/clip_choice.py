@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -10,6 +11,9 @@ from torch import Tensor
 from alignprop_cli.prompts import load_prompts
 from alignprop_cli.rewards.base import without_autocast
 from alignprop_cli.rewards.clip import ClipReward
+
+_READ_TOGETHER = 64
+"""Texts of the set in a batch; one by one the 800 of `shapes` take half of a short run."""
 
 
 class ClipChoice(ClipReward):
@@ -48,7 +52,23 @@ class ClipChoice(ClipReward):
         self.alike = tuple(alike)
         self.choices = load_prompts(prompts)
         self._plain_choices = [self._plain(choice) for choice in self.choices]
+        self._read: Tensor | None = None
         super().__init__(model, pretrained)
+
+    def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Self:
+        """Move the networks to a device, convert them to a precision, and return self."""
+        self._read = None
+        return super().to(device, dtype)
+
+    @torch.no_grad()
+    def _others(self) -> Tensor:
+        """Return the features of the set, shape (N, D), computed once."""
+        # Always in the same batches: the last digits depend on what is in them.
+        if self._read is None:
+            starts = range(0, len(self.choices), _READ_TOGETHER)
+            parts = [self.read(list(self.choices[i : i + _READ_TOGETHER])) for i in starts]
+            self._read = torch.cat(parts)
+        return self._read
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the log-probabilities, shape (B,). Differentiable in images."""
@@ -58,7 +78,7 @@ class ClipChoice(ClipReward):
         scale = self._model.logit_scale.detach().to(seen.dtype).exp()
         own = scale * (seen * self.text_features(prompts)).sum(dim=-1, keepdim=True)
         with without_autocast(images.device):
-            others = scale * seen @ self.text_features(self.choices).T  # (B, N)
+            others = scale * seen @ self._others().T  # (B, N)
         # 2. The denominator: every prompt. The own one is masked where the set holds it too, so it
         # counts once.
         is_own = self._mask([[c == prompt for c in self.choices] for prompt in prompts])

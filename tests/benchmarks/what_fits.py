@@ -48,6 +48,7 @@ SCHNELL: dict[str, Any] = {
     "sample.num_inference_steps": 4,
     "gradient.method": "full",
 }
+INT8: dict[str, Any] = {"model.quantize": "int8"}
 NF4: dict[str, Any] = {"model.quantize": "nf4"}
 # With `--flows`: rectified flows as their presets have them, and what differs.
 FLOWS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -64,9 +65,12 @@ FLOWS: dict[str, tuple[str, dict[str, Any]]] = {
     "FLUX.1-dev, 512, last fifth of 25": ("flux_hps", {}),
     "FLUX.1-dev, 1024, last fifth of 25": ("flux_hps", LARGE),
     "FLUX.1-schnell, 512, all 4": ("flux_hps", SCHNELL),
+    "FLUX.1-dev in int8, 512, last fifth of 25": ("flux_hps", INT8),
     "FLUX.1-dev in nf4, 512, last fifth of 25": ("flux_hps", NF4),
     "FLUX.1-schnell in nf4, 512, all 4": ("flux_hps", {**SCHNELL, **NF4}),
+    "Z-Image-Turbo in int8, 512, all 8": ("zimage_turbo_hps", INT8),
     "Z-Image-Turbo in nf4, 512, all 8": ("zimage_turbo_hps", NF4),
+    "FLUX.2-klein 4B in int8, 512, all 4": ("klein_hps", INT8),
     "FLUX.2-klein 4B in nf4, 512, all 4": ("klein_hps", NF4),
 }
 FLOW_CARDS = (12, 16, 24, 48, 80)
