@@ -143,7 +143,8 @@ def _untyped(
 def _places(config: Config, shipped: ShippedNames, keys: Sequence[str]) -> Iterator[_Named]:
     """Yield the paths and hub ids that a configuration names outside its rewards."""
     # A default is shipped, and so are the names of published models and prompt sets.
-    defaults, values = Config().model_dump(), config.model_dump()
+    # As JSON: what is typed is lists, not tuples.
+    defaults, values = Config().model_dump(mode="json"), config.model_dump(mode="json")
     free = {"model.id": shipped.models, "model.decoder": ("taesd",)}
     for key in keys:
         path = tuple(key.split("."))
@@ -152,7 +153,8 @@ def _places(config: Config, shipped: ShippedNames, keys: Sequence[str]) -> Itera
         value = _at(values, path)
         allowed = free.get(key, shipped.prompts if path[-1] == "prompts" else ())
         if value != _at(defaults, path) and value not in allowed:
-            yield _Named(path, value, f"{_shown(value)} is not shipped with alignprop")
+            why = "is for trackers" if key in _TRACKING else "is not shipped with alignprop"
+            yield _Named(path, value, f"{_shown(value)} {why}")
     for key, largest in LARGEST.items():
         path = tuple(key.split("."))
         value = _at(values, path)
