@@ -6,6 +6,7 @@ Python is in docs/python.md. Nothing here imports torch before it is called.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -337,8 +338,10 @@ def _command(
     weighted: bool = False,
 ) -> Iterator[tuple[KeptConsole, list[str] | None]]:
     """Yield the console and the rewards of a command, which runs in the block."""
-    # Imports torch, so only now.
-    from alignprop_cli.api.process import KeptConsole, guest
+    # Imports torch, so only now. Libraries warn then, for one of widgets that a notebook lacks.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from alignprop_cli.api.process import KeptConsole, guest
 
     named = given.rewards(reward, weighted=weighted)
     console = KeptConsole(verbose=verbose, progress=progress)

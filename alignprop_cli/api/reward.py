@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -110,11 +111,13 @@ def load_reward(
             "coloured shapes of the embedded models",
             hint="model='ViT-L-14', pretrained='openai'; or model='tiny', if that one is meant",
         )
-    # Imports torch, so only now.
-    import torch
+    # Imports torch, so only now. Libraries warn then, for one of widgets that a notebook lacks.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import torch
 
-    from alignprop_cli.api.process import guest
-    from alignprop_cli.rewards.mixture import build_mixture
+        from alignprop_cli.api.process import guest
+        from alignprop_cli.rewards.mixture import build_mixture
 
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     place = torch.device(auto if device is None else device)

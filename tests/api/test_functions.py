@@ -99,17 +99,14 @@ def place(tmp_path_factory):
 
 
 def test_train_is_the_command_and_leaves_the_process_as_it_was(place, capfd) -> None:
-    # A caller who computes in another precision, without gradients and on one thread more.
+    # A caller who computes in another precision, and without gradients.
     torch.manual_seed(7)
     random.seed(7)
-    threads = torch.get_num_threads()
     torch.use_deterministic_algorithms(False)
     torch.set_default_dtype(torch.float64)
-    torch.set_num_threads(threads + 1)
     transformers.utils.logging.enable_progress_bar()
     seen: list[Progress] = []
     try:
-        torch.set_num_threads(threads)
         with torch.inference_mode():
             before = state()
             made = alignprop_cli.train(
@@ -142,24 +139,35 @@ def test_train_is_the_command_and_leaves_the_process_as_it_was(place, capfd) -> 
 
 def test_evaluate_soup_and_score_are_the_commands(place, capfd) -> None:
     run = place / "typed"
+    # 1. The functions. A LoRA of strength 0 is the base model.
     before = state()
-    # 1. evaluate
     made = alignprop_cli.evaluate(run, images=2, scale=[0, 1], output=place / "e", seed=3)
-    args = ("evaluate", run, "--images", 2, "--scale", "0,1", "--seed", 3, "--quiet")
-    assert command(*args, "--output", place / "e2", "--json") == 0
-    typed = json.loads(capfd.readouterr().out)
-    differ = {k for k, v in made.values.items() if v != typed[k]}
-    assert differ <= {"seconds", "output", "sheet", "report"}
-    assert made.rewards["brightness"]["strength 1"].paired is not None
-    assert made.rewards["brightness"]["base"].paired is None
-    # A LoRA of strength 0 is the base model.
-    same = made.rewards["brightness"]["strength 0"].paired
+    rewards = made.rewards["brightness"]
+    assert (rewards["base"].paired, rewards["strength 1"].paired is None) == (None, False)
+    same = rewards["strength 0"].paired
     assert same is not None
     assert (same.difference, same.ties) == (0.0, 1.0)
     assert made.results.is_file()
-
-    # 2. soup
     soup = alignprop_cli.soup({run: 0.25, "base": 0.75}, output=place / "s")
+    swept = alignprop_cli.soup([run, "base"], sweep=(0, 1, 1), images=1, output=place / "w")
+    assert (swept.folder, swept.adapter) == (place / "w", None)
+    assert swept.evaluation is not None
+    assert set(swept.evaluation.rewards["brightness"]) == {"base", "share-0", "share-1"}
+    images = made.output / "images" / "base"
+    scored = alignprop_cli.score(images, reward="brightness", top=1)
+    assert [row["file"].parent for row in scored.images] == [images]
+    # The files hold bytes, so each value is rounded.
+    mean = rewards["base"].mean
+    assert scored.rewards["brightness"].mean == pytest.approx(mean, abs=1 / 255)
+    assert state() == before
+    assert capfd.readouterr() == ("", "")
+
+    # 2. The commands.
+    args = ("evaluate", run, "--images", 2, "--scale", "0,1", "--seed", 3, "--json")
+    assert command(*args, "--output", place / "e2") == 0
+    typed = json.loads(capfd.readouterr().out)
+    differ = {k for k, v in made.values.items() if v != typed[k]}
+    assert differ <= {"seconds", "output", "sheet", "report"}
     args = ("soup", run, "base", "--coef", "0.25", "--output", place / "s2", "--json")
     assert command(*args) == 0
     typed = json.loads(capfd.readouterr().out)
@@ -167,23 +175,9 @@ def test_evaluate_soup_and_score_are_the_commands(place, capfd) -> None:
     assert soup.adapter.read_bytes() == Path(typed["adapter"]).read_bytes()
     assert (soup.folder, soup.error, soup.evaluation) == (place / "s", 0.0, None)
     assert soup.values.keys() | {"schema"} == typed.keys()
-    swept = alignprop_cli.soup([run, "base"], sweep=(0, 1, 1), images=1, output=place / "w")
-    assert (swept.folder, swept.adapter) == (place / "w", None)
-    assert swept.evaluation is not None
-    assert set(swept.evaluation.rewards["brightness"]) == {"base", "share-0", "share-1"}
-
-    # 3. score
-    images = made.output / "images" / "base"
-    scored = alignprop_cli.score(images, reward="brightness", top=1)
     assert command("score", images, "--reward", "brightness", "--top", 1, "--json") == 0
     typed = json.loads(capfd.readouterr().out)
     assert {**scored.values, "schema": "alignprop.score/3"} == typed
-    # The files hold bytes, so each value is rounded.
-    mean = made.rewards["brightness"]["base"].mean
-    assert scored.rewards["brightness"].mean == pytest.approx(mean, abs=1 / 255)
-    assert [row["file"].parent for row in scored.images] == [images]
-    assert state() == before
-    assert capfd.readouterr() == ("", "")
 
 
 def test_a_run_in_a_thread_with_an_object_as_its_reward_is_resumed_with_it(place) -> None:
