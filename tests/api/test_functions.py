@@ -306,13 +306,14 @@ def test_what_the_command_warns_of_is_in_the_result_and_verbose_prints_it(tmp_pa
 def test_importing_the_package_loads_nothing_and_is_quick() -> None:
     code = (
         "import sys, time\n"
-        "started = time.perf_counter()\n"
+        "started = time.process_time()\n"
         "import alignprop_cli\n"
-        "print(time.perf_counter() - started)\n"
+        "print(time.process_time() - started)\n"
         "alignprop_cli.train, alignprop_cli.load_reward, alignprop_cli.ConfigError\n"
         "print(*{'torch', 'diffusers', 'numpy'} & {*sys.modules})\n"
         "assert {*alignprop_cli.__all__} <= {*dir(alignprop_cli)}, dir(alignprop_cli)\n"
     )
+    # Of the processor, since the clock's depend on what else runs.
     seconds: list[float] = []
     while len(seconds) < 5 and not any(one < 0.1 for one in seconds):
         done = subprocess.run(
