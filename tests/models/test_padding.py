@@ -47,7 +47,8 @@ def run(layer: Attention, image: Tensor, prompt: Tensor, words: int) -> list[Ten
     loss = (drawn.flatten() * weights).sum() + read.square().sum()
     loss.backward()
     gradients = [p.grad for p in layer.parameters() if p.grad is not None]
-    assert image.grad is not None and prompt.grad is not None
+    assert image.grad is not None
+    assert prompt.grad is not None
     return [drawn, read, *gradients, image.grad, prompt.grad[:, :words]]
 
 
