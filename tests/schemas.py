@@ -100,6 +100,10 @@ class Planned(TypedDict):
 PairedShown = strict(Paired)
 
 
+Exports = Annotated[dict[str, Place], Field(description="By format; only with --export.")]
+Hub = Annotated[str, Field(description="Address of the repository; only with --push-to-hub.")]
+
+
 @closed
 class HeldOut(TypedDict):
     """Base model and adapter on held-out prompts."""
@@ -140,6 +144,9 @@ class Trained(TypedDict):
     guard: Guarded
     next: Annotated[str, Field(description="The command that evaluates the run.")]
     held_out: HeldOut
+    card: Place
+    exports: NotRequired[Exports]
+    hub: NotRequired[Hub]
 
 
 @closed
@@ -187,7 +194,7 @@ class SampleShown(TypedDict):
 
 @closed
 class Evaluated(TypedDict):
-    """`evaluate`, `soup --evaluate` and `--sweep`; `results.json` lacks the last three."""
+    """`evaluate`, `soup --evaluate` and `--sweep`; `results.json` ends with `samples`."""
 
     schema: Literal["alignprop.evaluate/4"]
     version: str
@@ -206,6 +213,8 @@ class Evaluated(TypedDict):
     output: NotRequired[Place]
     sheet: NotRequired[Place]
     report: NotRequired[Place]
+    exports: NotRequired[Exports]
+    hub: NotRequired[Hub]
 
 
 @closed
@@ -231,6 +240,8 @@ class Souped(TypedDict):
     layers: int
     ranks: list[int]
     bytes: int
+    exports: NotRequired[Exports]
+    hub: NotRequired[Hub]
 
 
 @closed

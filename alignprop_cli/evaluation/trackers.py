@@ -52,12 +52,12 @@ class Told:
 
         What lies on a curve (strengths, the shares of a sweep) is one step for each point.
         """
-        # 1. Numbers.
+        # 1. Numbers. They begin at step 0, which counts as told where nothing was told before.
         told, curve = self._followers, result.curve
-        told.scalars(0, {"rewards": _means(result, tuple(result.sampled))})
+        told.scalars(0, {"rewards": _means(result, tuple(result.sampled))}, again=True)
         for number, (at, variant) in enumerate(zip(curve, result.variants, strict=False)):
             values = {name: by[variant].mean for name, by in result.metrics.items()}
-            told.scalars(number, {"curve": {"at": at, **values}})
+            told.scalars(number, {"curve": {"at": at, **values}}, again=True)
         # 2. Images, which lie in the folder.
         for model, sampled in result.sampled.items():
             some = range(len(sampled.samples))[:_SHOWN]
