@@ -71,7 +71,7 @@ MAY_IMPORT = {
     "training": {*_PARTS, "console", "evaluation", "publishing"},
     "scoring": {*_PARTS, "console", "evaluation", "publishing"},
     "commands": {*_PARTS, "console", "evaluation", "training", "scoring", "publishing"},
-    "api": {*_PARTS, "console", "evaluation", "commands"},
+    "api": {*_PARTS, "console", "evaluation", "publishing", "commands"},
     "cli": {"errors", "waiting", "console", "commands"},
     "main": {"cli"},
 }

@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from alignprop_cli.api import given
 from alignprop_cli.api.given import PathLike
+from alignprop_cli.config.tracking import Tracker
 from alignprop_cli.lora.recipe import Format, Method, Recipe
+from alignprop_cli.publishing.request import Kind
 
 RowFormat = Literal["csv", "jsonl", "parquet"]
 
@@ -37,6 +39,9 @@ def train(
     resume: PathLike | None = None,
     checkpoint: str | int | None = None,
     gpu_memory: str | None = None,
+    log_with: Tracker | Sequence[Tracker] | None = None,
+    export: Kind | Sequence[Kind] | None = None,
+    push_to_hub: str | None = None,
     progress: Callable[[Progress], object] | None = None,
     verbose: bool = False,
 ) -> TrainResult:
@@ -57,6 +62,9 @@ def train(
             given again.
         checkpoint: With `resume`: `best` or a step to go back to.
         gpu_memory: Use at most this, such as 12GB.
+        log_with: Experiment trackers that are told; an empty list is none.
+        export: Formats to write the adapter in for other programs.
+        push_to_hub: Id on the hub to upload adapter and card to.
         progress: Called after every step and every batch of samples; what it raises ends the run.
         verbose: Whether to print as the command does.
 
@@ -85,6 +93,10 @@ def train(
             checkpoint=None if checkpoint is None else str(checkpoint),
             # The machine. Plans for other machines are the command line's.
             gpu_memory=gpu_memory,
+            # Who else gets it.
+            log_with=given.words("log_with", log_with),
+            export=given.words("export", export),
+            push_to_hub=push_to_hub,
         )
 
     from alignprop_cli.api.results import of_training
@@ -111,6 +123,8 @@ def evaluate(
     batch_size: int | None = None,
     output: PathLike | None = None,
     overwrite: bool = False,
+    log_with: Tracker | Sequence[Tracker] | None = None,
+    export: Kind | Sequence[Kind] | None = None,
     progress: Callable[[Progress], object] | None = None,
     verbose: bool = False,
 ) -> EvaluateResult:
@@ -134,6 +148,8 @@ def evaluate(
         batch_size: Images sampled together; changes no image.
         output: The folder of the result.
         overwrite: Whether it may be replaced.
+        log_with: As in `train`.
+        export: As in `train`, of one LoRA as it was trained.
         progress: Called after every batch of images; what it raises ends the evaluation.
         verbose: Whether to print as the command does.
 
@@ -166,6 +182,8 @@ def evaluate(
             batch_size=batch_size,
             output=given.path(output),
             overwrite=overwrite,
+            log_with=given.words("log_with", log_with),
+            export=given.words("export", export),
         )
 
     from alignprop_cli.api.results import of_evaluation
@@ -191,6 +209,9 @@ def soup(
     images: int | None = None,
     output: PathLike | None = None,
     overwrite: bool = False,
+    log_with: Tracker | Sequence[Tracker] | None = None,
+    export: Kind | Sequence[Kind] | None = None,
+    push_to_hub: str | None = None,
     progress: Callable[[Progress], object] | None = None,
     verbose: bool = False,
 ) -> SoupResult:
@@ -213,6 +234,9 @@ def soup(
         images: For the evaluation.
         output: The folder of the result.
         overwrite: Whether it may be replaced.
+        log_with: As in `train`, for the evaluation.
+        export: As in `train`, of one mix.
+        push_to_hub: As in `train`, of one mix.
         progress: As in `evaluate`.
         verbose: Whether to print as the command does.
 
@@ -220,6 +244,7 @@ def soup(
         AlignPropError: Of the class that says whose mistake it is (errors.py).
     """
     from alignprop_cli.commands.bodies import soup as body
+    from alignprop_cli.commands.trackers import tracker_names
 
     names, shares = given.members(members, coef)
     # Checked by the options of the command, which are not in the way here.
@@ -250,6 +275,11 @@ def soup(
             images=images,
             output=given.path(output),
             overwrite=overwrite,
+            log_with=tracker_names(
+                given.words("log_with", log_with), used=evaluate or sweep is not None
+            ),
+            export=given.words("export", export),
+            push_to_hub=push_to_hub,
         )
 
     from alignprop_cli.api.results import of_soup

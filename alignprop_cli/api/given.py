@@ -169,6 +169,21 @@ def listed(given: float | Sequence[float] | None) -> str | None:
     return ",".join(repr(float(value)) for value in values)
 
 
+def words(name: str, given: str | Sequence[str] | None) -> list[str] | None:
+    """Return one word or several as a list; None stays None, which an empty list is not.
+
+    Raises:
+        ConfigError: If one of them is no text.
+    """
+    if given is None:
+        return None
+    found = [given] if isinstance(given, str) else list(cast(Sequence[object], given))
+    for word in found:
+        if not isinstance(word, str):
+            raise ConfigError(f"{name}: expected a name, got {word!r:.100}")
+    return cast("list[str]", found)
+
+
 def members(
     given: Sequence[PathLike] | Mapping[PathLike, float], coef: float | Sequence[float] | None
 ) -> tuple[list[str], str | None]:

@@ -68,6 +68,9 @@ class KeptConsole(Console):
         self.warnings.append(text)
         if self._verbose:
             super().warn(text)
+        else:
+            # For the report of a run, which shows them whether they are printed or not.
+            self.warned.append(text)
 
     def text(self, text: str) -> None:
         """Print a text, if verbose."""

@@ -32,6 +32,9 @@ class TrainResult:
         rewards: By name, of held-out images before and after.
         checker: By part of the prompt, the share of images that are right before and after; empty
             where nothing checks the prompts.
+        card: The model card, beside the adapter.
+        exports: What `export` asked for, by its name: a file, or the folder of `merged`.
+        hub: Address on the hub, if it was uploaded.
         warnings: Messages that the command would print.
         values: The object that `alignprop train --json` prints.
     """
@@ -49,6 +52,9 @@ class TrainResult:
     best: Path | None
     rewards: Mapping[str, Paired]
     checker: Mapping[str, Paired]
+    card: Path
+    exports: Mapping[str, Path]
+    hub: str | None
     warnings: tuple[str, ...]
     values: Mapping[str, Any] = field(repr=False)
 
@@ -67,6 +73,7 @@ class EvaluateResult:
         rewards: Name of the reward, then of the model (`base`, `tuned` ...): mean, deviation, and
             the comparison with the base model.
         checker: The same for the shares of images that are right.
+        exports: As in `TrainResult`.
         warnings: Messages that the command would print.
         values: The object that `alignprop evaluate --json` prints.
     """
@@ -79,6 +86,7 @@ class EvaluateResult:
     seconds: float
     rewards: Metrics
     checker: Metrics
+    exports: Mapping[str, Path]
     warnings: tuple[str, ...]
     values: Mapping[str, Any] = field(repr=False)
 
@@ -92,6 +100,8 @@ class SoupResult:
         adapter: The LoRA file; None for a sweep, whose mixes are in folders inside.
         error: Relative L2 distance to the exact mix; 0 for the exact method, None for a sweep.
         evaluation: The comparison with the base model, if one was asked for.
+        exports: As in `TrainResult`.
+        hub: Address on the hub, if it was uploaded.
         warnings: Messages that the command would print.
         values: The object that `alignprop soup --json` prints; empty for a sweep.
     """
@@ -100,6 +110,8 @@ class SoupResult:
     adapter: Path | None
     error: float | None
     evaluation: EvaluateResult | None
+    exports: Mapping[str, Path]
+    hub: str | None
     warnings: tuple[str, ...]
     values: Mapping[str, Any] = field(repr=False)
 
@@ -173,6 +185,10 @@ def of_training(values: Mapping[str, Any], warnings: Sequence[str]) -> TrainResu
         # Held-out images before and after.
         rewards={name: Paired(**each) for name, each in held_out["rewards"].items()},
         checker={part: Paired(**each) for part, each in held_out["checker"].items()},
+        # What it was made for.
+        card=Path(values["card"]),
+        exports=_paths(values.get("exports", {})),
+        hub=values.get("hub"),
         warnings=tuple(warnings),
         values=values,
     )
@@ -191,6 +207,7 @@ def of_evaluation(values: Mapping[str, Any], warnings: Sequence[str]) -> Evaluat
         seconds=values["seconds"],
         rewards=_metrics(values["rewards"]),
         checker=_metrics(values["checker"]),
+        exports=_paths(values.get("exports", {})),
         warnings=tuple(warnings),
         values=values,
     )
@@ -203,11 +220,15 @@ def of_soup(
     compared = None if evaluation is None else of_evaluation(evaluation, warnings)
     # A sweep makes nothing of its own: all that it has is compared, inside its folder.
     folder = Path(made["folder"]) if compared is None or made else compared.output.parent
+    # What is published of a mix is told with what is told last.
+    told = made if evaluation is None else evaluation
     return SoupResult(
         folder=folder,
         adapter=_path(made.get("adapter")),
         error=made.get("error"),
         evaluation=compared,
+        exports=_paths(told.get("exports", {})),
+        hub=told.get("hub"),
         warnings=tuple(warnings),
         values=made,
     )
@@ -233,6 +254,10 @@ def of_scoring(values: Mapping[str, Any], warnings: Sequence[str]) -> ScoreResul
 
 def _path(text: str | None) -> Path | None:
     return None if text is None else Path(text)
+
+
+def _paths(values: Mapping[str, str]) -> Mapping[str, Path]:
+    return {name: Path(text) for name, text in values.items()}
 
 
 def _metrics(values: Mapping[str, Any]) -> Metrics:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from alignprop_cli.config.section import Section, Text
 
@@ -32,3 +32,9 @@ class TrackingConfig(Section):
         "name of the folder.",
     )
     tags: tuple[Text, ...] = Field(default=(), description="Tags of the run.")
+
+    @field_validator("log_with")
+    @classmethod
+    def _each_once(cls, names: tuple[Tracker, ...]) -> tuple[Tracker, ...]:
+        """Drop what is named again: a tracker is one process."""
+        return tuple(dict.fromkeys(names))

@@ -19,6 +19,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from huggingface_hub import constants
+from huggingface_hub.utils import are_progress_bars_disabled
 
 import alignprop_cli
 from alignprop_cli import (
@@ -30,8 +32,10 @@ from alignprop_cli import (
     RunError,
     cli,
 )
+from alignprop_cli.api.process import KeptConsole
 from alignprop_cli.rewards.pixel import brightness
 from tests.factories import picture
+from tests.publishing.fake_hub import TOKEN, running
 
 # The smallest run there is: two steps, each of one image through one call.
 SMALL: dict[str, Any] = {
@@ -98,6 +102,18 @@ def place(tmp_path_factory):
     return folder
 
 
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    with running() as found:
+        # Read when the library is imported, so the variables of the environment come too late.
+        monkeypatch.setattr(constants, "ENDPOINT", found.url)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield found
+
+
 def test_train_is_the_command_and_leaves_the_process_as_it_was(place, capfd) -> None:
     # A caller who computes in another precision, and without gradients.
     torch.manual_seed(7)
@@ -137,37 +153,34 @@ def test_train_is_the_command_and_leaves_the_process_as_it_was(place, capfd) -> 
         made.steps = 3  # type: ignore[misc]
 
 
+def called(function: Any, *args: Any, **options: Any) -> Any:
+    """Call a function, and look whether it has changed anything."""
+    # Around the call alone: the commands, which the same tests run, own their process.
+    before = state()
+    found = function(*args, **options)
+    assert state() == before
+    return found
+
+
 def test_evaluate_soup_and_score_are_the_commands(place, capfd) -> None:
     run = place / "typed"
-    # 1. The functions. A LoRA of strength 0 is the base model.
-    before = state()
-    made = alignprop_cli.evaluate(run, images=2, scale=[0, 1], output=place / "e", seed=3)
-    rewards = made.rewards["brightness"]
-    assert (rewards["base"].paired, rewards["strength 1"].paired is None) == (None, False)
-    same = rewards["strength 0"].paired
-    assert same is not None
-    assert (same.difference, same.ties) == (0.0, 1.0)
-    assert made.results.is_file()
-    soup = alignprop_cli.soup({run: 0.25, "base": 0.75}, output=place / "s")
-    swept = alignprop_cli.soup([run, "base"], sweep=(0, 1, 1), images=1, output=place / "w")
-    assert (swept.folder, swept.adapter) == (place / "w", None)
-    assert swept.evaluation is not None
-    assert set(swept.evaluation.rewards["brightness"]) == {"base", "share-0", "share-1"}
-    images = made.output / "images" / "base"
-    scored = alignprop_cli.score(images, reward="brightness", top=1)
-    assert [row["file"].parent for row in scored.images] == [images]
-    # The files hold bytes, so each value is rounded.
-    mean = rewards["base"].mean
-    assert scored.rewards["brightness"].mean == pytest.approx(mean, abs=1 / 255)
-    assert state() == before
-    assert capfd.readouterr() == ("", "")
-
-    # 2. The commands.
-    args = ("evaluate", run, "--images", 2, "--scale", "0,1", "--seed", 3, "--json")
-    assert command(*args, "--output", place / "e2") == 0
+    # 1. evaluate
+    made = called(alignprop_cli.evaluate, run, images=2, scale=[0, 1], output=place / "e", seed=3)
+    args = ("evaluate", run, "--images", 2, "--scale", "0,1", "--seed", 3, "--quiet")
+    assert command(*args, "--output", place / "e2", "--json") == 0
     typed = json.loads(capfd.readouterr().out)
     differ = {k for k, v in made.values.items() if v != typed[k]}
     assert differ <= {"seconds", "output", "sheet", "report"}
+    assert made.rewards["brightness"]["strength 1"].paired is not None
+    assert made.rewards["brightness"]["base"].paired is None
+    # A LoRA of strength 0 is the base model.
+    same = made.rewards["brightness"]["strength 0"].paired
+    assert same is not None
+    assert (same.difference, same.ties) == (0.0, 1.0)
+    assert made.results.is_file()
+
+    # 2. soup
+    soup = called(alignprop_cli.soup, {run: 0.25, "base": 0.75}, output=place / "s")
     args = ("soup", run, "base", "--coef", "0.25", "--output", place / "s2", "--json")
     assert command(*args) == 0
     typed = json.loads(capfd.readouterr().out)
@@ -175,9 +188,81 @@ def test_evaluate_soup_and_score_are_the_commands(place, capfd) -> None:
     assert soup.adapter.read_bytes() == Path(typed["adapter"]).read_bytes()
     assert (soup.folder, soup.error, soup.evaluation) == (place / "s", 0.0, None)
     assert soup.values.keys() | {"schema"} == typed.keys()
+    sweep = {"sweep": (0, 1, 1), "images": 1, "output": place / "w"}
+    swept = called(alignprop_cli.soup, [run, "base"], **sweep)
+    assert (swept.folder, swept.adapter) == (place / "w", None)
+    assert swept.evaluation is not None
+    assert set(swept.evaluation.rewards["brightness"]) == {"base", "share-0", "share-1"}
+
+    # 3. score
+    images = made.output / "images" / "base"
+    scored = called(alignprop_cli.score, images, reward="brightness", top=1)
     assert command("score", images, "--reward", "brightness", "--top", 1, "--json") == 0
     typed = json.loads(capfd.readouterr().out)
     assert {**scored.values, "schema": "alignprop.score/3"} == typed
+    # The files hold bytes, so each value is rounded.
+    mean = made.rewards["brightness"]["base"].mean
+    assert scored.rewards["brightness"].mean == pytest.approx(mean, abs=1 / 255)
+    assert [row["file"].parent for row in scored.images] == [images]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_exports_trackers_and_the_hub_are_asked_for_as_at_the_command_line(
+    place, hub, monkeypatch
+) -> None:
+    # The hub's bars too, which are switched off with these.
+    transformers.utils.logging.enable_progress_bar()
+    before, run = state(), place / "typed"
+    # What is not there is refused as the command refuses it, before anything is sampled.
+    calls: list[tuple[type[Exception], str, Any]] = [
+        (ConfigError, "unknown format 'comfy'", {"export": "comfy"}),
+        (ConfigError, "export: expected a name, got 3", {"export": [3]}),
+        (ConfigError, "tracking.log_with", {"log_with": "tensorbord"}),
+    ]
+    for kind, said, options in calls:
+        with pytest.raises(kind) as told:
+            alignprop_cli.evaluate(run, images=1, output=place / "never", **options)
+        assert said in str(told.value)
+    with pytest.raises(ConfigError, match="--log-with goes with"):
+        alignprop_cli.soup([run, "base"], coef=0.5, output=place / "never", log_with="wandb")
+    assert not (place / "never").exists()
+
+    # A run with a Python object as its reward, whose card says what is known of it.
+    made = alignprop_cli.train(
+        "tiny",
+        reward=blueness,
+        steps=1,
+        overrides=SMALL,
+        export="comfyui",
+        push_to_hub="me/blue",
+        output=place / "given",
+    )
+    assert list(made.exports) == ["comfyui"]
+    assert made.exports["comfyui"].is_file()
+    assert made.hub == f"{hub.url}/me/blue"
+    assert made.card == made.adapter.with_name("README.md")
+    for text in (made.card.read_text(), hub.repos["me/blue"]["README.md"].decode()):
+        assert "`python:blueness`: a reward of its user's own" in text
+        assert "`python:blueness` (trained on)" in text
+        assert str(place) not in text
+
+    judged = alignprop_cli.evaluate(
+        made.run, reward="brightness", images=1, export=["comfyui"], output=place / "exported"
+    )
+    assert judged.exports["comfyui"].parent == place / "exported" / "export" / "comfyui"
+    mixed = alignprop_cli.soup(
+        {run: 0.5, "base": 0.5}, export=("comfyui",), push_to_hub="me/mix", output=place / "mix"
+    )
+    assert mixed.exports["comfyui"].is_file()
+    assert mixed.hub == f"{hub.url}/me/mix"
+    assert not are_progress_bars_disabled()
+    assert state() == before
+
+    # What is missing for an upload is told before anything is mixed.
+    monkeypatch.delenv("HF_TOKEN")
+    with pytest.raises(AssetError, match="there is no token"):
+        alignprop_cli.soup([run], push_to_hub="me/mix", output=place / "never")
+    assert not (place / "never").exists()
 
 
 def test_a_run_in_a_thread_with_an_object_as_its_reward_is_resumed_with_it(place) -> None:
@@ -235,16 +320,20 @@ def test_ctrl_c_finishes_the_step_and_saves(place) -> None:
         alignprop_cli.train(
             "tiny",
             reward="brightness",
-            output=place / "stopped",
+            output=place / "stopped here",
             overrides=SMALL,
+            export=["comfyui"],
             progress=interrupt,
         )
     assert ended.value.exit_code == 130
-    assert (place / "stopped" / "checkpoints" / "step-000001").is_dir()
+    # The line to type, for a shell: with what else was asked for.
+    line = f"alignprop train --resume '{place / 'stopped here'}' --export comfyui"
+    assert ended.value.hint == f"resume with: {line}"
+    assert (place / "stopped here" / "checkpoints" / "step-000001").is_dir()
     assert state() == before
     # What the callback raises ends the run as well, and the handlers are put back.
     with pytest.raises(ZeroDivisionError):
-        alignprop_cli.train(resume=place / "stopped", progress=lambda progress: 1 / 0)
+        alignprop_cli.train(resume=place / "stopped here", progress=lambda progress: 1 / 0)
     assert state() == before
 
 
@@ -287,6 +376,15 @@ def test_mistakes_are_exceptions_of_the_documented_classes(place, tmp_path, monk
     with pytest.raises(RunError, match="nothing was measured"):
         alignprop_cli.score(tmp_path / "broken.png", reward="brightness")
     assert state() == before
+
+
+def test_warnings_are_in_the_report_of_a_run_whether_they_are_printed_or_not(capfd) -> None:
+    for verbose in (False, True):
+        console = KeptConsole(verbose=verbose, progress=None)
+        console.warn("too hot")
+        # What report.html shows, and what the caller gets.
+        assert (console.warned, console.warnings) == (["too hot"], ["too hot"])
+        assert ("too hot" in capfd.readouterr().err) is verbose
 
 
 def test_what_the_command_warns_of_is_in_the_result_and_verbose_prints_it(tmp_path, capfd) -> None:
