@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from alignprop_cli.console import table
 from alignprop_cli.device import peak_gib
 from alignprop_cli.evaluation.compare import Paired, checks, compare
@@ -22,6 +24,9 @@ from alignprop_cli.storage import write_text
 from alignprop_cli.training.callbacks import Run
 from alignprop_cli.training.guard import Verdict
 from alignprop_cli.training.report import REPORT, Outcome, Report
+
+# Pairs on the sheet: with more it would be too large to look at.
+_SHEET_CELLS = 32
 
 
 def finish(
@@ -153,12 +158,16 @@ def _average_line(adapter: Path) -> list[str]:
 
 
 def _write_sheet(path: Path, base: Samples, tuned: Samples, titles: tuple[str, str]) -> None:
-    """Write a sheet with each image of the base model next to that of the tuned model."""
+    """Write a sheet with images of the base model next to those of the tuned model."""
+    # Some at random, where there are many: the first ones of a sorted set would be of one kind.
+    shown = np.random.default_rng(0).permutation(len(base.samples))[:_SHEET_CELLS]
     cells = [
-        Cell(sample.prompt, (before, after), (base.caption(i), tuned.caption(i)))
-        for i, (sample, before, after) in enumerate(
-            zip(base.samples, base.images, tuned.images, strict=True)
+        Cell(
+            base.samples[i].prompt,
+            (base.images[i], tuned.images[i]),
+            (base.caption(i), tuned.caption(i)),
         )
+        for i in sorted(shown.tolist())
     ]
     contact_sheet(cells, path, titles=titles)
 

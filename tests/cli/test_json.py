@@ -54,6 +54,8 @@ def test_an_unknown_key_or_a_missing_one_does_not_fit() -> None:
         assert schema["additionalProperties"] is False, name
         required = set(schema["properties"]) - {
             "ema_adapter",
+            "exports",
+            "hub",
             "output",
             "sheet",
             "report",
