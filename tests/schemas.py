@@ -26,12 +26,18 @@ from alignprop_cli.evaluation.compare import Identity, Paired
 from alignprop_cli.planning.estimate import Budget
 from alignprop_cli.planning.plan import Plan
 from alignprop_cli.planning.speed import Times
+from alignprop_cli.publishing.request import Kind
 
 FOLDER = Path(__file__).parent.parent / "docs" / "schemas"
 
 # Also of what is not finite, which JSON cannot say.
 Number = float | None
 Place = Annotated[str, Field(description="An absolute path.")]
+Exports = Annotated[
+    dict[Kind, Place],
+    Field(description="With `--export`: by its kind, a file or the folder of `merged`."),
+]
+Hub = Annotated[str, Field(description="With `--push-to-hub`: the address of the repository.")]
 closed = with_config(ConfigDict(extra="forbid"))
 
 
@@ -140,6 +146,9 @@ class Trained(TypedDict):
     guard: Guarded
     next: Annotated[str, Field(description="The command that evaluates the run.")]
     held_out: HeldOut
+    card: Annotated[Place, Field(description="The model card beside the adapter.")]
+    exports: NotRequired[Exports]
+    hub: NotRequired[Hub]
 
 
 @closed
@@ -187,7 +196,7 @@ class SampleShown(TypedDict):
 
 @closed
 class Evaluated(TypedDict):
-    """`evaluate`, `soup --evaluate` and `--sweep`; `results.json` lacks the last three."""
+    """`evaluate`, `soup --evaluate` and `--sweep`; `results.json` lacks what is after `samples`."""
 
     schema: Literal["alignprop.evaluate/4"]
     version: str
@@ -206,6 +215,8 @@ class Evaluated(TypedDict):
     output: NotRequired[Place]
     sheet: NotRequired[Place]
     report: NotRequired[Place]
+    exports: NotRequired[Exports]
+    hub: NotRequired[Hub]
 
 
 @closed
@@ -231,6 +242,8 @@ class Souped(TypedDict):
     layers: int
     ranks: list[int]
     bytes: int
+    exports: NotRequired[Exports]
+    hub: NotRequired[Hub]
 
 
 @closed
