@@ -26,12 +26,18 @@ from alignprop_cli.evaluation.compare import Identity, Paired
 from alignprop_cli.planning.estimate import Budget
 from alignprop_cli.planning.plan import Plan
 from alignprop_cli.planning.speed import Times
+from alignprop_cli.publishing.request import Kind
 
 FOLDER = Path(__file__).parent.parent / "docs" / "schemas"
 
 # Also of what is not finite, which JSON cannot say.
 Number = float | None
 Place = Annotated[str, Field(description="An absolute path.")]
+Exports = Annotated[
+    dict[Kind, Place],
+    Field(description="With `--export`: by its kind, a file or the folder of `merged`."),
+]
+Hub = Annotated[str, Field(description="With `--push-to-hub`: the address of the repository.")]
 closed = with_config(ConfigDict(extra="forbid"))
 
 
@@ -100,10 +106,6 @@ class Planned(TypedDict):
 PairedShown = strict(Paired)
 
 
-Exports = Annotated[dict[str, Place], Field(description="By format; only with --export.")]
-Hub = Annotated[str, Field(description="Address of the repository; only with --push-to-hub.")]
-
-
 @closed
 class HeldOut(TypedDict):
     """Base model and adapter on held-out prompts."""
@@ -144,7 +146,7 @@ class Trained(TypedDict):
     guard: Guarded
     next: Annotated[str, Field(description="The command that evaluates the run.")]
     held_out: HeldOut
-    card: Place
+    card: Annotated[Place, Field(description="The model card beside the adapter.")]
     exports: NotRequired[Exports]
     hub: NotRequired[Hub]
 
@@ -194,7 +196,7 @@ class SampleShown(TypedDict):
 
 @closed
 class Evaluated(TypedDict):
-    """`evaluate`, `soup --evaluate` and `--sweep`; `results.json` ends with `samples`."""
+    """`evaluate`, `soup --evaluate` and `--sweep`; `results.json` lacks what is after `samples`."""
 
     schema: Literal["alignprop.evaluate/4"]
     version: str

@@ -73,6 +73,7 @@ def train(
         InterruptedRun: After Ctrl+C or a signal, when everything is saved; in the main thread.
     """
     from alignprop_cli.commands.bodies import train as body
+    from alignprop_cli.commands.trackers import tracker_names
 
     with _command(reward, progress, verbose, weighted=True) as (console, rewards):
         body.train(
@@ -94,7 +95,7 @@ def train(
             # The machine. Plans for other machines are the command line's.
             gpu_memory=gpu_memory,
             # Who else gets it.
-            log_with=given.words("log_with", log_with),
+            log_with=tracker_names(given.words("log_with", log_with)),
             export=given.words("export", export),
             push_to_hub=push_to_hub,
         )
@@ -157,6 +158,7 @@ def evaluate(
         AlignPropError: Of the class that says whose mistake it is (errors.py).
     """
     from alignprop_cli.commands.bodies import evaluate as body
+    from alignprop_cli.commands.trackers import tracker_names
 
     with _command(reward, progress, verbose) as (console, rewards):
         body.evaluate(
@@ -182,7 +184,7 @@ def evaluate(
             batch_size=batch_size,
             output=given.path(output),
             overwrite=overwrite,
-            log_with=given.words("log_with", log_with),
+            log_with=tracker_names(given.words("log_with", log_with)),
             export=given.words("export", export),
         )
 

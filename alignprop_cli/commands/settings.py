@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,7 +126,7 @@ def evaluate_command(folder: Path, header: Mapping[str, str]) -> str:
     from alignprop_cli.lora.files import Located
     from alignprop_cli.shipped import next_command
 
-    command = f"alignprop evaluate {folder}"
+    command = f"alignprop evaluate {shlex.quote(str(folder))}"
     try:
         values = recorded.from_header(Located(folder), header, None)
         reward = recorded.DEFAULT_REWARD

@@ -259,11 +259,7 @@ COLUMNS = ("", "model", "mean", "difference", "95 % interval", "higher", "equal"
 def show(
     console: Console, result: Evaluation, folder: Path, published: Published | None = None
 ) -> None:
-    """Print a table for people, or one JSON object for programs.
-
-    Raises:
-        AlignPropError: What went wrong in publishing, once the result is shown.
-    """
+    """Print a table for people, or one JSON object for programs."""
     published = published or Published()
     files = {name: folder / name for name in ("results.json", "report.html", "sheet.png")}
     values = {**_values(result), "output": str(folder.resolve())}
@@ -282,7 +278,6 @@ def show(
             + (f", the report {_PAGE_CARDS}" if count > _PAGE_CARDS else "")
         )
     console.result(SCHEMA, values, parts)
-    published.check()
 
 
 def _sampled_with(result: Evaluation) -> str:

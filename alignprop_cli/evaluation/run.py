@@ -114,7 +114,8 @@ def run_evaluation(
         publish: Exports or uploads what was evaluated.
 
     Raises:
-        AlignPropError: Whatever is wrong with the model, a LoRA, the rewards or the images.
+        AlignPropError: Whatever is wrong with the model, a LoRA, the rewards or the images; what
+            went wrong in publishing, once the result is shown.
     """
     # Everything that may be refused is read before anything is loaded or sampled.
     follow.check(config.tracking)
@@ -123,13 +124,17 @@ def run_evaluation(
     accelerator = make_accelerator()
     console = console if accelerator.is_main_process else Console(quiet=True)
     check_memory(config, accelerator.device, models=1 + len(chosen))
+    published = Published()
     with Told(config, console, folder, is_main=accelerator.is_main_process) as told:
         device = accelerator.device
         result = _evaluate(config, console, chosen, adapters, prompts, device, axis)
         if accelerator.is_main_process:
             write_whole(folder, lambda made: write(result, made), replace=replace)
             told.tell(result)
-            show(console, result, folder, publish())
+            published = publish()
+            show(console, result, folder, published)
+    # The result is shown and told to the trackers, whatever failed since.
+    published.check()
 
 
 def _evaluate(

@@ -7,7 +7,7 @@ counts. The part in YAML is written by huggingface_hub.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,7 +62,7 @@ class Card:
         settings: Names and values of what it was made with.
         sample: Values of the `sample` section.
         figures: What was measured; None where nothing was.
-        remark: What else belongs to the figures; empty for nothing.
+        remarks: What else belongs to the figures.
         examples: Some held-out prompts.
         fingerprint: Of the base model's architecture.
     """
@@ -75,7 +75,7 @@ class Card:
     settings: Sequence[tuple[str, str]]
     sample: Mapping[str, Any]
     figures: Figures | None = None
-    remark: str = ""
+    remarks: Sequence[str] = ()
     examples: Sequence[str] = ()
     fingerprint: str | None = None
 
@@ -165,8 +165,7 @@ class Card:
             ]
             parts.append(_table(columns, rows))
         # What the guard says; it may name rewards of others.
-        if self.remark:
-            parts.append(code(self.remark, most=1000))
+        parts += [code(remark, most=1000) for remark in self.remarks]
         if self.examples:
             parts.append("Some of the prompts:")
             parts.append("\n".join(f"- {code(prompt)}" for prompt in self.examples))
@@ -175,7 +174,8 @@ class Card:
         return parts
 
     def _metric(self, name: str) -> str:
-        return f"{code(shared.last_part(name))}{' (trained on)' if name in self.rewards else ''}"
+        own = shared.last_part(name)
+        return f"{code(own)}{' (trained on)' if own in self.rewards else ''}"
 
     def _limits(self) -> list[str]:
         """Return how the rewards are fooled."""
@@ -216,6 +216,7 @@ def of_run(
     fingerprint: str,
     summary: Mapping[str, Any],
     examples: Sequence[str],
+    trained_on: Collection[str] = (),
 ) -> Card:
     """Return the card of an adapter that was trained.
 
@@ -225,7 +226,8 @@ def of_run(
         pipeline_class: The base model's pipeline in diffusers.
         fingerprint: Of the base model.
         summary: What summary.json holds.
-        examples: Some held-out prompts.
+        examples: The prompts of the held-out images.
+        trained_on: The prompts of the training.
     """
     train, lora, gradient = config.train, config.lora, config.gradient
     # A reward of a user's own is named by its file, whose folder is nobody else's affair.
@@ -237,7 +239,7 @@ def of_run(
     # Of the other estimators the number of calls is drawn, or is not one number.
     calls = {"last_k": f", k = {gradient.k}"}.get(gradient.method, "")
     sample = config.sample.model_dump(mode="json")
-    held_out = summary["held_out"]
+    held_out, prompts = summary["held_out"], list(dict.fromkeys(examples))
     return Card(
         title=title,
         about=f"A {kind}, trained to raise {_list(weights)} by the gradient of the reward through "
@@ -262,8 +264,8 @@ def of_run(
         figures=Figures(
             held_out["images"], held_out["prompts"], held_out["rewards"], held_out["checker"]
         ),
-        remark=str(summary["guard"]["told"] or ""),
-        examples=list(dict.fromkeys(examples))[:5],
+        remarks=_remarks(summary["guard"]["told"], config, prompts, trained_on),
+        examples=prompts[:5],
         fingerprint=fingerprint,
     )
 
@@ -289,7 +291,7 @@ def of_soup(
         evaluation: What results.json holds; None where the mix was not evaluated.
     """
     named = [shared.last_part(name) for name in rewards]
-    sample: Mapping[str, Any] = config.get("sample") or {}
+    sample, remarks = shared.sample(config.get("sample")), list[str]()
     # An evaluation says how it sampled, which may be otherwise than the members record.
     figures = None
     if evaluation is not None:
@@ -300,6 +302,10 @@ def of_soup(
             evaluation["prompts"],
             {name: {"base": m["base"]["mean"], **m["tuned"]} for name, m in by_model.items()},
         )
+        # With --model the images are another model's than the one that the members record.
+        used = str(evaluation["model"]["id"])
+        if used != header.get("alignprop.base_model"):
+            remarks.append(f"Sampled with {shared.base_model(used) or shared.last_part(used)}.")
     return Card(
         title=title,
         about="A mix of LoRAs: each weight changes by the members' changes, each times its share.",
@@ -313,8 +319,23 @@ def of_soup(
         ],
         sample=sample,
         figures=figures,
+        remarks=remarks,
         fingerprint=header.get("alignprop.base_fingerprint"),
     )
+
+
+def _remarks(
+    told: str | None, config: Config, prompts: Collection[str], trained_on: Collection[str]
+) -> list[str]:
+    """Return what belongs to the figures of a run: the guard's words, and known prompts."""
+    found = [] if not told else [told]
+    # Rewards in files are named without the folders.
+    for name in (*config.reward, *config.eval.rewards):
+        found = [text.replace(name, shared.last_part(name)) for text in found]
+    # Without this the figures would claim to be about new prompts.
+    if both := len(set(prompts) & set(trained_on)):
+        found.append(f"{both} of the {len(prompts)} prompts of these images were trained on.")
+    return found
 
 
 def code(text: str, *, most: int = _LONGEST) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -44,6 +45,13 @@ class Request:
     def is_empty(self) -> bool:
         """Return whether nothing is asked for."""
         return not self.exports and self.hub_id is None
+
+    @property
+    def words(self) -> str:
+        """The options that ask for this on a command line, with a blank before each."""
+        words = ["--export", ",".join(self.exports)] if self.exports else []
+        words += ["--push-to-hub", self.hub_id] if self.hub_id is not None else []
+        return f" {shlex.join(words)}" if words else ""
 
 
 NOTHING = Request()

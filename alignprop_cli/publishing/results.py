@@ -6,6 +6,7 @@ The result itself is on the disk before any of it begins, and stays there whatev
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from alignprop_cli.config.schema import ModelConfig
-from alignprop_cli.errors import AlignPropError, explained
+from alignprop_cli.errors import AlignPropError, ConfigError, explained
 from alignprop_cli.lora import files
-from alignprop_cli.lora.files import LORA_FILE
+from alignprop_cli.lora.files import BEST, LORA_FILE
 from alignprop_cli.lora.tensor_file import save_tensors
 from alignprop_cli.publishing import export, push, shared
 from alignprop_cli.publishing.card import Card
-from alignprop_cli.publishing.request import CARD, HUB, IMAGES, Published, Request
+from alignprop_cli.publishing.request import CARD, EXPORT, HUB, IMAGES, Published, Request
 from alignprop_cli.storage import sweep, write_text, write_whole
 
 # Of the header of a LoRA file, what diffusers reads.
@@ -99,6 +100,35 @@ def publish(
             raise  # a bug
         return Published(values, lines, failure)
     return Published(values, lines)
+
+
+def refuse_unpublished(request: Request, run: Path, *, dora: bool) -> None:
+    """Refuse to call a run done that lacks what is asked for.
+
+    Args:
+        request: What is asked for.
+        run: A run that has done all its steps.
+        dora: Whether its adapter is a DoRA, which `soup` does not take.
+
+    Raises:
+        ConfigError: With the command that makes what is missing.
+    """
+    exports = tuple(kind for kind in request.exports if not (run / EXPORT / kind).is_dir())
+    hub_id = None if (run / HUB).is_dir() else request.hub_id
+    missing = Request(exports, hub_id)
+    if missing.is_empty:
+        return
+    # Where the guard has stopped the run its best checkpoint is the result, which has the card.
+    best, last = run / "checkpoints" / BEST, files.checkpoints(run)
+    is_last = bool(last) and (last[-1] / CARD).is_file()
+    adapter = shlex.quote(str(best if (best / CARD).is_file() and not is_last else last[-1]))
+    command = f"alignprop {'evaluate' if dora else 'soup'} {adapter}{missing.words}"
+    # `evaluate` uploads nothing.
+    known = not (dora and hub_id)
+    raise ConfigError(
+        f"{run}: the run has done all its steps, but lacks what{missing.words} asks for",
+        hint=command if known else None,
+    )
 
 
 def _prepare(folder: Path, adapter: Path, card: Card, images: Path | None, hub_id: str) -> None:

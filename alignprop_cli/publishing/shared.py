@@ -6,11 +6,13 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from alignprop_cli.config.schema import EMBEDDED_MODELS
+from alignprop_cli.config.schema import EMBEDDED_MODELS, SampleConfig
 from alignprop_cli.parsing import ParseError, read_json
 
 _KEPT = ("version", "base_fingerprint", "step", "seed", "ema_decay")
+_OF_A_MEMBER = ("sha256", "coefficient")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -25,6 +27,15 @@ def base_model(name: str | None) -> str | None:
 def last_part(name: str) -> str:
     """Return a name without the folders before it, such as that of a reward in a file."""
     return re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+
+
+def sample(found: object) -> dict[str, Any]:
+    """Return the `sample` section that a header records; empty if it is none."""
+    # It may be somebody else's, who need not keep to the schema.
+    try:
+        return SampleConfig.model_validate(found).model_dump(mode="json", exclude_unset=True)
+    except ValueError:
+        return {}
 
 
 def header(found: Mapping[str, str]) -> dict[str, str]:
@@ -49,7 +60,10 @@ def header(found: Mapping[str, str]) -> dict[str, str]:
 def _members(text: str) -> str | None:
     """Return what a soup is made of, the members without their folders."""
     try:
-        members = [{**one, "name": last_part(str(one["name"]))} for one in read_json(text)]
+        members = [
+            {"name": last_part(str(one["name"]))} | {k: one[k] for k in _OF_A_MEMBER if k in one}
+            for one in read_json(text)
+        ]
     except (ParseError, LookupError, TypeError):
         return None  # somebody else's
     return json.dumps(members) if members else None

@@ -21,7 +21,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from alignprop_cli.errors import AlignPropError
 from alignprop_cli.parsing import read_json
+from alignprop_cli.paths import read_text
 
 JOB, FEED, END, LEFT = "job.json", "feed.jsonl", "end", "left"
 
@@ -96,7 +98,8 @@ class State:
     def read(cls, file: Path) -> State:
         """Read it; a new one where there is none that can be read."""
         try:
-            found = read_json(file.read_text(encoding="utf-8")[:10_000])
+            # Within bounds and from a regular file: a pipe would keep the run waiting for ever.
+            found = read_json(read_text(file, "trackers", most=10_000))
             # It may be somebody else's: plain values of the right kind, or nothing.
             return cls(
                 str(found["nonce"])[:100],
@@ -107,7 +110,7 @@ class State:
                 lost=int(found["lost"]),
                 done=found["done"] is True,
             )
-        except (OSError, ValueError, KeyError, TypeError):
+        except (AlignPropError, OSError, ArithmeticError, ValueError, LookupError, TypeError):
             return cls()
 
 

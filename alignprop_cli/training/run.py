@@ -6,6 +6,7 @@ called from here only the callbacks and the evaluation still see a `Config`.
 
 from __future__ import annotations
 
+import shlex
 import signal
 import time
 from collections.abc import Sequence
@@ -32,7 +33,7 @@ from alignprop_cli.planning import request as planning
 from alignprop_cli.planning import window
 from alignprop_cli.planning.plan import Plan, PlanRequest
 from alignprop_cli.prompts import PromptStream, load_prompts
-from alignprop_cli.publishing.request import NOTHING, Request
+from alignprop_cli.publishing.request import NOTHING, Published, Request
 from alignprop_cli.rewards.mixture import build_mixture
 from alignprop_cli.shipped import next_command
 from alignprop_cli.storage import sweep, write_text
@@ -90,7 +91,7 @@ def run_training(
         AlignPropError: Whatever is wrong with the configuration, the files or the run.
         InterruptedRun: After a signal, when everything is saved.
     """
-    started = time.perf_counter()
+    start, published = time.perf_counter(), Published()
     # 1. Refuse what cannot work before anything heavy is loaded.
     wanted, trackers = config.output.dir, Trackers(config.tracking)
     setup.check(config, resume)
@@ -106,7 +107,6 @@ def run_training(
         _prepare_device(accelerator, config)
         console.note(f"alignprop {__version__}: {config.model.id} on {accelerator.device}")
         console.note(f"plan: {plan.describe()}")
-
         # 3. Build: model, rewards, LoRA, trainer.
         run = _build(config, folder, plan, request, accelerator, console, found)
         run.publish = publish  # at the end, by `finish`
@@ -122,7 +122,8 @@ def run_training(
         tuned = _sample_again(run, verdict)
         checkpoints.drop_old()
         if accelerator.is_main_process:
-            finish(run, base, tuned, verdict, time.perf_counter() - started, report)
+            published = finish(run, base, tuned, verdict, time.perf_counter() - start, report)
+    published.check()  # the trackers were told the result, which is there in any case
 
 
 def _build(
@@ -285,9 +286,8 @@ def _train(run: Run, others: Sequence[Callback]) -> tuple[Checkpoints, Verdict, 
     if interruption.number is not None and step < run.config.train.steps:
         # What config.yaml names must be typed again where it is not shipped with alignprop.
         told = next((c.words for c in others if isinstance(c, Trackers)), "")
-        command = next_command(
-            f"alignprop train --resume {run.folder}{told}", run.config, trust.TO_RESUME
-        )
+        typed = f"alignprop train --resume {shlex.quote(str(run.folder))}{told}{run.publish.words}"
+        command = next_command(typed, run.config, trust.TO_RESUME)
         raise InterruptedRun(
             f"stopped by {signal.Signals(interruption.number).name} after step {step}; it is saved",
             interruption.number,

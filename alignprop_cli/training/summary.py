@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +18,7 @@ from alignprop_cli.evaluation.draw import Samples
 from alignprop_cli.evaluation.sheet import Cell, contact_sheet
 from alignprop_cli.lora.files import BEST, EMA_FOLDER, LORA_FILE, latest
 from alignprop_cli.publishing import card
-from alignprop_cli.publishing.request import CARD
+from alignprop_cli.publishing.request import CARD, Published
 from alignprop_cli.publishing.results import publish, write_card
 from alignprop_cli.shipped import next_command
 from alignprop_cli.storage import write_text
@@ -31,7 +32,7 @@ _SHEET_CELLS = 32
 
 def finish(
     run: Run, base: Samples, tuned: Samples, verdict: Verdict, seconds: float, report: Report
-) -> None:
+) -> Published:
     """Write the before/after sheet, the summary and the report, and print the result.
 
     Args:
@@ -41,6 +42,9 @@ def finish(
         verdict: What the guard says.
         seconds: Of the whole run.
         report: Gets what is known now.
+
+    Returns:
+        What was made of the result. Where that failed the result is complete all the same.
     """
     # 1. The comparison: the same samples of the base and the tuned model, pair by pair.
     folder, console = run.folder, run.console
@@ -52,12 +56,11 @@ def finish(
     sheet = folder / "before_after.png"
     _write_sheet(sheet, base, tuned, names)
     values = _values(run, verdict, seconds, adapter, sheet)
-    prompts, images = run.config.eval.prompts, len(base.samples)
-    values["held_out"] = {"prompts": prompts, "images": images, **_figures(paired, checked)}
+    values["held_out"] = held_out = _held_out(run, base, paired, checked)
     # 3. The same for people.
     rows = [*map(_reward_row, paired, paired.values()), *map(_check_row, checked, checked.values())]
     columns = ("", *names, "difference", "95 % interval")
-    title = f"{images} held-out samples ({prompts}), {names[0]} and {names[1]}"
+    title = f"{held_out['images']} held-out samples ({held_out['prompts']}), {' and '.join(names)}"
     report.finish(Outcome(title, columns, rows, base, tuned, names, seconds))
     # The card first: a run that is killed before its summary is resumed to write both.
     about = _card(run, values, base)
@@ -66,8 +69,7 @@ def finish(
     if verdict.stopped:
         console.warn(verdict.told)
     # 4. What is made of the result, which is on the disk whatever fails here.
-    given = (adapter / LORA_FILE, run.config.model, folder, folder.resolve().name, about, sheet)
-    published = publish(run.publish, *given)
+    published = _publish(run, adapter, about, sheet)
     values |= published.values
     console.result(
         "alignprop.train/2",
@@ -87,7 +89,7 @@ def finish(
             f"next: {values['next']}",
         ],
     )
-    published.check()
+    return published
 
 
 def _compare(
@@ -105,8 +107,13 @@ def _compare(
     return paired, checked
 
 
-def _figures(paired: Mapping[str, Paired], checked: Mapping[str, Paired]) -> dict[str, Any]:
+def _held_out(
+    run: Run, base: Samples, paired: Mapping[str, Paired], checked: Mapping[str, Paired]
+) -> dict[str, Any]:
+    """Return the comparison as summary.json has it."""
     return {
+        "prompts": run.config.eval.prompts,
+        "images": len(base.samples),
         "rewards": {name: asdict(result) for name, result in paired.items()},
         "checker": {part: asdict(result) for part, result in checked.items()},
     }
@@ -115,7 +122,13 @@ def _figures(paired: Mapping[str, Paired], checked: Mapping[str, Paired]) -> dic
 def _card(run: Run, values: Mapping[str, Any], base: Samples) -> card.Card:
     model, prompts = run.trainer.model, [sample.prompt for sample in base.samples]
     title, kind = run.folder.resolve().name, model.family.pipeline_class
-    return card.of_run(run.config, title, kind, model.fingerprint, values, prompts)
+    known = run.trainer.stream.prompts
+    return card.of_run(run.config, title, kind, model.fingerprint, values, prompts, known)
+
+
+def _publish(run: Run, adapter: Path, about: card.Card, sheet: Path) -> Published:
+    file, title = adapter / LORA_FILE, run.folder.resolve().name
+    return publish(run.publish, file, run.config.model, run.folder, title, about, sheet)
 
 
 def _values(
@@ -125,8 +138,9 @@ def _values(
     folder, steps = run.folder, run.trainer.step_number
     average = adapter / EMA_FOLDER / LORA_FILE
     named = f"--checkpoint {BEST} " if adapter.name == BEST else ""
+    place = shlex.quote(str(folder))
     # It repeats the options that config.yaml may not set by itself (config/trust.py).
-    command = next_command(f"alignprop evaluate {named}{folder}", run.config)
+    command = next_command(f"alignprop evaluate {named}{place}", run.config)
     return {
         "run": str(folder.resolve()),
         "adapter": str((adapter / LORA_FILE).resolve()),

@@ -343,6 +343,7 @@ def test_mistakes_are_exceptions_of_the_documented_classes(place, tmp_path, monk
     before = state()
     for kind, said, call in [
         (ConfigError, "unknown preset 'tny'", lambda: alignprop_cli.train("tny")),
+        (ConfigError, "format 'x'", lambda: alignprop_cli.train("tiny", export="x")),  # type: ignore
         (ConfigError, "nothing to do", lambda: alignprop_cli.train()),
         (
             ConfigError,

@@ -60,6 +60,8 @@ def test_an_unknown_key_or_a_missing_one_does_not_fit() -> None:
             "sheet",
             "report",
             "images",
+            "exports",
+            "hub",
         }
         assert required <= {*schema["required"], "images"}, name
 
@@ -76,11 +78,13 @@ def test_every_result_fits(printed) -> None:
     card = printed("train", "--preset", "tiny", "--dry-run", *QUICK, "--gpu", "rtx4090")
     assert card["times"]["call"]["launch"] >= 0.0
     ema = ("--set=train.ema_decay=0.9", "--steps=1", "--output=r", "--quiet")
-    assert "ema_adapter" in printed("train", "--preset", "tiny", *QUICK, *ema)
+    trained = printed("train", "--preset", "tiny", *QUICK, *ema, "--export=comfyui")
+    assert trained.keys() >= {"ema_adapter", "card", "exports"}
     sampled = ("--quiet", "--set=sample.num_inference_steps=1", "--images=2")
-    found = printed("evaluate", "r", *sampled, "--output=e", "--images-per-prompt=2")
+    given = ("--images-per-prompt=2", "--export=comfyui")
+    found = printed("evaluate", "r", *sampled, "--output=e", *given)
     assert found["rewards"]["clip"]["tuned"].keys() >= {"mean", "std", "difference", "wins"}
-    printed("soup", "r", "base", "--coef=0.5", "--output=s", "--quiet")
+    printed("soup", "r", "base", "--coef=0.5", "--output=s", "--quiet", "--export=comfyui")
     svd = printed("soup", "r", "r", "--method=svd", "--rank=2", "--output=svd", "--quiet")
     assert svd["error"] is not None
     printed("soup", "r", "base", "--sweep=0:1:1", "--output=sweep", *sampled)

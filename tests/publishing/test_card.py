@@ -103,12 +103,42 @@ def test_a_soup_has_the_figures_of_its_evaluation_or_says_that_there_are_none() 
         "images": 8,
         "prompts": "/data/prompts.txt",
         "sample": {"num_inference_steps": 9},
+        "model": {"id": "/data/other"},
         "rewards": {"hps": {"base": {"mean": 0.25}, "tuned": tuned}},
     }
     text = card.of_soup(*given, {}, evaluation).text("x", "evaluation/sheet.png")
     assert "| `hps` | 0.2500 | 0.5000 | +0.2500 | +0.1250 to +0.3750 |" in text
     assert "8 images of held-out prompts (`prompts.txt`)" in text
     assert "num_inference_steps=9" in text
+    # These images are not of the model that the members record.
+    assert "`Sampled with other.`" in text
+    assert "/data" not in text
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [["x"], "x", {"guidance_scale": "7"}, {"true_guidance_scale": None}, {"height": {}, "own": 1}],
+)
+def test_a_header_of_somebody_else_with_an_impossible_sample_section_is_no_crash(sample) -> None:
+    given = ("mix", {}, [("a", 1.0)], ["clip"], "exact", {"sample": sample})
+    assert "pipeline(" in card.of_soup(*given, None).text("x", None)
+
+
+def test_a_reward_in_a_file_is_marked_as_trained_on_and_named_without_its_folder() -> None:
+    own = "/data/secret/own.py:Reward"
+    told = f"{own} rose from 1 to 2 while held-out hps fell from 2 to 1"
+    metrics = {own: PAIRED, "hps": PAIRED}
+    found = summary(guard={"told": told})
+    found["held_out"] = {**found["held_out"], "rewards": metrics}
+    config = presets.resolve(preset="tiny", rewards={own: 1.0})
+    prompts = ("a cat", "a dog", "a cat")
+    made = card.of_run(config, "r", "SomePipeline", "f1", found, prompts, {"a dog", "a cow"})
+    text = made.text("me/r", None)
+    assert "/data" not in text
+    assert "| `own.py:Reward` (trained on) | 0.2500 |" in text
+    assert "`own.py:Reward rose from 1 to 2 while" in text
+    # Prompts that were trained on are not held out, and that is said.
+    assert "`1 of the 2 prompts of these images were trained on.`" in text
 
 
 @pytest.mark.parametrize("evil", EVIL)
@@ -118,7 +148,7 @@ def test_nothing_in_a_foreign_text_is_markup(evil: str) -> None:
     honest = vars(of("tiny", ("a cat",)))
 
     def with_text(text: str) -> card.Card:
-        given = {"title": text, "examples": [text], "remark": text, "base": f"/x/{text}"}
+        given = {"title": text, "examples": [text], "remarks": [text], "base": f"/x/{text}"}
         rewards, settings = {f"m:{text}": "weight 1"}, [("prompts", text)]
         return card.Card(**{**honest, **given, "rewards": rewards, "settings": settings})
 

@@ -23,13 +23,43 @@ from alignprop_cli.lora.factors import Factors
 from alignprop_cli.models.families import find
 from alignprop_cli.models.published import PUBLISHED
 from alignprop_cli.publishing import export, shared
-from alignprop_cli.publishing.request import FILES, read_kinds
+from alignprop_cli.publishing.request import FILES, Request, read_kinds
+from alignprop_cli.publishing.results import refuse_unpublished
 from tests.factories import randn, small_pipeline, small_xl_pipeline
 
 CASES: dict[str, tuple[Callable[..., Path], Any]] = {
     "sd": (small_pipeline, StableDiffusionPipeline),
     "sdxl": (small_xl_pipeline, StableDiffusionXLPipeline),
 }
+
+
+def test_a_finished_run_that_lacks_what_is_asked_for_is_not_called_done(tmp_path: Path) -> None:
+    run = tmp_path / "my run"
+    last = run / "checkpoints" / "step-000002"
+    last.mkdir(parents=True)
+    (last / "README.md").touch()
+    asked = Request(("comfyui", "merged"), "me/mine")
+    with pytest.raises(ConfigError, match="lacks what --export comfyui,merged") as told:
+        refuse_unpublished(asked, run, dora=False)
+    # The words are those that the commands take, quoted for a shell.
+    command = f"alignprop soup '{last}' --export comfyui,merged --push-to-hub me/mine"
+    assert told.value.hint == command
+    with pytest.raises(ConfigError) as told:
+        refuse_unpublished(Request(("merged",)), run, dora=True)
+    assert told.value.hint == f"alignprop evaluate '{last}' --export merged"
+    # Where the guard has stopped the run, the best checkpoint is the result.
+    (last / "README.md").rename(last.with_name("README.md"))
+    (run / "checkpoints" / "best").mkdir()
+    (last.with_name("README.md")).rename(run / "checkpoints" / "best" / "README.md")
+    with pytest.raises(ConfigError) as told:
+        refuse_unpublished(asked, run, dora=False)
+    assert told.value.hint is not None
+    assert "checkpoints/best'" in told.value.hint
+    # With everything there it is done.
+    for folder in ("export/comfyui", "export/merged", "hub"):
+        (run / folder).mkdir(parents=True)
+    refuse_unpublished(asked, run, dora=False)
+    refuse_unpublished(Request(), tmp_path, dora=False)
 
 
 def toy(**shapes: tuple[int, int]) -> dict[str, Factors]:
@@ -163,6 +193,10 @@ def test_what_is_given_away_names_no_file(tmp_path: Path, monkeypatch: pytest.Mo
     assert shared.last_part("C:\\rewards\\own.py:A") == "own.py:A"
     assert shared.last_part("runs/first/") == "first"
     assert shared.header({"alignprop.merged_from": "[1]", "other": "x"}) == {}
+    # Of a member what is known alone: a file of somebody else's may hold more.
+    more = json.dumps([{"name": "/data/a", "coefficient": 1.0, "folder": "/data"}])
+    kept = shared.header({"alignprop.merged_from": more})["alignprop.merged_from"]
+    assert json.loads(kept) == [{"name": "a", "coefficient": 1.0}]
 
 
 def test_a_dora_is_no_export_for_comfyui(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+import alignprop_cli
+from alignprop_cli import AlignPropError, Progress
 from alignprop_cli.cli import main
 
 accumulator = pytest.importorskip(
@@ -41,6 +43,38 @@ def read(folder: Path, wanted: Callable[[Any], bool]) -> Any:
                 return found
         time.sleep(1.0)
     raise AssertionError(f"{folder}: {found.Tags()}")
+
+
+@pytest.mark.long
+def test_the_result_is_told_also_where_its_export_fails(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def block(progress: Progress) -> None:
+        # A file where the folder with the exports goes.
+        if progress.stage == "training":
+            Path("r/export").touch()
+
+    with pytest.raises(AlignPropError, match="export"):
+        alignprop_cli.train(
+            "tiny",
+            reward="brightness",
+            steps=1,
+            output="r",
+            overrides={
+                "sample.num_inference_steps": 1,
+                "gradient.k_max": 1,
+                "train.batch_size": 1,
+                "train.micro_batch": 1,
+                "eval.images": 1,
+                "eval.sample_images": 1,
+                "eval.sample_images_per_prompt": 1,
+                "eval.rewards": {},
+            },
+            log_with="tensorboard",
+            export="comfyui",
+            progress=block,
+        )
+    read(Path("r"), lambda f: "final/seconds" in f.Tags()["scalars"])
 
 
 @pytest.mark.long

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,15 @@ def test_a_state_that_is_none_is_a_new_one(tmp_path, text) -> None:
     state = State.read(tmp_path / "s.json")
     assert (state.step, state.done) == (0, False)
     assert len(state.nonce) == 32
+
+
+def test_a_pipe_in_a_run_folder_of_somebody_else_is_not_waited_for(tmp_path) -> None:
+    os.mkfifo(tmp_path / "s.json")
+    assert State.read(tmp_path / "s.json").step == 0
+    # A number that is none of ours either.
+    text = '{"nonce": "a", "step": 1e999, "taken": 0, "lost": 0, "done": true}'
+    (tmp_path / "t.json").write_text(text)
+    assert State.read(tmp_path / "t.json").done is False
 
 
 def test_the_id_is_of_the_folder_and_the_nonce(tmp_path) -> None:

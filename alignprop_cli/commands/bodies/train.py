@@ -9,6 +9,8 @@ from alignprop_cli.commands import cards, settings
 from alignprop_cli.commands.listing import show
 from alignprop_cli.commands.sharing import of_training
 from alignprop_cli.console import Console
+from alignprop_cli.errors import NothingToDo
+from alignprop_cli.publishing.request import read_kinds
 
 
 def train(
@@ -65,6 +67,8 @@ def train(
 
     # 1. Cards of another machine go with a plan alone.
     planned = cards.checked(dry_run, gpu_memory, gpu, gpus)
+    # A plan exports nothing, and is where a mistyped format should be noticed.
+    read_kinds(export)
     # 2. The configuration of the run to resume, or of a new one.
     run = run_to_resume(resume, preset, config, output, checkpoint)
     flags = {"model.id": model, "train.steps": steps, "train.seed": seed, "output.dir": output}
@@ -86,4 +90,12 @@ def train(
     from alignprop_cli.training.run import run_training
 
     publish = of_training(resolved, export, push_to_hub)
-    run_training(resolved, console, name=name, resume=run, back_to=checkpoint, publish=publish)
+    try:
+        run_training(resolved, console, name=name, resume=run, back_to=checkpoint, publish=publish)
+    except NothingToDo:
+        # Started again by the same line, after it was ended in the middle of an export.
+        from alignprop_cli.publishing.results import refuse_unpublished
+
+        if run is not None:
+            refuse_unpublished(publish, run, dora=resolved.lora.dora)
+        raise
