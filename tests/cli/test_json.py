@@ -60,8 +60,6 @@ def test_an_unknown_key_or_a_missing_one_does_not_fit() -> None:
             "sheet",
             "report",
             "images",
-            "exports",
-            "hub",
         }
         assert required <= {*schema["required"], "images"}, name
 
