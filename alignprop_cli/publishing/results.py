@@ -22,7 +22,7 @@ from alignprop_cli.lora.files import BEST, LORA_FILE
 from alignprop_cli.lora.tensor_file import save_tensors
 from alignprop_cli.publishing import export, push, shared
 from alignprop_cli.publishing.card import Card
-from alignprop_cli.publishing.request import CARD, EXPORT, HUB, IMAGES, Published, Request
+from alignprop_cli.publishing.request import CARD, EXPORT, HUB, IMAGES, Kind, Published, Request
 from alignprop_cli.storage import sweep, write_text, write_whole
 
 # Of the header of a LoRA file, what diffusers reads.
@@ -113,7 +113,9 @@ def refuse_unpublished(request: Request, run: Path, *, dora: bool) -> None:
     Raises:
         ConfigError: With the command that makes what is missing.
     """
-    exports = tuple(kind for kind in request.exports if not (run / EXPORT / kind).is_dir())
+    exports: tuple[Kind, ...] = tuple(
+        kind for kind in request.exports if not (run / EXPORT / kind).is_dir()
+    )
     hub_id = None if (run / HUB).is_dir() else request.hub_id
     missing = Request(exports, hub_id)
     if missing.is_empty:
