@@ -25,7 +25,6 @@ SHORT = {
         "--steps=2",
         "--set=sample.num_inference_steps=2",
         "--set=gradient.k_max=2",
-        "--set=gradient.calls=1",
         "--set=train.batch_size=2",
         "--set=train.micro_batch=2",
         "--set=eval.images=2",
