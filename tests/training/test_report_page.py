@@ -234,8 +234,8 @@ def test_a_page_of_500_images_is_painted_within_two_seconds(
     # Sixteen images of 32 evaluations, each of the size of a photograph's: 13 kB.
     prompts = [f"prompt {i}" for i in range(16)]
     run = Reported(tmp_path / "run", prompts, steps=40, px=320)
-    noise = np.random.default_rng(0).integers(0, 256, (16, 40, 40, 3), dtype=np.uint8)
-    found = replace(run.run.sampled, images=noise.repeat(8, axis=1).repeat(8, axis=2))
+    noise = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), dtype=np.uint8)
+    found = replace(run.run.sampled, images=noise.repeat(10, axis=1).repeat(10, axis=2))
     frame = frames.make(1, found)
     assert np.mean([len(source) for source in frame.images]) > 13_000
     run.begin()
