@@ -52,23 +52,23 @@ class ClipChoice(ClipReward):
         self.alike = tuple(alike)
         self.choices = load_prompts(prompts)
         self._plain_choices = [self._plain(choice) for choice in self.choices]
-        self._read: Tensor | None = None
+        self._set_features: Tensor | None = None
         super().__init__(model, pretrained)
 
     def to(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Self:
         """Move the networks to a device, convert them to a precision, and return self."""
-        self._read = None
+        self._set_features = None
         return super().to(device, dtype)
 
     @torch.no_grad()
-    def _others(self) -> Tensor:
+    def _read_set(self) -> Tensor:
         """Return the features of the set, shape (N, D), computed once."""
         # Always in the same batches: the last digits depend on what is in them.
-        if self._read is None:
+        if self._set_features is None:
             starts = range(0, len(self.choices), _READ_TOGETHER)
             parts = [self.read(list(self.choices[i : i + _READ_TOGETHER])) for i in starts]
-            self._read = torch.cat(parts)
-        return self._read
+            self._set_features = torch.cat(parts)
+        return self._set_features
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the log-probabilities, shape (B,). Differentiable in images."""
@@ -78,7 +78,7 @@ class ClipChoice(ClipReward):
         scale = self._model.logit_scale.detach().to(seen.dtype).exp()
         own = scale * (seen * self.text_features(prompts)).sum(dim=-1, keepdim=True)
         with without_autocast(images.device):
-            others = scale * seen @ self._others().T  # (B, N)
+            others = scale * seen @ self._read_set().T  # (B, N)
         # 2. The denominator: every prompt. The own one is masked where the set holds it too, so it
         # counts once.
         is_own = self._mask([[c == prompt for c in self.choices] for prompt in prompts])

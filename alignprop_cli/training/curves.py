@@ -130,7 +130,7 @@ def _is_number(value: object) -> bool:
 
 
 def _optimisation(lines: Lines, calls: int) -> list[Plot]:
-    share = f"path share: calls with gradient, of {calls}"
+    share = f"calls with gradient, of {calls}"
     return [
         _noisy(lines, "loss", "loss"),
         _noisy(lines, "grad_norm", "gradient norm, before clipping"),

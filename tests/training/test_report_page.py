@@ -147,7 +147,7 @@ def test_curves_are_drawn_and_nothing_is_wider_than_the_screen(
         "peak memory so far, GiB",
         "clip",
     } <= set(titles)
-    assert any(title.startswith("path share") for title in titles)
+    assert any(title.startswith("calls with gradient, of ") for title in titles)
     # Lines and bars, each of them with a shape.
     plots = page.locator(".plot")
     for index in range(plots.count()):
