@@ -54,7 +54,7 @@ def finish(
     adapter = folder / "checkpoints" / BEST if took_best else latest(folder)
     names = ("base", f"step {verdict.best}" if took_best else "tuned")
     sheet = folder / "before_after.png"
-    _write_sheet(sheet, base, tuned, names)
+    write_sheet(sheet, base, tuned, names)
     values = _values(run, verdict, seconds, adapter, sheet)
     values["held_out"] = held_out = _held_out(run, base, paired, checked)
     # 3. The same for people.
@@ -80,7 +80,7 @@ def finish(
             *([f"guard: {verdict.told}"] if verdict.told else []),
             f"adapter  {adapter / LORA_FILE}",
             *_average_line(adapter),
-            f"images   {sheet}",
+            f"images   {sheet}{_some(len(base.samples))}",
             f"report   {folder / REPORT}",
             f"card     {adapter / CARD}",
             *published.lines,
@@ -171,17 +171,21 @@ def _average_line(adapter: Path) -> list[str]:
     return [said] if file.is_file() else []
 
 
-def _write_sheet(path: Path, base: Samples, tuned: Samples, titles: tuple[str, str]) -> None:
+def _some(count: int) -> str:
+    """Return what is said of a sheet that does not show everything."""
+    return f" ({_SHEET_CELLS} of {count})" if count > _SHEET_CELLS else ""
+
+
+def write_sheet(path: Path, base: Samples, tuned: Samples, titles: tuple[str, str]) -> None:
     """Write a sheet with images of the base model next to those of the tuned model."""
     # Some at random, where there are many: the first ones of a sorted set would be of one kind.
-    shown = np.random.default_rng(0).permutation(len(base.samples))[:_SHEET_CELLS]
+    shown = np.sort(np.random.default_rng(0).permutation(len(base.samples))[:_SHEET_CELLS])
+    base, tuned = base[shown], tuned[shown]
     cells = [
-        Cell(
-            base.samples[i].prompt,
-            (base.images[i], tuned.images[i]),
-            (base.caption(i), tuned.caption(i)),
+        Cell(sample.prompt, (before, after), (base.caption(i), tuned.caption(i)))
+        for i, (sample, before, after) in enumerate(
+            zip(base.samples, base.images, tuned.images, strict=True)
         )
-        for i in sorted(shown.tolist())
     ]
     contact_sheet(cells, path, titles=titles)
 
