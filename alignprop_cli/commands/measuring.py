@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from alignprop_cli.commands.options import check_output_file, make_parent, reward_names
+from alignprop_cli.commands.options import check_output_file, make_parent, split_names
 from alignprop_cli.config import presets
 from alignprop_cli.config.schema import Config
 from alignprop_cli.errors import ConfigError
@@ -40,9 +40,9 @@ def rewards(sets: Sequence[str] | None, reward: Sequence[str] | None, found: lis
                 f"--set: {text[:100]}: only reward.NAME.OPTION can be set here",
                 hint="for instance --set reward.clip.model=ViT-B-32",
             )
-    names = reward_names(reward)
-    unnamed = not names and not sets
-    given = {"rewards": dict.fromkeys(names), "assignments": sets or ()}
+    chosen = split_names(reward, "--reward")
+    unnamed = not chosen and not sets
+    given = {"rewards": dict.fromkeys(chosen), "assignments": sets or ()}
     config = presets.resolve(**given, default_reward="clip", source="command line")
     # Looked at only where it matters: every image has to be opened for it.
     embedded = unnamed or any(registry.is_embedded(n, r.options) for n, r in config.reward.items())

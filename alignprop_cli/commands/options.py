@@ -84,7 +84,7 @@ FormatOption = Annotated[
 ]
 
 
-def reward_names(values: Sequence[str] | None) -> list[str]:
+def split_names(values: Sequence[str] | None, option: str) -> list[str]:
     """Return the names of a repeatable option, split at commas, each once.
 
     Raises:
@@ -95,7 +95,7 @@ def reward_names(values: Sequence[str] | None) -> list[str]:
     for part in parts:
         # Arguments that are not UTF-8 reach Python as halves of surrogate pairs.
         if any("\ud800" <= c <= "\udfff" for c in part):
-            raise ConfigError(f"--reward: {part}: is not UTF-8")
+            raise ConfigError(f"{option}: {part}: is not UTF-8")
     return list(dict.fromkeys(part for part in parts if part))
 
 
@@ -106,7 +106,7 @@ def reward_weights(values: Sequence[str] | None) -> dict[str, float | None]:
         ConfigError: If a name comes twice.
     """
     found: dict[str, float | None] = {}
-    for text in reward_names(values):
+    for text in split_names(values, "--reward"):
         name, _, last = text.rpartition(":")
         try:
             # In file.py:attribute the last part is no weight, even if it is called nan or inf.

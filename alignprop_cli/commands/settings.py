@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignprop_cli.commands import recorded
-from alignprop_cli.commands.options import reward_names, reward_weights
+from alignprop_cli.commands.options import reward_weights, split_names
 from alignprop_cli.config import presets
 from alignprop_cli.config.schema import Config
 from alignprop_cli.errors import AlignPropError, ConfigError
@@ -94,7 +94,7 @@ def for_evaluation(
         preset=preset,
         config=_source(config),
         assignments=sets or (),
-        rewards=reward_names(reward),
+        rewards=split_names(reward, "--reward"),
         flags=flags,
         source=target if run is None else str(run / "config.yaml"),
     )

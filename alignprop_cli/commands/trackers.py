@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from alignprop_cli.commands import completion
-from alignprop_cli.commands.options import reward_names
+from alignprop_cli.commands.options import split_names
 from alignprop_cli.errors import ConfigError
 
 LogWithOption = Annotated[
@@ -29,4 +29,4 @@ def tracker_names(values: Sequence[str] | None, *, used: bool = True) -> list[st
     """
     if values is not None and not used:
         raise ConfigError("--log-with goes with --evaluate or --sweep")
-    return None if values is None else reward_names(values)
+    return None if values is None else split_names(values, "--log-with")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from alignprop_cli.commands import measuring
-from alignprop_cli.commands.options import reward_names, reward_weights
+from alignprop_cli.commands.options import reward_weights, split_names
 from alignprop_cli.commands.settings import for_evaluation, for_training
 from alignprop_cli.config.schema import Config
 from alignprop_cli.errors import ConfigError
@@ -20,8 +20,11 @@ def evaluating(file: Path | None = None, **values: object) -> Config:
 
 
 def test_names_are_split_and_come_once():
-    assert reward_names(["clip, brightness", "clip", ""]) == ["clip", "brightness"]
-    assert reward_names(None) == []
+    assert split_names(["clip, brightness", "clip", ""], "--reward") == ["clip", "brightness"]
+    assert split_names(None, "--reward") == []
+    # Half of a surrogate pair, as what is not UTF-8 reaches Python, is blamed on its own option.
+    with pytest.raises(ConfigError, match=r"^--log-with: .* is not UTF-8"):
+        split_names(["\udcff"], "--log-with")
 
 
 def test_weights_follow_names_which_may_hold_colons_themselves():
