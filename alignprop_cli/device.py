@@ -17,6 +17,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import broadcast_object_list
 
+# Of a card's memory, what a process takes beside its tensors. On an H200 the context took 0.52 GiB,
+# and what libraries loaded while a step ran 0.14 more.
+_BESIDE_TENSORS = 3 * 2**30 // 4
+
 
 def make_accelerator() -> Accelerator:
     """Return the device and the processes of this run."""
@@ -155,12 +159,17 @@ def from_main(value: Any) -> Any:
 
 
 def hold_memory(device: torch.device, limit: int) -> None:
-    """Let this process use no more than `limit` bytes of a GPU; elsewhere nothing is held."""
+    """Let this process use no more than `limit` bytes of a GPU; elsewhere nothing is held.
+
+    What torch allocates is held, to the limit less what a process has on a card besides: its
+    context and the kernels that libraries load as they go. What other processes use does not count.
+    """
     if device.type == "cuda":
-        # The limit is on what torch allocates; the context is outside of it.
-        free, total = torch.cuda.mem_get_info(device)
-        share = (limit - (total - free)) / total
-        torch.cuda.set_per_process_memory_fraction(min(max(share, 0.0), 1.0), device)
+        _, total = torch.cuda.mem_get_info(device)
+        # torch takes no device without a number, which the only one of a machine is.
+        index = torch.cuda.current_device() if device.index is None else device.index
+        share = min(max((limit - _BESIDE_TENSORS) / total, 0.0), 1.0)
+        torch.cuda.set_per_process_memory_fraction(share, index)
 
 
 def has_gpu() -> bool:

@@ -149,3 +149,20 @@ def test_only_a_gpu_has_memory_to_release(monkeypatch: pytest.MonkeyPatch) -> No
     assert not released
     machine.release_cached(torch.device("cuda", 0))
     assert len(released) == 1
+
+
+@pytest.mark.parametrize("name", ["cuda", "cuda:1"])
+def test_a_limit_is_held_without_the_number_of_the_card_and_beside_other_processes(
+    monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    # torch's own function runs; only what asks the driver is replaced. Another process has 60 GiB.
+    held: list[tuple[float, int]] = []
+    monkeypatch.setattr("torch.cuda.memory._lazy_init", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (20 * 2**30, 80 * 2**30))
+    monkeypatch.setattr(
+        torch._C, "_cuda_setMemoryFraction", lambda *given: held.append(given), raising=False
+    )
+    machine.hold_memory(torch.device(name), 16 * 2**30)
+    # Three quarters of a GiB are for the context.
+    assert held == [(pytest.approx(15.25 / 80.0), 1 if name == "cuda:1" else 0)]
