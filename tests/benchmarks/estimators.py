@@ -16,8 +16,13 @@ own estimator, a multiple of 5): one run each, of which `alignprop evaluate` com
 checkpoints with the base model on held-out prompts, several images each. One process at a time;
 everything goes through the program.
 
+`costs`: seconds of a step, network calls of an image, and the most memory of a step, on the device
+that is there and with the plan that is given (`--set train.micro_batch=8` and so on), the same for
+all. On a GPU memory is the peak of torch's allocator.
+
 Run:  python tests/benchmarks/estimators.py gradients
       python tests/benchmarks/estimators.py training --keep estimators
+      python tests/benchmarks/estimators.py costs --preset aesthetic --set model.id=FOLDER
 """
 
 from __future__ import annotations
@@ -36,7 +41,7 @@ from typing import Any, get_args
 import building
 import numpy as np
 import torch
-from sides import ROOT, Report
+from sides import ROOT, Report, machine, turn
 
 from alignprop_cli.config import presets
 from alignprop_cli.config.gradient import GradientConfig
@@ -200,23 +205,22 @@ def training(arguments: argparse.Namespace, report: Report) -> None:
     own, steps = config.gradient.method, arguments.steps or config.train.steps
     if steps % STRIDE:
         raise SystemExit(f"--steps: expected a multiple of {STRIDE}")
-    rows: list[tuple[str, str, list[dict[str, float]]]] = []
-    paces = {n: step_seconds(arguments, n) for n in dict.fromkeys((own, *arguments.methods))}
-    for name, pace in paces.items():
+    pace_of_own, columns = step_seconds(arguments, own), None
+    for name in arguments.methods:
+        pace = pace_of_own if name == own else step_seconds(arguments, name)
         images, seconds = list[dict[str, float]](), list[dict[str, float]]()
-        count = STRIDE * max(round(steps * paces[own] / pace / STRIDE), 1)
+        count = STRIDE * max(round(steps * pace_of_own / pace / STRIDE), 1)
         for seed in arguments.seeds:
             folder = trained(arguments, name, seed, max(steps, count))
             both = judged(arguments, folder, list(dict.fromkeys((steps, count))))
             images.append({**both[0], "steps": steps, "step seconds": pace})
             seconds.append({**both[-1], "steps": count, "step seconds": pace})
-        rows += [(name, "images", images), (name, "seconds", seconds)]
-        columns = list(images[0])
-        if name == own:
+        if columns is None:
+            columns = list(images[0])
             report.add(
                 f"| method | equal | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|"
             )
-        for _, equal, seeds in rows[-2:]:
+        for equal, seeds in (("images", images), ("seconds", seconds)):
             cells = [_cell([seed[column] for seed in seeds]) for column in columns]
             report.add(f"| {name} | {equal} | {' | '.join(cells)} |")
 
@@ -225,11 +229,36 @@ def _cell(values: Sequence[float]) -> str:
     return f"{np.mean(values):+.4g} ({', '.join(f'{value:+.3g}' for value in values)})"
 
 
+# 3. Costs
+
+
+def costs(arguments: argparse.Namespace, report: Report) -> None:
+    parts: building.Parts | None = None
+    report.add(machine(), "")
+    report.add("| method | calls with gradient | seconds a step | GiB | plan |", "|---" * 5 + "|")
+    for name in arguments.methods:
+        _, options = chosen(name)
+        config = presets.resolve(preset=arguments.preset, assignments=[*arguments.set, *options])
+        prompts = load_prompts(config.train.prompts)
+        # An estimator changes nothing about model and rewards.
+        parts = building.open_parts(config, prompts) if parts is None else parts
+        trainer = building.build_trainer(config, parts)
+        device = parts.accelerator.device.type
+        if device == "cpu":  # on a GPU every turn warms up
+            trainer.step()
+        turns = [turn(trainer.step, device) for _ in range(arguments.reps)]
+        calls = trainer.settings.estimator.mean(len(trainer.schedule))
+        times = ", ".join(f"{each['seconds']:.2f}" for each in turns)
+        memory = f"{turns[-1]['allocated']:.2f}" if "allocated" in turns[-1] else "-"
+        report.add(f"| {name} | {calls:g} | {times} | {memory} | {trainer.plan.describe()} |")
+        del trainer
+
+
 def main() -> None:
     """Measure, and print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     kinds = parser.add_subparsers(required=True)
-    for function, images in ((gradients, 256), (training, 500)):
+    for function, images in ((gradients, 256), (training, 500), (costs, 0)):
         kind = kinds.add_parser(function.__name__)
         kind.set_defaults(measure=function)
         kind.add_argument("--preset", default="tiny")
@@ -242,6 +271,8 @@ def main() -> None:
         if function is gradients:
             kind.add_argument("--trained", type=int, default=0, help="steps before measuring")
             kind.add_argument("--without-largest", type=float, default=0.05, help="share left out")
+        elif function is costs:
+            kind.add_argument("--reps", type=int, default=2)
         else:
             kind.add_argument("--steps", type=int, help="instead of the preset's")
             kind.add_argument(
