@@ -103,12 +103,14 @@ def write_text(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def sweep(parent: Path, name: str | None = None) -> None:
+def sweep(parent: Path, name: str | None = None, *, is_ours: bool = False) -> None:
     """Remove the temporary folders and files that killed processes have left in a folder.
 
     Args:
         parent: The folder.
         name: Of what they were to become; None sweeps all.
+        is_ours: Whether nobody else writes there now, since this process holds its lock. If not,
+            only files that were left some time ago are removed.
     """
     start = ".+" if name is None else re.escape(name[:_LONGEST])
     for left in parent.glob(f".*{_SUFFIX}"):
@@ -117,7 +119,7 @@ def sweep(parent: Path, name: str | None = None) -> None:
         if left.is_dir() and _is_free(left):
             shutil.rmtree(left, ignore_errors=True)
         # A text is written in no time. (By its age, since another machine may be writing it.)
-        elif left.is_file() and time.time() - left.stat().st_mtime > _OLD:
+        elif left.is_file() and (is_ours or time.time() - left.stat().st_mtime > _OLD):
             left.unlink(missing_ok=True)
 
 

@@ -130,6 +130,9 @@ def test_an_old_half_written_text_is_swept_and_a_new_one_is_not(tmp_path: Path) 
         os.utime(tmp_path / name, (time.time() - age,) * 2)
     sweep(tmp_path, "t")
     assert names(tmp_path) == [".t-13.unfinished"]
+    # Where nobody else writes, it can only be of a process that was killed.
+    sweep(tmp_path, is_ours=True)
+    assert names(tmp_path) == []
 
 
 def test_a_text_is_replaced_whole(tmp_path: Path) -> None:

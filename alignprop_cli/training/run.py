@@ -209,7 +209,7 @@ def _prepare_device(accelerator: Accelerator, config: Config) -> None:
 def _open_folder(run: Run, found: Path | None, *, is_older: bool) -> None:
     """Write the configuration, and cut checkpoints and metrics to where the run is resumed."""
     for folder in (run.folder, run.folder / "checkpoints", run.folder / "samples"):
-        sweep(folder)
+        sweep(folder, is_ours=True)
     # First of all: with it the run can be resumed, without it the folder can be begun again.
     write_text(run.folder / "config.yaml", dump(run.config))
     if found is not None and is_older:
