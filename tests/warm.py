@@ -2,7 +2,8 @@
 
 Starting Python and importing torch takes seconds, forking takes milliseconds. Every command still
 has a process of its own: its own exit code, streams, limits and signals, and nothing of one is seen
-by the next. Nothing that the program reads or builds is kept.
+by the next. Nothing that the program reads or builds is kept but what the texts of the shipped
+presets say.
 
 The process speaks JSON, a line each, over a socket:
 
@@ -14,7 +15,9 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import gc
 import importlib
+import io
 import json
 import os
 import pkgutil
@@ -321,8 +324,31 @@ def _import_everything() -> None:
         "transformers.models.clip.tokenization_clip",
         "torch._dynamo",
         "peft",
+        "diffusers.guiders",
+        "diffusers.schedulers",
+        "kornia",
+        "matplotlib.backends.backend_agg",
+        "plotly.offline",
+        "transformers.models.aimv2",
     ):
         importlib.import_module(name)
+    # A table of a library, of a thousand patterns, that it makes for the first model it loads.
+    from transformers import conversion_mapping
+
+    conversion_mapping.get_checkpoint_conversion_mapping("clip_text_model")
+    from alignprop_cli.config import presets
+
+    for name in presets.names():
+        presets.read(presets.preset_path(name), presets.Layers())
+    # Matplotlib looks for its fonts when it draws for the first time.
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained")
+    figure.subplots().plot([0.0, 1.0])
+    figure.savefig(io.BytesIO())
+    # What every child has anyway need not be searched for garbage by each.
+    gc.collect()
+    gc.freeze()
 
 
 if __name__ == "__main__":

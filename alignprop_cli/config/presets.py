@@ -8,6 +8,7 @@ replaces the section that it inherits; `--set reward.NAME.KEY=VALUE` changes one
 from __future__ import annotations
 
 import copy
+import functools
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -353,6 +354,14 @@ def _merge(base: Tree, other: Mapping[str, Any]) -> None:
 
 def _parse(text: str, path: Path) -> tuple[Tree, dict[str, int]]:
     """Return the values of a configuration file, and the line of every dotted key."""
+    tree, lines = _parse_once(text, path)
+    return copy.deepcopy(tree), dict(lines)
+
+
+# A run compares itself with every preset, many of which extend the same one.
+@functools.lru_cache(maxsize=64)
+def _parse_once(text: str, path: Path) -> tuple[Tree, dict[str, int]]:
+    """Return what `_parse` does; not to be changed."""
     try:
         tree, lines = read_yaml_lines(text)
     except ParseError as error:

@@ -26,6 +26,9 @@ _CHANGES = {
     "os.chmod": (0,),
     "shutil.rmtree": (0,),
 }
+# Of these, the place of the handle of the folder that a path is relative to. A folder that is there
+# already is not made, what is gone is not removed: after a kill nothing tells before from behind.
+_HANDLE = {"os.remove": 1, "os.rmdir": 1, "os.mkdir": 2}
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
@@ -60,6 +63,16 @@ def die_at(number: int, below: str, log: str) -> None:
                 return False
         return os.path.abspath(os.fsdecode(path)).startswith(below)  # noqa: PTH100
 
+    def is_nothing(event: str, arguments: tuple[Any, ...]) -> bool:
+        if event not in _HANDLE:
+            return False
+        handle = arguments[_HANDLE[event]]
+        try:
+            os.stat(arguments[0], dir_fd=None if handle == -1 else handle, follow_symlinks=False)
+        except OSError:
+            return event != "os.mkdir"
+        return event == "os.mkdir"
+
     def heard(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
             path, _, flags = arguments
@@ -67,7 +80,7 @@ def die_at(number: int, below: str, log: str) -> None:
                 change(f"open {path}")
         elif event in _CHANGES:
             paths = [arguments[place] for place in _CHANGES[event]]
-            if any(is_below(path) for path in paths):
+            if any(is_below(path) for path in paths) and not is_nothing(event, arguments):
                 change(f"{event} {' '.join(map(str, paths))}")
 
     sys.addaudithook(heard)
@@ -85,7 +98,6 @@ def die_at(number: int, below: str, log: str) -> None:
 
     replace(storage._rename, told(storage._rename, "exchange"))
     os.fsync = told(os.fsync, "fsync")
-    os.ftruncate = told(os.ftruncate, "ftruncate")
     import safetensors.torch
 
     serialize = safetensors.torch.serialize_file

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import shutil
 import signal
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from safetensors.torch import load_file
 
 from tests.crash.commands import (
     COMMANDS,
+    STEPS,
     TO_RUN,
     Commands,
     grow_old,
@@ -26,6 +29,11 @@ from tests.crash.commands import (
 )
 
 DIE = "tests.crash.hooks:die_at"
+PARTS = 6
+Wanted = Callable[[list[int]], Sequence[int]]
+"""Chooses among the numbers of the changes."""
+
+in_parts = pytest.mark.parametrize("part", range(PARTS))
 
 
 def changes(commands: Commands, place: Path, *args: str) -> list[str]:
@@ -34,6 +42,19 @@ def changes(commands: Commands, place: Path, *args: str) -> list[str]:
     done = commands(*args, cwd=place, before=[(DIE, 0, str(place), str(log))])
     assert done.code == 0, done.err
     return log.read_text().splitlines()
+
+
+def points(done: list[str]) -> list[int]:
+    """Return the changes to die before, as numbers: all but those right behind a sync.
+
+    A sync changes nothing that a kill would leave: to die behind it is to die before it.
+    """
+    return [n for n in range(1, len(done) + 1) if n == 1 or " fsync " not in done[n - 2]]
+
+
+def shard(numbers: list[int], part: int, parts: int = PARTS) -> list[int]:
+    """Return every so many of them, so that a test of all can be run by several processes."""
+    return numbers[part::parts]
 
 
 def kill_at(commands: Commands, place: Path, number: int, *args: str) -> None:
@@ -57,14 +78,14 @@ def finish(commands: Commands, place: Path, *args: str) -> None:
     assert done.code == 0, done.err
 
 
-def train_killed(commands: Commands, place: Path, wanted: int | None, keep: int | None) -> None:
-    """Kill a run at some of its changes to files, or at all, and resume it each time."""
+def train_killed(commands: Commands, place: Path, keep: int | None, wanted: Wanted) -> None:
+    """Kill a run at some of its changes to files, and resume it each time."""
     kept = () if keep is None else (f"--set=output.keep_last={keep}",)
     (place / "whole").mkdir()
-    count = len(changes(commands, place / "whole", *TO_RUN, *kept))
-    assert count > 20
+    done = changes(commands, place / "whole", *TO_RUN, *kept)
+    everything_happens(done, keep)
     undisturbed = place / "whole" / "run"
-    for number in spread(count, wanted or count):
+    for number in wanted(points(done)):
         here = place / str(number)
         here.mkdir()
         kill_at(commands, here, number, *TO_RUN, *kept)
@@ -75,27 +96,54 @@ def train_killed(commands: Commands, place: Path, wanted: int | None, keep: int 
         shutil.rmtree(here)
 
 
+def everything_happens(done: list[str], keep: int | None) -> None:
+    """Assert that a run of which these are the changes does all that a run can do to files."""
+    counts = {
+        # Begun anew, and gone on with in every step.
+        r"os\.rename .*\.config\.yaml\S* ": 1,
+        r"os\.rename .*\.metrics\.jsonl\S* ": 1,
+        r"open \S*/metrics\.jsonl": STEPS,
+        r"open \S*/samples/step-\d+\.png": STEPS + 1,
+        r"os\.rename .*/samples/\.step-\d+\.json\S* ": STEPS + 1,
+        r"exchange \S*/checkpoints/\.step-\d+": STEPS,
+        # Where there is one already both change places, and then the old one is removed.
+        r"exchange \S*/checkpoints/\.best": 2 * STEPS - 1,
+        r"os\.rmdir \S*/checkpoints/\.best": STEPS - 1,
+        r"os\.rename \S*/checkpoints/step-\d+ \S*/\.step-": STEPS - (keep or STEPS),
+        # The beginning, every step, the end, and with what is drawn at the end.
+        r"os\.rename .*\.report\.html\S* ": STEPS + 3,
+        r"open \S*/curves\.png": 1,
+        r"open \S*/before_after\.png": 1,
+        r"os\.rename .*\.README\.md\S* ": 1,
+        r"os\.rename .*\.summary\.json\S* ": 1,
+        r"os\.remove \S*/\.lock": 1,
+    }
+    for pattern, count in counts.items():
+        assert sum(re.search(f" {pattern}", line) is not None for line in done) == count, pattern
+
+
 def test_a_run_killed_while_it_writes_goes_on_identically(commands: Commands, place: Path) -> None:
-    train_killed(commands, place, 2, None)
+    train_killed(commands, place, None, lambda numbers: [numbers[0], numbers[-1]])
 
 
 @pytest.mark.slow
+@in_parts
 @pytest.mark.parametrize("keep", [None, 1, 2])
 def test_a_run_killed_at_every_change_goes_on_identically(
-    commands: Commands, place: Path, keep: int | None
+    commands: Commands, place: Path, keep: int | None, part: int
 ) -> None:
-    train_killed(commands, place, None, keep)
+    train_killed(commands, place, keep, lambda numbers: shard(numbers, part))
 
 
 @pytest.mark.slow
+@in_parts
 def test_a_resumed_run_killed_at_every_change_goes_on_identically(
-    commands: Commands, place: Path
+    commands: Commands, place: Path, part: int
 ) -> None:
     again = ("train", "--resume=run", "--steps=3")
     (place / "whole").mkdir()
     shutil.copytree(commands.started, place / "whole" / "run")
-    count = len(changes(commands, place / "whole", *again))
-    for number in range(1, count + 1):
+    for number in shard(points(changes(commands, place / "whole", *again)), part):
         here = place / str(number)
         here.mkdir()
         shutil.copytree(commands.started, here / "run")
@@ -147,14 +195,14 @@ def test_a_run_killed_at_random_moments_goes_on_identically(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(1, 5))
+@pytest.mark.parametrize("seed", range(1, 11))
 def test_a_run_killed_at_200_random_moments_goes_on_identically(
     commands: Commands, place: Path, seed: int
 ) -> None:
-    killed_at_random(commands, place, 50, seed)
+    killed_at_random(commands, place, 20, seed)
 
 
-def replaced_killed(commands: Commands, place: Path, name: str, wanted: int | None) -> None:
+def replaced_killed(commands: Commands, place: Path, name: str, wanted: Wanted) -> None:
     """Kill a command that replaces an earlier result: the old or the new one is there, whole."""
     command = COMMANDS[name]
     first, second = command.args, (*command.args, "--overwrite")
@@ -167,11 +215,11 @@ def replaced_killed(commands: Commands, place: Path, name: str, wanted: int | No
     (place.parent / "new").mkdir()
     new_place = place.parent / "new" / "place"
     shutil.copytree(place, new_place)
-    count = len(changes(commands, new_place, *second))
+    numbers = points(changes(commands, new_place, *second))
     new = lasting(new_place / command.output)
     assert new != lasting(place / command.output)
     seen = set()
-    for number in spread(count, wanted or count):
+    for number in wanted(numbers):
         here = place.parent / str(number) / "place"
         shutil.copytree(place, here)
         kill_at(commands, here, number, *second)
@@ -193,27 +241,38 @@ def replaced_killed(commands: Commands, place: Path, name: str, wanted: int | No
 def test_a_replaced_result_is_the_old_or_the_new_one(
     commands: Commands, place: Path, name: str
 ) -> None:
-    replaced_killed(commands, place, name, 4)
+    replaced_killed(commands, place, name, lambda numbers: spread(numbers, 4))
 
 
 @pytest.mark.slow
+@in_parts
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_replaced_result_is_the_old_or_the_new_one_at_every_change(
-    commands: Commands, place: Path, name: str
+    commands: Commands, place: Path, name: str, part: int
 ) -> None:
-    replaced_killed(commands, place, name, None)
+    replaced_killed(commands, place, name, lambda numbers: shard(numbers, part))
 
 
-@pytest.mark.parametrize("wanted", [4, pytest.param(None, marks=pytest.mark.slow)])
 def test_rows_killed_while_they_are_written_are_completed_to_the_same_bytes(
-    commands: Commands, place: Path, wanted: int | None
+    commands: Commands, place: Path
 ) -> None:
+    rows_killed(commands, place, lambda numbers: spread(numbers, 4))
+
+
+@pytest.mark.slow
+def test_rows_killed_at_every_change_are_completed_to_the_same_bytes(
+    commands: Commands, place: Path
+) -> None:
+    rows_killed(commands, place, list)
+
+
+def rows_killed(commands: Commands, place: Path, wanted: Wanted) -> None:
+    """Kill a command that writes rows, and let another complete them."""
     commands.inputs(place)
     args = (*COMMANDS["score"].args, "--resume")
     whole = place.parent / "whole" / "place"
     shutil.copytree(place, whole)
-    count = len(changes(commands, whole, *args))
-    for number in spread(count, wanted or count):
+    for number in wanted(points(changes(commands, whole, *args))):
         here = place.parent / str(number) / "place"
         shutil.copytree(place, here)
         kill_at(commands, here, number, *args)
@@ -228,12 +287,12 @@ def test_rows_killed_while_they_are_written_are_completed_to_the_same_bytes(
 
 @pytest.mark.slow
 def test_the_metrics_of_done_steps_survive_a_kill(commands: Commands, place: Path) -> None:
-    # Between the line of a step and its checkpoint.
+    # Between the line of a step and its checkpoint: the third, since the first is also the best.
     hook = (
         "tests.crash.hooks:signal_at",
         signal.SIGKILL,
         "alignprop_cli.training.checkpoint:save",
-        2,
+        3,
     )
     done = commands(*TO_RUN, cwd=place, before=[hook])
     assert done.code == 128 + signal.SIGKILL

@@ -14,10 +14,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.crash.commands import TRAIN
+from tests.fuzz.assets import QUICK
 
-# Two images for each of two processes.
-BOTH = (*TRAIN, "--set=train.batch_size=4", "--set=eval.images=2", "--set=eval.sample_images=2")
+BOTH = (
+    "train",
+    "--preset=tiny",
+    "--set=output.save_every=1",
+    *QUICK,
+    "--set=eval.every=2",
+    # Two images for each of two processes.
+    "--set=train.batch_size=4",
+    "--set=eval.images=2",
+    "--set=eval.sample_images=2",
+)
 pytestmark = pytest.mark.slow
 
 REWARDS = """

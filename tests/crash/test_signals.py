@@ -18,7 +18,8 @@ PHASES = {
     "load": ("alignprop_cli.models.families:open_model", 1),
     "base": ("alignprop_cli.evaluation.draw:draw_samples", 1),
     "step": ("alignprop_cli.training.trainer:Trainer.step", 2),
-    "save": ("alignprop_cli.training.checkpoint:save", 2),
+    # The third: the second is of the first step too, which is the best.
+    "save": ("alignprop_cli.training.checkpoint:save", 3),
     "tuned": ("alignprop_cli.training.run:finish", 1),
 }
 # In the default tests: each takes seconds.

@@ -16,10 +16,13 @@ TWICE = {
     **{name: (command.args, command.works) for name, command in COMMANDS.items()},
     "overwrite": ((*COMMANDS["evaluate"].args, "--overwrite"), COMMANDS["evaluate"].works),
     "rows": ((*COMMANDS["score"].args, "--resume"), COMMANDS["score"].works),
-    "train": ((*TRAIN, "--output=new"), "alignprop_cli.models.families:open_model"),
-    "auto": ((*TRAIN, "--output=new", "--resume=auto"), "alignprop_cli.models.families:open_model"),
+    "train": ((*TRAIN, "--output=new/run"), "alignprop_cli.models.families:open_model"),
+    "auto": (
+        (*TRAIN, "--output=new/run", "--resume=auto"),
+        "alignprop_cli.models.families:open_model",
+    ),
     "resume": (
-        ("train", "--resume=first", "--steps=3"),
+        ("train", "--resume=first/run", "--steps=3"),
         "alignprop_cli.models.families:open_model",
     ),
 }
@@ -27,7 +30,7 @@ TWICE = {
 
 def prepare(commands: Commands, place: Path) -> None:
     commands.inputs(place)
-    shutil.copytree(commands.started, place / "first")
+    shutil.copytree(commands.started, place / "first" / "run")
 
 
 @pytest.mark.parametrize(
@@ -74,11 +77,11 @@ def test_of_two_at_the_same_moment_one_wins(commands: Commands, place: Path, nam
 def _check(commands: Commands, place: Path, name: str) -> None:
     """Assert that the one has left what it leaves alone."""
     if name == "resume":
-        (place / "first").rename(place.parent / "run")
+        (place / "first" / "run").rename(place.parent / "run")
         same_end(place.parent / "run", commands.run)
         shutil.rmtree(place.parent / "run")
     elif name in ("train", "auto"):
-        (place / "new").rename(place.parent / "run")
+        (place / "new" / "run").rename(place.parent / "run")
         same_end(place.parent / "run", commands.run)
         shutil.rmtree(place.parent / "run")
     else:
