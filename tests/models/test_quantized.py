@@ -234,6 +234,36 @@ def test_what_a_call_needs_is_counted_with_the_weights_that_it_unpacks(
     assert counted.forward(1) == pytest.approx(cost.forward, rel=0.02)
 
 
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("family", sorted(FLOWS))
+def test_a_network_in_half_precision_predicts_as_with_its_weights_unpacked(
+    family: str, how: How, tmp_path: Path
+) -> None:
+    """With a float32 LoRA in it, whose precision is not that of the network."""
+    folder = FLOWS[family](tmp_path / "model")
+    chosen = ModelConfig(id=str(folder), quantize=how, dtype="bfloat16")
+    model = open_model(chosen, ("a", "b"), CPU)
+    module, network = model.network.module, model.network
+    lora.inject(module, rank=4, alpha=4, target_modules=model.family.target_modules, seed=0)
+    fill_lora_b(module, seed=5)
+    text = model.conditioning(["a", "b"], None).text
+    text = text.with_guidance(3.0) if family == "flux1" else text
+    given = randn(1, 2, *network.latent_shape(32, 32), dtype=torch.float32)
+
+    def prediction() -> Tensor:
+        with torch.no_grad():
+            return network.predict(given, 500.0, text)
+
+    found = prediction()
+    assert found.dtype == torch.float32
+    assert torch.equal(network.predict(given.clone().requires_grad_(), 500.0, text), found)
+    for path, part in list(module.named_modules()):
+        if isinstance(part, QuantizedLinear):
+            module.set_submodule(path, plain(part))
+    assert torch.equal(prediction(), found)
+    assert float(found.std()) > 0.0
+
+
 def test_text_encoders_are_quantised_but_for_what_their_class_keeps(tmp_path: Path) -> None:
     sd3, klein = small_sd3(tmp_path / "sd3"), small_klein(tmp_path / "klein")
     for folder, name, kind, kept in (
