@@ -115,9 +115,9 @@ def _catch_signals() -> None:
     def end(number: int, frame: FrameType | None) -> NoReturn:
         raise Terminated(number)
 
-    # Handlers belong to the main thread, and `nohup` asks to ignore SIGHUP.
+    # Handlers belong to the main thread, and `nohup` asks to ignore SIGHUP, which Windows lacks.
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGTERM, signal.SIGHUP):
+        for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
             if signal.getsignal(number) == signal.SIG_DFL:
                 signal.signal(number, end)
 

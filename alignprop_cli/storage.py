@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import hashlib
 import os
 import re
@@ -16,7 +15,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from alignprop_cli.errors import ConfigError, RunError
+from alignprop_cli.errors import AssetError, ConfigError, RunError
+
+try:
+    import fcntl
+except ImportError as error:
+    # Everything that writes comes here, from the command line and from Python.
+    raise AssetError(
+        "alignprop runs on Linux and macOS: this system has no POSIX file locks (fcntl)",
+        hint="on Windows install it in WSL",
+    ) from error
 
 # What names of temporary folders and files end in, and how much of the final name they keep.
 _SUFFIX = ".unfinished"

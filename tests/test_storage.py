@@ -186,3 +186,18 @@ def test_a_fingerprint_tells_other_content(tmp_path: Path) -> None:
     assert changed != before
     weights.rename(folder / "unet" / "other.safetensors")
     assert fingerprint(folder) not in {before, changed}
+
+
+def test_where_there_are_no_posix_locks_a_command_says_so(tmp_path: Path) -> None:
+    """Windows has neither these nor SIGHUP."""
+    code = (
+        "import signal, sys; sys.modules['fcntl'] = None; del signal.SIGHUP\n"
+        "from alignprop_cli.cli import main; main(['soup', 'a', 'b'])"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 3
+    assert done.stderr.splitlines() == [
+        "error: alignprop runs on Linux and macOS: this system has no POSIX file locks (fcntl)",
+        "hint: on Windows install it in WSL",
+    ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 from typing import Any, cast
 
 from pydantic import BaseModel, ValidationError
@@ -225,6 +226,13 @@ def _impossible_rates(train: TrainConfig) -> Iterable[Problem]:
         yield Problem(
             "train.lr_rules", "train.lr_schedule is piecewise_constant, which needs its rules"
         )
+    if train.lr_rules is not None:
+        if name != "piecewise_constant":
+            yield Problem("train.lr_rules", "train.lr_schedule is not piecewise_constant")
+        ends = [int(part.rpartition(":")[2]) for part in train.lr_rules.split(",")[:-1]]
+        # diffusers sorts them, and keeps one of two that are equal.
+        if any(later <= earlier for earlier, later in pairwise(ends)):
+            yield Problem("train.lr_rules", f"its steps have to rise, got {train.lr_rules}")
     if train.optimizer == "prodigy" and train.adam_beta1 == 0.0:
         yield Problem("train.adam_beta1", "train.optimizer is prodigy, which needs more than 0")
 

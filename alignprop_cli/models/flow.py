@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from alignprop_cli.errors import ConfigError
@@ -97,6 +98,14 @@ class FlowTransformer:
         self.sizes = sizes
         self._scheduler_config = dict(scheduler_config)
         self._model_id = model_id
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Return the precision of the network's own weights."""
+        # Not `module.dtype`: where the linear layers are quantised and have no bias, the first
+        # parameter is one of the LoRA, which is float32.
+        own = (p for name, p in self.module.named_parameters() if "lora_" not in name)
+        return next(own).dtype
 
     def latent_shape(self, height: int | None, width: int | None) -> tuple[int, int, int]:
         """Return (C, h, w); see `Network`."""

@@ -101,7 +101,7 @@ class Flux1Transformer(FlowTransformer):
 
     def predict(self, latents: Tensor, timestep: float, embeds: Embeds) -> Tensor:
         """Call the network in its own precision, timesteps of 0 to 1000; see `Network`."""
-        dtype, hidden = self.module.dtype, embeds.tensors["hidden"]
+        dtype, hidden = self.dtype, embeds.tensors["hidden"]
         height, width = latents.shape[2] // 2, latents.shape[3] // 2
         # The pipeline rounds the timestep to the precision of the latents, and then divides it.
         timesteps = torch.full((len(latents),), timestep, device=latents.device).to(dtype) / 1000

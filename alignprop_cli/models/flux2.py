@@ -80,7 +80,7 @@ class Flux2Transformer(FlowTransformer):
 
     def predict(self, latents: Tensor, timestep: float, embeds: Embeds) -> Tensor:
         """Call the network in its own precision, timesteps of 0 to 1000; see `Network`."""
-        dtype, hidden = self.module.dtype, embeds.tensors["hidden"]
+        dtype, hidden = self.dtype, embeds.tensors["hidden"]
         # The pipeline rounds the timestep to the precision of the latents, and then divides it.
         timesteps = torch.full((len(latents),), timestep, device=latents.device).to(dtype) / 1000
         flow: Tensor = self.module(

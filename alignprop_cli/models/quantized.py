@@ -187,6 +187,11 @@ def quantize(module: Any, how: How, device: torch.device | None = None) -> Any:
     return module
 
 
+def is_present(network: torch.nn.Module) -> bool:
+    """Return whether the network has quantised layers."""
+    return any(isinstance(layer, QuantizedLinear) for layer in network.modules())
+
+
 def quantize_part(network: Any, source: Source, name: str) -> Any:
     """Return a part of a pipeline, quantised as its source says; an autoencoder never is."""
     # It has few linear layers, and their rounding would show in every pixel.

@@ -159,7 +159,7 @@ class Sd3Transformer(FlowTransformer):
         # The pipeline keeps the timestep in float32 whatever the precision of the network.
         timesteps = torch.full((len(latents),), timestep, device=latents.device)
         flow: Tensor = self.module(
-            hidden_states=latents.to(self.module.dtype),
+            hidden_states=latents.to(self.dtype),
             timestep=timesteps,
             encoder_hidden_states=embeds.tensors["hidden"],
             pooled_projections=embeds.tensors["pooled"],

@@ -120,7 +120,7 @@ class ZImageTransformer(FlowTransformer):
     def predict(self, latents: Tensor, timestep: float, embeds: Embeds) -> Tensor:
         """Call the network in its own precision, timesteps of 0 to 1000; see `Network`."""
         # 1. Lists, since the network takes texts of different length: one image and one text a row.
-        images = list(latents.to(self.module.dtype).unsqueeze(2).unbind())  # each (C, 1, h, w)
+        images = list(latents.to(self.dtype).unsqueeze(2).unbind())  # each (C, 1, h, w)
         lengths: list[int] = embeds.tensors["length"].tolist()
         rows = zip(embeds.tensors["hidden"], lengths, strict=True)
         texts = [hidden[:length] for hidden, length in rows]  # each (n, D)

@@ -2,7 +2,8 @@
 
 It runs on the meta device: seconds, without weights and without a GPU. Everything but the LoRA's
 gradients is proportional to the batch, so one image is enough. Not with DoRA, whose layers compute
-the norms of their weights in every call, however many images there are: calls are counted twice.
+the norms of their weights in every call, nor with quantised layers, which unpack them, however many
+images there are: calls are counted twice.
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ from torch import Tensor
 from alignprop_cli.guidance import Conditioning, Embeds, guided
 from alignprop_cli.lora import dora
 from alignprop_cli.lora import layers as lora
+from alignprop_cli.models import quantized
 from alignprop_cli.models.base import Decoder, MetaModel, Sampler
 from alignprop_cli.planning import meter
 from alignprop_cli.planning.estimate import Footprint, Level
 from alignprop_cli.planning.work import Affine, Work
 
 # The batches of those two counts. Not 1, as what is a view of one image can be a copy of several. A
-# peak is the largest of several moments: between the two it is at most what their line says.
-_TWO_COUNTS = (2, 8)
+# peak is the largest of several moments: between the two it is at most what their line says. No
+# batch that the plan takes by itself is larger.
+_TWO_COUNTS = (2, 32)
 
 
 def measure(
@@ -51,7 +54,7 @@ def measure(
         tiny: What decodes the images that are rewarded; None is the model's own decoder.
         detach_uncond: As in `guidance.guided`, of calls with gradient.
     """
-    model, batches = _with_batches(model)
+    model, batches = with_batches(model)
     network, own = model.parts.network, model.parts.decoder
     shape = network.latent_shape(sampler.height, sampler.width)
     there, latents = there_anyway(model), 4 * math.prod(shape)  # bytes, in float32
@@ -96,9 +99,11 @@ def there_anyway(model: MetaModel) -> list[Tensor]:
     return [*held(model.parts.network.module), *(t for e in embeds for t in e.tensors.values())]
 
 
-def _with_batches(model: MetaModel) -> tuple[MetaModel, tuple[int] | tuple[int, int]]:
+def with_batches(model: MetaModel) -> tuple[MetaModel, tuple[int] | tuple[int, int]]:
     """Return the batches in which calls are counted, after the model with as many embeddings."""
-    batches = _TWO_COUNTS if dora.is_present(model.parts.network.module) else (1,)
+    network = model.parts.network.module
+    twice = dora.is_present(network) or quantized.is_present(network)
+    batches = _TWO_COUNTS if twice else (1,)
 
     def repeated(embeds: Embeds) -> Embeds:
         return Embeds({n: torch.cat([t] * max(batches)) for n, t in embeds.tensors.items()})

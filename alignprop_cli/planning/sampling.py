@@ -19,6 +19,7 @@ from alignprop_cli.models import families
 from alignprop_cli.models.meta import meta_model
 from alignprop_cli.planning import footprint
 from alignprop_cli.planning.estimate import GIB, Budget, Footprint, expected_correction
+from alignprop_cli.planning.work import Affine
 from alignprop_cli.rewards import registry
 
 
@@ -30,14 +31,13 @@ class SamplingNeed:
         height: Of an image, in pixels.
         width: Of an image, in pixels.
         weights: Bytes of the networks.
-        each: Bytes of one image of a batch while it is sampled and scored, by part; the parts are
-            not needed at the same time.
+        parts: Bytes while a batch is sampled and scored; they are not needed at the same time.
     """
 
     height: int
     width: int
     weights: int
-    each: Mapping[str, float]
+    parts: Mapping[str, Affine]
 
     @property
     def kept(self) -> int:
@@ -46,7 +46,11 @@ class SamplingNeed:
 
     def peak(self, batch: int) -> float:
         """Return the bytes for a batch of images."""
-        return self.weights + batch * max(self.each.values())
+        return self.weights + max(part(batch) for part in self.parts.values())
+
+    def fitting(self, free: float) -> int:
+        """Return the largest batch for which this many bytes are enough; 0 where none is."""
+        return max(0, min(_most(part, free - self.weights) for part in self.parts.values()))
 
 
 def check_memory(config: Config, device: torch.device, *, models: int) -> None:
@@ -83,8 +87,8 @@ def check_memory(config: Config, device: torch.device, *, models: int) -> None:
     batch = min(config.eval.batch_size, config.eval.images)
     if need.peak(batch) <= free:
         return
-    part = max(need.each, key=lambda name: need.each[name])
-    fits = math.floor((free - need.weights) / need.each[part])
+    part = max(need.parts, key=lambda name: need.parts[name](batch))
+    fits = need.fitting(free)
     raise RunError(
         f"sampling {batch} images of {size} together needs at least {need.peak(batch) / GIB:.2f} "
         f"GiB, most of it for the {part}; there are {free / GIB:.2f} GiB ({source})",
@@ -109,11 +113,15 @@ def fitting_batch(footprint: Footprint, budget: Budget, wanted: int, *, held: fl
     # A part whose blocks are recomputed stores next to nothing in forward, as without gradient.
     decoder = footprint.sampling_decoder or footprint.decoder[True]
     parts = footprint.rollout, decoder, footprint.reward[True]
-    each = max(part.forward.each for part in parts)
     held += sum(footprint.weights.values()) + footprint.trained_each * footprint.trained
     correction = expected_correction(budget.device_type)
-    room = (budget.usable - correction(held)) / max(correction(each), 1.0)
-    return max(1, min(wanted, math.floor(room)))
+    room = (budget.usable - correction(held)) / correction.factor
+    return max(1, min(wanted, *(_most(part.forward, room) for part in parts)))
+
+
+def _most(part: Affine, room: float) -> int:
+    """Return the largest batch of which a part needs at most this many bytes."""
+    return math.floor((room - part.fixed) / max(part.each, 1.0))
 
 
 @torch.no_grad()
@@ -134,12 +142,14 @@ def measure(config: Config, device: torch.device) -> SamplingNeed:
     shape = network.latent_shape(sampler.height, sampler.width)
     height, width = model.image_size(shape)
     # 1. The largest network call of the chain, and the decoder.
+    model, batches = footprint.with_batches(model)
     call = footprint.count(
         footprint.guided_call(model, sampler, shape),
         shape,
         there=footprint.there_anyway(model),
         device_type=device.type,
         has_grad=False,
+        batches=batches,
     )
     decode = footprint.count(
         decoder.decode,
@@ -148,7 +158,7 @@ def measure(config: Config, device: torch.device) -> SamplingNeed:
         device_type=device.type,
         has_grad=False,
     )
-    each = {"network": call.forward.each, "decoder": decode.forward.each}
+    parts = {"network": call.forward, "decoder": decode.forward}
     tensors = [*footprint.held(network.module), *footprint.held(decoder.module)]
     weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     # 2. The rewards, one after the other. Those whose need is unknown are left out.
@@ -160,6 +170,6 @@ def measure(config: Config, device: torch.device) -> SamplingNeed:
             scored = footprint.count(
                 found, image, there=found.tensors, device_type=device.type, has_grad=False
             )
-            each[f"reward {name}"] = scored.forward.each
+            parts[f"reward {name}"] = scored.forward
             weights += found.parameters * dtype.itemsize
-    return SamplingNeed(height, width, weights, each)
+    return SamplingNeed(height, width, weights, parts)

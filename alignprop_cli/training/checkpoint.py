@@ -210,11 +210,13 @@ def load(path: Path) -> State:
 
 
 def damaged(path: Path, what: str) -> RunError:
-    """Return the error for a damaged checkpoint."""
-    return RunError(
-        f"{path}: damaged checkpoint: {what}",
-        hint="remove this folder to resume from the checkpoint before it",
-    )
+    """Return the error for a damaged checkpoint, with which other one there is."""
+    hint = "remove this folder to resume from the checkpoint before it"
+    if path.name == BEST:
+        hint = "the newest checkpoint is resumed without --checkpoint best"
+    elif (best := path.parent / BEST).is_dir() and damage(best) is None:
+        hint += f"; --checkpoint best resumes from the best one, of step {_counters(best)['step']}"
+    return RunError(f"{path}: damaged checkpoint: {what}", hint=hint)
 
 
 def _digest(values: Mapping[str, Any]) -> str:

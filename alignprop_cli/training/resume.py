@@ -105,10 +105,10 @@ def go_back(run: Path, chosen: Path, note: Callable[[str], object]) -> None:
     # The summary is of an end that the run has no more. A run that is killed after its last step
     # is resumed to write its own, which it would not be with this one there.
     (run / "summary.json").unlink(missing_ok=True)
-    # 1. A checkpoint of its step, where there is none. If the process is killed after this or any
-    #    removal below, the same command goes on from there.
+    # 1. A checkpoint of its step, where there is none or a damaged one. If the process is killed
+    #    after this or any removal below, the same command goes on from there.
     place = run / "checkpoints" / f"step-{step:06d}"
-    if not place.exists():
+    if not place.exists() or checkpoint.damage(place) is not None:
         write_whole(place, lambda made: shutil.copytree(chosen, made, dirs_exist_ok=True))
     # 2. The newest first, so that none is the newest that did not follow from the others.
     found = checkpoints(run)

@@ -36,6 +36,9 @@ WINDOWS: dict[str, dict[str, Any]] = {
 }
 # With `--presets`: presets as they are, on the cards that people have.
 PRESETS = (
+    *("aesthetic", "aesthetic_k1", "hps", "hps_k1", "pickscore", "imagereward"),
+    *("mix_aesthetic_hps", "mix_aesthetic_compressibility"),
+    *("compressibility", "incompressibility", "count", "remove"),
     *("sdxl_hps", "sdxl_turbo_aesthetic", "lcm_aesthetic"),
     *("sd35_hps", "klein_hps", "klein_aesthetic", "flux_hps"),
     "zimage_turbo_hps",

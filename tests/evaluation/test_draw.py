@@ -27,9 +27,9 @@ from tests.factories import fill_lora_b
 CPU = torch.device("cpu")
 
 
-def tuned_model(prompts: Sequence[str], *, scale: float = 0.3) -> Model:
+def tuned_model(prompts: Sequence[str], *, scale: float = 0.3, name: str = "tiny") -> Model:
     """Return the embedded model with a LoRA that changes its images."""
-    model = open_model(ModelConfig(id="tiny"), prompts, CPU)
+    model = open_model(ModelConfig(id=name), prompts, CPU)
     module = model.network.module
     lora.inject(module, rank=4, alpha=4, target_modules=("to_q", "to_v"), seed=0)
     fill_lora_b(module, seed=1, scale=scale)
@@ -99,10 +99,17 @@ def test_the_negative_prompt_counts_where_guidance_applies_and_else_is_not_asked
         images("a bird", Guidance(3.0))
 
 
-@pytest.mark.parametrize(("share", "calls"), [(0.0, 0), (0.4, 2), (0.5, 3), (1.0, 5)])
-def test_the_first_calls_run_without_the_lora(share: float, calls: int) -> None:
+# The flow's levels are not evenly spaced: the share is one of calls, not of noise.
+@pytest.mark.parametrize(
+    ("name", "share", "calls"),
+    [
+        *(("tiny", *each) for each in ((0.0, 0), (0.4, 2), (0.5, 3), (1.0, 5))),
+        ("tiny-flow", 0.4, 2),
+    ],
+)
+def test_the_first_calls_run_without_the_lora(name: str, share: float, calls: int) -> None:
     # floor(5 share + 1/2) calls; a chain of our own switches the LoRA on after them.
-    model = tuned_model(["a cat", ""], scale=1.0)
+    model = tuned_model(["a cat", ""], scale=1.0, name=name)
     mixture = build_mixture({"brightness": RewardConfig()}, LossConfig(), CPU)
     how = Sampler(num_inference_steps=5, guidance=Guidance(3.0))
     drawn = draw_samples(

@@ -206,11 +206,11 @@ def lora_file(tmp_path_factory: pytest.TempPathFactory) -> bytes:
 @many
 @given(SEEDS)
 def test_any_bytes_are_a_lora_or_are_refused(tmp_path: Path, lora_file: bytes, seed: int) -> None:
-    from tests.fuzz.domains import _damage_header
+    from tests.fuzz.domains.adapters import damage_header
 
     rng = Random(seed)
     how: Callable[[], bytes] = rng.choice(
-        (lambda: strange.damage(lora_file, rng), lambda: _damage_header(lora_file, rng))
+        (lambda: strange.damage(lora_file, rng), lambda: damage_header(lora_file, rng))
     )
     file = tmp_path / "m.safetensors"
     file.write_bytes(how())

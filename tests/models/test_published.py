@@ -1,4 +1,4 @@
-"""The shipped scheduler configurations are those of the published models, where one could be seen.
+"""The shipped configurations are those of the published models, where one could be seen.
 
 The hub cannot be reached from the tests: what its pages showed is written down here, without the
 keys that are diffusers' defaults. A row that is no page of the model itself says so.
@@ -40,12 +40,12 @@ SEEN: dict[str, tuple[str, dict[str, Any]]] = {
     # A copy: huggingface.co/multimodalart/FLUX.1-dev2pro-full; max_shift also in
     # github.com/huggingface/diffusers/issues/10675, which quotes the model's own.
     "flux.1-dev": ("FlowMatchEulerDiscreteScheduler", _DYNAMIC),
-    # No page seen. "A drop-in replacement in every system that supports FLUX.1 [dev]", says
-    # github.com/black-forest-labs/flux, model_cards/FLUX.1-Krea-dev.md.
+    # A copy: github.com/smthemex/ComfyUI_DyPE, Flux/FLUX.1-Krea-dev, f8489fe.
     "flux.1-krea-dev": ("FlowMatchEulerDiscreteScheduler", _DYNAMIC),
-    # FLUX.2-dev's: huggingface.co/diffusers/FLUX.2-dev-bnb-4bit. The pipelines compute the shift. A
-    # copy of klein 4B's (github.com/DenOfEquity/ersatzForge, backend/huggingface, 7c22b59) has all
-    # of these but a shift of 2.02, which is not read beside dynamic shifting.
+    # A copy of klein 9B's: github.com/DenOfEquity/ersatzForge, backend/huggingface, fca12a2. Its
+    # copy of 4B's has all of these but a shift of 2.02, which is not read beside dynamic shifting:
+    # the pipelines compute the shift. Of the base models none was seen; FLUX.2-dev's is the same
+    # too (huggingface.co/diffusers/FLUX.2-dev-bnb-4bit).
     **dict.fromkeys(
         ("flux.2-klein-4b", "flux.2-klein-9b", "flux.2-klein-base-4b", "flux.2-klein-base-9b"),
         ("FlowMatchEulerDiscreteScheduler", {**_DYNAMIC, "time_shift_type": "exponential"}),
@@ -97,6 +97,58 @@ def test_a_shipped_schedule_is_the_published_one(name: str) -> None:
     # With what the class takes where nothing is given.
     found = {key: scheduler.from_config(shipped).config[key] for key in values}
     assert found == values
+
+
+# Sizes of networks by folder and part. Those of Krea-dev and klein 9B are from the same copies; the
+# transformers and text encoders of all four kleins also from github.com/filipstrand/mflux,
+# src/mflux/models/common/config/model_config.py, 97ac5e6, the base models' from there alone.
+_KLEIN: dict[str, Any] = {"guidance_embeds": False, "attention_head_dim": 128, "mlp_ratio": 3.0}
+_KLEIN |= {"axes_dims_rope": [32, 32, 32, 32], "rope_theta": 2000, "eps": 1e-06}
+_KLEIN |= {"timestep_guidance_channels": 256}
+_QWEN = {"num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8}
+_QWEN |= {"head_dim": 128, "vocab_size": 151936}
+_FOUR = {
+    "transformer": {**_KLEIN, "num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24}
+    | {"joint_attention_dim": 7680},
+    "text_encoder": {**_QWEN, "hidden_size": 2560, "intermediate_size": 9728}
+    | {"tie_word_embeddings": True},
+}
+_NINE = {
+    "transformer": {**_KLEIN, "num_layers": 8, "num_single_layers": 24, "num_attention_heads": 32}
+    | {"joint_attention_dim": 12288},
+    "text_encoder": {**_QWEN, "hidden_size": 4096, "intermediate_size": 12288}
+    | {"tie_word_embeddings": False},
+}
+SIZES: dict[str, dict[str, dict[str, Any]]] = {
+    "flux.1-krea-dev": {
+        "transformer": {"guidance_embeds": True, "num_layers": 19, "num_single_layers": 38}
+        | {"num_attention_heads": 24, "attention_head_dim": 128, "axes_dims_rope": [16, 56, 56]}
+        | {"in_channels": 64, "joint_attention_dim": 4096, "pooled_projection_dim": 768},
+        "text_encoder": {"hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 3072},
+        "text_encoder_2": {"d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_layers": 24}
+        | {"num_heads": 64, "feed_forward_proj": "gated-gelu"},
+        "vae": {"latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159}
+        | {"block_out_channels": [128, 256, 512, 512], "force_upcast": True},
+    },
+    "flux.2-klein-4b": _FOUR,
+    "flux.2-klein-base-4b": _FOUR,
+    "flux.2-klein-9b": _NINE,
+    "flux.2-klein-base-9b": _NINE,
+}
+
+
+@pytest.mark.parametrize(("name", "part"), [(n, part) for n in sorted(SIZES) for part in SIZES[n]])
+def test_a_shipped_network_has_the_published_sizes(name: str, part: str) -> None:
+    shipped = json.loads((ARCHITECTURES / name / part / "config.json").read_text())
+    assert {key: shipped[key] for key in SIZES[name][part]} == SIZES[name][part]
+
+
+# Of the 4-step kleins from their own page and a copy of 9B's (huggingface.co/ModelsLab). The base
+# models leave the key out, which is False (a copy of 4B's: huggingface.co/YuCollection).
+@pytest.mark.parametrize("name", ["klein-4b", "klein-9b", "klein-base-4b", "klein-base-9b"])
+def test_the_four_step_kleins_alone_say_that_they_are_distilled(name: str) -> None:
+    index = json.loads((ARCHITECTURES / f"flux.2-{name}" / "model_index.json").read_text())
+    assert index["is_distilled"] is ("base" not in name)
 
 
 def test_every_published_model_has_steps_and_guidance_of_its_own() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from alignprop_cli.models.base import Model, Source
 from alignprop_cli.models.families import open_model, sampler
 from alignprop_cli.models.meta import meta_model
 from alignprop_cli.models.quantized import How, QuantizedLinear, pack, quantize, unpack
-from alignprop_cli.planning import footprint, meter
+from alignprop_cli.planning import footprint, meter, sampling
 from alignprop_cli.planning import request as planning
 from alignprop_cli.sampling import backprop
 from tests.factories import fill_lora_b, randn, small_pipeline, small_xl_pipeline
@@ -202,36 +203,87 @@ def test_the_plan_counts_the_bytes_that_are_held(family: str, how: How, tmp_path
     assert model.fingerprint == whole.fingerprint
 
 
-@pytest.mark.parametrize("family", sorted(FLOWS))
+# One family in 4 bits: what is unpacked is of the same size.
+@pytest.mark.parametrize(
+    ("family", "how"),
+    [
+        *((name, "int8") for name in sorted(FLOWS)),
+        pytest.param("klein", "nf4", marks=needs_bitsandbytes),
+    ],
+)
 def test_what_a_call_needs_is_counted_with_the_weights_that_it_unpacks(
-    family: str, tmp_path: Path
+    family: str, how: How, tmp_path: Path
 ) -> None:
-    """On the meta device as with real numbers."""
+    """On the meta device as with real numbers; an unpacked weight is as large for any batch."""
     folder = FLOWS[family](tmp_path / "model")
     chosen = parse(
         {
-            "model": {"id": str(folder), "quantize": "int8"},
+            "model": {"id": str(folder), "quantize": how},
             "sample": {"num_inference_steps": 2, "guidance_scale": 0.0, "height": 32, "width": 32},
             "reward": {"brightness": {}},
         }
     )
-    need = planning.measure(chosen, "cpu")
-    counted = need.call["none"]
+    need, sampled = planning.measure(chosen, "cpu"), sampling.measure(chosen, CPU)
     # Z-Image reads prompts as long as they are, and is planned for the longest.
     prompt = 600 * "a " if family == "zimage" else "a"
-    model = opened(folder, "int8", (prompt,))
+    model = opened(folder, how, (prompt,))
     module, shape = model.network.module, model.network.latent_shape(32, 32)
     assert need.weights["network weights"] == size_of(module)
-    lora.inject(module, rank=4, alpha=4, target_modules=model.family.target_modules, seed=0)
+    conditioning = model.conditioning(4 * [prompt], None)
     chain = sampler(chosen.sample, model.family, model.network)
-    conditioning = model.conditioning([prompt], None)
     denoise = guided(model.network.predict, conditioning, chain.guidance)
     step = chain.schedule(model.network, shape).steps[0]
-    given = randn(1, 1, *shape, dtype=torch.float32).requires_grad_()
-    there = [*footprint.held(module), *conditioning.text.tensors.values(), given]
-    cost = meter.count(lambda: denoise(given, step), exclude=there)
-    assert counted.saved(1) == pytest.approx(cost.saved, rel=0.02)
-    assert counted.forward(1) == pytest.approx(cost.forward, rel=0.02)
+
+    def counted(images: int, *, has_grad: bool) -> meter.Cost:
+        given = randn(1, images, *shape, dtype=torch.float32).requires_grad_(has_grad)
+        there = [*footprint.held(module), *conditioning.text.tensors.values(), given]
+        with torch.set_grad_enabled(has_grad):
+            return meter.count(lambda: denoise(given, step), exclude=there)
+
+    # Of one image some copies are views.
+    batches = {1: 0.03, 4: 0.02}
+    # What `evaluate` samples the base with.
+    for images, rel in batches.items():
+        plain = counted(images, has_grad=False).forward
+        assert sampled.parts["network"](images) == pytest.approx(plain, rel=rel)
+    lora.inject(module, rank=4, alpha=4, target_modules=model.family.target_modules, seed=0)
+    for images, rel in batches.items():
+        about = functools.partial(pytest.approx, rel=rel)
+        assert need.rollout.forward(images) == about(counted(images, has_grad=False).forward)
+        call, cost = need.call["none"], counted(images, has_grad=True)
+        assert call.saved(images) == about(cost.saved)
+        assert call.forward(images) == about(cost.forward)
+        assert call.backward(images) == about(cost.backward)
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("family", sorted(FLOWS))
+def test_a_network_in_half_precision_predicts_as_with_its_weights_unpacked(
+    family: str, how: How, tmp_path: Path
+) -> None:
+    """With a float32 LoRA in it, whose precision is not that of the network."""
+    folder = FLOWS[family](tmp_path / "model")
+    chosen = ModelConfig(id=str(folder), quantize=how, dtype="bfloat16")
+    model = open_model(chosen, ("a", "b"), CPU)
+    module, network = model.network.module, model.network
+    lora.inject(module, rank=4, alpha=4, target_modules=model.family.target_modules, seed=0)
+    fill_lora_b(module, seed=5)
+    text = model.conditioning(["a", "b"], None).text
+    text = text.with_guidance(3.0) if family == "flux1" else text
+    given = randn(1, 2, *network.latent_shape(32, 32), dtype=torch.float32)
+
+    def prediction() -> Tensor:
+        with torch.no_grad():
+            return network.predict(given, 500.0, text)
+
+    found = prediction()
+    assert found.dtype == torch.float32
+    assert torch.equal(network.predict(given.clone().requires_grad_(), 500.0, text), found)
+    for path, part in list(module.named_modules()):
+        if isinstance(part, QuantizedLinear):
+            module.set_submodule(path, plain(part))
+    assert torch.equal(prediction(), found)
+    assert float(found.std()) > 0.0
 
 
 def test_text_encoders_are_quantised_but_for_what_their_class_keeps(tmp_path: Path) -> None:

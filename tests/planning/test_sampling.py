@@ -47,8 +47,8 @@ def test_what_is_counted_is_what_the_real_parts_allocate(tmp_path: Path) -> None
     with torch.no_grad():
         call = meter.count(lambda: denoise(latents, step), exclude=weights)
         decode = meter.count(lambda: model.decoder.decode(latents), exclude=weights)
-    assert need.each["network"] == pytest.approx(call.forward, rel=0.05)
-    assert need.each["decoder"] == pytest.approx(decode.forward, rel=0.05)
+    assert need.parts["network"](1) == pytest.approx(call.forward, rel=0.05)
+    assert need.parts["decoder"](1) == pytest.approx(decode.forward, rel=0.05)
     parts = (model.network.module, model.decoder.module)
     real = sum(4 * p.numel() for part in parts for p in part.parameters())
     aligner = ClipReward("tiny").networks[0].parameters()
@@ -120,7 +120,7 @@ def test_samples_fit_beside_what_training_holds() -> None:
     parts = planning.measure(settings, "cuda")
     weights = sum(parts.weights.values()) + 16 * parts.trained
     # What is planned for an image is what it takes without gradient, or a little more.
-    largest = max(measure(settings, CPU).each.values())
+    largest = max(part.each for part in measure(settings, CPU).parts.values())
     assert parts.sampling_decoder is not None
     each = max(p.forward.each for p in (parts.rollout, parts.sampling_decoder, parts.reward[True]))
     assert largest <= each < 1.3 * largest

@@ -240,6 +240,40 @@ def test_going_back_makes_a_checkpoint_the_newest_and_removes_what_came_after(
     assert checkpoint.damage(best) is None
 
 
+def spoil(path: Path) -> None:
+    data = (path / LORA_FILE).read_bytes()
+    (path / LORA_FILE).write_bytes(data[:-4] + bytes(4))
+
+
+def test_the_best_is_taken_only_where_it_is_named_and_then_alone(tmp_path: Path) -> None:
+    """Neither takes the place of the other; the message says that it is there."""
+    steps = [checkpoint.save(tmp_path, state(step), save_adapter) for step in (2, 4)]
+    best = checkpoint.save(tmp_path, state(2), save_adapter, name=BEST)
+    # 1. A damaged best is no matter to a run that is resumed, nor to an evaluation of it.
+    spoil(best)
+    assert resume.newest(tmp_path) == latest(tmp_path) == steps[1]
+    with pytest.raises(RunError, match="best: damaged checkpoint") as refused:
+        checkpoint.load(named_checkpoint(tmp_path, "best"))
+    assert refused.value.hint == "the newest checkpoint is resumed without --checkpoint best"
+    # 2. Damaged steps: the one before them, and none where there is none. An evaluation is of the
+    #    newest step or of nothing.
+    checkpoint.keep_best(tmp_path, 2)
+    spoil(steps[1])
+    assert resume.newest(tmp_path) == steps[0]
+    assert latest(tmp_path) == steps[1]
+    spoil(steps[0])
+    with pytest.raises(RunError, match="step-000004: damaged checkpoint") as refused:
+        resume.newest(tmp_path)
+    assert refused.value.hint == (
+        "remove this folder to resume from the checkpoint before it; --checkpoint best resumes "
+        "from the best one, of step 2"
+    )
+    # 3. Going back to the best leaves no damaged step of its number behind: it would be passed over
+    #    if the process were killed before its next checkpoint.
+    resume.go_back(tmp_path, best, lambda text: None)
+    assert resume.newest(tmp_path) == steps[0]
+
+
 def line(step: int) -> str:
     return json.dumps({"step": step, "loss": 0.5 * step})
 

@@ -267,6 +267,16 @@ def test_a_schedule_is_diffusers_own_step_by_step_also_across_a_resume(name: Sch
     assert (len(set(expected)) > 2) == (name != "constant")
 
 
+def test_rules_hold_up_to_their_step_counted_from_1() -> None:
+    """The numbers of docs/commands.md, by the steps of metrics.jsonl."""
+    rates = Rates(2.0, schedule="piecewise_constant", rules="1:10,0.1:20,0.01")
+    found = {step: rates(step - 1) for step in (1, 10, 11, 20, 21, 500)}
+    assert found == {1: 2.0, 10: 2.0, 11: 0.2, 20: 0.2, 21: 0.02, 500: 0.02}
+
+
+RULES = {"lr_schedule": "piecewise_constant"}
+
+
 @pytest.mark.parametrize(
     ("given", "key", "message"),
     [
@@ -284,12 +294,15 @@ def test_a_schedule_is_diffusers_own_step_by_step_also_across_a_resume(name: Sch
             "falls to 1e-7",
         ),
         ({"lr_schedule": "cosin"}, "train.lr_schedule", "input should be"),
-        ({"lr_rules": "1:10,0.1"}, "", ""),
+        ({"lr_rules": "1:10,0.1"}, "train.lr_rules", "is not piecewise_constant"),
+        ({**RULES, "lr_rules": "1:10,0.1"}, "", ""),
+        ({**RULES, "lr_rules": "1:20,0.5:10,0.1"}, "train.lr_rules", "steps have to rise"),
+        ({**RULES, "lr_rules": "1:10,0.5:10,0.1"}, "train.lr_rules", "steps have to rise"),
         ({"lr_rules": "1:10;0.1"}, "train.lr_rules", "pattern"),
         ({"lr_rules": "1:0,0.1"}, "train.lr_rules", "pattern"),
         ({"lr_rules": "1..2:5,0.1"}, "train.lr_rules", "pattern"),
         ({"lr_rules": "1:5,nan"}, "train.lr_rules", "pattern"),
-        ({"lr_rules": "1:10,2.5e-1:20,1e-3"}, "", ""),
+        ({**RULES, "lr_rules": "1:10,2.5e-1:20,1e-3"}, "", ""),
         ({"optimizer": "prodigy", "adam_beta1": 0.0}, "train.adam_beta1", "more than 0"),
         ({"optimizer": "adam"}, "train.optimizer", "input should be"),
         ({"ema_decay": 1.0}, "train.ema_decay", "less than 1"),
