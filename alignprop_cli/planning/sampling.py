@@ -49,8 +49,8 @@ class SamplingNeed:
         return self.weights + batch * max(self.each.values())
 
 
-def check_memory(config: Config, device: torch.device, *, models: int) -> None:
-    """Refuse an evaluation that cannot fit the memory.
+def check_memory(config: Config, device: torch.device, *, models: int) -> SamplingNeed:
+    """Return what an evaluation needs; refuse one that cannot fit the memory.
 
     Args:
         config: The complete configuration.
@@ -82,7 +82,7 @@ def check_memory(config: Config, device: torch.device, *, models: int) -> None:
     free -= kept if device.type == "cpu" else 0
     batch = min(config.eval.batch_size, config.eval.images)
     if need.peak(batch) <= free:
-        return
+        return need
     part = max(need.each, key=lambda name: need.each[name])
     fits = math.floor((free - need.weights) / need.each[part])
     raise RunError(
