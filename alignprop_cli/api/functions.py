@@ -381,11 +381,19 @@ def _command(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from alignprop_cli.api.process import KeptConsole, guest
+        from alignprop_cli.api.together import Ending
 
     named = given.rewards(reward, weighted=weighted)
     console = KeptConsole(verbose=verbose, progress=progress)
     with guest(named.objects):
-        # Whatever the block raises passes: nothing here ends the process.
-        yield console, named.texts
+        ending = Ending()
+        try:
+            # Whatever the block raises passes: nothing here ends the process.
+            yield console, named.texts
+        except BaseException as error:
+            ending.tell(error)
+            raise
         # Inside, since it needs the processes that the command has joined.
+        ending.tell(None)
+        ending.wait()
         console.share()
