@@ -182,7 +182,7 @@ def _write_csv(result: Evaluation, path: Path) -> None:
 
 def _write_page(result: Evaluation, values: Mapping[str, Any], folder: Path) -> None:
     base = result.sampled["base"]
-    # Cards are sorted by the change from the base model to the last one.
+    # Cards are sorted by the change from the base model to the last one; alone it has no change.
     last = list(result.sampled)[-1]
     cards = [
         page.Card(
@@ -193,7 +193,8 @@ def _write_page(result: Evaluation, values: Mapping[str, Any], folder: Path) -> 
             },
             {name: sampled.caption(i) for name, sampled in result.sampled.items()},
             {
-                reward: float(result.sampled[last].rewards[reward][i] - before[i])
+                reward: float(result.sampled[last].rewards[reward][i])
+                - (float(before[i]) if result.variants else 0.0)
                 for reward, before in base.rewards.items()
             },
         )
@@ -211,6 +212,7 @@ def _write_page(result: Evaluation, values: Mapping[str, Any], folder: Path) -> 
         checker=_rows(result.checker, set(), shares=True),
         cards=cards,
         sorts=list(base.rewards),
+        sorted_by="change of " if result.variants else "",
         groups=_plots(result),
     )
 

@@ -20,7 +20,14 @@ from alignprop_cli.device import make_accelerator
 from alignprop_cli.errors import ConfigError
 from alignprop_cli.evaluation import layouts
 from alignprop_cli.evaluation.compare import Evaluation, Identity
-from alignprop_cli.evaluation.draw import Samples, choose_samples, draw_shared
+from alignprop_cli.evaluation.draw import (
+    Allocate,
+    Samples,
+    choose_samples,
+    draw_shared,
+    in_a_file,
+    in_memory,
+)
 from alignprop_cli.evaluation.results import show, write
 from alignprop_cli.evaluation.scorers import Layout
 from alignprop_cli.evaluation.trackers import Told
@@ -129,14 +136,17 @@ def run_evaluation(
     adapters = _read(chosen, config)
     accelerator = make_accelerator()
     console = console if accelerator.is_main_process else Console(quiet=True)
-    need = check_memory(config, accelerator.device, models=1 + len(chosen))
+    # Several processes send each other their images, and so have all of them in memory.
+    disk = folder.resolve().parent if accelerator.num_processes == 1 else None
+    need = check_memory(config, accelerator.device, models=1 + len(chosen), disk=disk)
+    allocate = in_a_file(disk) if need.on_disk and disk is not None else in_memory
     if layout is not None:
         _say_size(layout, need, 1 + len(chosen), config, len(entries), console)
     published = Published()
     with Told(config, console, folder, is_main=accelerator.is_main_process) as told:
         device = accelerator.device
         prompts = [entry.prompt for entry in entries]
-        result = _evaluate(config, console, chosen, adapters, prompts, device, axis)
+        result = _evaluate(config, console, chosen, adapters, prompts, device, axis, allocate)
         if accelerator.is_main_process:
 
             def fill(made: Path) -> None:
@@ -183,6 +193,7 @@ def _evaluate(
     prompts: Sequence[str],
     device: torch.device,
     axis: str,
+    allocate: Allocate,
 ) -> Evaluation:
     """Load the model, sample with every LoRA, and compare."""
     started, settings = time.perf_counter(), config.eval
@@ -196,7 +207,8 @@ def _evaluate(
     # 2. The same samples with every model.
     # For `compare.diversity`, which needs several images of a prompt.
     features = mixture.features if len({s.prompt_index for s in samples}) < len(samples) else None
-    draw = partial(draw_shared, model, samples, mixture, config, console, features=features)
+    kept = {"features": features, "allocate": allocate}
+    draw = partial(draw_shared, model, samples, mixture, config, console, **kept)
     sampled = _draw_all(draw, model, [(v, adapters[v.located.file]) for v in chosen])
     # 3. The comparison.
     return Evaluation(

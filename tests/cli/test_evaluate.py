@@ -161,6 +161,12 @@ def test_the_base_model_alone_samples_the_same_base_images(capsys, trained, tmp_
     assert values["adapters"] == {}
     assert set(values["rewards"]["brightness"]) == {"trained_on", "base"}
     assert [p.name for p in (tmp_path / "base" / "images").iterdir()] == ["base"]
+    # Alone it has no change to sort its images by, but rewards.
+    page = (tmp_path / "base" / "report.html").read_text(encoding="utf-8")
+    assert "change of" not in page
+    assert "brightness, largest first" in page
+    shown = [float(value) for value in re.findall(r'data-sort1="([^"]*)"', page)]
+    assert np.mean(shown) == pytest.approx(values["rewards"]["brightness"]["base"]["mean"])
     for number in range(4):
         name = f"images/base/{number:04d}.png"
         np.testing.assert_array_equal(
