@@ -33,6 +33,11 @@ def make_accelerator() -> Accelerator:
     return accelerator
 
 
+def is_first() -> bool:
+    """Return whether this is the first of several processes, also before they have met."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def peak_gib(device: torch.device) -> float:
     """Return the peak memory so far in GiB: allocated on CUDA, else the resident set."""
     if device.type == "cuda":

@@ -9,12 +9,11 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from huggingface_hub import hf_hub_download
 
-from alignprop_cli import hub, rng
+from alignprop_cli import benchmarks, rng
 from alignprop_cli.errors import ConfigError, did_you_mean
 from alignprop_cli.parsing import ParseError, read_json
 from alignprop_cli.paths import read_text, user_path
@@ -79,55 +78,69 @@ BUILT_IN: Mapping[str, PromptSet] = {
     "shapes-heldout": PromptSet(f"{_SHAPES}:heldout_prompts", True, _SHAPES_CHECKER),
 }
 
-# Names of sets on the hub begin with hpd. Any other name that is not built in is a file.
-HPD_STYLES = ("anime", "concept-art", "paintings", "photo")
-"""Styles of the HPDv2 benchmark on the hub: `hpd:anime` etc., and `hpd` for all four."""
-
-SETS = (*BUILT_IN, "hpd", *(f"hpd:{style}" for style in HPD_STYLES))
+SETS = (*BUILT_IN, *benchmarks.NAMES)
 """The names of all sets that are not files."""
-
-_HPD = "zhwang/HPDv2"
-# In each style; known here, so that prompts can be counted without a download.
-_HPD_PROMPTS = 800
 
 MOST_CHARACTERS = 10_000
 """Most characters of a prompt that is trained on or drawn, and most that a tokenizer is given."""
 
-# What a prompt may be called in objects and tables. The first that is present counts.
+# What a prompt may be called in objects and tables, and its group, in small or large letters. The
+# first that is present counts. GenEval has `tag`, GenEval 2 `atom_count`, PartiPrompts Category.
 _COLUMNS = ("prompt", "text", "caption")
+_GROUPS = ("group", "tag", "category", "atom_count")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One prompt of a set, and what the set says about it.
+
+    Args:
+        prompt: Its text.
+        values: The object of its line or the row of its table; empty for a text.
+        style: The part of a published set that it is in, such as a style of `hpd`; else empty.
+        number: Its number in its file or part, counted from 0 and with empty lines.
+    """
+
+    prompt: str
+    values: Mapping[str, Any]
+    style: str = ""
+    number: int = 0
+
+    @property
+    def group(self) -> str:
+        """Return its group, for metrics by group; empty if it has none."""
+        if self.style:
+            return self.style
+        named = _by_name(self.values, _GROUPS)
+        name, value = named if named is not None else ("", None)
+        # Zeros in front, so that they sort as numbers.
+        if name == "atom_count" and isinstance(value, int):
+            return f"{value:02d} atoms"
+        # Lists and objects are no names.
+        return str(value).strip() if isinstance(value, str | int | float) and value else ""
 
 
 def load_prompts(name: str) -> list[str]:
-    """Return the prompts of a built-in set or a file, in a fixed order.
+    """Return the prompts of a built-in set, a published one or a file, in a fixed order.
 
     Args:
-        name: A built-in set (`BUILT_IN`), one of the hub (`hpd`, `hpd:photo`), or a file: .txt with
-            one prompt per line, .jsonl with a text or an object per line, .json with a list of
-            texts or objects, .csv with a header. In objects and tables the prompt is called
-            `prompt`, `text` or `caption`. Empty lines are left out.
+        name: A built-in set (`BUILT_IN`), a published one (`benchmarks.NAMES`), or a file: .txt
+            with one prompt per line, .jsonl with a text or an object per line, .json with a list
+            of texts or objects, .csv or .tsv with a header. In objects and tables the prompt is
+            called `prompt`, `text` or `caption`. Empty lines are left out.
 
     Raises:
         ConfigError: If the set does not exist, or the file holds no prompt or cannot be parsed.
-        AssetError: If the file is missing or cannot be read, or the hub cannot be reached.
+        AssetError: If the file is missing or cannot be read, or the network cannot be reached.
     """
-    if name in BUILT_IN:
-        return _built_in(name)
-    if name.partition(":")[0] == "hpd":
-        return _hpd(name)
-    path = user_path(name, "prompts")
-    # Empty lines and cells are skipped: an empty prompt would ask for an unconditional image.
-    found = [_text(value, place) for place, value in _rows(path, name)]
-    found = [prompt for prompt in found if prompt]
-    if not found:
-        raise ConfigError(f"prompts: {path} holds no prompt", hint="write one prompt per line")
-    return found
+    return [entry.prompt for entry in load_entries(name)]
 
 
 def load_groups(name: str) -> dict[str, str]:
     """Return the group of each prompt of a set that has groups, for metrics by group.
 
-    Groups are the styles of `hpd`, the numbers of `dogs` and `shapes`, and the values of `group` in
-    the objects and tables of a file. Prompts without a group are left out.
+    Groups are the styles of `hpd`, the numbers of `dogs` and `shapes`, and the values of `group`,
+    `tag`, `category` or `atom_count` in objects and tables. Prompts without one are left out.
 
     Raises:
         ConfigError, AssetError: As `load_prompts`.
@@ -135,20 +148,43 @@ def load_groups(name: str) -> dict[str, str]:
     if name in BUILT_IN:
         grouped = _built_in(name) if BUILT_IN[name].grouped else []
         return {prompt: prompt.partition(" ")[0] for prompt in grouped}
-    if name.partition(":")[0] == "hpd":
-        return {prompt: style for style in _styles(name) for prompt in _hpd(f"hpd:{style}")}
-    rows = [(p, v) for p, v in _rows(user_path(name, "prompts"), name) if isinstance(v, dict)]
-    named = {_text(value, place): value.get("group") for place, value in rows}
-    return {prompt: str(group).strip() for prompt, group in named.items() if group}
+    return {entry.prompt: entry.group for entry in load_entries(name) if entry.group}
+
+
+def load_entries(name: str) -> list[Entry]:
+    """Return the prompts of a set with what it says about them, in the order of `load_prompts`.
+
+    Raises:
+        ConfigError, AssetError: As `load_prompts`.
+    """
+    if name in BUILT_IN:
+        return [Entry(prompt, {}, number=i) for i, prompt in enumerate(_built_in(name))]
+    if benchmarks.is_published(name):
+        sources = benchmarks.sources(name)
+        parts = [(benchmarks.fetch(source), source.style) for source in sources]
+    else:
+        parts = [(user_path(name, "prompts"), "")]
+    # Empty lines and cells are skipped: an empty prompt would ask for an unconditional image.
+    found = [
+        Entry(text, value if isinstance(value, dict) else {}, style, number)
+        for path, style in parts
+        for number, (place, value) in enumerate(_rows(path, name))
+        if (text := _text(value, place))
+    ]
+    if not found:
+        raise ConfigError(f"prompts: {parts[0][0]} holds no prompt", hint="write one prompt a line")
+    return found
 
 
 def _rows(path: Path, name: str) -> list[tuple[str, Any]]:
     """Return the entries of a prompt file, each with its place for messages."""
-    readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}
+    readers = {".txt": _read_txt, ".jsonl": _read_jsonl, ".json": _read_json}
+    readers |= {".csv": _read_table, ".tsv": functools.partial(_read_table, delimiter="\t")}
     if path.suffix not in readers:
+        known = (*BUILT_IN, *benchmarks.PUBLISHED)
         raise ConfigError(
-            f"prompts: unknown prompt set '{name}'.{did_you_mean(name, (*BUILT_IN, 'hpd'))}",
-            hint="a file must end in .txt, .jsonl, .json or .csv",
+            f"prompts: unknown prompt set '{name}'.{did_you_mean(name, known)}",
+            hint="a file must end in .txt, .jsonl, .json, .csv or .tsv",
         )
     return readers[path.suffix](read_text(path, "prompts"), path)
 
@@ -168,11 +204,11 @@ def count_prompts(names: Sequence[str]) -> int:
     Raises:
         ConfigError, AssetError: As `load_prompts`.
     """
-    # A set of styles, since one may be named twice, by itself and by `hpd`.
-    hub_sets = [name for name in names if name.partition(":")[0] == "hpd"]
-    styles = {style for name in hub_sets for style in _styles(name)}
-    others = {p for name in names if name not in hub_sets for p in load_prompts(name)}
-    return len(others) + _HPD_PROMPTS * len(styles)
+    # A set of files, since one may be named twice: by its style, and by `hpd`.
+    published = [name for name in names if name not in BUILT_IN and benchmarks.is_published(name)]
+    sources = {source for name in published for source in benchmarks.sources(name)}
+    others = {p for name in names if name not in published for p in load_prompts(name)}
+    return len(others) + sum(source.prompts for source in sources)
 
 
 def check_prompts(name: str) -> None:
@@ -181,33 +217,10 @@ def check_prompts(name: str) -> None:
     Raises:
         ConfigError, AssetError: As `load_prompts`.
     """
-    if name.partition(":")[0] == "hpd":
-        _styles(name)
+    if name not in BUILT_IN and benchmarks.is_published(name):
+        benchmarks.sources(name)
     else:
         load_prompts(name)
-
-
-def _styles(name: str) -> tuple[str, ...]:
-    """Return the styles of HPDv2 that a set names."""
-    style = name.partition(":")[2]
-    if style and style not in HPD_STYLES:
-        raise ConfigError(
-            f"prompts: unknown style '{style}' of hpd.{did_you_mean(style, HPD_STYLES)}",
-            hint=f"styles: {', '.join(HPD_STYLES)}",
-        )
-    return (style,) if style else HPD_STYLES
-
-
-def _hpd(name: str) -> list[str]:
-    """Return the prompts of one style of HPDv2, or of all, as hpsv2's `benchmark_prompts` does."""
-    found: list[str] = []
-    for each in _styles(name):
-        file = f"benchmark/{each}.json"
-        with hub.loading("prompts", f"{file} of the dataset {_HPD}"):
-            path = Path(hf_hub_download(_HPD, file, repo_type="dataset"))
-        rows = _read_json(read_text(path, "prompts"), path)
-        found += [_text(value, place) for place, value in rows]
-    return found
 
 
 def _read_txt(text: str, path: Path) -> list[tuple[str, Any]]:
@@ -239,9 +252,9 @@ def _read_json(text: str, path: Path) -> list[tuple[str, Any]]:
 
 def _text(value: Any, place: str) -> str:
     """Return the prompt of an entry, a text or an object, without blanks around it."""
-    # Other keys of an object are ignored.
     if isinstance(value, dict):
-        value = next((value[column] for column in _COLUMNS if column in value), None)
+        named = _by_name(cast(Mapping[str, Any], value), _COLUMNS)
+        value = None if named is None else named[1]
     if not isinstance(value, str):
         raise ConfigError(f"prompts: {place}: expected a text or an object with one of {_COLUMNS}")
     text = value.strip()
@@ -254,18 +267,26 @@ def _text(value: Any, place: str) -> str:
     return text
 
 
-def _read_csv(text: str, path: Path) -> list[tuple[str, Any]]:
+def _by_name(values: Mapping[str, Any], names: Sequence[str]) -> tuple[str, Any] | None:
+    """Return the first of some names that an object has, in small letters, and its value."""
+    lower = {key.lower(): value for key, value in reversed(list(values.items()))}
+    return next(((name, lower[name]) for name in names if name in lower), None)
+
+
+def _read_table(text: str, path: Path, delimiter: str = ",") -> list[tuple[str, Any]]:
     # newline="": quoted fields may contain line breaks of any kind, which must stay as they are.
-    rows = csv.DictReader(io.StringIO(text, newline=""))
+    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
     try:
-        column = next((c for c in _COLUMNS if c in (rows.fieldnames or ())), None)
-        if column is None:
-            got = ", ".join(rows.fieldnames or ())
+        header = dict.fromkeys(rows.fieldnames or (), "")
+        named = _by_name(header, _COLUMNS)
+        if named is None:
             raise ConfigError(
-                f"prompts: {path}: no column named prompt, text or caption, got '{got[:200]}'"
+                f"prompts: {path}: no column named prompt, text or caption, got "
+                f"'{', '.join(header)[:200]}'"
             )
+        # Cells that a short row lacks are empty, and what a long one has too many has no name.
         return [
-            (f"{path}:{rows.line_num}", {"prompt": row[column] or "", "group": row.get("group")})
+            (f"{path}:{rows.line_num}", {k: v or "" for k, v in row.items() if k in header})
             for row in rows
         ]
     except csv.Error as error:

@@ -215,6 +215,9 @@ class Evaluated(TypedDict):
     output: NotRequired[Place]
     sheet: NotRequired[Place]
     report: NotRequired[Place]
+    layout: NotRequired[
+        Annotated[Place, Field(description="With `--layout`: the folders of the scorer.")]
+    ]
     exports: NotRequired[Exports]
     hub: NotRequired[Hub]
 

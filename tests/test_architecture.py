@@ -40,7 +40,7 @@ LAYER = {
     },
     **dict.fromkeys(STORY, "story"),
     **dict.fromkeys(("paths", "parsing"), "outside"),
-    **dict.fromkeys(("device", "storage", "hub", "prompts", "tracking"), "ground"),
+    **dict.fromkeys(("device", "storage", "hub", "prompts", "benchmarks", "tracking"), "ground"),
     **dict.fromkeys(("models", "rewards", "lora", "planning", "shipped"), "parts"),
     "tiny": "tiny",
     "commands": "commands",

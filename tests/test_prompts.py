@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
-from alignprop_cli import prompts
+from alignprop_cli import benchmarks
 from alignprop_cli.errors import AssetError, ConfigError
 from alignprop_cli.models.families import TINY
 from alignprop_cli.prompts import (
@@ -113,7 +113,7 @@ def test_the_styles_of_hpd_are_read_from_the_hub_in_their_order(
             tmp_path / Path(file).name, json.dumps([f"{Path(file).stem} {i}" for i in (0, 1)])
         )
 
-    monkeypatch.setattr(prompts, "hf_hub_download", download)
+    monkeypatch.setattr(benchmarks, "hf_hub_download", download)
     assert load_prompts("hpd:concept-art") == ["concept-art 0", "concept-art 1"]
     assert asked == [("zhwang/HPDv2", "benchmark/concept-art.json", "dataset")]
     assert load_prompts("hpd")[::2] == ["anime 0", "concept-art 0", "paintings 0", "photo 0"]

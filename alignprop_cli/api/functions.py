@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 from alignprop_cli.api import given
 from alignprop_cli.api.given import PathLike
 from alignprop_cli.config.tracking import Tracker
+from alignprop_cli.evaluation.scorers import Layout
 from alignprop_cli.lora.recipe import Format, Method, Recipe
 from alignprop_cli.publishing.request import Kind
 
@@ -126,6 +127,7 @@ def evaluate(
     overwrite: bool = False,
     log_with: Tracker | Sequence[Tracker] | None = None,
     export: Kind | Sequence[Kind] | None = None,
+    layout: Layout | None = None,
     progress: Callable[[Progress], object] | None = None,
     verbose: bool = False,
 ) -> EvaluateResult:
@@ -151,12 +153,16 @@ def evaluate(
         overwrite: Whether it may be replaced.
         log_with: As in `train`.
         export: As in `train`, of one LoRA as it was trained.
+        layout: Folders of a benchmark's own scorer to write too: `geneval`, `geneval2`, `hpsv2`;
+            with its prompts, all of them, where nothing else is named.
         progress: Called after every batch of images; what it raises ends the evaluation.
         verbose: Whether to print as the command does.
 
     Raises:
         AlignPropError: Of the class that says whose mistake it is (errors.py).
     """
+    if layout is not None:
+        given.one_of("layout", layout, get_args(Layout))
     from alignprop_cli.commands.bodies import evaluate as body
     from alignprop_cli.commands.trackers import tracker_names
 
@@ -186,6 +192,7 @@ def evaluate(
             overwrite=overwrite,
             log_with=tracker_names(given.words("log_with", log_with)),
             export=given.words("export", export),
+            layout=layout,
         )
 
     from alignprop_cli.api.results import of_evaluation
@@ -374,11 +381,19 @@ def _command(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from alignprop_cli.api.process import KeptConsole, guest
+        from alignprop_cli.api.together import Ending
 
     named = given.rewards(reward, weighted=weighted)
     console = KeptConsole(verbose=verbose, progress=progress)
     with guest(named.objects):
-        # Whatever the block raises passes: nothing here ends the process.
-        yield console, named.texts
+        ending = Ending()
+        try:
+            # Whatever the block raises passes: nothing here ends the process.
+            yield console, named.texts
+        except BaseException as error:
+            ending.tell(error)
+            raise
         # Inside, since it needs the processes that the command has joined.
+        ending.tell(None)
+        ending.wait()
         console.share()

@@ -74,6 +74,7 @@ class EvaluateResult:
             the comparison with the base model.
         checker: The same for the shares of images that are right.
         exports: As in `TrainResult`.
+        layout: The folder that a benchmark's own scorer reads; None if none was asked for.
         warnings: Messages that the command would print.
         values: The object that `alignprop evaluate --json` prints.
     """
@@ -87,6 +88,7 @@ class EvaluateResult:
     rewards: Metrics
     checker: Metrics
     exports: Mapping[str, Path]
+    layout: Path | None
     warnings: tuple[str, ...]
     values: Mapping[str, Any] = field(repr=False)
 
@@ -208,6 +210,7 @@ def of_evaluation(values: Mapping[str, Any], warnings: Sequence[str]) -> Evaluat
         rewards=_metrics(values["rewards"]),
         checker=_metrics(values["checker"]),
         exports=_paths(values.get("exports", {})),
+        layout=Path(values["layout"]) if "layout" in values else None,
         warnings=tuple(warnings),
         values=values,
     )

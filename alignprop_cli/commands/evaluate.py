@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from alignprop_cli.commands.layouts import LayoutOption
 from alignprop_cli.commands.options import (
     ConfigOption,
     DebugOption,
@@ -57,6 +58,7 @@ def evaluate(
     seed: SeedOption = None,
     batch_size: BatchOption = None,
     export: ExportOption = None,
+    layout: LayoutOption = None,
     output: OutputOption = None,
     overwrite: OverwriteOption = False,
     log_with: LogWithOption = None,
@@ -79,6 +81,8 @@ def evaluate(
       alignprop evaluate my_lora.safetensors --preset tiny --scale 0,0.5,1,1.5
 
       alignprop evaluate runs/tiny --checkpoint best --base-until 0,0.2,0.4,0.6
+
+      alignprop evaluate my_lora.safetensors --preset aesthetic --layout geneval
     """
     # Only now, so that --help is quick.
     from alignprop_cli.commands.bodies import evaluate as body
@@ -105,4 +109,5 @@ def evaluate(
         overwrite=overwrite,
         log_with=tracker_names(log_with),
         export=export,
+        layout=layout,
     )

@@ -17,6 +17,10 @@ EVALUATION = (
     r"results\.(json|csv)|report\.html|(sheet|curve)\.png",
     r"images/[^/]+/\d{4,}\.png",
     r"tensorboard/events\.out\.tfevents\.[^/]+",
+    # Of `--layout`.
+    r"geneval/[^/]+/\d{5,}/(metadata\.jsonl|samples/\d{4,}\.png)",
+    r"geneval2/(geneval2_data\.jsonl|[^/]+/(images\.json|\d{5,}\.png))",
+    r"hpsv2/[^/]+/([a-z-]+/)?\d{5,}\.jpg",
 )
 """The files that an evaluation writes into its folder, as regular expressions."""
 

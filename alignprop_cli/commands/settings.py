@@ -124,7 +124,7 @@ def evaluate_command(folder: Path, header: Mapping[str, str]) -> str:
         header: Header of its file.
     """
     from alignprop_cli.lora.files import Located
-    from alignprop_cli.shipped import next_command
+    from alignprop_cli.shipped import next_command, python_call
 
     command = f"alignprop evaluate {shlex.quote(str(folder))}"
     try:
@@ -133,4 +133,4 @@ def evaluate_command(folder: Path, header: Mapping[str, str]) -> str:
         config = presets.resolve(recorded=values, default_reward=reward, training=False)
     except AlignPropError:
         return command  # which will say what is missing
-    return next_command(command, config)
+    return python_call("evaluate", config, target=str(folder)) or next_command(command, config)

@@ -118,3 +118,5 @@ def train(
         if resume != "auto":
             raise
         console.note(error.message)
+        if error.hint:
+            console.note(error.hint)

@@ -125,6 +125,17 @@ def words_to_type(
     return _line(config, found) if found else None
 
 
+def values_to_type(
+    config: Config, shipped: ShippedNames, *, keys: Sequence[str] = TO_EVALUATE
+) -> dict[str, Any]:
+    """Return by dotted key what a recorded configuration needs of a caller in Python.
+
+    The rewards that are trained on are not among it: a caller gives those in any case.
+    """
+    found = _untyped(config, {}, shipped, keys)
+    return {".".join(one.path): one.value for one in found if not one.is_code}
+
+
 def _untyped(
     config: Config, typed: Mapping[str, Any], shipped: ShippedNames, keys: Sequence[str]
 ) -> list[_Named]:

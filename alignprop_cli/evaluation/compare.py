@@ -141,7 +141,7 @@ class Evaluation:
             for group in sorted({name for name in names if name is not None})
         }
         return {
-            group: compare_all({model: found[members] for model, found in self.sampled.items()})
+            group: compare_all({m: found.measured(members) for m, found in self.sampled.items()})
             for group, members in rows.items()
         }
 

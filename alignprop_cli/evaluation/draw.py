@@ -8,8 +8,10 @@ two models differ only by what the models have learned.
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -34,6 +36,28 @@ from alignprop_cli.schedule import Step
 Floats = NDArray[np.float64]
 Features = Callable[[Tensor], Tensor]
 """Images (B, 3, H, W) -> their features (B, D), of unit length."""
+
+Allocate = Callable[[tuple[int, int, int, int]], NDArray[np.uint8]]
+"""Shape (N, H, W, 3) -> where as many images are kept."""
+
+
+def in_memory(shape: tuple[int, int, int, int]) -> NDArray[np.uint8]:
+    """Return memory for images."""
+    return np.empty(shape, dtype=np.uint8)
+
+
+def in_a_file(folder: Path) -> Allocate:
+    """Return what keeps images in a file of a folder that has no name, and ends with the process.
+
+    The system has as much of it in memory as is free, so that a big set needs a disk and no RAM.
+    """
+
+    def allocate(shape: tuple[int, int, int, int]) -> NDArray[np.uint8]:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            # It is mapped, so it stays when its handle is closed.
+            return np.memmap(file, dtype=np.uint8, mode="w+", shape=shape)
+
+    return allocate
 
 
 @dataclass(frozen=True)
@@ -70,6 +94,11 @@ class Samples:
     def caption(self, index: int) -> str:
         """Return the rewards of one image in words."""
         return "  ".join(f"{name} {values[index]:.3f}" for name, values in self.rewards.items())
+
+    def measured(self, rows: Sequence[int]) -> Samples:
+        """Return some of them without their images, which may be more than the memory holds."""
+        # Images without a row of pixels.
+        return replace(self, images=self.images[:, :0])[rows]
 
     def __getitem__(self, rows: Sequence[int] | NDArray[np.integer[Any]]) -> Samples:
         return Samples(
@@ -121,6 +150,7 @@ def draw_shared(
     features: Features | None = None,
     batch_size: int | None = None,
     base_until: float = 0.0,
+    allocate: Allocate = in_memory,
 ) -> Samples:
     """Sample and measure as the `sample` and `eval` sections say, with a progress bar.
 
@@ -136,6 +166,7 @@ def draw_shared(
         features: As in `draw_samples`.
         batch_size: As in `draw_samples`; None is that of the `eval` section.
         base_until: As in `draw_samples`.
+        allocate: As in `draw_samples`; of several processes' images all have a copy in memory.
 
     Raises:
         ConfigError, RunError: As `draw_samples`.
@@ -157,6 +188,7 @@ def draw_shared(
             features=features,
             base_until=base_until,
             on_batch=bar.advance,
+            allocate=allocate,
         )
     if processes == 1:
         return sampled
@@ -180,6 +212,7 @@ def draw_samples(
     features: Features | None = None,
     base_until: float = 0.0,
     on_batch: Callable[[int], object] = lambda done: None,
+    allocate: Allocate = in_memory,
 ) -> Samples:
     """Sample images and measure them. Training's random numbers are not touched.
 
@@ -196,6 +229,7 @@ def draw_samples(
             floor(share T + 1/2). What they do the tuned model cannot undo, so that the images keep
             the base model's variety (as in ImageReFL, 2025).
         on_batch: Called after each batch with its number of samples.
+        allocate: Makes the place for all images, once the size of the first ones is known.
 
     Returns:
         The images in the order of `samples`. Not differentiable.
@@ -207,6 +241,7 @@ def draw_samples(
     if not samples:
         raise ConfigError("nothing to sample: no prompts were given")
     parts: list[Samples] = []
+    kept: NDArray[np.uint8] | None = None
     # Merged or cast once for all batches: the LoRA does not change in between.
     with lora.prepared(model.network.module) as merged:
         for start in range(0, len(samples), batch_size):
@@ -214,16 +249,21 @@ def draw_samples(
             # Rewards and features are computed before the images are rounded to bytes.
             images = _images(model, batch, sampler, seed, merged, base_until)
             scores = mixture.score(images, [sample.prompt for sample in batch])
+            made = to_uint8(images).numpy()
+            if kept is None:
+                kept = allocate((len(samples), *made.shape[1:]))
+            kept[start : start + len(batch)] = made
             parts.append(
                 Samples(
                     tuple(batch),
-                    to_uint8(images).numpy(),
+                    made[:0],
                     {name: _numbers(values) for name, values in scores.items()},
                     None if features is None else _numbers(features(images)),
                 )
             )
             on_batch(len(batch))
-    return _joined(parts)
+    assert kept is not None
+    return replace(_joined(parts), images=kept)
 
 
 def _images(

@@ -30,10 +30,9 @@ def write(result: Evaluation, folder: Path) -> None:
     """Write images, the sheet, results.json, results.csv, the report, and the curve."""
     # 1. Every image of every model, with how it was made in its metadata.
     for name, sampled in result.sampled.items():
-        images = folder / "images" / name
-        images.mkdir(parents=True)
+        (folder / "images" / name).mkdir(parents=True)
         for index, image in enumerate(sampled.images):
-            save_image(image, images / _file(index), _metadata(result, name, index))
+            save_image(image, folder / image_path(name, index), _metadata(result, name, index))
     # 2. The sheet, for a look without a browser.
     titles = tuple(result.sampled)
     cells = [
@@ -60,8 +59,9 @@ def write(result: Evaluation, folder: Path) -> None:
     _write_page(result, values, folder)
 
 
-def _file(index: int) -> str:
-    return f"{index:04d}.png"
+def image_path(model: str, index: int) -> str:
+    """Return where an image of a model is, relative to the folder of the evaluation."""
+    return f"images/{model}/{index:04d}.png"
 
 
 def _metadata(result: Evaluation, name: str, index: int) -> dict[str, str]:
@@ -169,7 +169,7 @@ def _write_csv(result: Evaluation, path: Path) -> None:
                 rows.writerow(
                     [
                         name,
-                        f"images/{name}/{_file(i)}",
+                        image_path(name, i),
                         sample.prompt_index,
                         sample.image_index,
                         result.seed,
@@ -182,18 +182,19 @@ def _write_csv(result: Evaluation, path: Path) -> None:
 
 def _write_page(result: Evaluation, values: Mapping[str, Any], folder: Path) -> None:
     base = result.sampled["base"]
-    # Cards are sorted by the change from the base model to the last one.
+    # Cards are sorted by the change from the base model to the last one; alone it has no change.
     last = list(result.sampled)[-1]
     cards = [
         page.Card(
             sample.prompt,
             {
-                name: page.thumbnail(sampled.images[i], f"images/{name}/{_file(i)}")
+                name: page.thumbnail(sampled.images[i], image_path(name, i))
                 for name, sampled in result.sampled.items()
             },
             {name: sampled.caption(i) for name, sampled in result.sampled.items()},
             {
-                reward: float(result.sampled[last].rewards[reward][i] - before[i])
+                reward: float(result.sampled[last].rewards[reward][i])
+                - (float(before[i]) if result.variants else 0.0)
                 for reward, before in base.rewards.items()
             },
         )
@@ -211,6 +212,7 @@ def _write_page(result: Evaluation, values: Mapping[str, Any], folder: Path) -> 
         checker=_rows(result.checker, set(), shares=True),
         cards=cards,
         sorts=list(base.rewards),
+        sorted_by="change of " if result.variants else "",
         groups=_plots(result),
     )
 
@@ -257,14 +259,29 @@ COLUMNS = ("", "model", "mean", "difference", "95 % interval", "higher", "equal"
 
 
 def show(
-    console: Console, result: Evaluation, folder: Path, published: Published | None = None
+    console: Console,
+    result: Evaluation,
+    folder: Path,
+    published: Published | None = None,
+    layout: str | None = None,
 ) -> None:
-    """Print a table for people, or one JSON object for programs."""
+    """Print a table for people, or one JSON object for programs.
+
+    Args:
+        console: Prints it.
+        result: What is shown.
+        folder: Where it was written.
+        published: What was exported of it.
+        layout: Folder in it that another scorer reads.
+    """
     published = published or Published()
     files = {name: folder / name for name in ("results.json", "report.html", "sheet.png")}
     values = {**_values(result), "output": str(folder.resolve())}
     values["sheet"] = str(files["sheet.png"].resolve())
     values["report"] = str(files["report.html"].resolve())
+    if layout is not None:
+        files["layout"] = folder / layout
+        values["layout"] = str(files["layout"].resolve())
     values |= published.values
     parts: list[Any] = [_table(result)]
     if result.other_models:

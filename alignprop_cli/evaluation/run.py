@@ -18,9 +18,18 @@ from alignprop_cli.config.schema import Config
 from alignprop_cli.console import Console
 from alignprop_cli.device import make_accelerator
 from alignprop_cli.errors import ConfigError
+from alignprop_cli.evaluation import layouts
 from alignprop_cli.evaluation.compare import Evaluation, Identity
-from alignprop_cli.evaluation.draw import Samples, choose_samples, draw_shared
+from alignprop_cli.evaluation.draw import (
+    Allocate,
+    Samples,
+    choose_samples,
+    draw_shared,
+    in_a_file,
+    in_memory,
+)
 from alignprop_cli.evaluation.results import show, write
+from alignprop_cli.evaluation.scorers import Layout
 from alignprop_cli.evaluation.trackers import Told
 from alignprop_cli.lora import files, fit
 from alignprop_cli.lora import layers as lora
@@ -29,8 +38,8 @@ from alignprop_cli.lora.files import Adapter, Located
 from alignprop_cli.models.base import Model
 from alignprop_cli.models.families import find, fingerprint, open_model
 from alignprop_cli.models.meta import meta_model
-from alignprop_cli.planning.sampling import check_memory
-from alignprop_cli.prompts import load_groups, load_prompts
+from alignprop_cli.planning.sampling import SamplingNeed, check_memory
+from alignprop_cli.prompts import load_entries, load_groups
 from alignprop_cli.publishing.request import Publish, Published
 from alignprop_cli.rewards.jpeg import true_size
 from alignprop_cli.rewards.mixture import Mixture, build_mixture
@@ -101,6 +110,7 @@ def run_evaluation(
     replace: bool,
     axis: str = "strength of the LoRA",
     publish: Publish = Published,
+    layout: Layout | None = None,
 ) -> None:
     """Sample, measure, compare, write the folder, and print the result.
 
@@ -112,6 +122,7 @@ def run_evaluation(
         replace: Whether a folder of this name is replaced, also one that appears meanwhile.
         axis: Title of the curve's x axis.
         publish: Exports or uploads what was evaluated.
+        layout: The folders of a benchmark's own scorer that are written too.
 
     Raises:
         AlignPropError: Whatever is wrong with the model, a LoRA, the rewards or the images; what
@@ -119,22 +130,59 @@ def run_evaluation(
     """
     # Everything that may be refused is read before anything is loaded or sampled.
     follow.check(config.tracking)
-    prompts = load_prompts(config.eval.prompts)
+    entries = load_entries(config.eval.prompts)
+    if layout is not None:
+        layouts.check(layout, config.eval.prompts, entries, config.eval.images_per_prompt)
     adapters = _read(chosen, config)
     accelerator = make_accelerator()
     console = console if accelerator.is_main_process else Console(quiet=True)
-    check_memory(config, accelerator.device, models=1 + len(chosen))
+    # Several processes send each other their images, and so have all of them in memory.
+    disk = folder.resolve().parent if accelerator.num_processes == 1 else None
+    need = check_memory(config, accelerator.device, models=1 + len(chosen), disk=disk)
+    allocate = in_a_file(disk) if need.on_disk and disk is not None else in_memory
+    if layout is not None:
+        _say_size(layout, need, 1 + len(chosen), config, len(entries), console)
     published = Published()
     with Told(config, console, folder, is_main=accelerator.is_main_process) as told:
         device = accelerator.device
-        result = _evaluate(config, console, chosen, adapters, prompts, device, axis)
+        prompts = [entry.prompt for entry in entries]
+        result = _evaluate(config, console, chosen, adapters, prompts, device, axis, allocate)
         if accelerator.is_main_process:
-            write_whole(folder, lambda made: write(result, made), replace=replace)
+
+            def fill(made: Path) -> None:
+                write(result, made)
+                if layout is not None:
+                    layouts.write(layout, result, entries, made)
+
+            write_whole(folder, fill, replace=replace)
             told.tell(result)
             published = publish()
-            show(console, result, folder, published)
+            show(console, result, folder, published, layout)
     # The result is shown and told to the trackers, whatever failed since.
     published.check()
+
+
+def _say_size(
+    layout: Layout,
+    need: SamplingNeed,
+    models: int,
+    config: Config,
+    prompts: int,
+    console: Console,
+) -> None:
+    """Say how much a benchmark is, before it is begun, and what of it is left out."""
+    settings = config.eval
+    # Which samples they are does not depend on the texts.
+    samples = choose_samples([""] * prompts, settings.images, settings.images_per_prompt)
+    count = models * len(samples)
+    # A PNG is never larger than its pixels, but for a few bytes.
+    console.note(
+        f"{count} images of {need.width} x {need.height} pixels, {len(samples)} with each of "
+        f"{models} models; at most {count * need.kept / 2**30:.2f} GiB as files"
+    )
+    said = layouts.remark(layout, samples, prompts)
+    if said is not None:
+        console.warn(said)
 
 
 def _evaluate(
@@ -145,6 +193,7 @@ def _evaluate(
     prompts: Sequence[str],
     device: torch.device,
     axis: str,
+    allocate: Allocate,
 ) -> Evaluation:
     """Load the model, sample with every LoRA, and compare."""
     started, settings = time.perf_counter(), config.eval
@@ -158,7 +207,8 @@ def _evaluate(
     # 2. The same samples with every model.
     # For `compare.diversity`, which needs several images of a prompt.
     features = mixture.features if len({s.prompt_index for s in samples}) < len(samples) else None
-    draw = partial(draw_shared, model, samples, mixture, config, console, features=features)
+    kept = {"features": features, "allocate": allocate}
+    draw = partial(draw_shared, model, samples, mixture, config, console, **kept)
     sampled = _draw_all(draw, model, [(v, adapters[v.located.file]) for v in chosen])
     # 3. The comparison.
     return Evaluation(

@@ -291,6 +291,10 @@ def _recorded(adapters: Sequence[Adapter]) -> dict[str, str]:
     for key in ("alignprop.base_model", "alignprop.base_fingerprint"):
         known = [a.header[key] for a in adapters if a.header.get(key)]
         header |= {key: known[0]} if known else {}
+    # Of the member that says which model it is.
+    named = next((a.header for a in adapters if a.header.get("alignprop.base_model")), {})
+    if "alignprop.base_is_local" in named:
+        header["alignprop.base_is_local"] = named["alignprop.base_is_local"]
     configs = [files.recorded_config(a.header, a.file) for a in adapters]
     config = next((c for c in configs if c is not None), None)
     if config is not None:

@@ -42,6 +42,7 @@ _OPEN_CLIP = {
     "mlp.fc2": "mlp.c_proj",
     "self_attn.out_proj": "attn.out_proj",
 }
+_OPEN_CLIP_LAYERS = "text_model.encoder.layers."
 # Of open_clip's attention, which has the three projections in one.
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 
@@ -97,14 +98,16 @@ def _renamed(
         if new is None:
             start = next((start for start in blocks if name.startswith(start)), None)
             if start is None:
-                raise ConfigError(
-                    "--export merged-single-file: the original layout has no place for "
-                    f"{part}.{name}",
-                    hint=_HINT,
-                )
+                raise _no_place(f"{part}.{name}")
             new = blocks[start][0] + _layer(name.removeprefix(start), blocks[start][1])
         state[new] = value
     return state
+
+
+def _no_place(name: str) -> ConfigError:
+    return ConfigError(
+        f"--export merged-single-file: the original layout has no place for {name}", hint=_HINT
+    )
 
 
 def _layer(name: str, names: Mapping[str, str]) -> str:
@@ -190,7 +193,7 @@ def _clip(encoder: torch.nn.Module, prefix: str) -> dict[str, Tensor]:
 
 
 def _open_clip(encoder: torch.nn.Module, prefix: str) -> dict[str, Tensor]:
-    """Return the tensors of a text encoder by open_clip's names."""
+    """Return the tensors of a text encoder by open_clip's names; one without a name is refused."""
     fixed: Mapping[str, str] = _TABLE["openclip"]["layers"]
     state: dict[str, Tensor] = {}
     joined: dict[str, list[Tensor]] = {}
@@ -200,7 +203,9 @@ def _open_clip(encoder: torch.nn.Module, prefix: str) -> dict[str, Tensor]:
             turned = value.T if name == "text_projection.weight" else value
             state[f"{prefix}{fixed[name]}"] = turned
             continue
-        number, _, rest = name.removeprefix("text_model.encoder.layers.").partition(".")
+        if not name.startswith(_OPEN_CLIP_LAYERS):
+            raise _no_place(f"text_encoder.{name}")
+        number, _, rest = name.removeprefix(_OPEN_CLIP_LAYERS).partition(".")
         place, layer = f"{prefix}transformer.resblocks.{number}.", rest.removeprefix("self_attn.")
         if layer.startswith(_PROJECTIONS):
             kind = layer.rpartition(".")[2]

@@ -8,7 +8,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -21,6 +22,10 @@ from alignprop_cli.planning import footprint
 from alignprop_cli.planning.estimate import GIB, Budget, Footprint, expected_correction
 from alignprop_cli.planning.work import Affine
 from alignprop_cli.rewards import registry
+from alignprop_cli.storage import check_space
+
+# Share of the free RAM that the images of an evaluation may fill where there is a disk.
+_MOST_OF_RAM = 0.25
 
 
 @dataclass(frozen=True)
@@ -31,13 +36,24 @@ class SamplingNeed:
         height: Of an image, in pixels.
         width: Of an image, in pixels.
         weights: Bytes of the networks.
+<<<<<<< HEAD
         parts: Bytes while a batch is sampled and scored; they are not needed at the same time.
+=======
+        each: Bytes of one image of a batch while it is sampled and scored, by part; the parts are
+            not needed at the same time.
+        on_disk: Whether the images of all models are too many to be kept in RAM.
+>>>>>>> sets21
     """
 
     height: int
     width: int
     weights: int
+<<<<<<< HEAD
     parts: Mapping[str, Affine]
+=======
+    each: Mapping[str, float]
+    on_disk: bool = False
+>>>>>>> sets21
 
     @property
     def kept(self) -> int:
@@ -53,13 +69,17 @@ class SamplingNeed:
         return max(0, min(_most(part, free - self.weights) for part in self.parts.values()))
 
 
-def check_memory(config: Config, device: torch.device, *, models: int) -> None:
-    """Refuse an evaluation that cannot fit the memory.
+def check_memory(
+    config: Config, device: torch.device, *, models: int, disk: Path | None = None
+) -> SamplingNeed:
+    """Return what an evaluation needs; refuse one that cannot fit the memory.
 
     Args:
         config: The complete configuration.
         device: Where images are sampled.
         models: Number of models that sample them.
+        disk: Folder where images may be kept that are more than a quarter of the RAM; None keeps
+            all of them in RAM.
 
     Raises:
         AssetError, ConfigError: As `meta_model` and `registry.on_meta`.
@@ -72,9 +92,12 @@ def check_memory(config: Config, device: torch.device, *, models: int) -> None:
         # The processes of one machine share its RAM.
         free = ram = ram // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     size = f"{need.width} x {need.height} pixels"
-    # 1. All images, which are kept in RAM until the report is written.
+    # 1. All images, which are kept until the report is written.
     count = models * config.eval.images
     kept = count * need.kept
+    written = 0
+    if disk is not None and kept > _MOST_OF_RAM * ram:
+        need, kept, written = replace(need, on_disk=True), 0, kept
     if kept > ram:
         raise RunError(
             f"{count} images of {size} need {kept / GIB:.2f} GiB, there are {ram / GIB:.2f} GiB "
@@ -86,9 +109,18 @@ def check_memory(config: Config, device: torch.device, *, models: int) -> None:
     free -= kept if device.type == "cpu" else 0
     batch = min(config.eval.batch_size, config.eval.images)
     if need.peak(batch) <= free:
+<<<<<<< HEAD
         return
     part = max(need.parts, key=lambda name: need.parts[name](batch))
     fits = need.fitting(free)
+=======
+        if disk is not None and need.on_disk:
+            # Their pixels, and the files that are made of them.
+            check_space(disk, 2 * written, f"an evaluation of {count} images of {size}")
+        return need
+    part = max(need.each, key=lambda name: need.each[name])
+    fits = math.floor((free - need.weights) / need.each[part])
+>>>>>>> sets21
     raise RunError(
         f"sampling {batch} images of {size} together needs at least {need.peak(batch) / GIB:.2f} "
         f"GiB, most of it for the {part}; there are {free / GIB:.2f} GiB ({source})",

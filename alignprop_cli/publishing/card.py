@@ -65,6 +65,7 @@ class Card:
         remarks: What else belongs to the figures.
         examples: Some held-out prompts.
         fingerprint: Of the base model's architecture.
+        base_is_local: Whether the base model is known to be a path, whatever it looks like.
     """
 
     title: str
@@ -78,6 +79,7 @@ class Card:
     remarks: Sequence[str] = ()
     examples: Sequence[str] = ()
     fingerprint: str | None = None
+    base_is_local: bool = False
 
     def text(self, place: str, images: str | None) -> str:
         """Return the whole card.
@@ -87,7 +89,7 @@ class Card:
             images: Path of the before/after images from the card; None where there are none.
         """
         # 1. The part that the hub reads.
-        base = shared.base_model(self.base)
+        base = shared.base_model(self.base, is_local=self.base_is_local)
         licence = facts.base_licence(base)
         named: dict[str, Any] = {"license": licence.id} if licence else {}
         named |= {"license_name": licence.name} if licence and licence.id == "other" else {}
@@ -174,8 +176,7 @@ class Card:
         return parts
 
     def _metric(self, name: str) -> str:
-        own = shared.last_part(name)
-        return f"{code(own)}{' (trained on)' if own in self.rewards else ''}"
+        return f"{code(name)}{' (trained on)' if name in self.rewards else ''}"
 
     def _limits(self) -> list[str]:
         """Return how the rewards are fooled."""
@@ -231,15 +232,13 @@ def of_run(
     """
     train, lora, gradient = config.train, config.lora, config.gradient
     # A reward of a user's own is named by its file, whose folder is nobody else's affair.
-    weights = {
-        shared.last_part(name): f"weight {reward.weight:g}"
-        for name, reward in config.reward.items()
-    }
+    held_out, prompts = summary["held_out"], list(dict.fromkeys(examples))
+    shown = shared.short_names((*config.reward, *config.eval.rewards, *held_out["rewards"]))
+    weights = {shown[name]: f"weight {reward.weight:g}" for name, reward in config.reward.items()}
     kind = "DoRA" if lora.dora else "rsLoRA" if lora.rslora else "LoRA"
     # Of the other estimators the number of calls is drawn, or is not one number.
     calls = {"last_k": f", k = {gradient.k}"}.get(gradient.method, "")
     sample = config.sample.model_dump(mode="json")
-    held_out, prompts = summary["held_out"], list(dict.fromkeys(examples))
     return Card(
         title=title,
         about=f"A {kind}, trained to raise {_list(weights)} by the gradient of the reward through "
@@ -262,9 +261,12 @@ def of_run(
         ],
         sample=sample,
         figures=Figures(
-            held_out["images"], held_out["prompts"], held_out["rewards"], held_out["checker"]
+            held_out["images"],
+            held_out["prompts"],
+            {shown[name]: values for name, values in held_out["rewards"].items()},
+            held_out["checker"],
         ),
-        remarks=_remarks(summary["guard"]["told"], config, prompts, trained_on),
+        remarks=_remarks(summary["guard"]["told"], shown, prompts, trained_on),
         examples=prompts[:5],
         fingerprint=fingerprint,
     )
@@ -290,13 +292,14 @@ def of_soup(
         config: The configuration that the members record; may be empty.
         evaluation: What results.json holds; None where the mix was not evaluated.
     """
-    named = [shared.last_part(name) for name in rewards]
+    measured = {} if evaluation is None else evaluation["rewards"]
+    shown = shared.short_names((*rewards, *measured))
     sample, remarks = shared.sample(config.get("sample")), list[str]()
     # An evaluation says how it sampled, which may be otherwise than the members record.
     figures = None
     if evaluation is not None:
         sample = evaluation["sample"]
-        by_model = {n: m for n, m in evaluation["rewards"].items() if "tuned" in m}
+        by_model = {shown[n]: m for n, m in measured.items() if "tuned" in m}
         figures = Figures(
             evaluation["images"],
             evaluation["prompts"],
@@ -311,7 +314,7 @@ def of_soup(
         about="A mix of LoRAs: each weight changes by the members' changes, each times its share.",
         base=header.get("alignprop.base_model"),
         pipeline_class=None,
-        rewards=dict.fromkeys(named, "of a member"),
+        rewards=dict.fromkeys((shown[name] for name in rewards), "of a member"),
         settings=[
             *((f"member {i}", f"{c:g} x {name}") for i, (name, c) in enumerate(members, start=1)),
             ("method", method),
@@ -321,17 +324,21 @@ def of_soup(
         figures=figures,
         remarks=remarks,
         fingerprint=header.get("alignprop.base_fingerprint"),
+        base_is_local=shared.is_local(header),
     )
 
 
 def _remarks(
-    told: str | None, config: Config, prompts: Collection[str], trained_on: Collection[str]
+    told: str | None,
+    shown: Mapping[str, str],
+    prompts: Collection[str],
+    trained_on: Collection[str],
 ) -> list[str]:
     """Return what belongs to the figures of a run: the guard's words, and known prompts."""
     found = [] if not told else [told]
-    # Rewards in files are named without the folders.
-    for name in (*config.reward, *config.eval.rewards):
-        found = [text.replace(name, shared.last_part(name)) for text in found]
+    # Rewards in files are named without the folders. Long ones first, as one may be in another.
+    for name in sorted(shown, key=len, reverse=True):
+        found = [text.replace(name, shown[name]) for text in found]
     # Without this the figures would claim to be about new prompts.
     if both := len(set(prompts) & set(trained_on)):
         found.append(f"{both} of the {len(prompts)} prompts of these images were trained on.")

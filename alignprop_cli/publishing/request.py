@@ -18,13 +18,16 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 EXPORT, HUB = "export", "hub"
 """The folders with exports and with what is uploaded, in that of the result."""
 
+UPLOAD = "hub.json"
+"""The file beside them that says for which id `HUB` was made, and whether it has arrived there."""
+
 CARD, IMAGES = "README.md", "before_after.png"
 """Names of the model card and of its images in a repository."""
 
 FILES = (
     rf"{EXPORT}/(comfyui|merged-single-file)/[^/]+\.safetensors",
     rf"{EXPORT}/merged/([^/]+/){{0,2}}[^/]+",
-    rf"({HUB}/)?README\.md|{HUB}/[^/]+\.(safetensors|png)",
+    rf"({HUB}/)?README\.md|{HUB}/[^/]+\.(safetensors|png)|hub\.json",
 )
 """What is written into the folder of a result, as regular expressions."""
 

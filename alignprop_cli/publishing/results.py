@@ -5,6 +5,7 @@ The result itself is on the disk before any of it begins, and stays there whatev
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -16,13 +17,25 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from alignprop_cli.config.schema import ModelConfig
-from alignprop_cli.errors import AlignPropError, ConfigError, explained
+from alignprop_cli.device import is_first
+from alignprop_cli.errors import AlignPropError, AssetError, ConfigError, explained
 from alignprop_cli.lora import files
 from alignprop_cli.lora.files import BEST, LORA_FILE
 from alignprop_cli.lora.tensor_file import save_tensors
+from alignprop_cli.parsing import ParseError, read_json
+from alignprop_cli.paths import read_text
 from alignprop_cli.publishing import export, push, shared
 from alignprop_cli.publishing.card import Card
-from alignprop_cli.publishing.request import CARD, EXPORT, HUB, IMAGES, Kind, Published, Request
+from alignprop_cli.publishing.request import (
+    CARD,
+    EXPORT,
+    HUB,
+    IMAGES,
+    UPLOAD,
+    Kind,
+    Published,
+    Request,
+)
 from alignprop_cli.storage import sweep, write_text, write_whole
 
 # Of the header of a LoRA file, what diffusers reads.
@@ -89,10 +102,10 @@ def publish(
         # 2. The hub: first a folder here, from which it can be tried again.
         if request.hub_id is not None:
             assert card is not None
-            prepared = folder / HUB
-            _prepare(prepared, adapter, card, images, request.hub_id)
-            values["hub"] = push.upload(request.hub_id, prepared)
-            lines.append(f"hub      {values['hub']} (private, if it is new)")
+            _prepare(folder / HUB, adapter, card, images, request.hub_id)
+            told = _upload(request.hub_id, folder)
+            values |= told.values
+            lines += told.lines
     # The result is on the disk and still to be shown, so nothing is raised here that can be told.
     except (AlignPropError, OSError, RuntimeError, MemoryError, SafetensorError) as error:
         failure = error if isinstance(error, AlignPropError) else explained(error)
@@ -100,6 +113,49 @@ def publish(
             raise  # a bug
         return Published(values, lines, failure)
     return Published(values, lines)
+
+
+def _upload(hub_id: str, folder: Path) -> Published:
+    """Upload what lies prepared in the folder of a result, and note there that it has arrived."""
+    _note_upload(folder, hub_id, None)
+    address = push.upload(hub_id, folder / HUB)
+    _note_upload(folder, hub_id, address)
+    return Published({"hub": address}, [f"hub      {address} (private, if it is new)"])
+
+
+def _note_upload(folder: Path, hub_id: str, address: str | None) -> None:
+    values = {"id": hub_id, "address": address}
+    write_text(folder / UPLOAD, json.dumps(values) + "\n")
+
+
+def _upload_of(folder: Path) -> tuple[str | None, bool]:
+    """Return for which id an upload was prepared, and whether it has arrived there."""
+    try:
+        found = read_json(read_text(folder / UPLOAD, "hub"))
+        return str(found["id"]), found["address"] is not None
+    # None was begun, or by an earlier version.
+    except (AssetError, ParseError, LookupError, TypeError):
+        return None, False
+
+
+def catch_up(request: Request, run: Path, *, dora: bool) -> Published:
+    """Return what was asked of a run that is done; upload what was prepared and has not arrived.
+
+    Args:
+        request: What is asked for.
+        run: A run that has done all its steps.
+        dora: As in `refuse_unpublished`.
+
+    Raises:
+        AssetError: If the upload fails again.
+        ConfigError: As `refuse_unpublished`.
+    """
+    prepared, has_arrived = _upload_of(run)
+    refuse_unpublished(request, run, dora=dora)
+    if request.hub_id is None or prepared != request.hub_id or has_arrived:
+        return Published()
+    # Of several processes one uploads, and the others have nothing to say.
+    return _upload(request.hub_id, run) if is_first() else Published({"hub": None})
 
 
 def refuse_unpublished(request: Request, run: Path, *, dora: bool) -> None:
@@ -116,7 +172,9 @@ def refuse_unpublished(request: Request, run: Path, *, dora: bool) -> None:
     exports: tuple[Kind, ...] = tuple(
         kind for kind in request.exports if not (run / EXPORT / kind).is_dir()
     )
-    hub_id = None if (run / HUB).is_dir() else request.hub_id
+    # What is prepared for another id says so in its card.
+    prepared = (run / HUB).is_dir() and _upload_of(run)[0] == request.hub_id
+    hub_id = None if prepared else request.hub_id
     missing = Request(exports, hub_id)
     if missing.is_empty:
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,36 @@ _OF_A_MEMBER = ("sha256", "coefficient")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
-def base_model(name: str | None) -> str | None:
-    """Return a base model's name as others may know it; None for a path of this machine."""
+def base_model(name: str | None, *, is_local: bool = False) -> str | None:
+    """Return a base model's name as others may know it; None for a path of this machine.
+
+    Args:
+        name: As on this machine.
+        is_local: Whether it is known to be a path, such as a folder that looks like a hub id.
+    """
     if name is None or name in EMBEDDED_MODELS:
         return name
     # A hub id can be a folder here as well; then it was that folder.
-    return name if _HUB_ID.fullmatch(name) and not Path(name).exists() else None
+    return name if _HUB_ID.fullmatch(name) and not is_local and not Path(name).exists() else None
+
+
+def is_local(header: Mapping[str, str]) -> bool:
+    """Return whether a LoRA's header says that its base model is a path of that machine."""
+    # Whoever mixes it need not be in the folder that the path is relative to.
+    return header.get("alignprop.base_is_local") == "true"
+
+
+def short_names(names: Iterable[str]) -> dict[str, str]:
+    """Return what each of several names is called without its folders, no two alike."""
+    found: dict[str, str] = {}
+    for name in names:
+        short, number = last_part(name), 1
+        called = short
+        while called in found.values() and name not in found:
+            number += 1
+            called = f"{short} ({number})"
+        found.setdefault(name, called)
+    return found
 
 
 def last_part(name: str) -> str:
@@ -48,10 +72,11 @@ def header(found: Mapping[str, str]) -> dict[str, str]:
     """
     # A list of what is kept, not of what is left out: a new key stays here until somebody decides.
     kept = {key: found[key] for part in _KEPT if (key := f"alignprop.{part}") in found}
-    if (known := base_model(found.get("alignprop.base_model"))) is not None:
+    known = base_model(found.get("alignprop.base_model"), is_local=is_local(found))
+    if known is not None:
         kept["alignprop.base_model"] = known
     if rewards := found.get("alignprop.rewards"):
-        kept["alignprop.rewards"] = ",".join(map(last_part, rewards.split(",")))
+        kept["alignprop.rewards"] = ",".join(short_names(rewards.split(",")).values())
     if members := _members(found.get("alignprop.merged_from", "[]")):
         kept["alignprop.merged_from"] = members
     return kept

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+from alignprop_cli.benchmarks import HPD_STYLES
 from alignprop_cli.errors import AssetError, ConfigError
 from alignprop_cli.parsing import ParseError, read_json
 from alignprop_cli.paths import read_text
-from alignprop_cli.prompts import HPD_STYLES, load_prompts
+from alignprop_cli.prompts import load_prompts
 from alignprop_cli.scoring.embedded import Unclear, embedded_prompt, from_infotext
 from alignprop_cli.scoring.files import Found, named
 

@@ -23,6 +23,7 @@ from alignprop_cli.evaluation import draw
 from alignprop_cli.lora import files
 from alignprop_cli.lora import layers as lora
 from alignprop_cli.publishing.request import NOTHING, Request
+from alignprop_cli.publishing.shared import base_model
 from alignprop_cli.rewards.mixture import Mixture
 from alignprop_cli.training import checkpoint
 from alignprop_cli.training.record import StepRecord
@@ -168,9 +169,12 @@ class Checkpoints(Callback):
         if not run.accelerator.is_main_process:
             return
         # The LoRA file alone tells what it was trained on, how, and on which rewards.
+        model_id = run.config.model.id
         header = {
             "alignprop.version": __version__,
-            "alignprop.base_model": run.config.model.id,
+            "alignprop.base_model": model_id,
+            # A folder may be called like a hub id, and is looked for from this folder alone.
+            **({"alignprop.base_is_local": "true"} if base_model(model_id) is None else {}),
             "alignprop.base_fingerprint": trainer.model.fingerprint,
             "alignprop.step": str(trainer.step_number),
             "alignprop.seed": str(run.config.train.seed),

@@ -18,7 +18,7 @@ from alignprop_cli.config.section import differences
 from alignprop_cli.config.validation import parse
 from alignprop_cli.lora.files import BEST
 from alignprop_cli.planning import window
-from alignprop_cli.shipped import next_command
+from alignprop_cli.shipped import next_command, python_call
 from alignprop_cli.training.callbacks import Run
 
 Rows = list[tuple[str, ...]]
@@ -106,24 +106,30 @@ def commands(run: Run, *, has_best: bool, is_over: bool) -> Rows:
     more = f" --steps {2 * config.train.steps}" if is_over else ""
     resume = next_command(f"alignprop train --resume {folder}{more}", config, trust.TO_RESUME)
     evaluate = next_command(f"alignprop evaluate {folder}", config)
+    best = next_command(f"alignprop evaluate --checkpoint {BEST} {folder}", config)
+    own, again = str(run.folder / "config.yaml"), _beside(run, "-again")
+    reproduce = f"alignprop train --config {shlex.quote(own)} --output {shlex.quote(again)}"
+    soup = f"alignprop soup {folder} base --coef 0.7 --output {shlex.quote(_beside(run, '-soup'))}"
+    # What a reward in the memory of this process needs instead.
+    here = str(run.folder)
+    steps = 2 * config.train.steps if is_over else None
+    further = {"resume": here, "steps": steps}
+    reproduce = python_call("train", config, (), config=own, output=again) or reproduce
+    resume = python_call("train", config, trust.TO_RESUME, **further) or resume
+    evaluate = python_call("evaluate", config, target=here) or evaluate
+    best = python_call("evaluate", config, target=here, checkpoint=BEST) or best
     rows: Rows = [
-        (
-            "Reproduce it",
-            f"alignprop train --config {shlex.quote(str(run.folder / 'config.yaml'))} "
-            f"--output {_beside(run, '-again')}",
-        ),
+        ("Reproduce it", reproduce),
         ("Resume it" if not is_over else "Train it further", resume),
         ("Evaluate it", evaluate),
+        *([("Evaluate its best checkpoint", best)] if has_best else []),
+        ("Mix it with the base model", soup),
     ]
-    if has_best:
-        best = next_command(f"alignprop evaluate --checkpoint {BEST} {folder}", config)
-        rows.append(("Evaluate its best checkpoint", best))
-    soup = f"alignprop soup {folder} base --coef 0.7 --output {_beside(run, '-soup')}"
-    return [*rows, ("Mix it with the base model", soup)]
+    return rows
 
 
 def _beside(run: Run, ending: str) -> str:
-    return shlex.quote(str(run.folder.with_name(run.folder.name + ending)))
+    return str(run.folder.with_name(run.folder.name + ending))
 
 
 def _shown(value: Any) -> str:

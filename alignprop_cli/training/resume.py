@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from alignprop_cli.config import presets, trust
 from alignprop_cli.config.schema import Config
 from alignprop_cli.config.section import differences
 from alignprop_cli.config.validation import parse
-from alignprop_cli.errors import ConfigError, NothingToDo, Problem, RunError
+from alignprop_cli.errors import AssetError, ConfigError, NothingToDo, Problem, RunError
 from alignprop_cli.lora import layers as lora
 from alignprop_cli.lora.files import checkpoints, named_checkpoint
-from alignprop_cli.parsing import read_json
+from alignprop_cli.parsing import ParseError, read_json
+from alignprop_cli.paths import read_text
+from alignprop_cli.shipped import next_command, python_call
 from alignprop_cli.storage import write_text, write_whole
 from alignprop_cli.training import checkpoint
 from alignprop_cli.training.trainer import Trainer
@@ -88,6 +92,46 @@ def newest(run: Path, warn: Callable[[str], object] = lambda text: None) -> Path
     if wrong:
         raise checkpoint.damaged(*next(iter(wrong.items())))
     return None
+
+
+def refuse_stopped(run: Path, config: Config) -> None:
+    """Refuse to go on by `--resume auto` with a run that the guard has stopped.
+
+    Such a line is typed once and repeated by a scheduler, so it says nothing about what the guard
+    has found since. Other settings of the guard do.
+
+    Args:
+        run: The run folder.
+        config: The complete configuration of now.
+
+    Raises:
+        NothingToDo: With what the guard said, and how to go on all the same.
+    """
+    told, newest_step = _stopped(run), checkpoints(run)[-1:]
+    if told is None or told[0] != [path.name for path in newest_step]:
+        return
+    before = presets.resolve(run=run, source=str(run / "config.yaml"))
+    if config.guard == before.guard:
+        typed = f"alignprop train --resume {shlex.quote(str(run))}"
+        command = python_call("train", config, trust.TO_RESUME, resume=str(run)) or next_command(
+            typed, config, trust.TO_RESUME
+        )
+        raise NothingToDo(
+            f"--resume auto: {run}: {told[1]}",
+            hint=f"to go on with it all the same: {command}, and --set guard.enabled=false if the "
+            "guard is not to stop it again",
+        )
+
+
+def _stopped(run: Path) -> tuple[list[str], str] | None:
+    """Return the checkpoint where the guard stopped a run, and what it said; None if it did not."""
+    try:
+        found = read_json(read_text(run / "summary.json", "--resume"))
+        guard = found["guard"]
+        return ([f"step-{found['steps']:06d}"], str(guard["told"])) if guard["stopped"] else None
+    # Not written yet, or damaged: then there is no end that the run has come to.
+    except (AssetError, ParseError, LookupError, TypeError, ValueError):
+        return None
 
 
 def go_back(run: Path, chosen: Path, note: Callable[[str], object]) -> None:

@@ -35,7 +35,7 @@ from alignprop_cli.planning.plan import Plan, PlanRequest
 from alignprop_cli.prompts import PromptStream, load_prompts
 from alignprop_cli.publishing.request import NOTHING, Published, Request
 from alignprop_cli.rewards.mixture import build_mixture
-from alignprop_cli.shipped import next_command
+from alignprop_cli.shipped import next_command, python_call
 from alignprop_cli.storage import sweep, write_text
 from alignprop_cli.training import checkpoint, rules, setup
 from alignprop_cli.training.callbacks import (
@@ -284,13 +284,24 @@ def _train(run: Run, others: Sequence[Callback]) -> tuple[Checkpoints, Verdict, 
             callback.after_training()
     step = run.trainer.step_number
     if interruption.number is not None and step < run.config.train.steps:
-        # What config.yaml names must be typed again where it is not shipped with alignprop.
-        told = next((c.words for c in others if isinstance(c, Trackers)), "")
-        typed = f"alignprop train --resume {shlex.quote(str(run.folder))}{told}{run.publish.words}"
-        command = next_command(typed, run.config, trust.TO_RESUME)
         raise InterruptedRun(
             f"stopped by {signal.Signals(interruption.number).name} after step {step}; it is saved",
             interruption.number,
-            hint=f"resume with: {command}",
+            hint=f"resume with: {_to_resume(run, others)}",
         )
     return checkpoints, guard.verdict(), report
+
+
+def _to_resume(run: Run, others: Sequence[Callback]) -> str:
+    """Return the command or the call of the Python API that resumes an interrupted run."""
+    trackers = next((c for c in others if isinstance(c, Trackers)), None)
+    # From Python, with the objects that no command line can name.
+    asked = {"export": list(run.publish.exports), "push_to_hub": run.publish.hub_id}
+    asked |= {"log_with": trackers.names if trackers else []}
+    call = python_call("train", run.config, trust.TO_RESUME, resume=str(run.folder), **asked)
+    if call is not None:
+        return call
+    # What config.yaml names must be typed again where it is not shipped with alignprop.
+    words = f"{trackers.words if trackers else ''}{run.publish.words}"
+    typed = f"alignprop train --resume {shlex.quote(str(run.folder))}{words}"
+    return next_command(typed, run.config, trust.TO_RESUME)

@@ -11,20 +11,26 @@ from typing import Any
 
 import numpy as np
 
-from alignprop_cli.console import table
-from alignprop_cli.device import peak_gib
+from alignprop_cli.console import Console, table
+from alignprop_cli.device import is_first, peak_gib
+from alignprop_cli.errors import AssetError
 from alignprop_cli.evaluation.compare import Paired, checks, compare
 from alignprop_cli.evaluation.draw import Samples
 from alignprop_cli.evaluation.sheet import Cell, contact_sheet
 from alignprop_cli.lora.files import BEST, EMA_FOLDER, LORA_FILE, latest
+from alignprop_cli.parsing import ParseError, read_json
+from alignprop_cli.paths import read_text
 from alignprop_cli.publishing import card
 from alignprop_cli.publishing.request import CARD, Published
 from alignprop_cli.publishing.results import publish, write_card
-from alignprop_cli.shipped import next_command
+from alignprop_cli.shipped import next_command, python_call
 from alignprop_cli.storage import write_text
 from alignprop_cli.training.callbacks import Run
 from alignprop_cli.training.guard import Verdict
 from alignprop_cli.training.report import REPORT, Outcome, Report
+
+SCHEMA = "alignprop.train/2"
+"""Name and version of the JSON object; the version changes when a key changes its meaning."""
 
 # Pairs on the sheet: with more it would be too large to look at.
 _SHEET_CELLS = 32
@@ -72,7 +78,7 @@ def finish(
     published = _publish(run, adapter, about, sheet)
     values |= published.values
     console.result(
-        "alignprop.train/2",
+        SCHEMA,
         values,
         [
             table(title, columns, rows),
@@ -90,6 +96,30 @@ def finish(
         ],
     )
     return published
+
+
+def show_again(console: Console, run: Path, published: Published) -> bool:
+    """Print what has now been made of the result of an earlier run, with that result for programs.
+
+    Args:
+        console: Prints it.
+        run: The run folder.
+        published: What was made of it.
+
+    Returns:
+        Whether there is anything to print.
+    """
+    if not published.values:
+        return False
+    if not is_first():
+        return True
+    try:
+        found = read_json(read_text(run / "summary.json", "--resume"))
+    except (AssetError, ParseError):
+        found = {}  # damaged; what was asked for is done all the same
+    values = {**found, **published.values} if isinstance(found, dict) else published.values
+    console.result(SCHEMA, values, published.lines)
+    return True
 
 
 def _compare(
@@ -141,6 +171,8 @@ def _values(
     place = shlex.quote(str(folder))
     # It repeats the options that config.yaml may not set by itself (config/trust.py).
     command = next_command(f"alignprop evaluate {named}{place}", run.config)
+    best = {"checkpoint": BEST} if named else {}
+    command = python_call("evaluate", run.config, target=str(folder), **best) or command
     return {
         "run": str(folder.resolve()),
         "adapter": str((adapter / LORA_FILE).resolve()),

@@ -39,6 +39,11 @@ class Trackers(Callback):
         self._followers: Followers | None = None
 
     @property
+    def names(self) -> list[str]:
+        """Return the trackers' names."""
+        return list(self._settings.log_with)
+
+    @property
     def words(self) -> str:
         """The options that name the trackers on a command line, with a blank before each."""
         # What is default needs no words.

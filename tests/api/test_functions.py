@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import logging
 import os
@@ -284,6 +285,13 @@ def test_a_run_in_a_thread_with_an_object_as_its_reward_is_resumed_with_it(place
     thread.join()
     assert state() == before
     assert list(found[0].rewards)[:2] == ["python:Redness", "python:blueness"]
+    # What it says one can do next can be done: no command line could.
+    call = f"alignprop_cli.evaluate({str(place / 'own')!r}, reward=[Redness, blueness])"
+    assert found[0].values["next"] == call
+    page = html.unescape((place / "own" / "report.html").read_text(encoding="utf-8"))
+    assert f"alignprop_cli.train(resume={str(place / 'own')!r}, steps=2, reward=[" in page
+    assert "alignprop evaluate" not in page
+    assert "alignprop train" not in page
 
     # Its folder cannot name them: whoever comes next is told, from Python and at the command line.
     for call in (

@@ -161,6 +161,12 @@ def test_the_base_model_alone_samples_the_same_base_images(capsys, trained, tmp_
     assert values["adapters"] == {}
     assert set(values["rewards"]["brightness"]) == {"trained_on", "base"}
     assert [p.name for p in (tmp_path / "base" / "images").iterdir()] == ["base"]
+    # Alone it has no change to sort its images by, but rewards.
+    page = (tmp_path / "base" / "report.html").read_text(encoding="utf-8")
+    assert "change of" not in page
+    assert "brightness, largest first" in page
+    shown = [float(value) for value in re.findall(r'data-sort1="([^"]*)"', page)]
+    assert np.mean(shown) == pytest.approx(values["rewards"]["brightness"]["base"]["mean"])
     for number in range(4):
         name = f"images/base/{number:04d}.png"
         np.testing.assert_array_equal(
@@ -375,3 +381,62 @@ def test_mistakes_are_explained(capsys, trained, tmp_path, args, code, words):
     assert (found, out) == (code, "")
     assert words in " ".join(err.split())
     assert not (tmp_path / "out").exists()
+
+
+def geneval_lines(path):
+    """Write three lines in the form of GenEval's prompts, and return the file."""
+    rows = [
+        {"tag": tag, "include": [{"class": "cow", "count": 1}], "prompt": f"a test {tag}"}
+        for tag in ("counting", "colors", "position")
+    ]
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return path
+
+
+def test_a_layout_brings_all_prompts_and_the_published_number_of_images(capsys, trained, tmp_path):
+    file, folder = geneval_lines(tmp_path / "copy.jsonl"), tmp_path / "out"
+    asked = (trained, "--layout", "geneval", "--prompts", file, "-o", folder)
+    code, out, err = run(capsys, *asked, "--json")
+    assert code == 0, err
+    assert "24 images of 16 x 16 pixels, 12 with each of 2 models" in " ".join(err.split())
+    assert "published" not in err
+    values = json.loads(out)
+    assert values["layout"] == str(folder / "geneval")
+    assert values["images"] == 12
+    assert set(values["groups"]) == {"counting", "colors", "position"}
+    for model in ("base", "tuned"):
+        for number in range(3):
+            place = folder / "geneval" / model / f"{number:05d}"
+            line = json.loads((place / "metadata.jsonl").read_text())
+            shown = [row for row in values["samples"] if row["prompt"] == line["prompt"]]
+            assert len(shown) == len(list((place / "samples").iterdir())) == 4
+            for row in shown:
+                image = place / "samples" / f"{row['image_index']:04d}.png"
+                same = folder / "images" / model / f"{row['number']:04d}.png"
+                assert image.read_bytes() == same.read_bytes()
+    # Again, with less than all, which is said; the other folder is gone.
+    less = (*asked, "--overwrite", "--set", "eval.images_per_prompt=2", "-n", 4)
+    code, out, err = run(capsys, *less)
+    assert code == 0, err
+    assert "4 images of 2 of the 3 prompts" in " ".join(err.split())
+    assert "geneval" in out
+    assert len(list((folder / "geneval" / "tuned").rglob("*.png"))) == 4
+
+
+def test_a_layout_with_prompts_of_another_kind_is_refused_before_anything_is_sampled(
+    capsys, trained, tmp_path
+):
+    code, _, err = run(capsys, trained, "--layout", "hpsv2", "-o", tmp_path / "out")
+    assert code == 2
+    assert "are not of hpd" in err
+    code, _, err = run(capsys, trained, "--layout", "geneval3")
+    assert code == 2
+    # Without --prompts it is the benchmark's own set, which cannot be had here.
+    args = ["evaluate", "base", "--config", trained / "config.yaml", "--layout", "geneval2"]
+    with pytest.raises(SystemExit) as ended:
+        main([*map(str, args), "-o", str(tmp_path / "out")])
+    err = " ".join(capsys.readouterr().err.split())
+    assert ended.value.code == 3
+    assert "geneval2_data.jsonl" in err
+    assert "set prompts to a local copy" in err
+    assert not list(tmp_path.iterdir())

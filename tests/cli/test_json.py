@@ -56,6 +56,7 @@ def test_an_unknown_key_or_a_missing_one_does_not_fit() -> None:
             "ema_adapter",
             "exports",
             "hub",
+            "layout",
             "output",
             "sheet",
             "report",

@@ -133,9 +133,9 @@ def test_what_appears_while_images_are_sampled_stays(tmp_path, capsys, monkeypat
 
     check_memory = evaluation.check_memory
 
-    def somebody_writes(*args: object, **more: object) -> None:
+    def somebody_writes(*args: object, **more: object) -> object:
         fill(tmp_path / "out", "note.txt")
-        check_memory(*args, **more)
+        return check_memory(*args, **more)
 
     monkeypatch.setattr(evaluation, "check_memory", somebody_writes)
     assert run("evaluate", "base", *QUICK, "-o", tmp_path / "out") == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,13 @@ import torch
 from alignprop_cli import rng
 from alignprop_cli.config.schema import LossConfig, ModelConfig, RewardConfig
 from alignprop_cli.errors import ConfigError, RunError
-from alignprop_cli.evaluation.draw import Sample, choose_samples, draw_samples
+from alignprop_cli.evaluation.draw import (
+    Sample,
+    choose_samples,
+    draw_samples,
+    in_a_file,
+    in_memory,
+)
 from alignprop_cli.guidance import Guidance
 from alignprop_cli.images import to_uint8
 from alignprop_cli.lora import layers as lora
@@ -142,3 +149,32 @@ def test_samples_are_chosen_alike_every_time_and_none_comes_twice(count, each, d
     assert len({(s.prompt_index, s.image_index) for s in chosen}) == drawn
     numbers = [s.prompt_index for s in chosen]
     assert all(numbers.count(number) in (each, 2 * each) for number in set(numbers))
+
+
+def test_images_in_a_file_are_those_in_memory_and_the_file_has_no_name(tmp_path: Path) -> None:
+    samples = choose_samples(load_prompts("shapes-heldout"), 3)
+    model = tuned_model([*(sample.prompt for sample in samples), ""])
+    mixture = Mixture([Member("bright", lambda x, _: x.mean((1, 2, 3)), 1.0, LossConfig())])
+    how = Sampler(num_inference_steps=2, guidance=Guidance(1.0))
+    found = [
+        draw_samples(
+            model, samples, mixture, how, seed=1, batch_size=2, features=small, allocate=allocate
+        )
+        for allocate in (in_memory, in_a_file(tmp_path))
+    ]
+    assert isinstance(found[1].images, np.memmap)
+    assert not list(tmp_path.iterdir())
+    np.testing.assert_array_equal(found[0].images, found[1].images)
+    assert found[0].images.shape[0] == 3
+    # Of a choice without its images all else is there.
+    chosen = found[1].measured([2, 0])
+    assert chosen.images.size == 0
+    assert chosen.samples == (samples[2], samples[0])
+    np.testing.assert_array_equal(chosen.rewards["bright"], found[0].rewards["bright"][[2, 0]])
+    assert chosen.features is not None
+    assert found[0].features is not None
+    np.testing.assert_array_equal(chosen.features, found[0].features[[2, 0]])
+
+
+def small(images: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.normalize(images[:, :, ::8, ::8].flatten(1), dim=1)

@@ -25,7 +25,7 @@ from alignprop_cli.errors import ConfigError, RunError
 from alignprop_cli.lora import files, formats
 from alignprop_cli.lora.factors import Factors, Layers
 from alignprop_cli.lora.files import Adapter
-from alignprop_cli.models import merged
+from alignprop_cli.models import merged, original_layout
 from alignprop_cli.models.families import find
 from tests.factories import randn, small_pipeline, small_xl_pipeline
 from tests.flow_models import (
@@ -246,6 +246,12 @@ def test_a_part_that_the_original_layout_lacks_is_named(tmp_path: Path) -> None:
     adapter = written(tmp_path / "lora", layers_of(plain, ("to_q",)), "unet.")
     with pytest.raises(ConfigError, match=r"no place for unet\.time_embedding\.cond_proj"):
         merged.save_single_file(ModelConfig(id=str(base)), adapter, tmp_path / "f", "t")
+
+
+def test_a_tensor_of_a_text_encoder_that_the_original_layout_lacks_is_named() -> None:
+    encoder = torch.nn.ModuleDict({"adapter": torch.nn.Linear(1, 1, bias=False)})
+    with pytest.raises(ConfigError, match=r"no place for text_encoder\.text_model\.adapter\.weig"):
+        original_layout._open_clip(encoder, "x.")
 
 
 def test_a_dora_is_merged_as_its_paper_says() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 
@@ -87,6 +88,28 @@ def test_images_that_stay_are_counted(free: list[int]) -> None:
         caught.value.message
     )
     assert f"at most --images {GIB // (2 * 3 * 48 * 48)} would fit" in str(caught.value.hint)
+
+
+def test_more_images_than_the_ram_holds_are_kept_on_a_disk_that_has_the_space(
+    free: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config("eval.images=100000", "eval.batch_size=1")
+    kept = 2 * 100_000 * 3 * 48 * 48
+    # Up to a quarter of the RAM stays there.
+    free[0] = 4 * kept
+    assert not check_memory(settings, CPU, models=2, disk=tmp_path).on_disk
+    free[0] = 4 * kept - 1
+    assert check_memory(settings, CPU, models=2, disk=tmp_path).on_disk
+    assert not check_memory(settings, CPU, models=2).on_disk
+    # Pixels and files: twice as much.
+    usage = shutil.disk_usage(tmp_path)
+    for space, is_enough in ((2 * kept, False), (int(2.03 * kept) + 2**20, True)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, s=space: usage._replace(free=s))
+        if is_enough:
+            check_memory(settings, CPU, models=2, disk=tmp_path)
+        else:
+            with pytest.raises(RunError, match="evaluation of 200000 images of 48 x 48 pixels nee"):
+                check_memory(settings, CPU, models=2, disk=tmp_path)
 
 
 def test_the_largest_pictures_do_not_fit_here_and_it_takes_no_time(

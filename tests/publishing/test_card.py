@@ -12,7 +12,7 @@ from markdown_it import MarkdownIt
 
 from alignprop_cli.config import presets
 from alignprop_cli.models.published import PUBLISHED
-from alignprop_cli.publishing import card, facts
+from alignprop_cli.publishing import card, facts, shared
 from alignprop_cli.rewards.registry import SHIPPED
 
 ROOT = Path(__file__).parents[2]
@@ -191,3 +191,46 @@ def test_a_licence_is_told_of_published_models_alone() -> None:
     assert known >= {"Tongyi-MAI/Z-Image", "black-forest-labs/FLUX.1-dev"}
     assert facts.base_licence("somebody/else") is None
     assert facts.base_licence(None) is None
+
+
+def test_two_rewards_of_the_same_name_in_two_folders_are_two_rows() -> None:
+    one, two = "/data/a/own.py:Reward", "/data/b/own.py:Reward"
+    second = {**PAIRED, "tuned": 0.75, "difference": 0.5}
+    told = f"{one} rose from 1 to 2, {two} rose from 3 to 4"
+    found = summary(guard={"told": told})
+    found["held_out"] = {**found["held_out"], "rewards": {one: PAIRED, two: second}}
+    config = presets.resolve(preset="tiny", rewards={one: 1.0, two: 0.5})
+    text = card.of_run(config, "r", "SomePipeline", "f1", found, ()).text("me/r", None)
+    for expected in (
+        "| reward `own.py:Reward` | weight 1 |",
+        "| reward `own.py:Reward (2)` | weight 0.5 |",
+        "| `own.py:Reward` (trained on) | 0.2500 | 0.5000 |",
+        "| `own.py:Reward (2)` (trained on) | 0.2500 | 0.7500 |",
+        "own.py:Reward rose from 1 to 2, own.py:Reward (2) rose from 3 to 4",
+    ):
+        assert expected in text, expected
+    assert "/data" not in text
+    # A soup of both, and what may be told in the header of a file.
+    given = ("mix", {}, [("a", 0.5), ("b", 0.5)], [one, two], "exact", {}, None)
+    assert "| reward `own.py:Reward (2)` | of a member |" in card.of_soup(*given).text("x", None)
+    header = shared.header({"alignprop.rewards": f"clip,{one},{two}"})
+    assert header["alignprop.rewards"] == "clip,own.py:Reward,own.py:Reward (2)"
+
+
+def test_a_folder_that_is_called_like_a_hub_id_is_never_taken_for_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    published = "Tongyi-MAI/Z-Image"
+    assert ModelCard(of(published).text("x", None)).data.base_model == published
+    (tmp_path / published).mkdir(parents=True)
+    assert ModelCard(of(published).text("x", None)).data.base_model is None
+    # Mixed elsewhere, where no such folder is: the LoRA itself says it.
+    monkeypatch.chdir(Path("/"))
+    header = {"alignprop.base_model": published, "alignprop.base_is_local": "true"}
+    text = card.of_soup("mix", header, [("a", 1.0)], ["clip"], "exact", {}, None).text("x", None)
+    assert ModelCard(text).data.base_model is None
+    assert "a local model, `Z-Image`" in text
+    assert "alignprop.base_model" not in shared.header(header)
+    del header["alignprop.base_is_local"]
+    assert shared.header(header)["alignprop.base_model"] == published

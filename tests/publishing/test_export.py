@@ -58,6 +58,11 @@ def test_a_finished_run_that_lacks_what_is_asked_for_is_not_called_done(tmp_path
     # With everything there it is done.
     for folder in ("export/comfyui", "export/merged", "hub"):
         (run / folder).mkdir(parents=True)
+    for words in ('{"id": "me/other", "address": null}', "[]", "{"):
+        (run / "hub.json").write_text(words)
+        with pytest.raises(ConfigError, match="lacks what --push-to-hub me/mine asks for"):
+            refuse_unpublished(asked, run, dora=False)
+    (run / "hub.json").write_text('{"id": "me/mine", "address": null}')
     refuse_unpublished(asked, run, dora=False)
     refuse_unpublished(Request(), tmp_path, dora=False)
 

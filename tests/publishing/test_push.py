@@ -19,7 +19,9 @@ from alignprop_cli.errors import AssetError, ConfigError
 from alignprop_cli.lora import files, formats
 from alignprop_cli.lora.factors import Factors
 from alignprop_cli.lora.files import LORA_FILE
-from alignprop_cli.publishing import push
+from alignprop_cli.publishing import card, push
+from alignprop_cli.publishing.request import Request
+from alignprop_cli.publishing.results import catch_up, publish
 from tests.factories import randn
 from tests.publishing.fake_hub import TOKEN, Hub, running
 
@@ -202,6 +204,33 @@ def test_offline_mode_is_named(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Non
         push.check("me/mix")
 
 
+def test_an_upload_that_failed_is_made_up_for_by_the_same_request(hub: Hub, tmp_path: Path) -> None:
+    """What `train --resume` of a run does that has all its steps."""
+    a, out = member(tmp_path / "a"), tmp_path / "run"
+    about = card.of_soup("r", {}, [("a", 1.0)], ["clip"], "exact", {}, None)
+    asked = Request(hub_id="me/r")
+    hub.refuses_commits = True
+    first = publish(asked, a / LORA_FILE, None, out, "r", about)
+    assert isinstance(first.failure, AssetError)
+    # It still fails, with the way to do it by hand.
+    with pytest.raises(AssetError, match=r"may not write there \(403\)") as told:
+        catch_up(asked, out, dora=False)
+    assert f"hf upload me/r {out / 'hub'} . --private" in str(told.value.hint)
+    hub.refuses_commits = False
+    again = catch_up(asked, out, dora=False)
+    assert again.values == {"hub": f"{hub.url}/me/r"}
+    assert set(hub.repos["me/r"]) == {".gitattributes", LORA_FILE, "README.md"}
+    # Once it is there nobody is asked again.
+    hub.asked.clear()
+    assert catch_up(asked, out, dora=False).values == {}
+    assert not hub.asked
+    # Nor is anything done for who asks for nothing, or for something else.
+    assert catch_up(Request(), out, dora=False).values == {}
+    (out / "checkpoints" / "step-000001").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="lacks what --push-to-hub me/other asks for"):
+        catch_up(Request(hub_id="me/other"), out, dora=False)
+
+
 @pytest.mark.long
 def test_a_run_is_kept_whatever_the_hub_does(
     run: Run, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -219,12 +248,18 @@ def test_a_run_is_kept_whatever_the_hub_does(
     values = json.loads(said)
     assert files.read(Path(values["adapter"])).layers
     assert Path(values["exports"]["comfyui"]).is_file()
-    # The command of the message, by huggingface_hub's own program.
-    hub.refuses_commits = False
-    from huggingface_hub import HfApi
-
     assert f"hf upload me/r {out / 'hub'} . --private" in " ".join(err.split())
-    HfApi().upload_folder(repo_id="me/r", folder_path=out / "hub")
+    # The line of a scheduler again: it does what is missing, and then finds everything done.
+    hub.refuses_commits = False
+    line = ("train", "--preset=tiny", "--steps=1", *given, f"--output={out}", *push_to)
+    code, said, err = run(*line, "--resume=auto")
+    assert code == 0, err
+    again = json.loads(said)
+    assert again["hub"] == f"{hub.url}/me/r"
+    assert again["adapter"] == values["adapter"]
+    code, said, err = run(*line, "--resume=auto")
+    assert (code, said) == (0, "")
+    assert "nothing to do" in err
     arrived = hub.repos["me/r"]
     assert set(arrived) == {".gitattributes", LORA_FILE, "README.md", "before_after.png"}
     assert "](before_after.png)" in arrived["README.md"].decode()

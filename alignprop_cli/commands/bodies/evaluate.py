@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignprop_cli.commands.layouts import with_layout
 from alignprop_cli.commands.output import EVALUATION, claimed
 from alignprop_cli.commands.settings import for_evaluation
 from alignprop_cli.commands.sharing import of_evaluation
@@ -16,6 +17,7 @@ from alignprop_cli.paths import user_path
 from alignprop_cli.publishing.request import FILES
 
 if TYPE_CHECKING:
+    from alignprop_cli.evaluation.scorers import Layout
     from alignprop_cli.lora.files import Located
 
 # The base model's name as a target; a folder of that name has to be written ./base.
@@ -44,6 +46,7 @@ def evaluate(
     overwrite: bool = False,
     log_with: Sequence[str] | None = None,
     export: Sequence[str] | None = None,
+    layout: Layout | None = None,
 ) -> None:
     """Compare LoRAs with the base model, and give the console the result.
 
@@ -68,6 +71,7 @@ def evaluate(
         overwrite: Whether it may be replaced.
         log_with: Names of trackers.
         export: Formats to write the LoRA in.
+        layout: Folders of a benchmark's own scorer to write, with its prompts.
 
     Raises:
         AlignPropError: Whatever is wrong with the options, the files, the model or the rewards.
@@ -83,6 +87,7 @@ def evaluate(
     # 3. The folder is held until the result is in it: sampling may take hours.
     with claimed(folder, overwrite=overwrite, ours=(*EVALUATION, *FILES), sign="results.json"):
         first = next(iter(located), None)
+        flags = with_layout(layout, flags, sets)
         resolved = for_evaluation(
             targets[0], first, preset, config, sets=sets, reward=reward, flags=flags
         )
@@ -92,7 +97,7 @@ def evaluate(
         compared = variants(located, chosen.strengths, chosen.base_until)
         publish = of_evaluation(export, located, chosen, resolved.model, folder)
         more: dict[str, Any] = {"replace": overwrite, "axis": chosen.axis, "publish": publish}
-        run_evaluation(resolved, console, compared, folder, **more)
+        run_evaluation(resolved, console, compared, folder, layout=layout, **more)
 
 
 def _locate(targets: Sequence[str], checkpoint: str | None, ema: bool) -> list[Located]:

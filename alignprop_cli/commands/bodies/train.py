@@ -87,15 +87,19 @@ def train(
         from alignprop_cli.training.plans import describe
 
         return describe(resolved, console, name=name, resume=run, **planned)
+    from alignprop_cli.training.resume import refuse_stopped
     from alignprop_cli.training.run import run_training
 
     publish = of_training(resolved, export, push_to_hub)
     try:
+        if run is not None and resume == "auto":
+            refuse_stopped(run, resolved)
         run_training(resolved, console, name=name, resume=run, back_to=checkpoint, publish=publish)
     except NothingToDo:
-        # Started again by the same line, after it was ended in the middle of an export.
-        from alignprop_cli.publishing.results import refuse_unpublished
+        # Started again by the same line, after it was ended in the middle of an export or upload.
+        from alignprop_cli.publishing.results import catch_up
+        from alignprop_cli.training.summary import show_again
 
-        if run is not None:
-            refuse_unpublished(publish, run, dora=resolved.lora.dora)
-        raise
+        done = None if run is None else catch_up(publish, run, dora=resolved.lora.dora)
+        if run is None or done is None or not show_again(console, run, done):
+            raise

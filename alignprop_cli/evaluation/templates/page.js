@@ -102,8 +102,15 @@
   for (const button of document.querySelectorAll("button.copy")) {
     button.hidden = !navigator.clipboard;
     button.addEventListener("click", async () => {
-      await navigator.clipboard.writeText(button.parentElement.querySelector("pre").textContent);
-      button.textContent = "copied";
+      const place = button.parentElement.querySelector("pre");
+      try {
+        await navigator.clipboard.writeText(place.textContent);
+        button.textContent = "copied";
+      } catch {
+        // The browser may refuse it; selected, the text can be copied by hand.
+        getSelection().selectAllChildren(place);
+        button.textContent = "selected";
+      }
       setTimeout(() => { button.textContent = "copy"; }, 1500);
     });
   }
@@ -179,7 +186,8 @@
     // Room for the dashed line, which is no data to Plotly.
     const values = plot.lines.flatMap((line) => [line.y, line.low, line.high].flat())
       .concat(plot.level).filter((value) => typeof value === "number");
-    const [low, high] = [Math.min(...values), Math.max(...values)];
+    // Of steps that were all skipped there is none.
+    const [low, high] = values.length ? [Math.min(...values), Math.max(...values)] : [0, 1];
     const room = 0.06 * (high - low) || 0.1 * Math.abs(high) || 1;
     const layout = {
       barmode: "overlay", bargap: 0.06, shapes: lines, hovermode: bars ? "closest" : "x unified",
