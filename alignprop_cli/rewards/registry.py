@@ -94,6 +94,7 @@ SHIPPED: Mapping[str, Shipped] = {
     "aesthetic": Shipped("aesthetic:AestheticReward", reads_prompt=False),
     "hps": Shipped("hps:HpsReward"),
     "hps-official": Shipped("hps_official:OfficialHps", trainable=False),
+    "siglip": Shipped("siglip:SiglipReward"),
     "pickscore": Shipped("pickscore:PickScore"),
     "imagereward": Shipped("imagereward:ImageReward"),
     "compressibility": Shipped("jpeg:Compressibility", reads_prompt=False),
