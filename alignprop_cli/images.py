@@ -144,6 +144,33 @@ def resize_and_crop(images: Tensor, size: int) -> Tensor:
     return images[..., top : top + size, left : left + size]
 
 
+def squash(images: Tensor, size: int) -> Tensor:
+    """Resize both edges to `size`, whatever the proportions, as SigLIP was trained.
+
+    Args:
+        images: Shape (B, 3, H, W), any float dtype.
+        size: Side of the square result in pixels.
+
+    Returns:
+        Shape (B, 3, size, size), float32 (float64 stays float64). Differentiable in images.
+    """
+    return resize(images, (size, size))
+
+
+def resize(images: Tensor, target: tuple[int, int]) -> Tensor:
+    """Resize to a height and a width, bicubic with antialiasing; see `resize_and_crop`.
+
+    Args:
+        images: Shape (B, 3, H, W), any float dtype.
+        target: Height and width of the result in pixels.
+
+    Returns:
+        Shape (B, 3, height, width), float32 (float64 stays float64). Differentiable in images.
+    """
+    images = images if images.dtype == torch.float64 else images.float()
+    return images if images.shape[-2:] == target else _bicubic(images, target)
+
+
 def _bicubic(images: Tensor, target: tuple[int, int]) -> Tensor:
     if images.is_cuda and torch.are_deterministic_algorithms_enabled():
         return _bicubic_by_products(images, target)

@@ -12,7 +12,7 @@ from alignprop_cli.config import trust
 from alignprop_cli.config.schema import PYTHON, Config
 from alignprop_cli.models.published import PUBLISHED
 from alignprop_cli.prompts import SETS
-from alignprop_cli.rewards.registry import SHIPPED
+from alignprop_cli.rewards.catalogue import SHIPPED
 
 
 def shipped_names() -> trust.ShippedNames:

@@ -37,11 +37,17 @@ class LoadedReward:
         # As a function has one: `train(reward=load_reward(...))` names it by this.
         self.__name__ = name
 
+    @property
+    def takes_latents(self) -> bool:
+        """Return whether it measures latents (B, C, h, w) instead of images."""
+        return self._mixture.members[0].takes_latents
+
     def __call__(self, images: Tensor, prompts: str | Sequence[str] = "") -> Tensor:
         """Measure images.
 
         Args:
-            images: Shape (B, 3, H, W), in [0, 1], on any device.
+            images: Shape (B, 3, H, W), in [0, 1], on any device; latents for a reward that takes
+                those.
             prompts: The prompt of each image, or one for all of them.
 
         Returns:
@@ -54,6 +60,9 @@ class LoadedReward:
             RunError: If a number is not finite, or the reward fails.
         """
         texts = [prompts] * len(images) if isinstance(prompts, str) else list(prompts)
+        if self.takes_latents:
+            found = self._mixture.score(None, texts, images.to(self.device))
+            return found[self._mixture.names[0]].to(images.device)
         if not images.is_floating_point():
             raise ConfigError(
                 f"reward '{self.name}': expected images in [0, 1], got {images.dtype}",

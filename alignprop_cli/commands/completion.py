@@ -24,7 +24,7 @@ def preset_names(incomplete: str) -> list[tuple[str, str]]:
 
 def rewards(incomplete: str) -> list[str]:
     """Return the shipped rewards; after a comma the next one."""
-    from alignprop_cli.rewards.registry import SHIPPED
+    from alignprop_cli.rewards.catalogue import SHIPPED
 
     return _after_comma(incomplete, SHIPPED)
 

@@ -247,8 +247,9 @@ def draw_samples(
         for start in range(0, len(samples), batch_size):
             batch = samples[start : start + batch_size]
             # Rewards and features are computed before the images are rounded to bytes.
-            images = _images(model, batch, sampler, seed, merged, base_until)
-            scores = mixture.score(images, [sample.prompt for sample in batch])
+            latents = _latents(model, batch, sampler, seed, merged, base_until)
+            images = model.decoder.decode(latents)  # (B, 3, H, W), in [0, 1]
+            scores = mixture.score(images, [sample.prompt for sample in batch], latents)
             made = to_uint8(images).numpy()
             if kept is None:
                 kept = allocate((len(samples), *made.shape[1:]))
@@ -266,7 +267,7 @@ def draw_samples(
     return replace(_joined(parts), images=kept)
 
 
-def _images(
+def _latents(
     model: Model,
     batch: Sequence[Sample],
     sampler: Sampler,
@@ -274,7 +275,7 @@ def _images(
     merged: lora.Merged,
     base_until: float,
 ) -> Tensor:
-    """Return the images of a batch, shape (B, 3, H, W), in [0, 1]."""
+    """Return the clean latents of a batch, shape (B, C, h, w)."""
     network = model.network
     shape = network.latent_shape(sampler.height, sampler.width)
     schedule = sampler.schedule(network, shape)
@@ -300,8 +301,7 @@ def _images(
         with lora.disabled(network.module):
             return plain(latents, step)
 
-    latents = rollout(denoise, latents, schedule, eta=sampler.eta, draw_noise=draw_noise)
-    return model.decoder.decode(latents)
+    return rollout(denoise, latents, schedule, eta=sampler.eta, draw_noise=draw_noise)
 
 
 def _numbers(values: Tensor) -> Floats:

@@ -155,7 +155,8 @@ def measure(config: Config, device_type: str) -> Footprint:
 
     # 2. The rewards, for images of this size.
     shape = model.parts.network.latent_shape(sampler.height, sampler.width)
-    reward, weights, uncounted = _rewards(config.reward, model.image_size(shape), device_type)
+    image_size = model.image_size(shape)
+    reward, weights, uncounted = _rewards(config.reward, image_size, shape, device_type)
     numels = [parameter.numel() for parameter in lora.trainable(network)]
     averaged = config.train.ema_decay is not None
     found = footprint.measure(
@@ -173,7 +174,11 @@ def measure(config: Config, device_type: str) -> Footprint:
         detach_uncond=config.gradient.detach_uncond,
     )
     each = bytes_each(config.train.optimizer, numels, averaged=averaged)
-    return replace(found, trained_each=each)
+    # 3. Nothing is decoded in a step where all rewards take latents.
+    nothing = footprint.add()
+    decodes = not all(registry.takes_latents(name) for name in config.reward)
+    decoder = found.decoder if decodes else {False: nothing, True: nothing}
+    return replace(found, trained_each=each, decoder=decoder)
 
 
 def dtype_on(name: str, device_type: str) -> torch.dtype:
@@ -189,7 +194,10 @@ def _bytes(module: torch.nn.Module) -> int:
 
 
 def _rewards(
-    rewards: Mapping[str, RewardConfig], image_size: tuple[int, int], device_type: str
+    rewards: Mapping[str, RewardConfig],
+    image_size: tuple[int, int],
+    latent_shape: tuple[int, int, int],
+    device_type: str,
 ) -> tuple[dict[bool, Work], int, tuple[str, ...]]:
     """Return what the rewards need, the bytes of their weights, and the names of uncounted ones.
 
@@ -210,7 +218,7 @@ def _rewards(
                 reward.recompute()
             else:
                 weights += reward.parameters * dtype.itemsize
-            shape = (3, *image_size)
+            shape = latent_shape if registry.takes_latents(name) else (3, *image_size)
             work = footprint.count(reward, shape, there=reward.tensors, device_type=device_type)
             parts[recompute].append(work)
     # Their graphs are all alive until the mixture's loss goes back, so their needs add up.

@@ -198,9 +198,9 @@ def measure(config: Config, device: torch.device) -> SamplingNeed:
         dtype: torch.dtype = getattr(torch, reward.dtype)
         found = registry.on_meta(name, reward.options, dtype)
         if found is not None:
-            image = (3, height, width)
+            seen = shape if registry.takes_latents(name) else (3, height, width)
             scored = footprint.count(
-                found, image, there=found.tensors, device_type=device.type, has_grad=False
+                found, seen, there=found.tensors, device_type=device.type, has_grad=False
             )
             parts[f"reward {name}"] = scored.forward
             weights += found.parameters * dtype.itemsize

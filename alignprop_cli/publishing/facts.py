@@ -86,6 +86,7 @@ REWARDS: Mapping[str, RewardFacts] = {
         f"{_AS_CLIP}; an image that can be told apart need not look good",
     ),
     "clip_count": RewardFacts("that of the CLIP model", _AS_CLIP),
+    "siglip": RewardFacts("Apache-2.0", f"{_AS_CLIP}; words of the prompt written into the image"),
     "count": RewardFacts("Apache-2.0", "texture that only the detector sees, and images of images"),
     "remove": RewardFacts(
         "Apache-2.0", "texture that only the detector sees, images of images, and plain images"

@@ -28,6 +28,10 @@ class Reward(Protocol):
       on_meta         a class or static method `on_meta(dtype, **options)` that returns a
                       `frozen.MetaReward`, from which the planner estimates the reward's memory.
                       Without it the estimate leaves the reward out, and says so.
+      takes_latents   True, on the class where it is one: it is called with clean latents
+                      (B, C, h, w), float32, in place of images, in the scale in which the base
+                      model's network sees them. So are its `extra_metrics` and the function of its
+                      `MetaReward`. Where all rewards of a training are such, nothing is decoded.
     """
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
@@ -43,6 +47,12 @@ class Reward(Protocol):
         ...
 
 
+def takes_latents(reward: object) -> bool:
+    """Return whether a reward, or a class of rewards, measures latents instead of images."""
+    # Not just true: objects that answer to any name are no latent rewards.
+    return getattr(reward, "takes_latents", False) is True
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
     """Return a context manager that switches autocast off."""
     # The meta device, on which the planner measures rewards, has no autocast to switch off.
@@ -56,26 +66,35 @@ def shortened(prompt: str) -> str:
     return prompt if len(prompt) <= _SHOWN else f"{prompt[:_SHOWN]}..."
 
 
-def check_inputs(name: str, images: Tensor, prompts: Sequence[str]) -> None:
+def check_inputs(
+    name: str, images: Tensor, prompts: Sequence[str], *, latents: bool = False
+) -> None:
     """Refuse inputs that no reward can measure.
+
+    Args:
+        name: Of the reward, or of several.
+        images: What they measure.
+        prompts: The prompt of each.
+        latents: Whether these are latents, which may have any number of channels.
 
     Raises:
         ConfigError: If the shape is not (B, 3, H, W) with B > 0 or the prompts are not B.
         NonFinite: If an image holds NaN or infinity.
     """
-    if images.ndim != 4 or images.shape[1] != 3 or not len(images):
+    what, shape = ("latents", "(B, C, h, w)") if latents else ("images", "(B, 3, H, W)")
+    if images.ndim != 4 or not (latents or images.shape[1] == 3) or not len(images):
         raise ConfigError(
-            f"reward '{name}': expected images of shape (B, 3, H, W), got {tuple(images.shape)}"
+            f"reward '{name}': expected {what} of shape {shape}, got {tuple(images.shape)}"
         )
     if len(prompts) != len(images):
-        raise ConfigError(f"reward '{name}': got {len(prompts)} prompts for {len(images)} images")
+        raise ConfigError(f"reward '{name}': got {len(prompts)} prompts for {len(images)} {what}")
     # sync point: one flag per batch is read from the device, so that the error can name the prompt.
     bad = ~torch.isfinite(images.detach()).flatten(1).all(dim=1)  # (B,)
     if bool(bad.any()):
         index = int(bad.nonzero()[0])
         raise NonFinite(
-            f"reward '{name}': image {index} of the batch holds NaN or infinity, "
-            f"prompt {shortened(prompts[index])!r}"
+            f"reward '{name}': image {index} of the batch holds NaN or infinity"
+            f"{' in its latents' if latents else ''}, prompt {shortened(prompts[index])!r}"
         )
 
 

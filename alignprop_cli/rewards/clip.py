@@ -26,6 +26,8 @@ TINY = Path(__file__).parent.parent / "tiny" / "aligner"
 Fit = Callable[[Tensor, int], Tensor]
 """From images (B, 3, H, W) of any size to (B, 3, size, size)."""
 
+_WITHOUT_DOWNLOAD = "to tiny, which works without any download"
+
 
 class OpenClipReward(CosineReward):
     """rewards = <image, text>, the cosine of their features in an open_clip model, in [-1, 1].
@@ -108,8 +110,25 @@ def load_open_clip(reward: str, model: str, pretrained: str | None) -> tuple[Any
     Raises:
         ConfigError, AssetError: As `ClipReward`.
     """
+    network = load_network(reward, model, pretrained)
     option = f"reward.{reward}.model"
-    name = _model_name(model, option)
+    with loading(option, model, alternative=_WITHOUT_DOWNLOAD):
+        return network, open_clip.get_tokenizer(model_name(model, option))
+
+
+def load_network(reward: str, model: str, pretrained: str | None) -> Any:
+    """Return a frozen open_clip model in float32.
+
+    Args:
+        reward: As in `load_open_clip`.
+        model: As in `ClipReward`.
+        pretrained: As in `ClipReward`.
+
+    Raises:
+        ConfigError, AssetError: As `ClipReward`.
+    """
+    option = f"reward.{reward}.model"
+    name = model_name(model, option)
     if ":" not in name and pretrained is not None:
         pretrained = _weights(name, pretrained, f"reward.{reward}.pretrained")
     if ":" not in name and pretrained is None:
@@ -117,7 +136,7 @@ def load_open_clip(reward: str, model: str, pretrained: str | None) -> tuple[Any
             f"reward.{reward}.pretrained: the model {model} needs a tag or a file of weights; "
             f"tags: {', '.join(open_clip.list_pretrained_tags_by_model(name))}"
         )
-    with loading(option, model, alternative="to tiny, which works without any download"):
+    with loading(option, model, alternative=_WITHOUT_DOWNLOAD if reward != "siglip" else ""):
         built = open_clip.create_model(
             name,
             pretrained=pretrained,
@@ -127,13 +146,12 @@ def load_open_clip(reward: str, model: str, pretrained: str | None) -> tuple[Any
             # OpenAI's own weights were trained with it; open_clip only warns.
             force_quick_gelu=pretrained == "openai",
         )
-        tokenizer = open_clip.get_tokenizer(name)
     # Frozen: for gradients of the weights autograd would store more activations for every image.
-    return built.eval().requires_grad_(False), tokenizer
+    return built.eval().requires_grad_(False)
 
 
 def open_clip_on_meta(
-    dtype: torch.dtype, model: str, fit: Fit = resize_and_crop
+    dtype: torch.dtype, model: str, fit: Fit = resize_and_crop, option: str = "reward.clip.model"
 ) -> MetaReward | None:
     """Return an open_clip model on the meta device; None where its sizes are unknown.
 
@@ -141,23 +159,25 @@ def open_clip_on_meta(
         dtype: Precision of the network.
         model: As in `ClipReward`.
         fit: As in `OpenClipReward`.
+        option: The option that names the model, for messages.
 
     Raises:
         AssetError: If a folder's configuration is missing or damaged.
     """
     # 1. Its configuration, from a folder or from open_clip's own list.
     config: Any = None
-    path = TINY if model == "tiny" else user_path(model, "reward.clip.model")
+    path = TINY if model == "tiny" else user_path(model, option)
     if path.is_dir():
-        with loading("reward.clip.model", model):
-            config = read_json(read_text(path / "open_clip_config.json", "reward.clip.model"))
+        with loading(option, model):
+            config = read_json(read_text(path / "open_clip_config.json", option))
             config = config["model_cfg"]
     elif model in open_clip.list_models():  # for any other name open_clip would ask the hub
         config = open_clip.get_model_config(model)
-    if config is None:
+    # A text tower of another library would be built with its weights, from the hub.
+    if config is None or "hf_model_name" in config.get("text_cfg", {}):
         return None
     # 2. The network.
-    with loading("reward.clip.model", model):
+    with loading(option, model):
         network = _meta_network(config)
     size = _size(network.visual)
 
@@ -174,11 +194,12 @@ def meta_open_clip(name: str) -> torch.nn.Module:
 
 def _meta_network(config: Any) -> Any:
     """Return the network of a configuration on the meta device."""
-    # A configuration may also hold keys that the constructor does not know, such as `custom_text`,
-    # so only the known ones are passed.
-    known = inspect.signature(open_clip.CLIP).parameters
+    # The class that open_clip chooses. A configuration may also hold keys that its constructor does
+    # not know, such as `custom_text`, so only the known ones are passed.
+    kind = open_clip.CustomTextCLIP if config.get("custom_text") else open_clip.CLIP
+    known = inspect.signature(kind).parameters
     with torch.device("meta"):
-        return open_clip.CLIP(**{key: value for key, value in config.items() if key in known})
+        return kind(**{key: value for key, value in config.items() if key in known})
 
 
 def _weights(name: str, pretrained: str, option: str) -> str:
@@ -208,8 +229,8 @@ def _size(visual: Any) -> int:
     return size if isinstance(size, int) else int(size[0])
 
 
-def _model_name(model: str, option: str) -> str:
-    """Return the name in open_clip's own notation."""
+def model_name(model: str, option: str) -> str:
+    """Return a model's name in open_clip's own notation."""
     # A folder comes first, since its name could also be that of a model.
     path = TINY if model == "tiny" else user_path(model, option)
     if path.is_dir():

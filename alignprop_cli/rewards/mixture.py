@@ -15,7 +15,13 @@ from alignprop_cli.errors import AssetError, ConfigError, NonFinite, RunError
 from alignprop_cli.losses import reward_loss
 from alignprop_cli.prompts import cut_note, for_tokenizer
 from alignprop_cli.rewards import registry, user
-from alignprop_cli.rewards.base import Reward, check_inputs, check_rewards, depends_on
+from alignprop_cli.rewards.base import (
+    Reward,
+    check_inputs,
+    check_rewards,
+    depends_on,
+    takes_latents,
+)
 from alignprop_cli.rewards.frozen import FrozenReward
 
 
@@ -38,6 +44,11 @@ class Member:
     loss: LossConfig
     base: tuple[float, float] | None = None
 
+    @property
+    def takes_latents(self) -> bool:
+        """Return whether it measures latents instead of images."""
+        return takes_latents(self.reward)
+
     def loss_of(self, rewards: Tensor) -> Tensor:
         """Return the weighted loss of each image, shape (B,). Differentiable in rewards (B,)."""
         target = self.loss.target
@@ -59,7 +70,8 @@ class Mixture:
     Attributes:
         names: Names of the members.
         extra_metrics: What members report in addition to their rewards, never trained on: functions
-            of images (B, 3, H, W) that return (B,), by name.
+            of images (B, 3, H, W) that return (B,), by name. Those of a member that takes latents
+            are functions of latents.
 
     Raises:
         ConfigError: If a member's extra metrics are not such a mapping, or one has the same name as
@@ -70,8 +82,8 @@ class Mixture:
         self.members = tuple(members)
         self.names = tuple(member.name for member in members)
         self.extra_metrics: dict[str, Callable[[Tensor], Tensor]] = {}
-        # The member of each, for messages.
-        self._owners: dict[str, str] = {}
+        # The member of each.
+        self._owners: dict[str, Member] = {}
         for member in members:
             for name, measure in _extra_metrics(member).items():
                 if name in self.metrics:
@@ -81,12 +93,21 @@ class Mixture:
                         hint="give one of them another name",
                     )
                 self.extra_metrics[name] = measure
-                self._owners[name] = member.name
+                self._owners[name] = member
 
     @property
     def metrics(self) -> tuple[str, ...]:
         """Return the names of everything that `score` measures: rewards, then extra metrics."""
         return (*self.names, *self.extra_metrics)
+
+    @property
+    def needs_images(self) -> bool:
+        """Return whether anything is measured on images, so that latents must be decoded."""
+        own = [m.takes_latents for m in self.members]
+        extra = [
+            name in self._owners and self._owners[name].takes_latents for name in self.extra_metrics
+        ]
+        return not all(own + extra)
 
     @property
     def features(self) -> Callable[[Tensor], Tensor] | None:
@@ -95,37 +116,48 @@ class Mixture:
         found = (getattr(reward, "image_features", None) for reward in rewards)
         return next(filter(None, found), None)
 
-    def score(self, images: Tensor, prompts: Sequence[str]) -> dict[str, Tensor]:
+    def score(
+        self, images: Tensor | None, prompts: Sequence[str], latents: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """Measure images with every member and every extra metric.
 
         Args:
-            images: Shape (B, 3, H, W), in [0, 1].
+            images: Shape (B, 3, H, W), in [0, 1]; None only where not `needs_images`.
             prompts: B texts.
+            latents: The clean latents (B, C, h, w) of the images, for the members that take them.
 
         Returns:
             For each of `metrics` a tensor of shape (B,) on the images' device, float32 (float64
-            where the member returns that). Rewards are differentiable in images if the member is;
-            extra metrics are not.
+            where the member returns that). Rewards are differentiable in images, or in latents, if
+            the member is; extra metrics are not.
 
         Raises:
-            ConfigError: If a member returns a wrong shape or changes the images.
+            ConfigError: If a member returns a wrong shape or changes the images, or takes latents
+                where there are none.
             RunError: If images or rewards are not finite, or a member fails.
         """
         scores: dict[str, Tensor] = {}
         # Checked here once, so that no reward needs a check of its own, and NaN from the decoder is
         # not reported as a fault of the reward.
-        check_inputs(", ".join(self.names), images, prompts)
+        names = ", ".join(self.names)
+        if images is not None:
+            check_inputs(names, images, prompts)
+        if latents is not None and any(member.takes_latents for member in self.members):
+            check_inputs(names, latents, prompts, latents=True)
         for member in self.members:
-            answer = check_rewards(member.name, _ask(member, images, prompts), prompts)
-            scores[member.name] = answer.to(images.device)
+            given = _input(member, images, latents)
+            answer = check_rewards(member.name, _ask(member, given, prompts), prompts)
+            scores[member.name] = answer.to(given.device)
         # Detached: a value that is only recorded must not keep the graph of the images in memory.
         for name, measure in self.extra_metrics.items():
-            owner = self._owners.get(name, name)
+            member = self._owners.get(name)
+            owner = name if member is None else member.name
+            given = _input(member, images, latents).detach()
             with user.faults(RunError, f"reward '{owner}': extra metric '{name}' failed"):
                 # A copy of its own, as in `_ask`.
-                shipped = owner in registry.SHIPPED or name not in self._owners
-                answer = measure(images.detach() if shipped else images.detach().clone())
-            scores[name] = check_rewards(owner, answer, prompts, name).to(images.device)
+                shipped = member is None or owner in registry.SHIPPED
+                answer = measure(given if shipped else given.clone())
+            scores[name] = check_rewards(owner, answer, prompts, name).to(given.device)
         return scores
 
     def cutting(self, prompt: str) -> list[str]:
@@ -141,17 +173,20 @@ class Mixture:
                 cut.setdefault(name, []).append(prompt)
         return [cut_note(name, found, len(prompts)) for name, found in cut.items()]
 
-    def check_gradients(self, scores: Mapping[str, Tensor], images: Tensor) -> None:
-        """Refuse members whose gradient does not reach the images.
+    def check_gradients(
+        self, scores: Mapping[str, Tensor], images: Tensor | None, latents: Tensor | None = None
+    ) -> None:
+        """Refuse members whose gradient does not reach the images, or the latents that they take.
 
         Raises:
             ConfigError: With the name of the first one.
         """
-        for name in self.names:
-            if not depends_on(scores[name], images):
+        for member in self.members:
+            if not depends_on(scores[member.name], _input(member, images, latents)):
+                what = "latents" if member.takes_latents else "images"
                 raise ConfigError(
-                    f"reward '{name}' has no gradient: its result does not depend on the images "
-                    "in a differentiable way, so there is nothing to train on",
+                    f"reward '{member.name}' has no gradient: its result does not depend on the "
+                    f"{what} in a differentiable way, so there is nothing to train on",
                     hint="it must not detach, round, or leave torch",
                 )
 
@@ -160,41 +195,51 @@ class Mixture:
         return torch.stack([m.loss_of(scores[m.name]) for m in self.members]).sum(dim=0)
 
     def differentiate(
-        self, images: Tensor, prompts: Sequence[str], to_loss: Callable[[Tensor], Tensor]
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        self,
+        images: Tensor | None,
+        prompts: Sequence[str],
+        to_loss: Callable[[Tensor], Tensor],
+        latents: Tensor | None = None,
+    ) -> tuple[Tensor | None, Tensor, dict[str, Tensor]]:
         """Score images, and compute the gradient of their loss with respect to the images.
 
         The backward pass ends at the images, whose own graph is not touched: the caller continues
         from there, through the decoder and the sampling chain.
 
         Args:
-            images: Shape (B, 3, H, W), in [0, 1].
+            images: Shape (B, 3, H, W), in [0, 1]; None only where not `needs_images`.
             prompts: B texts.
             to_loss: From the losses of the images, shape (B,), to the scalar whose gradient is
                 wanted.
+            latents: A leaf (B, C, h, w) for the members that take latents. Their gradient is added
+                to its `grad`, as by `backward`.
 
         Returns:
-            The gradient (B, 3, H, W), the losses (B,) and the result of `score`, all detached.
+            The gradient (B, 3, H, W), None without images; the losses (B,) and the result of
+            `score`. All are detached.
 
         Raises:
             ConfigError, RunError: As `score` and `check_gradients`.
         """
-        leaf = images.detach().requires_grad_()
-        # The rewards get a clone: `depends_on` needs images with a grad_fn, and autograd refuses
+        leaf = None if images is None else images.detach().requires_grad_()
+        # The rewards get clones: `depends_on` needs images with a grad_fn, and autograd refuses
         # in-place changes of a leaf with a message that does not name the reward.
-        scored = leaf.clone()
-        scores = self.score(scored, prompts)
-        self.check_gradients(scores, scored)
+        scored, clean = (None if given is None else given.clone() for given in (leaf, latents))
+        scores = self.score(scored, prompts, clean)
+        self.check_gradients(scores, scored, clean)
         losses = self.losses(scores)
         with self.blamed():
             to_loss(losses).backward()
-        assert leaf.grad is not None
         # sync point: further on an infinite gradient would be everybody's.
-        if not bool(torch.isfinite(leaf.grad).all()):
-            self._refuse_infinite(images, prompts)
-        return leaf.grad, losses.detach(), {name: v.detach() for name, v in scores.items()}
+        found = [x.grad for x in (leaf, latents) if x is not None and x.grad is not None]
+        if not all(bool(torch.isfinite(gradient).all()) for gradient in found):
+            self._refuse_infinite(images, prompts, latents)
+        gradient = None if leaf is None else leaf.grad
+        return gradient, losses.detach(), {name: v.detach() for name, v in scores.items()}
 
-    def _refuse_infinite(self, images: Tensor, prompts: Sequence[str]) -> None:
+    def _refuse_infinite(
+        self, images: Tensor | None, prompts: Sequence[str], latents: Tensor | None
+    ) -> None:
         """Refuse members whose gradient holds NaN or infinity though their rewards are finite.
 
         Raises:
@@ -204,7 +249,7 @@ class Mixture:
         # scale: one that is too large for half precision is the caller's, who makes it smaller.
         wrong: list[str] = []
         for member in self.members:
-            leaf = images.detach().requires_grad_()
+            leaf = _input(member, images, latents).detach().requires_grad_()
             rewards = check_rewards(member.name, _ask(member, leaf.clone(), prompts), prompts)
             (gradient,) = torch.autograd.grad(member.loss_of(rewards).sum(), leaf)
             if not bool(torch.isfinite(gradient).all()):
@@ -269,6 +314,24 @@ def _extra_metrics(member: Member) -> dict[str, Callable[[Tensor], Tensor]]:
     )
 
 
+def _input(member: Member | None, images: Tensor | None, latents: Tensor | None) -> Tensor:
+    """Return what a member measures: images, or latents; without a member, images."""
+    if member is None or not member.takes_latents:
+        assert images is not None  # whoever leaves them out asks `needs_images` before
+        return images
+    if latents is None:
+        raise no_latents(member.name)
+    return latents
+
+
+def no_latents(name: str) -> ConfigError:
+    """Return the error of a reward that takes latents where there are images alone."""
+    return ConfigError(
+        f"reward '{name}' measures latents, and an image that was read from a file has none",
+        hint="train and evaluate sample images themselves, and can measure it",
+    )
+
+
 def _ask(member: Member, images: Tensor, prompts: Sequence[str]) -> object:
     """Return what a reward returns; errors of a user's own reward are reported as the user's."""
     if member.name in registry.SHIPPED:
@@ -281,10 +344,11 @@ def _ask(member: Member, images: Tensor, prompts: Sequence[str]) -> object:
     with user.faults(RunError, f"reward '{member.name}' failed"):
         answer = member.reward(given, list(prompts))
     # sync point
+    what = "latents" if member.takes_latents else "images"
     if given._version != version or not torch.equal(given.detach(), images.detach()):
         raise ConfigError(
-            f"reward '{member.name}' changes the images it is given, which others use too",
-            hint="write x = x - 1 instead of x -= 1, or begin with images = images.clone()",
+            f"reward '{member.name}' changes the {what} it is given, which others use too",
+            hint=f"write x = x - 1 instead of x -= 1, or begin with {what} = {what}.clone()",
         )
     return answer
 

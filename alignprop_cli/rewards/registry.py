@@ -1,20 +1,18 @@
 """Rewards by name: the shipped ones, those of installed packages, and a user's own.
 
 A name is one of
-  clip, brightness, ...            shipped, listed below
+  clip, brightness, ...            shipped, listed in catalogue.py
   package.module:attribute         a function, or a class, constructed with the given options
   path/to/file.py:attribute        the same from a file
   any name in the entry point group `alignprop.rewards` of an installed package
   python:blueness                  an object that a Python caller has given; see `given`.
 
-To ship another reward, add one file to this folder and one line to `SHIPPED`. Its options are the
-arguments of its constructor. They are read from the source, so that names and options are checked
-before torch or a model library is loaded.
+Names and options of shipped rewards are in catalogue.py. They are checked before torch or a model
+library is loaded.
 """
 
 from __future__ import annotations
 
-import ast
 import importlib
 import importlib.util
 import inspect
@@ -22,7 +20,6 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -32,6 +29,7 @@ from alignprop_cli.config.guard import HeldOutConfig
 from alignprop_cli.config.schema import EMBEDDED_MODELS, PYTHON, RewardConfig
 from alignprop_cli.errors import AssetError, ConfigError, did_you_mean
 from alignprop_cli.paths import user_path
+from alignprop_cli.rewards.catalogue import SHIPPED
 
 if TYPE_CHECKING:
     import torch
@@ -40,109 +38,6 @@ if TYPE_CHECKING:
     from alignprop_cli.rewards.frozen import MetaReward
 
 GROUP = "alignprop.rewards"
-
-# The type of an option's value, by the annotation of the constructor's argument.
-_KINDS: Mapping[str, type] = {
-    **{kind.__name__: kind for kind in (str, int, float, bool)},
-    "Sequence[str]": list,
-}
-
-# Text options that hold a word; every other one names a file, a hub id or a prompt set. A new one
-# belongs here only if no value of it can make the program load something.
-_WORDS = {"object", "version", "measure"}
-
-
-@dataclass(frozen=True)
-class Shipped:
-    """Where a shipped reward is, and what must be known about it before it is loaded.
-
-    Args:
-        target: module:attribute, in this folder.
-        reads_prompt: Whether its result depends on the prompt.
-        instead: Option that replaces the prompt where it is set.
-        trainable: Whether it has a gradient.
-    """
-
-    target: str
-    reads_prompt: bool = True
-    instead: str | None = None
-    trainable: bool = True
-
-    @property
-    def options(self) -> Mapping[str, type]:
-        """Return the name and type of each option."""
-        return {name: kind for name, (kind, _) in _arguments(self.target).items()}
-
-    @property
-    def places(self) -> Mapping[str, str | None]:
-        """Return the options that name a file, a hub id or a prompt set, with their defaults.
-
-        A configuration that came with weights may set these only to what the user typed or to a
-        shipped default: see config/trust.py.
-        """
-        return {
-            name: default
-            for name, (kind, default) in _arguments(self.target).items()
-            if kind is str and name not in _WORDS
-        }
-
-
-SHIPPED: Mapping[str, Shipped] = {
-    "clip": Shipped("clip:ClipReward"),
-    "clip_count": Shipped("clip_count:ClipCount"),
-    "clip_choice": Shipped("clip_choice:ClipChoice"),
-    "aesthetic": Shipped("aesthetic:AestheticReward", reads_prompt=False),
-    "hps": Shipped("hps:HpsReward"),
-    "hps-official": Shipped("hps_official:OfficialHps", trainable=False),
-    "pickscore": Shipped("pickscore:PickScore"),
-    "imagereward": Shipped("imagereward:ImageReward"),
-    "compressibility": Shipped("jpeg:Compressibility", reads_prompt=False),
-    "incompressibility": Shipped("jpeg:Incompressibility", reads_prompt=False),
-    "count": Shipped("detect:Count", instead="number"),
-    "remove": Shipped("detect:Remove", reads_prompt=False),
-    "brightness": Shipped("pixel:brightness", reads_prompt=False),
-    "redness": Shipped("pixel:redness", reads_prompt=False),
-    "contrast": Shipped("pixel:contrast", reads_prompt=False),
-    "colourfulness": Shipped("pixel:colourfulness", reads_prompt=False),
-    "symmetry": Shipped("pixel:symmetry", reads_prompt=False),
-}
-
-
-@cache
-def _arguments(target: str) -> Mapping[str, tuple[type, Any]]:
-    """Return the arguments of a shipped reward's constructor, read from its source.
-
-    Returns:
-        The type and the default of each; the default is None where there is none.
-    """
-    # Parsed, not imported: an import would load torch and a model library, which takes seconds.
-    module, _, name = target.partition(":")
-    source = Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8")
-    body = ast.parse(source).body
-    classes = {n.name: n for n in body if isinstance(n, ast.ClassDef)}
-    # A default is a literal, or a constant of the same file.
-    constants = {ast.unparse(n.targets[0]): n.value for n in body if isinstance(n, ast.Assign)}
-    while name in classes:
-        found = classes[name]
-        for node in found.body:
-            if isinstance(node, ast.FunctionDef) and node.name == "__init__":
-                arguments, defaults = node.args.args[1:], node.args.defaults
-                # As in a call, defaults belong to the last arguments.
-                required = [ast.Constant(None)] * (len(arguments) - len(defaults))
-                values = [constants.get(ast.unparse(d), d) for d in (*required, *defaults)]
-                return {
-                    a.arg: (_kind(a.annotation), ast.literal_eval(value))
-                    for a, value in zip(arguments, values, strict=True)
-                }
-        # No constructor of its own: look at its base class, which is in the same file.
-        name = ast.unparse(found.bases[0])
-    return {}  # a function, which takes no options
-
-
-def _kind(annotation: ast.expr | None) -> type:
-    """Return the type that an annotation such as `str | None` allows besides None."""
-    text = "" if annotation is None else ast.unparse(annotation)
-    return _KINDS[text.removesuffix(" | None")]
 
 
 def names() -> list[str]:
@@ -323,6 +218,24 @@ def on_meta(name: str, options: Mapping[str, Any], dtype: torch.dtype) -> MetaRe
     raise ConfigError(
         f"reward '{name}': on_meta must return a MetaReward or None, got {type(found).__name__}"
     )
+
+
+def takes_latents(name: str) -> bool:
+    """Return whether a reward measures latents instead of images; see `base.Reward`.
+
+    Args:
+        name: Of the reward. One that is not shipped is imported, but not constructed.
+
+    Raises:
+        ConfigError, AssetError: If the name is unknown, or its module or file is missing or fails.
+    """
+    from alignprop_cli.rewards import base, user
+
+    check(name, {})
+    if name in SHIPPED:
+        return False
+    with user.faults(AssetError, f"reward '{name}': takes_latents cannot be read"):
+        return base.takes_latents(_import(name))
 
 
 def parameters(name: str, options: Mapping[str, Any]) -> int:

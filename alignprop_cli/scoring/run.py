@@ -18,7 +18,8 @@ from alignprop_cli.config.schema import LossConfig, RewardConfig
 from alignprop_cli.console import Console, printable
 from alignprop_cli.errors import RunError
 from alignprop_cli.prompts import cut_note
-from alignprop_cli.rewards.mixture import Mixture, build_mixture
+from alignprop_cli.rewards import registry
+from alignprop_cli.rewards.mixture import Mixture, build_mixture, no_latents
 from alignprop_cli.scoring import files, rows, scorer
 from alignprop_cli.scoring.captions import PromptFinder
 from alignprop_cli.scoring.rows import Format, Row
@@ -61,8 +62,14 @@ def build_measures(
     """Build the rewards of a configuration on a device.
 
     Raises:
-        ConfigError, AssetError: As `build_mixture`.
+        ConfigError, AssetError: As `build_mixture`; also a ConfigError for a reward that takes
+            latents.
     """
+    # Before weights are loaded that can measure nothing.
+    for name, reward in rewards.items():
+        registry.check(name, reward.options)
+        if registry.takes_latents(name):
+            raise no_latents(name)
     return Measures(
         build_mixture(rewards, loss, device),
         device,

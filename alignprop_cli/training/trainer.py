@@ -1,14 +1,12 @@
 """One training step on one page: roll out, run the calls with gradient, decode, score, go back.
 
-Everything random in a step is a function of (seed, step, index of the image in the step), so a
-step is the same however it is divided into batches and processes, and resuming is exact.
+All randomness is a function of (seed, step, image): dividing a step or resuming changes nothing.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -168,21 +166,23 @@ class Trainer:
         )
 
     def score(self, batch: Batch, latents: Tensor, totals: Totals) -> Tensor:
-        """Decode and score clean latents in chunks, and return the gradient of the loss in them."""
+        """Decode, if a reward takes images, and score in chunks; return the gradient in latents."""
         # The weights make it the mean over the global batch, however that is divided. With n ends
         # there are n clean latents per image, each with 1 / n of its weight.
         prompts = [image.prompt for image in batch] * (len(latents) // len(batch))
         weight = len(batch) / (len(latents) * self.settings.batch_size)
         gradients, scale = list[Tensor](), self.optimizer.scaler.scale
+        decode = self.model.reward_decoder.decode if self.mixture.needs_images else None
         for start in range(0, len(latents), self.plan.decode_batch):
             part = slice(start, start + self.plan.decode_batch)
             ends = latents[part].requires_grad_()  # (b, C, h, w), a leaf
-            images = self.model.reward_decoder.decode(ends, recompute=self.plan.checkpoint_decoder)
+            images = decode(ends, recompute=self.plan.checkpoint_decoder) if decode else None
             gradient, losses, scores = self.mixture.differentiate(
-                images, prompts[part], lambda losses: scale(losses.sum() * weight)
+                images, prompts[part], lambda losses: scale(losses.sum() * weight), ends
             )
-            images.backward(gradient)  # (b, 3, H, W), on through the decoder to `ends`
-            gradients.append(cast(Tensor, ends.grad))
+            if images is not None:
+                images.backward(gradient)  # (b, 3, H, W), on through the decoder to `ends`
+            gradients.append(ends.grad)  # type: ignore[arg-type]
             totals.add(losses, scores, len(batch[0].path))
         return torch.cat(gradients)
 

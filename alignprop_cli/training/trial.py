@@ -107,8 +107,9 @@ class Trial:
         prompts = [image.prompt for image in batch]
         denoise, _ = trainer.chain(batch)
         latents = torch.randn(images, *trainer.shape, device=trainer.model.device)
-        pictures = self._decoded(latents)
-        upstream = torch.ones_like(pictures)
+        # None where all rewards take latents.
+        pictures = self._decoded(latents) if trainer.mixture.needs_images else None
+        upstream = None if pictures is None else torch.ones_like(pictures)
         plain = trainer.replay.around(merged.around(denoise))
 
         # 2. The four parts, as a step runs them.
@@ -121,11 +122,14 @@ class Trial:
             ends.backward(torch.ones_like(ends))
 
         def decoder() -> None:
-            leaf = latents.detach().requires_grad_()
-            trainer.model.reward_decoder.decode(leaf, recompute=False).backward(upstream)
+            if pictures is not None:
+                leaf = latents.detach().requires_grad_()
+                decoded = trainer.model.reward_decoder.decode(leaf, recompute=False)
+                decoded.backward(upstream)
 
         def reward() -> None:
-            trainer.mixture.differentiate(pictures, prompts, lambda losses: losses.sum())
+            leaf = latents.detach().requires_grad_()
+            trainer.mixture.differentiate(pictures, prompts, lambda losses: losses.sum(), leaf)
 
         return {"rollout": rollout, "call": call, "decoder": decoder, "reward": reward}
 

@@ -180,13 +180,13 @@ def _tail(trainer: Trainer, begin: Callable[[], None], end: Callable[[], None]) 
         begin()
         return decode(*arguments, **options)
 
-    def differentiated(images: Any, prompts: Any, to_loss: Callable[[Any], Any]) -> Any:
+    def differentiated(images: Any, prompts: Any, to_loss: Callable[[Any], Any], ends: Any) -> Any:
         def scored(losses: Any) -> Any:
             loss = to_loss(losses)
             end()
             return loss
 
-        return differentiate(images, prompts, scored)
+        return differentiate(images, prompts, scored, ends)
 
     with (
         patch.object(decoder, "decode", decoded),

@@ -106,7 +106,7 @@ def test_a_reward_that_is_not_known_before_it_is_loaded_is_said_not_to_be_counte
     mine = tmp_path / "mine.py"
     mine.write_text("def best(images, prompts):\n    return images.mean((1, 2, 3))\n")
     members = {f"{mine}:best": RewardConfig(), "brightness": RewardConfig()}
-    works, weights, uncounted = planning._rewards(members, (16, 16), "cpu")
+    works, weights, uncounted = planning._rewards(members, (16, 16), (4, 2, 2), "cpu")
     assert uncounted == (f"{mine}:best",)
     assert weights == 0
     # Luma keeps nothing of the image's size but is made of it.
@@ -122,7 +122,9 @@ WITHOUT_NETWORK = (
 
 @pytest.mark.parametrize("name", WITHOUT_NETWORK)
 def test_every_reward_without_a_network_can_be_counted(name: str) -> None:
-    works, weights, uncounted = planning._rewards({name: RewardConfig()}, (32, 16), "cuda")
+    works, weights, uncounted = planning._rewards(
+        {name: RewardConfig()}, (32, 16), (4, 4, 2), "cuda"
+    )
     assert (weights, uncounted) == (0, ())
     assert works[False].forward(1) > 0.0
     assert works[True].forward(2) == 2 * works[False].forward(1)
@@ -130,7 +132,7 @@ def test_every_reward_without_a_network_can_be_counted(name: str) -> None:
 
 def test_the_weights_of_a_reward_are_counted_in_its_precision() -> None:
     members = {"clip": RewardConfig(dtype="bfloat16"), "brightness": RewardConfig()}
-    works, weights, uncounted = planning._rewards(members, (32, 32), "cpu")
+    works, weights, uncounted = planning._rewards(members, (32, 32), (4, 4, 4), "cpu")
     assert uncounted == ()
     assert weights == 2 * registry.parameters("clip", {}) > 0
     # Its blocks are recomputed in the second one.

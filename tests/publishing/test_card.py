@@ -13,7 +13,7 @@ from markdown_it import MarkdownIt
 from alignprop_cli.config import presets
 from alignprop_cli.models.published import PUBLISHED
 from alignprop_cli.publishing import card, facts, shared
-from alignprop_cli.rewards.registry import SHIPPED
+from alignprop_cli.rewards.catalogue import SHIPPED
 
 ROOT = Path(__file__).parents[2]
 PAIRED = {"base": 0.25, "tuned": 0.5, "difference": 0.25, "low": 0.125, "high": 0.375}

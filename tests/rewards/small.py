@@ -11,7 +11,9 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from safetensors.torch import save_file
+from timm.models import register_model
+from timm.models.vision_transformer import VisionTransformer, _create_vision_transformer
 from torch import Tensor
 from transformers import (
     CLIPConfig,
@@ -102,6 +104,61 @@ def shrink_hps(patch: pytest.MonkeyPatch) -> None:
     config = open_clip_config(image_size=SIZE)
     patch.setitem(open_clip.factory._MODEL_CONFIGS, "small-hps", config)
     patch.setattr(hps, "ARCHITECTURE", "small-hps")
+
+
+@register_model
+def small_siglip_tower(pretrained: bool = False, **options: Any) -> VisionTransformer:
+    """Return a small one of timm's towers, of the kind that SigLIP has."""
+    sizes = {"img_size": SIZE, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    return _create_vision_transformer(
+        "vit_base_patch16_siglip_224",
+        pretrained=pretrained,
+        class_token=False,
+        **{"global_pool": "map", **sizes, **options},
+    )
+
+
+def small_siglip(folder: Path, **changes: Any) -> Path:
+    """Write a SigLIP with random weights and its tokenizer in open_clip's format."""
+    folder.mkdir(parents=True, exist_ok=True)
+    small_tokenizer(folder).save_pretrained(folder)
+    config = {
+        "embed_dim": 16,
+        "init_logit_bias": -10,
+        "custom_text": True,
+        "vision_cfg": {
+            "image_size": SIZE,
+            "timm_model_name": "small_siglip_tower",
+            "timm_model_pretrained": False,
+            "timm_pool": "map",
+            "timm_proj": "none",
+        },
+        "text_cfg": {
+            "context_length": 16,
+            "vocab_size": 256,
+            "hf_tokenizer_name": "in this folder",
+            "tokenizer_kwargs": {"clean": "canonicalize"},
+            "width": 16,
+            "heads": 2,
+            "layers": 2,
+            "no_causal_mask": True,
+            "proj_bias": True,
+            "pool_type": "last",
+            "norm_kwargs": {"eps": 1e-6},
+        },
+    }
+    config.update(changes)
+    preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "resize_mode": "squash"}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        known = {name: value for name, value in config.items() if name != "custom_text"}
+        model = open_clip.CustomTextCLIP(**known)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.2) if parameter.ndim else None
+    written = {"model_cfg": config, "preprocess_cfg": preprocess}
+    (folder / "open_clip_config.json").write_text(json.dumps(written), encoding="utf-8")
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+    return folder
 
 
 LABELS = {0: "N/A", 1: "cat", 2: "dog", 3: "traffic light"}
@@ -280,6 +337,7 @@ SMALL: Mapping[str, Callable[[Path], dict[str, Any]]] = {
     "hps v2.1": lambda folder: {"weights": str(hps_weights(folder))},
     "hps v2.0": lambda folder: {"weights": str(hps_weights(folder)), "version": "v2.0"},
     "pickscore": _pickscore,
+    "siglip": lambda folder: {"model": str(small_siglip(folder / "siglip"))},
     "imagereward": _imagereward,
     "count yolos": _detector(small_yolos),
     "count owlv2": _detector(small_owlv2),
@@ -295,5 +353,5 @@ SMALL: Mapping[str, Callable[[Path], dict[str, Any]]] = {
 }
 """Of every reward, its variants after the name: writes what it loads, and returns its options."""
 
-NETWORKS = tuple(SMALL)[:12]
+NETWORKS = tuple(SMALL)[:13]
 """Those that hold a pretrained network."""

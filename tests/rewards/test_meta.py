@@ -75,6 +75,8 @@ def test_shipped_rewards_are_known_without_downloads(
         ("hps", {}, 986e6),
         ("pickscore", {}, 986e6),
         ("imagereward", {}, 441e6),
+        ("siglip", {}, 878e6),
+        ("siglip", {"model": "ViT-B-16-SigLIP2"}, 375e6),
         ("clip", {"model": "ViT-B-32"}, 151e6),
         ("count", {"object": "cat"}, 6.5e6),  # YOLOS-tiny
         ("count", {"object": "cat", "model": "google/owlv2-base-patch16-ensemble"}, 155e6),
@@ -93,6 +95,7 @@ def test_the_published_networks_have_their_known_sizes(
         ("clip", {"model": "hf-hub:nobody/nothing"}),
         ("aesthetic", {"model": "nobody/nothing"}),
         ("pickscore", {"model": "nobody/nothing"}),
+        ("siglip", {"model": "hf-hub:nobody/nothing"}),
         ("count", {"object": "cat", "model": "nobody/yolos"}),
         # kornia looks at values.
         ("compressibility", {"measure": "round_trip"}),
