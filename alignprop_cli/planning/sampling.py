@@ -36,24 +36,15 @@ class SamplingNeed:
         height: Of an image, in pixels.
         width: Of an image, in pixels.
         weights: Bytes of the networks.
-<<<<<<< HEAD
         parts: Bytes while a batch is sampled and scored; they are not needed at the same time.
-=======
-        each: Bytes of one image of a batch while it is sampled and scored, by part; the parts are
-            not needed at the same time.
         on_disk: Whether the images of all models are too many to be kept in RAM.
->>>>>>> sets21
     """
 
     height: int
     width: int
     weights: int
-<<<<<<< HEAD
     parts: Mapping[str, Affine]
-=======
-    each: Mapping[str, float]
     on_disk: bool = False
->>>>>>> sets21
 
     @property
     def kept(self) -> int:
@@ -109,18 +100,12 @@ def check_memory(
     free -= kept if device.type == "cpu" else 0
     batch = min(config.eval.batch_size, config.eval.images)
     if need.peak(batch) <= free:
-<<<<<<< HEAD
-        return
-    part = max(need.parts, key=lambda name: need.parts[name](batch))
-    fits = need.fitting(free)
-=======
         if disk is not None and need.on_disk:
             # Their pixels, and the files that are made of them.
             check_space(disk, 2 * written, f"an evaluation of {count} images of {size}")
         return need
-    part = max(need.each, key=lambda name: need.each[name])
-    fits = math.floor((free - need.weights) / need.each[part])
->>>>>>> sets21
+    part = max(need.parts, key=lambda name: need.parts[name](batch))
+    fits = need.fitting(free)
     raise RunError(
         f"sampling {batch} images of {size} together needs at least {need.peak(batch) / GIB:.2f} "
         f"GiB, most of it for the {part}; there are {free / GIB:.2f} GiB ({source})",
