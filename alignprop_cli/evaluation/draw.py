@@ -246,25 +246,32 @@ def draw_samples(
     with lora.prepared(model.network.module) as merged:
         for start in range(0, len(samples), batch_size):
             batch = samples[start : start + batch_size]
-            # Rewards and features are computed before the images are rounded to bytes.
             latents = _latents(model, batch, sampler, seed, merged, base_until)
-            images = model.decoder.decode(latents)  # (B, 3, H, W), in [0, 1]
-            scores = mixture.score(images, [sample.prompt for sample in batch], latents)
-            made = to_uint8(images).numpy()
+            images, part = _measured(model, mixture, batch, latents, features)
             if kept is None:
-                kept = allocate((len(samples), *made.shape[1:]))
-            kept[start : start + len(batch)] = made
-            parts.append(
-                Samples(
-                    tuple(batch),
-                    made[:0],
-                    {name: _numbers(values) for name, values in scores.items()},
-                    None if features is None else _numbers(features(images)),
-                )
-            )
+                kept = allocate((len(samples), *images.shape[1:]))
+            kept[start : start + len(batch)] = images
+            parts.append(part)
             on_batch(len(batch))
     assert kept is not None
     return replace(_joined(parts), images=kept)
+
+
+def _measured(
+    model: Model,
+    mixture: Mixture,
+    batch: Sequence[Sample],
+    latents: Tensor,
+    features: Features | None,
+) -> tuple[NDArray[np.uint8], Samples]:
+    """Return the images of a batch, and what is measured of them, without the images."""
+    # Rewards and features are computed before the images are rounded to bytes.
+    images = model.decoder.decode(latents)  # (B, 3, H, W), in [0, 1]
+    scores = mixture.score(images, [sample.prompt for sample in batch], latents)
+    made = to_uint8(images).numpy()
+    found = None if features is None else _numbers(features(images))
+    rewards = {name: _numbers(values) for name, values in scores.items()}
+    return made, Samples(tuple(batch), made[:0], rewards, found)
 
 
 def _latents(
