@@ -170,7 +170,8 @@ def same_end(run: Path, undisturbed: Path, keep: int | None = None) -> None:
     for file, data in theirs.items():
         assert ours[file] == data, file
     assert metrics(run) == metrics(undisturbed)
-    assert {p.name for p in run.iterdir()} == {p.name for p in undisturbed.iterdir()}
+    names, expected = ({p.name for p in folder.iterdir()} for folder in (run, undisturbed))
+    assert names == expected, names ^ expected
     kept = sorted(p.name for p in (run / "checkpoints").iterdir())
     best = {p.name for p in (undisturbed / "checkpoints").glob("best")}
     assert best == {name for name in kept if name == "best"}

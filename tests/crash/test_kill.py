@@ -180,7 +180,6 @@ def killed_at_random(commands: Commands, place: Path, times: int, seed: int) -> 
         whole_checkpoints(here / "run")
         # Some are killed several times before they are done.
         if done.code == 0 or rng.random() < 0.5:
-            grow_old(here)
             done = commands(*TO_RUN, cwd=here)
             assert done.code == 0, done.err
             same_end(here / "run", undisturbed)
