@@ -228,7 +228,10 @@ def _impossible_rates(train: TrainConfig) -> Iterable[Problem]:
         )
     if train.lr_rules is not None:
         if name != "piecewise_constant":
-            yield Problem("train.lr_rules", "train.lr_schedule is not piecewise_constant")
+            yield Problem(
+                "train.lr_rules",
+                f"train.lr_schedule is {name or 'null'}, only piecewise_constant has rules",
+            )
         ends = [int(part.rpartition(":")[2]) for part in train.lr_rules.split(",")[:-1]]
         # diffusers sorts them, and keeps one of two that are equal.
         if any(later <= earlier for earlier, later in pairwise(ends)):

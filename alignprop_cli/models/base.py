@@ -134,6 +134,13 @@ class Source:
     device: torch.device | None = None
 
 
+def meta_embeds(source: Source, **shapes: tuple[int, ...]) -> Embeds:
+    """Return embeddings of one prompt on the meta device, by name and shape without the batch."""
+    return Embeds(
+        {n: torch.empty((1, *s), dtype=source.dtype, device="meta") for n, s in shapes.items()}
+    )
+
+
 @dataclass(frozen=True)
 class Parts:
     """The parts of a model that stay for the whole run."""

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from alignprop_cli.errors import AssetError, ConfigError
+from alignprop_cli.guidance import Embeds
 from alignprop_cli.models import full_weights, loading
 from alignprop_cli.models.base import Source
 from alignprop_cli.models.quantized import quantize_part
@@ -180,6 +181,27 @@ def load_config(source: Source, name: str, file: str = "config.json") -> dict[st
     if found is None:
         raise AssetError(f"model.id: cannot load {source.path}: it has no {name}/{file}")
     return found
+
+
+def check_widths(found: Embeds, source: Source, **keys: str) -> None:
+    """Refuse text encoders whose embeddings are not what the network reads.
+
+    Args:
+        found: Embeddings of a prompt.
+        source: The model.
+        keys: By the name of an embedding, the key of its width in the network's configuration.
+
+    Raises:
+        ConfigError: With both widths.
+    """
+    network = load_config(source, "transformer")
+    for name, key in keys.items():
+        have, wanted = found.tensors[name].shape[-1], network.get(key)
+        if wanted not in (None, have):
+            raise ConfigError(
+                f"model.id: {source.path}: transformer: {key}: the network reads embeddings of "
+                f"width {wanted}, those of the texts have {have}"
+            )
 
 
 def freeze(module: Any) -> Any:

@@ -7,18 +7,17 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from alignprop_cli.errors import ConfigError
 from alignprop_cli.guidance import Conditioning, Embeds
 from alignprop_cli.models import components, loading
-from alignprop_cli.models.base import MetaModel, Parts, Source
-from alignprop_cli.models.components import PartRules
+from alignprop_cli.models.base import MetaModel, Parts, Source, meta_embeds
+from alignprop_cli.models.components import PartRules, check_widths
 from alignprop_cli.models.flow import SCHEDULER, FlowTransformer, Sizes
 from alignprop_cli.models.rules import NOTHING, SIZE, either, one_of
-from alignprop_cli.models.sd3 import VAE, check_widths, padded_tokens, shifted_decoder
+from alignprop_cli.models.sd3 import VAE, linear_shift, padded_tokens, shifted_decoder
 from alignprop_cli.prompts import for_tokenizer
 
 LENGTH = 512
@@ -90,14 +89,7 @@ class Flux1Transformer(FlowTransformer):
 
     def shift(self, steps: int, latent_shape: tuple[int, int, int]) -> float | None:
         """Return mu, linear in the number of tokens; a static shift does not use it."""
-        config = self._scheduler_config
-        return calculate_shift(
-            (latent_shape[1] // 2) * (latent_shape[2] // 2),
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.15),
-        )
+        return linear_shift(self._scheduler_config, latent_shape, 2)
 
     def predict(self, latents: Tensor, timestep: float, embeds: Embeds) -> Tensor:
         """Call the network in its own precision, timesteps of 0 to 1000; see `Network`."""
@@ -157,7 +149,7 @@ def load_text_encoders(source: Source, device: torch.device) -> Flux1Text:
         made = Flux1Text(*pairs)
         # What is wrong with them shows in the first use.
         found = made.encode([""])[0]
-        check_widths(found, components.load_config(source, "transformer"), source)
+        check_widths(found, source, hidden="joint_attention_dim", pooled="pooled_projection_dim")
         return made
 
 
@@ -186,12 +178,10 @@ def on_meta(source: Source) -> MetaModel:
     network = components.network_on_meta(source, "transformer", FluxTransformer2DModel)
     vae = components.network_on_meta(source, "vae", AutoencoderKL)
     made = _parts(network, vae, source)
-    shapes = {
-        "hidden": (LENGTH, network.config.joint_attention_dim),
-        "pooled": (network.config.pooled_projection_dim,),
-    }
-    embeds = Embeds(
-        {n: torch.empty((1, *s), dtype=source.dtype, device="meta") for n, s in shapes.items()}
+    embeds = meta_embeds(
+        source,
+        hidden=(LENGTH, network.config.joint_attention_dim),
+        pooled=(network.config.pooled_projection_dim,),
     )
     return MetaModel(made, Conditioning(embeds, embeds), made.network.sizes.image_size)
 

@@ -13,8 +13,8 @@ from transformers import Qwen2TokenizerFast, Qwen3ForCausalLM
 from alignprop_cli.errors import ConfigError
 from alignprop_cli.guidance import Conditioning, Embeds
 from alignprop_cli.models import components, loading
-from alignprop_cli.models.base import MetaModel, Parts, Source
-from alignprop_cli.models.components import PartRules
+from alignprop_cli.models.base import MetaModel, Parts, Source, meta_embeds
+from alignprop_cli.models.components import PartRules, check_widths
 from alignprop_cli.models.flow import SCHEDULER, FlowTransformer, Sizes
 from alignprop_cli.models.qwen import LENGTH, QwenText
 from alignprop_cli.models.rules import SIZE, list_of, number, one_of
@@ -139,13 +139,7 @@ def load_text_encoders(source: Source, device: torch.device) -> Flux2Text:
             raise ValueError(f"the text encoder has {layers} layers, {LAYERS[-1]} are read")
         made = Flux2Text(tokenizer, encoder.to(device))
         # What is wrong with them shows in the first use.
-        width = made.encode([""])[0].tensors["hidden"].shape[-1]
-    network = components.load_config(source, "transformer")
-    if network.get("joint_attention_dim") not in (None, width):
-        raise ConfigError(
-            f"model.id: {source.path}: transformer: joint_attention_dim: the network reads "
-            f"embeddings of width {network['joint_attention_dim']}, the text encoder's have {width}"
-        )
+        check_widths(made.encode([""])[0], source, hidden="joint_attention_dim")
     return made
 
 
@@ -174,8 +168,7 @@ def on_meta(source: Source) -> MetaModel:
     network = components.network_on_meta(source, "transformer", Flux2Transformer2DModel)
     vae = components.network_on_meta(source, "vae", AutoencoderKLFlux2)
     made = _parts(network, vae, source)
-    shape = (1, LENGTH, network.config.joint_attention_dim)
-    embeds = Embeds({"hidden": torch.empty(shape, dtype=source.dtype, device="meta")})
+    embeds = meta_embeds(source, hidden=(LENGTH, network.config.joint_attention_dim))
     return MetaModel(made, Conditioning(embeds, embeds), made.network.sizes.image_size)
 
 

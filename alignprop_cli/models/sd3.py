@@ -19,8 +19,8 @@ from transformers import (
 from alignprop_cli.errors import ConfigError
 from alignprop_cli.guidance import Conditioning, Embeds
 from alignprop_cli.models import components, loading
-from alignprop_cli.models.base import MetaModel, Parts, Source
-from alignprop_cli.models.components import PartRules
+from alignprop_cli.models.base import MetaModel, Parts, Source, meta_embeds
+from alignprop_cli.models.components import PartRules, check_widths
 from alignprop_cli.models.flow import SCHEDULER, FlowTransformer, Sizes
 from alignprop_cli.models.padding import CountedPadding
 from alignprop_cli.models.rules import NOTHING, SIZE, either, list_of, number, one_of
@@ -132,6 +132,30 @@ def padded_tokens(tokenizer: Any, prompt: str, length: int, encoder: Any) -> Ten
     return tokens.input_ids.to(encoder.device)
 
 
+def linear_shift(
+    scheduler_config: Mapping[str, Any],
+    latent_shape: tuple[int, int, int],
+    patch: int,
+    *,
+    largest: float = 1.15,
+) -> float:
+    """Return mu of a dynamic shift, linear in the number of patches.
+
+    Args:
+        scheduler_config: The configuration of the model's scheduler.
+        latent_shape: (C, h, w).
+        patch: Latents in a row of a patch.
+        largest: mu of 1024 x 1024 pixels where the configuration does not say it.
+    """
+    return calculate_shift(
+        (latent_shape[1] // patch) * (latent_shape[2] // patch),
+        scheduler_config.get("base_image_seq_len", 256),
+        scheduler_config.get("max_image_seq_len", 4096),
+        scheduler_config.get("base_shift", 0.5),
+        scheduler_config.get("max_shift", largest),
+    )
+
+
 class Sd3Transformer(FlowTransformer):
     """The network; see `Network`."""
 
@@ -146,13 +170,7 @@ class Sd3Transformer(FlowTransformer):
         config, patch = self._scheduler_config, self.module.config.patch_size
         if not config.get("use_dynamic_shifting"):
             return None
-        return calculate_shift(
-            (latent_shape[1] // patch) * (latent_shape[2] // patch),
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.16),
-        )
+        return linear_shift(config, latent_shape, patch, largest=1.16)
 
     def predict(self, latents: Tensor, timestep: float, embeds: Embeds) -> Tensor:
         """Call the network in its own precision, timesteps of 0 to 1000; see `Network`."""
@@ -220,7 +238,7 @@ def load_text_encoders(source: Source, device: torch.device) -> Sd3Text:
         made = Sd3Text(clips, t5, width, 1 if _counts_padding(source, network) else T5_LENGTH)
         # What is wrong with them shows in the first use.
         found = made.encode([""])[0]
-        check_widths(found, network, source)
+        check_widths(found, source, hidden="joint_attention_dim", pooled="pooled_projection_dim")
         return made
 
 
@@ -252,12 +270,10 @@ def on_meta(source: Source) -> MetaModel:
     clip = components.read_object(source.path / "text_encoder" / "config.json") or {}
     padding = 1 if _counts_padding(source, network.config) else T5_LENGTH
     length, config = clip.get("max_position_embeddings", 77) + padding, network.config
-    shapes = {
-        "hidden": (length, config.joint_attention_dim),
-        "pooled": (config.pooled_projection_dim,),
-    }
-    embeds = Embeds(
-        {n: torch.empty((1, *s), dtype=source.dtype, device="meta") for n, s in shapes.items()}
+    embeds = meta_embeds(
+        source,
+        hidden=(length, config.joint_attention_dim),
+        pooled=(config.pooled_projection_dim,),
     )
     return MetaModel(made, Conditioning(embeds, embeds), made.network.sizes.image_size)
 
@@ -305,14 +321,3 @@ def _parts(network: Any, vae: Any, source: Source) -> Parts:
         ),
         decoder=shifted_decoder(vae, source),
     )
-
-
-def check_widths(found: Embeds, network: dict[str, Any], source: Source) -> None:
-    """Refuse text encoders whose embeddings are not what the network reads."""
-    for name, key in (("hidden", "joint_attention_dim"), ("pooled", "pooled_projection_dim")):
-        have, wanted = found.tensors[name].shape[-1], network.get(key)
-        if wanted not in (None, have):
-            raise ConfigError(
-                f"model.id: {source.path}: transformer: {key}: the network reads embeddings of "
-                f"width {wanted}, the text encoders' have {have}"
-            )

@@ -18,7 +18,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from alignprop_cli.errors import ConfigError
 from alignprop_cli.guidance import Conditioning, Embeds
 from alignprop_cli.models import configs, loading, parts
-from alignprop_cli.models.base import MetaModel, Parts, Source
+from alignprop_cli.models.base import MetaModel, Parts, Source, meta_embeds
 from alignprop_cli.models.configs import STABLE_DIFFUSION
 from alignprop_cli.models.unet import UNet, check_tokenizer, make_parts, token_ids
 from alignprop_cli.prompts import for_tokenizer
@@ -225,12 +225,11 @@ def on_meta(source: Source) -> MetaModel:
     kinds = {f"text_encoder{suffix}": CLIPTextConfig for suffix in _SUFFIXES}
     pipeline, texts = parts.on_meta(KIND, source, kinds)
     first, second = (texts[name] for name in kinds)
-    shape = (1, first.max_position_embeddings, first.hidden_size + second.hidden_size)
-    embeds = Embeds(
-        {
-            "hidden": torch.empty(shape, dtype=source.dtype, device="meta"),  # (1, L, D)
-            "pooled": torch.empty((1, second.projection_dim), dtype=source.dtype, device="meta"),
-        }
+    width = first.hidden_size + second.hidden_size
+    embeds = meta_embeds(
+        source,
+        hidden=(first.max_position_embeddings, width),
+        pooled=(second.projection_dim,),
     )
     factor = pipeline.vae_scale_factor
     return MetaModel(

@@ -9,14 +9,14 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from alignprop_cli import images
 from alignprop_cli.errors import ConfigError
 from alignprop_cli.guidance import Conditioning, Embeds
 from alignprop_cli.models import configs, loading, parts, schedulers
-from alignprop_cli.models.base import MetaModel, Parts, Source
+from alignprop_cli.models.base import MetaModel, Parts, Source, meta_embeds
+from alignprop_cli.models.components import freeze, recompute
 from alignprop_cli.models.recompute import decoder_blocks
 from alignprop_cli.prompts import for_tokenizer
 from alignprop_cli.schedule import NoiseSchedule
@@ -93,7 +93,7 @@ class UNet:
         self, module: Any, scheduler_config: dict[str, Any], factor: int, model_id: str
     ) -> None:
         # Convolutions are faster in this memory layout, on the CPU and on tensor cores.
-        self.module: Any = _freeze(module).to(memory_format=torch.channels_last)
+        self.module: Any = freeze(module).to(memory_format=torch.channels_last)
         self._scheduler_config = scheduler_config
         self._factor = factor
         self._model_id = model_id
@@ -160,7 +160,7 @@ class UNet:
     def recompute_blocks(self, on: bool) -> None:
         """Switch checkpointing of the network's blocks on or off; see `Network`."""
         if on:
-            self.module.enable_gradient_checkpointing(_recompute)
+            self.module.enable_gradient_checkpointing(recompute)
         else:
             self.module.disable_gradient_checkpointing()
 
@@ -179,7 +179,7 @@ class VaeDecoder:
     """
 
     def __init__(self, module: Any, factor: int, tile_size: int | None, model_id: str) -> None:
-        self.module: Any = _freeze(module).to(memory_format=torch.channels_last)
+        self.module: Any = freeze(module).to(memory_format=torch.channels_last)
         self.module.use_tiling = tile_size is not None
         if tile_size is None:
             return
@@ -269,8 +269,7 @@ def on_meta(source: Source) -> MetaModel:
     """
     pipeline, found = parts.on_meta(KIND, source, {"text_encoder": CLIPTextConfig})
     text = found["text_encoder"]
-    shape = (1, text.max_position_embeddings, text.hidden_size)  # (1, L, D)
-    embeds = Embeds({"hidden": torch.empty(shape, dtype=source.dtype, device="meta")})
+    embeds = meta_embeds(source, hidden=(text.max_position_embeddings, text.hidden_size))
     factor = pipeline.vae_scale_factor
     return MetaModel(
         parts=make_parts(pipeline, source, KIND, UNet),
@@ -315,18 +314,4 @@ def make_parts(pipeline: Any, source: Source, kind: parts.Kind, network: type[UN
     return Parts(
         network=network(pipeline.unet, scheduler, factor, config.id),
         decoder=VaeDecoder(pipeline.vae, factor, config.vae_tile_size, config.id),
-    )
-
-
-def _freeze(module: Any) -> Any:
-    return module.eval().requires_grad_(False)
-
-
-def _recompute(block: torch.nn.Module, hidden_states: Tensor, *others: Any) -> Any:
-    """Run a block of the network with activation checkpointing."""
-    # Reentrant where there is a gradient into the block, for the reason given in `sampling._call`.
-    # In the first call of a path the first block has none.
-    reentrant = hidden_states.requires_grad
-    return checkpoint(
-        block, hidden_states, *others, use_reentrant=reentrant, preserve_rng_state=False
     )

@@ -7,22 +7,19 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, ZImageTransformer2DModel
-from diffusers.pipelines.z_image.pipeline_z_image import (
-    calculate_shift,
-    get_default_z_image_sigmas,
-)
+from diffusers.pipelines.z_image.pipeline_z_image import get_default_z_image_sigmas
 from torch import Tensor
 from transformers import Qwen2TokenizerFast, Qwen3Model
 
 from alignprop_cli.errors import ConfigError
 from alignprop_cli.guidance import Conditioning, Embeds
 from alignprop_cli.models import components, loading
-from alignprop_cli.models.base import MetaModel, Parts, Source
-from alignprop_cli.models.components import PartRules
+from alignprop_cli.models.base import MetaModel, Parts, Source, meta_embeds
+from alignprop_cli.models.components import PartRules, check_widths
 from alignprop_cli.models.flow import SCHEDULER, FlowTransformer, Sizes
 from alignprop_cli.models.qwen import LENGTH, QwenText
 from alignprop_cli.models.rules import NOTHING, SIZE, Rule, list_of, number, one_of
-from alignprop_cli.models.sd3 import VAE, shifted_decoder
+from alignprop_cli.models.sd3 import VAE, linear_shift, shifted_decoder
 
 PIXELS = 1024
 """Height and width of the pipeline's images where none is asked for."""
@@ -106,16 +103,9 @@ class ZImageTransformer(FlowTransformer):
 
     def shift(self, steps: int, latent_shape: tuple[int, int, int]) -> float | None:
         """Return mu by the number of patches; None where the shift is static, as published."""
-        config = self._scheduler_config
-        if not config.get("use_dynamic_shifting"):
+        if not self._scheduler_config.get("use_dynamic_shifting"):
             return None
-        return calculate_shift(
-            (latent_shape[1] // _PATCH) * (latent_shape[2] // _PATCH),
-            config.get("base_image_seq_len", 256),
-            config.get("max_image_seq_len", 4096),
-            config.get("base_shift", 0.5),
-            config.get("max_shift", 1.15),
-        )
+        return linear_shift(self._scheduler_config, latent_shape, _PATCH)
 
     def predict(self, latents: Tensor, timestep: float, embeds: Embeds) -> Tensor:
         """Call the network in its own precision, timesteps of 0 to 1000; see `Network`."""
@@ -147,13 +137,7 @@ def load_text_encoders(source: Source, device: torch.device) -> ZImageText:
     with loading.explained(source.config, source.path):
         made = ZImageText(tokenizer, encoder.to(device))
         # What is wrong with them shows in the first use.
-        width = made.encode([""])[0].tensors["hidden"].shape[-1]
-    network = components.load_config(source, "transformer")
-    if network.get("cap_feat_dim") not in (None, width):
-        raise ConfigError(
-            f"model.id: {source.path}: transformer: cap_feat_dim: the network reads embeddings of "
-            f"width {network['cap_feat_dim']}, the text encoder's have {width}"
-        )
+        check_widths(made.encode([""])[0], source, hidden="cap_feat_dim")
     return made
 
 
@@ -184,10 +168,9 @@ def on_meta(source: Source) -> MetaModel:
     network = components.network_on_meta(source, "transformer", ZImageTransformer2DModel)
     vae = components.network_on_meta(source, "vae", AutoencoderKL)
     made = _parts(network, vae, source)
-    shape = (1, LENGTH, network.config.cap_feat_dim)
-    hidden = torch.empty(shape, dtype=source.dtype, device="meta")
+    hidden = meta_embeds(source, hidden=(LENGTH, network.config.cap_feat_dim)).tensors
     # The length is a real number: the network reads it.
-    embeds = Embeds({"hidden": hidden, "length": torch.tensor([LENGTH], device="cpu")})
+    embeds = Embeds({**hidden, "length": torch.tensor([LENGTH], device="cpu")})
     return MetaModel(made, Conditioning(embeds, embeds), made.network.sizes.image_size)
 
 

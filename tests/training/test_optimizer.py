@@ -294,7 +294,7 @@ RULES = {"lr_schedule": "piecewise_constant"}
             "falls to 1e-7",
         ),
         ({"lr_schedule": "cosin"}, "train.lr_schedule", "input should be"),
-        ({"lr_rules": "1:10,0.1"}, "train.lr_rules", "is not piecewise_constant"),
+        ({"lr_rules": "1:10,0.1"}, "train.lr_rules", "is null, only piecewise_constant"),
         ({**RULES, "lr_rules": "1:10,0.1"}, "", ""),
         ({**RULES, "lr_rules": "1:20,0.5:10,0.1"}, "train.lr_rules", "steps have to rise"),
         ({**RULES, "lr_rules": "1:10,0.5:10,0.1"}, "train.lr_rules", "steps have to rise"),
