@@ -1,0 +1,93 @@
+"""Join reports of `tests/benchmarks/estimators.py training`, and draw docs/figures/estimators.png.
+
+A report holds any number of methods and seeds; each of them may be measured by a process of its
+own. Printed is a table: the mean over seeds of what the tuned model has more than the base model,
+and the least and the most of any seed.
+
+Run:  python docs/figures/estimators.py REPORT... > table.md
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+from matplotlib import pyplot as plt
+
+SHOWN = {"clip": "reward", "all": "all right", "diversity": "diversity", "jpeg_kilobytes": "JPEG, kB"}
+# Shares in points of a hundred.
+SCALE = {"all": 100.0}
+PANELS = ("clip", "all")
+INK, POINT = "#222222", "#4269d0"
+
+Cells = dict[str, list[float]]
+
+
+def read(files: list[str]) -> dict[tuple[str, str], Cells]:
+    """Return the values of each seed, by method and by what is equal."""
+    found: dict[tuple[str, str], Cells] = defaultdict(lambda: defaultdict(list))
+    for file in files:
+        columns: list[str] = []
+        for line in Path(file).read_text(encoding="utf-8").splitlines():
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            if cells[0] == "method":
+                columns = cells
+            elif columns and len(cells) == len(columns) and cells[1] in ("images", "seconds"):
+                for column, cell in zip(columns[2:], cells[2:], strict=True):
+                    seeds = re.search(r"\((.*)\)", cell)
+                    assert seeds is not None, cell
+                    values = [float(value) for value in seeds[1].split(",")]
+                    found[cells[0], cells[1]][column] += values
+    return found
+
+
+def table(found: dict[tuple[str, str], Cells]) -> None:
+    print(f"| method | equal | seeds | steps | s a step | {' | '.join(SHOWN.values())} |")
+    print("|---" * (5 + len(SHOWN)) + "|")
+    for (method, equal), cells in sorted(found.items(), key=lambda item: item[0][1]):
+        texts: list[str] = []
+        for name in SHOWN:
+            values = [SCALE.get(name, 1.0) * value for value in cells[name]]
+            digits = 1 if name in SCALE else 3
+            low, mean, high = min(values), sum(values) / len(values), max(values)
+            texts.append(f"{mean:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})")
+        steps = sorted({int(value) for value in cells["steps"]})
+        span = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
+        pace = sum(cells["step seconds"]) / len(cells["step seconds"])
+        count = len(cells["steps"])
+        print(f"| `{method}` | {equal} | {count} | {span} | {pace:.2f} | {' | '.join(texts)} |")
+
+
+def draw(found: dict[tuple[str, str], Cells], path: Path) -> None:
+    methods = sorted({method for method, _ in found}, key=lambda m: -_mean(found[m, "seconds"], "clip"))
+    figure, axes = plt.subplots(1, 2, figsize=(8, 0.32 * len(methods) + 1.3), sharey=True)
+    for place, name in zip(axes, PANELS, strict=True):
+        for row, method in enumerate(methods):
+            for equal, shift, colour in (("images", -0.14, "#9aa5b1"), ("seconds", 0.14, POINT)):
+                values = [SCALE.get(name, 1.0) * v for v in found[method, equal][name]]
+                rows = [row + shift] * len(values)
+                place.plot(values, rows, "o", ms=3.5, alpha=0.55, color=colour, mew=0)
+                mean = sum(values) / len(values)
+                label = f"equal {equal}" if row == 0 else None
+                place.plot([mean], [row + shift], "|", ms=11, mew=2, color=colour, label=label)
+        place.axvline(0.0, color=INK, lw=0.6)
+        place.set_xlabel(f"{SHOWN[name]}, tuned - base{' (points)' if name in SCALE else ''}")
+        place.grid(axis="x", alpha=0.25)
+        place.spines[["top", "right", "left"]].set_visible(False)
+    axes[0].set_yticks(range(len(methods)), methods)
+    axes[0].invert_yaxis()
+    axes[1].legend(frameon=False, loc="lower right", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=150)
+
+
+def _mean(cells: Cells, name: str) -> float:
+    return sum(cells[name]) / len(cells[name])
+
+
+if __name__ == "__main__":
+    values = read(sys.argv[1:])
+    table(values)
+    draw(values, Path(__file__).with_suffix(".png"))
