@@ -253,9 +253,14 @@ def draw_samples(
             if kept is None:
                 kept = allocate((len(samples), *made.shape[1:]))
             kept[start : start + len(batch)] = made
-            found = None if features is None else _numbers(features(images))
-            rewards = {name: _numbers(values) for name, values in scores.items()}
-            parts.append(Samples(tuple(batch), made[:0], rewards, found))
+            parts.append(
+                Samples(
+                    tuple(batch),
+                    made[:0],
+                    {name: _numbers(values) for name, values in scores.items()},
+                    None if features is None else _numbers(features(images)),
+                )
+            )
             on_batch(len(batch))
     assert kept is not None
     return replace(_joined(parts), images=kept)
