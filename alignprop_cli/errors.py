@@ -67,7 +67,7 @@ class ConfigError(AlignPropError):
 
 
 class NothingToDo(ConfigError):
-    """The run that is to be resumed has done all its steps."""
+    """The run that is to be resumed has done all its steps, or was stopped by the guard."""
 
 
 class AssetError(AlignPropError):

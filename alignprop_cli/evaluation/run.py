@@ -176,9 +176,10 @@ def _say_size(
     samples = choose_samples([""] * prompts, settings.images, settings.images_per_prompt)
     count = models * len(samples)
     # A PNG is never larger than its pixels, but for a few bytes.
+    each = f", {len(samples)} with each of {models} models" if models > 1 else ""
     console.note(
-        f"{count} images of {need.width} x {need.height} pixels, {len(samples)} with each of "
-        f"{models} models; at most {count * need.kept / 2**30:.2f} GiB as files"
+        f"{count} images of {need.width} x {need.height} pixels{each}; "
+        f"at most {count * need.kept / 2**20:,.1f} MiB as files"
     )
     said = layouts.remark(layout, samples, prompts)
     if said is not None:

@@ -20,6 +20,7 @@ import pytest
 from PIL import Image
 
 from alignprop_cli import benchmarks
+from alignprop_cli.commands.output import EVALUATION
 from alignprop_cli.errors import ConfigError
 from alignprop_cli.evaluation import layouts
 from alignprop_cli.evaluation.compare import Evaluation, Identity
@@ -99,6 +100,10 @@ def laid_out(
         for index, image in enumerate(found.images):
             save_image(image, folder / image_path(name, index), {})
     layouts.write(layout, result, entries, folder)
+    # All of it may be replaced by --overwrite.
+    for file in (path for path in folder.rglob("*") if path.is_file()):
+        name = file.relative_to(folder).as_posix()
+        assert any(re.fullmatch(ours, name) for ours in EVALUATION), name
     return result
 
 

@@ -324,6 +324,7 @@ def test_every_file_that_is_written_may_be_replaced() -> None:
         "hub/README.md",
         "hub/pytorch_lora_weights.safetensors",
         "hub/before_after.png",
+        "hub.json",
     )
     for name in written:
         assert any(re.fullmatch(one, name) for one in FILES), name
