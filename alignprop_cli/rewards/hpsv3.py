@@ -132,7 +132,7 @@ def _head(width: int) -> torch.nn.Sequential:
 
 
 def _on_meta(vocabulary: int) -> Any:
-    config = Qwen2VLConfig(**ARCHITECTURE)
+    config: Any = Qwen2VLConfig(**ARCHITECTURE)
     config.text_config.vocab_size = vocabulary
     with torch.device("meta"):
         return Qwen2VLModel(config)

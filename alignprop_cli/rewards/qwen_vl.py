@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any, cast
 
 import torch
@@ -226,7 +227,7 @@ def _see(
     # Where they belong the library finds by values, which the meta device has not. Added here, they
     # cost the same.
     if cut.is_meta:
-        seen, deep = sum(deep, seen), []
+        seen, deep = reduce(torch.add, deep, seen), []
     return seen.unflatten(0, (len(cut), -1)), deep
 
 

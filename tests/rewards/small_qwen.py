@@ -75,7 +75,7 @@ def small_processor(kind: str, folder: Path) -> Any:
     letters = [*sorted(ByteLevel.alphabet()), "es", "Yes", "No"]
     tokenizer = Qwen2Tokenizer(
         vocab={token: index for index, token in enumerate(letters)},
-        merges=[("e", "s"), ("Y", "es"), ("N", "o")],
+        merges=[("e", "s"), ("Y", "es"), ("N", "o")],  # type: ignore[arg-type]
     )
     names = [f"<|{name}|>" for name in _SPECIAL]
     tokenizer.add_special_tokens({"additional_special_tokens": names})
