@@ -131,19 +131,22 @@ def locate(place: str, filename: str, *, option: str) -> Path:
 _SUFFIXES = {".pt", ".pth", ".bin", ".ckpt", ".safetensors"}
 
 
-def from_pretrained(kind: Any, place: str, *, option: str) -> Any:
-    """Load a transformers model, frozen, in float32 and in evaluation mode.
+def from_pretrained(
+    kind: Any, place: str, *, option: str, dtype: torch.dtype | str = torch.float32
+) -> Any:
+    """Load a transformers model, frozen and in evaluation mode.
 
     Args:
         kind: Class of the model.
         place: A folder or a hub id.
         option: The option that names the place, for messages.
+        dtype: Precision; `auto` is that of its file, for a large model that is converted later.
 
     Raises:
         AssetError: If it cannot be loaded, or tensors are missing.
     """
     with loading(option, place):
-        network, report = kind.from_pretrained(place, dtype=torch.float32, output_loading_info=True)
+        network, report = kind.from_pretrained(place, dtype=dtype, output_loading_info=True)
         # transformers fills missing tensors with random numbers and only logs a warning.
         missing = sorted(report["missing_keys"])
         if missing:

@@ -80,6 +80,11 @@ REWARDS: Mapping[str, RewardFacts] = {
     "hps-official": RewardFacts("Apache-2.0", _AS_HPS),
     "pickscore": RewardFacts("not stated for the weights (its code is MIT)", _AS_HPS),
     "imagereward": RewardFacts("Apache-2.0", "busy, oversaturated images"),
+    "hpsv3": RewardFacts("Apache-2.0", _AS_HPS),
+    "vlm": RewardFacts(
+        "that of the model (Apache-2.0 for Qwen2-VL-2B)",
+        f"{_AS_CLIP}; words written into the image, and a plain image of what was asked for",
+    ),
     "clip": RewardFacts("that of the CLIP model", _AS_CLIP),
     "clip_choice": RewardFacts(
         "that of the CLIP model",

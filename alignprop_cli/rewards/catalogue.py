@@ -22,7 +22,7 @@ _KINDS: Mapping[str, type] = {
 
 # Text options that hold a word; every other one names a file, a hub id or a prompt set. A new one
 # belongs here only if no value of it can make the program load something.
-_WORDS = {"object", "version", "measure"}
+_WORDS = {"object", "version", "measure", "question"}
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,11 @@ SHIPPED: Mapping[str, Shipped] = {
     "clip_choice": Shipped("clip_choice:ClipChoice"),
     "aesthetic": Shipped("aesthetic:AestheticReward", reads_prompt=False),
     "hps": Shipped("hps:HpsReward"),
+    "hpsv3": Shipped("hpsv3:HpsV3Reward"),
     "hps-official": Shipped("hps_official:OfficialHps", trainable=False),
     "siglip": Shipped("siglip:SiglipReward"),
     "pickscore": Shipped("pickscore:PickScore"),
+    "vlm": Shipped("vlm:VlmReward"),
     "imagereward": Shipped("imagereward:ImageReward"),
     "compressibility": Shipped("jpeg:Compressibility", reads_prompt=False),
     "incompressibility": Shipped("jpeg:Incompressibility", reads_prompt=False),

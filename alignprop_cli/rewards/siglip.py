@@ -98,8 +98,8 @@ def _tokenizer(model: str, name: str, place: str | None) -> Any:
     with loading(_TOKENIZER, place or f"that of {model}"):
         if place is None:
             return open_clip.get_tokenizer(name)
-        config: Any = open_clip.get_model_config(name)
-        text = config["text_cfg"]
+        # None only for a name that `model_name` refuses.
+        text = (open_clip.get_model_config(name) or {})["text_cfg"]
         return open_clip.tokenizer.HFTokenizer(
             place, context_length=text["context_length"], **text.get("tokenizer_kwargs", {})
         )

@@ -35,6 +35,7 @@ from tests.factories import (
     small_clip,
     small_tokenizer,
 )
+from tests.rewards.small_qwen import shrink_hpsv3, small_hpsv3, small_qwen
 
 SIZE = 32
 """Height and width that the networks see."""
@@ -100,7 +101,8 @@ def hps_weights(folder: Path) -> Path:
 
 
 def shrink_hps(patch: pytest.MonkeyPatch) -> None:
-    """Let `HpsReward` build a small network until the patch is undone."""
+    """Let `HpsReward` and `HpsV3Reward` build small networks until the patch is undone."""
+    shrink_hpsv3(patch)
     config = open_clip_config(image_size=SIZE)
     patch.setitem(open_clip.factory._MODEL_CONFIGS, "small-hps", config)
     patch.setattr(hps, "ARCHITECTURE", "small-hps")
@@ -338,6 +340,9 @@ SMALL: Mapping[str, Callable[[Path], dict[str, Any]]] = {
     "hps v2.0": lambda folder: {"weights": str(hps_weights(folder)), "version": "v2.0"},
     "pickscore": _pickscore,
     "siglip": lambda folder: {"model": str(small_siglip(folder / "siglip"))},
+    # The other kinds are held to the library in test_vlm.py.
+    "vlm": lambda folder: {"model": str(small_qwen("qwen3_vl", folder / "qwen"))},
+    "hpsv3": small_hpsv3,
     "imagereward": _imagereward,
     "count yolos": _detector(small_yolos),
     "count owlv2": _detector(small_owlv2),
@@ -353,5 +358,5 @@ SMALL: Mapping[str, Callable[[Path], dict[str, Any]]] = {
 }
 """Of every reward, its variants after the name: writes what it loads, and returns its options."""
 
-NETWORKS = tuple(SMALL)[:13]
+NETWORKS = tuple(SMALL)[:15]
 """Those that hold a pretrained network."""

@@ -16,6 +16,7 @@ from alignprop_cli.rewards import registry
 from alignprop_cli.rewards.base import Reward
 from alignprop_cli.rewards.frozen import FrozenReward
 from alignprop_cli.rewards.mixture import Member, Mixture
+from tests.factories import KeepsFloat64
 from tests.rewards.small import NETWORKS, PROMPTS, SIZE, SMALL, noise, shrink_hps
 
 CPU = torch.device("cpu")
@@ -77,9 +78,10 @@ def test_gradcheck(reward: Any) -> None:
     exact = copied(reward).to(CPU, torch.float64) if network else reward
     # Inside the range, away from the clipping of a codec.
     images = (0.3 + 0.4 * noise(8, 9, torch.float64, count=1)).requires_grad_()
-    assert torch.autograd.gradcheck(
-        lambda x: exact(x, PROMPTS[:1]), [images], fast_mode=network, atol=1e-6
-    )
+    with KeepsFloat64():
+        assert torch.autograd.gradcheck(
+            lambda x: exact(x, PROMPTS[:1]), [images], fast_mode=network, atol=1e-6
+        )
 
 
 def test_the_prompt_is_read_where_the_table_says_so(reward: Reward, request: Any) -> None:

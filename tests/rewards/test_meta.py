@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from alignprop_cli.errors import AssetError, ConfigError
 from alignprop_cli.rewards import registry
 from alignprop_cli.rewards.frozen import MetaReward
+from alignprop_cli.rewards.qwen_vl import Words
 from tests.rewards.small import NETWORKS, PROMPTS, SMALL, noise, shrink_hps
 
 
@@ -36,6 +38,11 @@ def test_it_has_the_weights_and_the_work_of_the_reward_itself(
     shrink_hps(monkeypatch)
     name, options = variant.split()[0], SMALL[variant](tmp_path)
     reward: Any = registry.build(name, options)
+    if name in ("vlm", "hpsv3"):
+        # The planner reckons with a text of some length; here with the one there is.
+        texts = [Words.of(reward._processor, reward._asked(prompt)) for prompt in PROMPTS]
+        longest = max(len(text.before) + len(text.after) for text in texts)
+        monkeypatch.setattr(sys.modules[type(reward).__module__], "_PLANNED", longest - 1)
     meta = on_meta(name, options)
     weights = sum(p.numel() for network in reward.networks for p in network.parameters())
     assert meta.parameters == registry.parameters(name, options) == weights
@@ -76,6 +83,9 @@ def test_shipped_rewards_are_known_without_downloads(
         ("pickscore", {}, 986e6),
         ("imagereward", {}, 441e6),
         ("siglip", {}, 878e6),
+        ("vlm", {}, 2.21e9),
+        ("vlm", {"model": "Qwen/Qwen2.5-VL-7B-Instruct"}, 8.29e9),
+        ("hpsv3", {}, 7.75e9),
         ("siglip", {"model": "ViT-B-16-SigLIP2"}, 375e6),
         ("clip", {"model": "ViT-B-32"}, 151e6),
         ("count", {"object": "cat"}, 6.5e6),  # YOLOS-tiny
@@ -96,6 +106,7 @@ def test_the_published_networks_have_their_known_sizes(
         ("aesthetic", {"model": "nobody/nothing"}),
         ("pickscore", {"model": "nobody/nothing"}),
         ("siglip", {"model": "hf-hub:nobody/nothing"}),
+        ("vlm", {"model": "nobody/nothing"}),
         ("count", {"object": "cat", "model": "nobody/yolos"}),
         # kornia looks at values.
         ("compressibility", {"measure": "round_trip"}),
