@@ -16,7 +16,12 @@ from pathlib import Path
 
 from matplotlib import pyplot as plt
 
-SHOWN = {"clip": "reward", "all": "all right", "diversity": "diversity", "jpeg_kilobytes": "JPEG, kB"}
+SHOWN = {
+    "clip": "reward",
+    "all": "all right",
+    "diversity": "diversity",
+    "jpeg_kilobytes": "JPEG, kB",
+}
 # Shares in points of a hundred.
 SCALE = {"all": 100.0}
 PANELS = ("clip", "all")
@@ -43,9 +48,10 @@ def read(files: list[str]) -> dict[tuple[str, str], Cells]:
     return found
 
 
-def table(found: dict[tuple[str, str], Cells]) -> None:
-    print(f"| method | equal | seeds | steps | s a step | {' | '.join(SHOWN.values())} |")
-    print("|---" * (5 + len(SHOWN)) + "|")
+def table(found: dict[tuple[str, str], Cells]) -> list[str]:
+    """Return the lines of the table."""
+    names = ("method", "equal", "seeds", "steps", "s a step", *SHOWN.values())
+    lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for (method, equal), cells in sorted(found.items(), key=lambda item: item[0][1]):
         texts: list[str] = []
         for name in SHOWN:
@@ -55,13 +61,16 @@ def table(found: dict[tuple[str, str], Cells]) -> None:
             texts.append(f"{mean:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})")
         steps = sorted({int(value) for value in cells["steps"]})
         span = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
-        pace = sum(cells["step seconds"]) / len(cells["step seconds"])
-        count = len(cells["steps"])
-        print(f"| `{method}` | {equal} | {count} | {span} | {pace:.2f} | {' | '.join(texts)} |")
+        pace = f"{_mean(cells, 'step seconds'):.2f}"
+        row = [f"`{method}`", equal, str(len(cells["steps"])), span, pace, *texts]
+        lines.append(f"| {' | '.join(row)} |")
+    return lines
 
 
 def draw(found: dict[tuple[str, str], Cells], path: Path) -> None:
-    methods = sorted({method for method, _ in found}, key=lambda m: -_mean(found[m, "seconds"], "clip"))
+    methods = sorted(
+        {method for method, _ in found}, key=lambda m: -_mean(found[m, "seconds"], "clip")
+    )
     figure, axes = plt.subplots(1, 2, figsize=(8, 0.32 * len(methods) + 1.3), sharey=True)
     for place, name in zip(axes, PANELS, strict=True):
         for row, method in enumerate(methods):
@@ -89,5 +98,5 @@ def _mean(cells: Cells, name: str) -> float:
 
 if __name__ == "__main__":
     values = read(sys.argv[1:])
-    table(values)
+    sys.stdout.write("\n".join([*table(values), ""]))
     draw(values, Path(__file__).with_suffix(".png"))
