@@ -68,9 +68,9 @@ def table(found: dict[tuple[str, str], Cells]) -> list[str]:
 
 
 def draw(found: dict[tuple[str, str], Cells], path: Path) -> None:
-    methods = sorted(
-        {method for method, _ in found}, key=lambda m: -_mean(found[m, "seconds"], "clip")
-    )
+    """Draw every seed as a point and the means as bars, best reward at equal images first."""
+    methods = [method for method, equal in found if equal == "images"]
+    methods.sort(key=lambda method: -_mean(found[method, "images"], "clip"))
     figure, axes = plt.subplots(1, 2, figsize=(8, 0.32 * len(methods) + 1.3), sharey=True)
     for place, name in zip(axes, PANELS, strict=True):
         for row, method in enumerate(methods):
