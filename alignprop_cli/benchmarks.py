@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import cached_assets_path, constants, hf_hub_download
+from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 from alignprop_cli import hub
@@ -124,9 +124,8 @@ def fetch(source: Source) -> Path:
     with hub.loading("prompts", source.address):
         if not source.commit:
             return Path(hf_hub_download(source.dataset, source.file, repo_type="dataset"))
-        repository = source.commit.replace("/", "--")
-        place = constants.HF_ASSETS_CACHE
-        folder = cached_assets_path("alignprop", "prompts", repository, assets_dir=place)
+        # Where the hub's library has a place for what other libraries download.
+        folder = Path(constants.HF_ASSETS_CACHE) / "alignprop" / source.commit.replace("/", "--")
         path = folder / Path(source.file).name
         # One that was damaged since is downloaded again.
         if not path.is_file() or sha256(path) != source.sha256:
@@ -145,6 +144,7 @@ def _download(source: Source, path: Path) -> None:
             data: bytes = answer.read(source.size + 1)
     except http.client.HTTPException as error:
         raise OSError(f"the answer is cut short or no HTTP: {type(error).__name__}") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
     # By the process's number, since several may download it.
     made = path.with_name(f".{path.name}-{os.getpid()}")
     try:
