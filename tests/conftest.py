@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import sys
@@ -30,10 +31,26 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
+from tests.warm import Warm  # noqa: E402
+
 torch.use_deterministic_algorithms(True)
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.load_profile("repeatable")
+
+
+def pytest_collection_finish() -> None:
+    """Spare every later collection of garbage what is there for good: libraries and tests."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    """Yield what starts commands in processes of their own, without the seconds of a start."""
+    made = Warm(tmp_path_factory.mktemp("warm") / "streams")
+    yield made
+    made.close()
 
 
 @pytest.fixture(autouse=True)

@@ -28,6 +28,7 @@ SHORT = {
         "--set=train.batch_size=2",
         "--set=train.micro_batch=2",
         "--set=eval.images=2",
+        "--set=eval.sample_images=2",
     ],
     "evaluate": ["--images=2"],
     "soup": [],
