@@ -39,10 +39,20 @@ settings.register_profile("repeatable", derandomize=True, deadline=None, databas
 settings.load_profile("repeatable")
 
 
-def pytest_collection_finish() -> None:
-    """Spare every later collection of garbage what is there for good: libraries and tests."""
-    gc.collect()
-    gc.freeze()
+_frozen = 0  # modules
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """Spare every later collection of garbage what is there for good: libraries and tests.
+
+    Each model that is opened collects, and what libraries are made of takes it half a second.
+    """
+    global _frozen
+    if len(sys.modules) > _frozen + 100:
+        _frozen = len(sys.modules)
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.fixture(scope="session")
