@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
 import sys
@@ -30,10 +31,36 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
+from tests.warm import Warm  # noqa: E402
+
 torch.use_deterministic_algorithms(True)
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.load_profile("repeatable")
+
+
+_frozen = 0  # modules
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown() -> None:
+    """Spare every later collection of garbage what is there for good: libraries and tests.
+
+    Each model that is opened collects, and what libraries are made of takes it half a second.
+    """
+    global _frozen
+    if len(sys.modules) > _frozen + 100:
+        _frozen = len(sys.modules)
+        gc.collect()
+        gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
+    """Yield what starts commands in processes of their own, without the seconds of a start."""
+    made = Warm(tmp_path_factory.mktemp("warm") / "streams")
+    yield made
+    made.close()
 
 
 @pytest.fixture(autouse=True)

@@ -134,6 +134,7 @@ class Warm:
         seconds: float = 120.0,
         before: Sequence[Sequence[Any]] = (),
         stdin: Path | None = None,
+        leave: bool = False,
     ) -> Running:
         """Start `alignprop` with these arguments.
 
@@ -143,6 +144,7 @@ class Warm:
             seconds: When to kill it.
             before: `module:function` with arguments, called in the child before the program.
             stdin: The file that is standard input; None is empty.
+            leave: Whether processes that it leaves behind live on, for a test that looks for them.
         """
         self._number += 1
         number, streams = self._number, self._streams / f"{self._number}"
@@ -154,6 +156,7 @@ class Warm:
             "before": [list(call) for call in before],
             "stdin": str(stdin or os.devnull),
             "streams": str(streams),
+            "leave": leave,
         }
         self._channel.sendall(json.dumps(job).encode() + b"\n")
         while number not in self._started:
@@ -202,7 +205,7 @@ def serve(channel: socket.socket) -> None:
     """Start commands until the channel is closed."""
     _import_everything()
     running: dict[int, tuple[int, int, float]] = {}  # pidfd: id, pid, deadline
-    text, late = b"", set[int]()
+    text, late, leaving = b"", set[int](), set[int]()  # of ids
     while True:
         waits = [end - time.monotonic() for _, _, end in running.values()]
         timeout = max(0.0, min(waits)) if waits else None
@@ -216,7 +219,8 @@ def serve(channel: socket.socket) -> None:
             if handle not in ready:
                 continue
             _, status, usage = os.wait4(pid, 0)
-            _kill(pid)  # what it has left in its session
+            if number not in leaving:
+                _kill(pid)  # what it has left in its session
             os.close(handle)
             del running[handle]
             reply = {"id": number, "status": status, "late": number in late}
@@ -234,6 +238,8 @@ def serve(channel: socket.socket) -> None:
                 if pid == 0:
                     channel.close()
                     _child(job)
+                if job["leave"]:
+                    leaving.add(job["id"])
                 running[os.pidfd_open(pid)] = (job["id"], pid, time.monotonic() + job["seconds"])
                 _send(channel, {"id": job["id"], "pid": pid})
     for _, pid, _ in running.values():

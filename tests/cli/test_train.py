@@ -84,7 +84,9 @@ def test_a_run_leaves_everything_it_promises_and_json_is_all_that_is_printed(run
 
 
 def test_three_steps_and_three_more_equal_six_bit_for_bit(run) -> None:
-    shared = ("--preset", "tiny", "--set=eval.every=2", "--quiet", *FAST)
+    # The quickest model and reward, with what is drawn in every step.
+    quick = ("--preset", "tiny_fewstep", "--reward", "brightness", "--set=gradient.method=random_k")
+    shared = (*quick, "--set=eval.rewards={}", "--set=eval.every=2", "--quiet", *FAST)
     assert run(*shared, "--steps", 6, "--output", "whole")[0] == 0
     assert run(*shared, "--steps", 3, "--output", "parts")[0] == 0
     assert run("--resume", "parts", "--steps", 6, "--quiet")[0] == 0
@@ -494,30 +496,30 @@ def test_a_checkpoint_that_may_not_be_read_is_not_called_damaged(run, monkeypatc
     assert "damaged" not in err
 
 
-def test_sigusr1_saves_and_goes_on(tmp_path) -> None:
-    command = [sys.executable, "-m", "alignprop_cli", "train", "--preset", "tiny", "--output", "r"]
+def test_sigusr1_saves_and_goes_on(tmp_path, warm) -> None:
+    command = ["train", "--preset", "tiny", "--output", "r"]
     given = [*command, "--steps", "400", "--set=eval.every=0", "--set=output.save_every=0", *FAST]
-    process = subprocess.Popen(given, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    assert process.stderr is not None
+    process = warm.start(given, tmp_path)
     folder = tmp_path / "r"
     deadline = time.monotonic() + 120.0
     while not (folder / "metrics.jsonl").is_file() or not metrics(folder):
-        assert process.poll() is None, process.stderr.read()
+        assert not process.ended(), process.err()
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGUSR1)
+    os.kill(process.pid, signal.SIGUSR1)
     while not list(folder.glob("checkpoints/step-*")):
-        assert process.poll() is None, process.stderr.read()
+        assert not process.ended(), process.err()
         assert time.monotonic() < deadline
         time.sleep(0.05)
     seen = len(metrics(folder))
     while len(metrics(folder)) <= seen:
-        assert process.poll() is None, process.stderr.read()
+        assert not process.ended(), process.err()
         time.sleep(0.05)
     # SIGHUP is what a terminal sends that is closed.
-    process.send_signal(signal.SIGHUP)
-    err = process.communicate(timeout=120)[1]
-    assert process.returncode == 128 + signal.SIGHUP, err
+    os.kill(process.pid, signal.SIGHUP)
+    ended = process.wait()
+    err = ended.err
+    assert ended.code == 128 + signal.SIGHUP, err
     assert "is saved (SIGUSR1)" in err
     assert "stopped by SIGHUP after step" in err
     assert len(list(folder.glob("checkpoints/step-*"))) == 2

@@ -1,21 +1,13 @@
-"""The process that starts the commands, shared by all tests of this folder."""
+"""What the tests of this folder share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.crash.commands import Commands
 from tests.warm import Warm
-
-
-@pytest.fixture(scope="session")
-def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
-    made = Warm(tmp_path_factory.mktemp("warm") / "streams")
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="session")

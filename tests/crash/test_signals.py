@@ -116,7 +116,7 @@ def test_a_signal_to_score_leaves_no_workers(
     for n in range(400):
         (place / "many" / f"{n}.png").hardlink_to(place / "pictures" / f"{n % 5}.png")
     args = ("score", "many", "--reward=brightness", "--output=o.csv", "--workers=2")
-    running = commands.warm.start(args, place)
+    running = commands.warm.start(args, place, leave=True)
     deadline = time.monotonic() + 60
     while len(_group(running.pid)) < 3 and not running.ended() and time.monotonic() < deadline:
         time.sleep(0.02)

@@ -28,6 +28,7 @@ SHORT = {
         "--set=train.batch_size=2",
         "--set=train.micro_batch=2",
         "--set=eval.images=2",
+        "--set=eval.sample_images=2",
     ],
     "evaluate": ["--images=2"],
     "soup": [],
@@ -53,6 +54,8 @@ def is_example(words: list[str]) -> bool:
     return words[:1] == ["python"] and len(words) == 2 and words[1].endswith(".py")
 
 
+# Of so many commands that it takes longer than all others together; what they do has tests.
+MANY = ("commands.md",)
 RUN = [page for page in PAGES if commands(page)]
 
 
@@ -105,7 +108,13 @@ def run_all(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change)
         assert not ended.value.code, shlex.join(words)
 
 
-@pytest.mark.parametrize("page", RUN, ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=page.name, marks=pytest.mark.long if page.name in MANY else ())
+        for page in RUN
+    ],
+)
 def test_every_command_of_a_page_runs_in_this_order_in_an_empty_folder(
     page, tmp_path, monkeypatch
 ) -> None:
