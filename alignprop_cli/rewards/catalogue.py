@@ -20,7 +20,7 @@ _KINDS: Mapping[str, type] = {
     "Sequence[str]": list,
 }
 
-# Text options that hold a word; every other one names a file, a hub id or a prompt set. A new one
+# Text options that hold words; every other one names a file, a hub id or a prompt set. A new one
 # belongs here only if no value of it can make the program load something.
 _WORDS = {"object", "version", "measure", "question"}
 

@@ -39,9 +39,9 @@ of_networks = pytest.mark.parametrize("reward", NETWORKS, indirect=True)
 
 
 def copied(reward: Any) -> Any:
-    """Return a copy that may be changed, but for its tokenizer, which is slow to copy."""
-    tokenizer = getattr(reward, "_tokenizer", None)
-    return copy.deepcopy(reward, {id(tokenizer): tokenizer})
+    """Return a copy that may be changed, but for what reads texts, which is slow to copy."""
+    kept = [getattr(reward, name, None) for name in ("_tokenizer", "_processor")]
+    return copy.deepcopy(reward, {id(each): each for each in kept})
 
 
 def test_every_shipped_reward_is_held_to_the_laws(tmp_path: Path) -> None:

@@ -112,8 +112,8 @@ def test_options_read_from_the_source_are_those_of_the_constructor() -> None:
 
 
 def test_every_text_that_may_name_a_file_or_a_hub_id_is_a_place_with_its_default() -> None:
-    # All other texts: what a detector looks for, and one of a few words.
-    words = {"object", "version", "measure"}
+    # All other texts: what a detector looks for, what a model is asked, and one of a few words.
+    words = {"object", "version", "measure", "question"}
     for name, shipped in registry.SHIPPED.items():
         target = registry._import(name)
         parameters = inspect.signature(target).parameters
