@@ -42,7 +42,11 @@ class FrozenReward:
         """Move everything to a device, convert the networks to a precision, and return self."""
         self.device, self.dtype = device, dtype
         for network in self.networks:
+            # Scales of logits are kept as logarithms: rounded, 100 would become 98.9.
+            scalars = [(each, each.data) for each in network.parameters() if each.ndim == 0]
             network.to(device, dtype)
+            for parameter, value in scalars:
+                parameter.data = value.to(device, exact(dtype))
         for head in self.heads:
             head.to(device, exact(dtype))
         return self

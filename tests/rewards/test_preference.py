@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -237,6 +238,17 @@ def test_a_file_of_weights_that_is_not_there_is_said_before_a_network_is_built(
     for place in ("none.pt", "opnai"):
         with pytest.raises(AssetError, match=r"reward\.clip\.pretrained: .* neither a file nor a"):
             ClipReward(model="ViT-B-32", pretrained=place)
+
+
+def test_pickscore_keeps_its_scale_in_half_precision(clip_folder: Path) -> None:
+    reward = PickScore(str(clip_folder), str(clip_folder))
+    # The published one is 100, of which bfloat16 would make exp(4.59375) = 98.9.
+    reward.networks[0].logit_scale.data.fill_(math.log(100.0))
+    reward.to(torch.device("cpu"), torch.bfloat16)
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    prompts = ["a cat", "a red dog"]
+    cosines = (reward.see(images) * reward.text_features(prompts)).sum(dim=-1)
+    torch.testing.assert_close(reward(images, prompts), 100.0 * cosines, rtol=1e-5, atol=0.0)
 
 
 def test_pickscore_is_the_formula_on_the_librarys_own_logits(clip_folder: Path) -> None:
