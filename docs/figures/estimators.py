@@ -87,8 +87,9 @@ def draw(found: dict[tuple[str, str], Cells], path: Path) -> None:
         place.spines[["top", "right", "left"]].set_visible(False)
     axes[0].set_yticks(range(len(methods)), methods)
     axes[0].invert_yaxis()
-    axes[1].legend(frameon=False, loc="lower right", fontsize=8)
-    figure.tight_layout()
+    handles, labels = axes[1].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, loc="upper center", ncols=2, fontsize=8)
+    figure.tight_layout(rect=(0.0, 0.0, 1.0, 0.95))
     figure.savefig(path, dpi=150)
 
 
