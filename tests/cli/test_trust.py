@@ -414,7 +414,8 @@ def test_a_large_number_in_a_header_ends_at_once(run, weights) -> None:
     # Typed it is still more than fits.
     code, _, err = run("evaluate", file, *typed(err))
     assert code == 4
-    assert "2000000000 images of 48 x 48 pixels need " in err
+    assert "an evaluation of 2000000000 images of 48 x 48 pixels needs " in err
+    assert "GiB, and the disk has " in err
 
 
 def test_everything_refused_is_said_at_once() -> None:

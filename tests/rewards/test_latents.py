@@ -183,7 +183,7 @@ def test_the_plan_has_no_decoder_where_all_rewards_take_latents(file: str) -> No
     parts = peak_parts(alone, chain, NOTHING_RECOMPUTED, 8)
     assert parts.get("decoder", 0) == 0
     need = sampling.measure(base, CPU)
-    assert need.each[f"reward {near}"] <= 4 * size
+    assert need.parts[f"reward {near}"](1) <= 4 * size
 
 
 def test_image_files_have_no_latents(file: str) -> None:

@@ -187,8 +187,8 @@ def half() -> Trainer:
 
 @pytest.fixture(scope="module")
 def single() -> Trainer:
-    """Return one of a network in float32."""
-    return make_trainer(small_config())
+    """Return one of a network in float32, for the steps of several tests."""
+    return make_trainer(small_config(), images=64)
 
 
 LAUNCH = Times(Pace(0.06, 0.01), Pace(0.2, 0.05), Pace(0.1, 0.1), Pace(0.1, 0.1), "here")
