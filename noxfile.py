@@ -1,4 +1,7 @@
-"""The checks, one session each: `nox` runs the first three, `nox -s lowest` the oldest versions."""
+"""The checks, one session each: `nox` runs the first three, `nox -s lowest` the oldest versions.
+
+`tests` exists once for each Python that pyproject.toml declares: `nox -s tests-3.12` runs one of them.
+"""
 
 import nox
 from packaging.requirements import Requirement
@@ -7,13 +10,14 @@ nox.options.sessions = ["lint", "types", "tests"]
 nox.options.reuse_existing_virtualenvs = True
 
 PROJECT = nox.project.load_toml("pyproject.toml")["project"]
+PYTHONS = nox.project.python_versions(nox.project.load_toml("pyproject.toml"))
 TOOLS = {
     Requirement(requirement).name: requirement
     for requirement in PROJECT["optional-dependencies"]["dev"]
 }
 
 
-@nox.session
+@nox.session(python=PYTHONS)
 def tests(session: nox.Session) -> None:
     session.install(".[test]")
     session.run("pytest", *session.posargs)

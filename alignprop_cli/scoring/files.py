@@ -183,6 +183,9 @@ def _matches(pattern: Path) -> list[Found] | None:
     wild = [part for part in pattern.parts if glob.has_magic(part)]
     if not wild:
         return None
+    if any("**" in part and part != "**" for part in wild):
+        # Python 3.13 takes it for a single *, and leaves out what is below.
+        raise ValueError("** stands for folders, alone between two slashes, such as **/*.png")
     # File names in tables may be relative to the root, the folder before the first wildcard.
     first = pattern.parts.index(wild[0])
     root = Path(*pattern.parts[:first])

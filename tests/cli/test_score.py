@@ -135,7 +135,7 @@ def test_nothing_to_measure_ends_with_4(capsys, folder, tmp_path):
         (["--reward", "brightness", "--format", "parquet"], 2, "needs a file"),
         (["--reward", "brightness", "--prompts", "none.csv"], 3, "cannot read none.csv"),
         (["--set", "reward.clip.model=/none"], 3, "no such folder"),
-        (["**.png", "--reward", "brightness"], 3, "**.png: cannot be read"),
+        (["**.png", "--reward", "brightness"], 3, "**.png: cannot be read: ** stands for folders"),
         (["x" * 300, "--reward", "brightness"], 3, "cannot be read"),
         (["--reward", "brightness", "--format", "csv", "--top", "3"], 2, "--top is a table"),
         (["--reward", "brightness", "--output", "rows.csv/a.csv"], 2, "cannot be made"),
