@@ -153,6 +153,13 @@ def test_other_spellings_of_flowbp_are_told_as_well() -> None:
     assert "In FlowBP; here it is nothing: this method is not here" in said
 
 
+def test_switches_of_flowbp_are_no_rewards() -> None:
+    values = {"reward": {"use_hpsv2": True, "loss_relu_clip": 0.55}, "sampling": {"h": 512}}
+    said = message(values)
+    assert "'use_hpsv2' is no reward. In FlowBP; here it is `reward.hps`." in said
+    assert "here it is `loss.kind`: hinge, with `loss.target`." in said
+
+
 def test_a_key_within_a_section_of_both() -> None:
     said = message({"train": {"total_batch_size": 128}})
     assert "In the AlignProp repository; here it is `train.batch_size`." in said
