@@ -72,7 +72,10 @@ ALIGNPROP: Mapping[str, str] = {
     "aesthetic_target": "`loss.kind`: target, with `loss.target`",
     "prompt_fn": "`train.prompts`: animals or hpd",
     "eval_prompt_fn": "`eval.prompts`: animals-eval or hpd-eval",
-    # Of the present code.
+    # Of the present code, main.py among it.
+    "pretrained_model": "`model.id`",
+    "pretrained_revision": "`model.revision`",
+    "use_lora": _NONE + "a LoRA is always trained",
     "backprop_strategy": _TRUNCATION,
     "backprop_kwargs": "`gradient.mean` and `gradient.std` of gaussian_k are shares of T (42 of 50 "
     "is 0.84); `gradient.k` of last_k is 50 - value",

@@ -28,8 +28,9 @@ OPTIONS = {
         train_adam_weight_decay train_adam_epsilon train_gradient_accumulation_steps
         train_max_grad_norm negative_prompts truncated_backprop_rand truncated_backprop_timestep
         truncated_rand_backprop_minmax push_to_hub""",
-    # What the present dataclass has beside these, and the ml_collections of the first code.
+    # What the present dataclasses have beside these, and the ml_collections of the first code.
     "the AlignProp repository": """
+        pretrained_model pretrained_revision use_lora
         reward_fn grad_scale loss_coeff aesthetic_target prompt_fn backprop_strategy backprop_kwargs
         eval_prompt_fn soup_inference save_freq resume_from resume_from_2 vis_freq max_vis_images
         only_eval run_name debug mixed_precision num_checkpoint_limit logdir seed num_epochs
