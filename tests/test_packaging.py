@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import subprocess
 import sys
 import zipfile
 from email.parser import Parser
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -75,6 +78,41 @@ def test_wheel_holds_nothing_else(names: set[str]):
     assert {name.split("/")[0] for name in names} == {"alignprop_cli", DIST_INFO}
     assert not {name for name in names if name.endswith((".pyc", ".pt", ".ckpt"))}
     assert not {name for name in names if "test" in Path(name).name}
+
+
+def test_whatever_is_imported_is_a_dependency_or_in_an_extra_for_users(wheel: zipfile.ZipFile):
+    """An environment with the wheel alone lacks what only tests and tools bring."""
+    metadata = Parser().parsestr(wheel.read(f"{DIST_INFO}/METADATA").decode())
+    asked = [value for value in metadata.get_all("Requires-Dist", []) if not _is_for_us(value)]
+    # mlflow is the package of mlflow-skinny too.
+    known = {_plain(re.split(r"[^\w.-]", value)[0]) for value in asked} | {"mlflow"}
+    homes, imported = packages_distributions(), set[str]()
+    for name in wheel.namelist():
+        if name.endswith(".py"):
+            imported |= set(_imports(ast.parse(wheel.read(name))))
+    foreign = imported - {"alignprop_cli", *sys.stdlib_module_names}
+    assert len(foreign) > 15
+    for module in foreign:
+        assert known & {_plain(home) for home in homes.get(module, [module])}, module
+
+
+def _is_for_us(requirement: str) -> bool:
+    return bool(re.search(r"extra == ['\"](test|dev)['\"]", requirement))
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def _imports(tree: ast.AST) -> list[str]:
+    """Return the first parts of all names that are imported, also inside functions."""
+    found: list[str] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            found.append(node.module or "")
+    return [name.partition(".")[0] for name in found]
 
 
 def test_wheel_carries_its_command_and_its_licence(wheel: zipfile.ZipFile, names: set[str]):

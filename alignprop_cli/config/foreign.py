@@ -2,7 +2,7 @@
 
 For the message about an unknown key, and for docs/coming-from.md, which a test holds against it.
 Read from huggingface/trl at 0a49bca (trl/trainer/alignprop_config.py), mihirp1998/AlignProp at
-45ab15c and a831a5f (config/), and RuoyuWang-2077/FlowBP at 34c93f9 (flowbp/config/flowbp.py).
+45ab15c and a831a5f (config/), and RuoyuWang-2077/FlowBP at 93b220a (flowbp/config/flowbp.py).
 """
 
 from __future__ import annotations
@@ -17,16 +17,20 @@ _ACCUMULATION = (
 _EPOCHS = "`train.steps` counts optimiser steps"
 _TRUNCATION = "`gradient.method`: random_k, last_k or gaussian_k; k counts calls from the image"
 _NONE = "nothing: "
+_FOLLOWS = _NONE + "it follows from `train.batch_size` and the number of processes"
+_SAME_SAMPLING = ", in training and evaluation alike"
+_OF_LAGRANGE = _NONE + "of a method that is not here"
+_TF32 = _NONE + "it is on wherever it changes nothing that matters"
 
 TRL: Mapping[str, str] = {
     # Where a run goes, and what it shows.
     "exp_name": "`output.dir`",
-    "run_name": "`output.dir`",
+    "run_name": "`tracking.run_name`; the folder is `output.dir`",
     "seed": "`train.seed`",
-    "log_with": _NONE + "metrics.jsonl in the run folder",
+    "log_with": "the option --log-with; metrics.jsonl in the run folder in any case",
     "log_image_freq": "`eval.every`",
-    "tracker_kwargs": _NONE + "there are no trackers",
-    "tracker_project_name": _NONE + "there are no trackers",
+    "tracker_kwargs": "`tracking.tags`; the rest are the trackers' own environment variables",
+    "tracker_project_name": "`tracking.project`",
     "accelerator_kwargs": _NONE + "`accelerate launch` has its own options",
     "project_kwargs": _NONE + "`output.dir` is all",
     "logdir": "`output.dir`",
@@ -35,7 +39,7 @@ TRL: Mapping[str, str] = {
     "save_freq": "`output.save_every`, in steps",
     "num_checkpoint_limit": "`output.keep_last`",
     "mixed_precision": "`model.dtype`: float16, bfloat16 or float32",
-    "allow_tf32": _NONE + "it is on wherever it changes nothing that matters",
+    "allow_tf32": _TF32,
     "resume_from": "the option --resume RUN",
     # The chain.
     "sample_num_steps": "`sample.num_inference_steps`",
@@ -68,7 +72,10 @@ ALIGNPROP: Mapping[str, str] = {
     "aesthetic_target": "`loss.kind`: target, with `loss.target`",
     "prompt_fn": "`train.prompts`: animals or hpd",
     "eval_prompt_fn": "`eval.prompts`: animals-eval or hpd-eval",
-    # Of the present code.
+    # Of the present code, main.py among it.
+    "pretrained_model": "`model.id`",
+    "pretrained_revision": "`model.revision`",
+    "use_lora": _NONE + "a LoRA is always trained",
     "backprop_strategy": _TRUNCATION,
     "backprop_kwargs": "`gradient.mean` and `gradient.std` of gaussian_k are shares of T (42 of 50 "
     "is 0.84); `gradient.k` of last_k is 50 - value",
@@ -91,9 +98,14 @@ ALIGNPROP: Mapping[str, str] = {
     "max_vis_images": "`eval.sample_images`",
     "visualize_train": _NONE + "fixed held-out prompts are shown",
     "visualize_eval": "`eval.every`",
-    "debug": _NONE + "there are no trackers to switch off",
+    "debug": _NONE + "without --log-with no tracker is told",
     "per_prompt_stat_tracking": _NONE + "it has no effect there either",
-    # Its `train` section, whose other keys have our names.
+    # Its `train` section, of which some keys have our names.
+    "train.learning_rate": "`train.learning_rate`",
+    "train.adam_beta1": "`train.adam_beta1`",
+    "train.adam_beta2": "`train.adam_beta2`",
+    "train.adam_epsilon": "`train.adam_epsilon`",
+    "train.max_grad_norm": "`train.max_grad_norm`",
     "train.loss_coeff": "`loss.scale`",
     "train.use_8bit_adam": "`train.optimizer`: adamw8bit",
     "train.adam_weight_decay": "`train.weight_decay`",
@@ -101,6 +113,10 @@ ALIGNPROP: Mapping[str, str] = {
     "train.total_samples_per_epoch": _EPOCHS + "; an epoch there is 256 images, two steps",
     "train.batch_size_per_gpu_available": "`train.micro_batch`",
     "train.gradient_accumulation_steps": _ACCUMULATION,
+    "train.num_gpus": _NONE + "`accelerate launch` has its own options",
+    "train.batch_size_per_gpu": _FOLLOWS,
+    "train.samples_per_epoch_per_gpu": _FOLLOWS,
+    "train.data_loader_iterations": _FOLLOWS,
 }
 
 FLOWBP: Mapping[str, str] = {
@@ -112,16 +128,29 @@ FLOWBP: Mapping[str, str] = {
     "model.use_ema": "`train.ema_decay`",
     "model.ema_decay": "`train.ema_decay`",
     "data.data_json_path": "`train.prompts`; embeddings are made at the start",
+    "data.num_latent_t": _NONE + "an image has one frame",
+    "data.cfg": _NONE + "prompts are never left out in training",
+    "data.dataloader_num_workers": _NONE + "there is nothing to load during training",
+    "train.seed": "`train.seed`",
     "train.train_batch_size": _ACCUMULATION,
     "train.gradient_accumulation_steps": _ACCUMULATION,
     "train.max_train_steps": "`train.steps`",
     "train.checkpointing_steps": "`output.save_every`",
     "train.output_dir": "`output.dir`",
     "train.resume_from_checkpoint": "the option --resume RUN",
+    "train.train_sp_batch_size": _NONE + "no image is divided among processes",
+    "train.allow_tf32": _TF32,
+    "train.debug": "the option --debug",
+    "train.connector_dump_interval": _NONE + "the latents of jumps are not written",
+    "train.connector_dump_dir": _NONE + "the latents of jumps are not written",
+    "train.connector_wandb_interval": _NONE + "the latents of jumps are not shown",
+    "train.connector_wandb_num_samples": _NONE + "the latents of jumps are not shown",
     "optimizer.learning_rate": "`train.learning_rate`; theirs is for all weights, not a LoRA",
     "optimizer.weight_decay": "`train.weight_decay`",
     "optimizer.lr_scheduler": "`train.lr_schedule`",
     "optimizer.lr_warmup_steps": "`train.warmup_steps`",
+    "optimizer.lr_num_cycles": "`train.lr_cycles`",
+    "optimizer.lr_power": "`train.lr_power`",
     "optimizer.max_grad_norm": "`train.max_grad_norm`",
     "distributed": _NONE + "each process has the whole model; `accelerate launch` starts them",
     # Roll-out and reward.
@@ -134,11 +163,33 @@ FLOWBP: Mapping[str, str] = {
     "reward.use_hpsv2": "`reward.hps`",
     "reward.loss_relu_clip": "`loss.kind`: hinge, with `loss.target`",
     "reward.loss_grad_scale": "`loss.scale`",
+    # Evaluation.
+    "eval.prompts_file": "`eval.prompts`",
+    "eval.num_imgs_per_prompt": "`eval.images_per_prompt`",
+    "eval.seed": "`eval.seed`",
+    "eval.num_steps": "`sample.num_inference_steps`" + _SAME_SAMPLING,
+    "eval.guidance_scale": "`sample.guidance_scale`" + _SAME_SAMPLING,
+    "eval.reward_fn": "`eval.rewards`",
+    "eval.reward_ckpt_path": "options of each reward in `eval.rewards`",
+    "eval.hpsv3_config_path": "options of hpsv3 in `eval.rewards`",
+    "eval.hpsv3_checkpoint_path": "options of hpsv3 in `eval.rewards`",
+    "eval.interval": "`eval.every`",
+    "eval.evaluation_interval": "`eval.every`",
     # Its estimators.
+    "flowbp.select_idx_seed": "`train.seed`, of all draws",
+    "flowbp.train_step_tail_ratio": "`gradient.span`: from 1 - ratio",
     "flowbp.alpha": "`gradient.alpha` of leap",
     "flowbp.tau": "`gradient.tau` of leap",
     "flowbp.min_idx": "`gradient.span`, in fractions of T",
     "flowbp.max_idx": "`gradient.span`, in fractions of T",
+    "flowbp.jk_sampling_mode": _OF_LAGRANGE,
+    "flowbp.jk_dirichlet_alpha": _OF_LAGRANGE,
+    "flowbp.jk_dirichlet_alpha_a": _OF_LAGRANGE,
+    "flowbp.jk_dirichlet_alpha_b": _OF_LAGRANGE,
+    "flowbp.jk_dirichlet_alpha_c": _OF_LAGRANGE,
+    "flowbp.jk_dirichlet_max_j_rev": _OF_LAGRANGE,
+    "flowbp_bridge": _NONE + "this method is not here; the nearest are leap and sparse",
+    "flowbp_lagrange": _NONE + "this method is not here; the nearest is leap",
     "refl.last_n_steps": "`gradient.span` of refl: from 1 - n / T",
     "flowbp_sparse.num_active_steps": "`gradient.calls` of sparse",
     "flowbp_sparse.late_bias": "`gradient.late_bias` of sparse",
@@ -146,8 +197,23 @@ FLOWBP: Mapping[str, str] = {
     "draft_lv.num_noised_samples": "`gradient.copies` of draft_lv",
     "drtune.num_train_steps": "`gradient.calls` of drtune",
     "drtune.early_stop_ratio": "`gradient.span` of drtune: from 1 - ratio",
+    "drtune.early_stop_steps": "`gradient.span` of drtune: from 1 - steps / T",
     "flux2.cfg_detach_neg": "`gradient.detach_uncond`",
-    "logging": _NONE + "metrics.jsonl in the run folder",
+    "flux2.cfg_grad_norm_compensate": "`loss.scale`: 1 / guidance scale",
+    "flux2.max_sequence_length": _NONE + "512 tokens, as the model was published",
+    "flux2.text_encoder_out_layers": _NONE + "9, 18 and 27, as the model was published",
+    "flux2.caption_key": "the column `prompt` of the file in `train.prompts`",
+    "flux2.use_precomputed_embeds": _NONE + "embeddings are made at the start",
+    "logging.project": "`tracking.project`",
+    "logging.run_name": "`tracking.run_name`; the folder is `output.dir`",
+}
+
+# Sections that FlowBP also reads under other names.
+_SPELLINGS = {
+    "leapalign": "flowbp",
+    "flowbp-sparse": "flowbp_sparse",
+    "flowbp-bridge": "flowbp_bridge",
+    "flowbp-lagrange": "flowbp_lagrange",
 }
 
 TOOLS: Mapping[str, Mapping[str, str]] = {
@@ -166,11 +232,21 @@ def named_here(key: str, value: Any) -> str | None:
     """
     # Tools share names; what the first one means by it is said.
     for tool, names in TOOLS.items():
-        if key in names:
-            return f" In {tool}; here it is {names[key]}."
+        if here := _find(key, names):
+            return f" In {tool}; here it is {here}."
         section = cast(Mapping[str, Any], value if isinstance(value, dict) else {})
-        inside = [f"{key}.{name}" for name in section]
-        if known := [name for name in inside if name in names]:
-            said = "; ".join(f"{name.rpartition('.')[2]} is {names[name]}" for name in known)
-            return f" A section of {tool}; here {said}."
+        inside = {name: _find(f"{key}.{name}", names) for name in section}
+        if known := [f"{name} is {here}" for name, here in inside.items() if here]:
+            return f" A section of {tool}; here {'; '.join(known)}."
     return None
+
+
+def _find(key: str, names: Mapping[str, str]) -> str | None:
+    """Return what a key is here, also where FlowBP spells its section or the key otherwise."""
+    section, dot, name = key.rpartition(".")
+    if not section:
+        return names.get(_SPELLINGS.get(key, key))
+    section = _SPELLINGS.get(section, section)
+    # The name may repeat its section: `refl.refl_last_n_steps`.
+    short = f"{section}{dot}{name.removeprefix(f'{section}_')}"
+    return names.get(f"{section}{dot}{name}") or names.get(short)

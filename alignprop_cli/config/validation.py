@@ -144,6 +144,9 @@ def _problem(details: Any, origins: Mapping[str, str]) -> Problem:
         known = section.model_fields if section is not None else ()
         advice = named_here(key, details["input"]) or did_you_mean(str(path[-1]), known)
         message = f"unknown key '{path[-1]}'.{advice}"
+    # FlowBP has switches where rewards are named here.
+    elif path[0] == "reward" and (here := named_here(key, None)):
+        message = f"'{path[-1]}' is no reward.{here}"
     else:
         # A value of thousands of parts would fill the screen.
         got = repr(details["input"])

@@ -136,6 +136,7 @@ def _optimisation(lines: Lines, calls: int) -> list[Plot]:
         _noisy(lines, "grad_norm", "gradient norm, before clipping"),
         _plain(lines, "learning_rate", "learning rate"),
         _noisy(lines, "backprop_steps", share, 1.0 / calls, share=True),
+        _noisy(lines, "path_share", "share of the path with gradient", share=True),
         _plain(lines, "lora_norm", "norm of the LoRA's weights"),
         _noisy(lines, "kl", "KL to the base model"),
     ]

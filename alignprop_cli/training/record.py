@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from alignprop_cli.device import peak_gib
+from alignprop_cli.training.batches import StepImage
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class StepRecord:
         lora_norm: L2 norm of the LoRA's weights after the step.
         learning_rate: Learning rate of this step.
         backprop_steps: Mean number of network calls that carried gradient.
+        path_share: Mean share of the path from noise to image that those calls cover; None for
+            diffusion, where a step's share of sigma is no measure of what it moves.
         seconds: Wall-clock time of this step.
         peak_memory_gib: Peak so far, in GiB: allocated on CUDA, resident otherwise.
         held_out: Means over the fixed sample prompts, if they were sampled after this step: of all
@@ -59,6 +62,7 @@ class StepRecord:
     guard: dict[str, Any] = field(default_factory=dict[str, Any])
     skipped: str | None = None
     kl: float | None = None
+    path_share: float | None = None
 
     def line(self) -> dict[str, Any]:
         """Return the record as plain values, without what there is none of."""
@@ -106,12 +110,16 @@ class Totals:
         self._losses: list[Tensor] = []
         self._scores: dict[str, list[Tensor]] = {name: [] for name in metrics}
         self._calls: list[Tensor] = []
+        self._shares: list[Tensor] = []
         self._kl: list[Tensor] = []
 
-    def add(self, losses: Tensor, scores: Mapping[str, Tensor], calls: int) -> None:
-        """Add a batch: losses and scores (B,), and the number of calls that carried gradient."""
+    def add(self, losses: Tensor, scores: Mapping[str, Tensor], image: StepImage) -> None:
+        """Add a batch: losses and scores (B,), and an image whose path and schedule all have."""
         self._losses.append(losses.detach())
-        self._calls.append(torch.full_like(losses.detach(), float(calls)))
+        self._calls.append(torch.full_like(losses.detach(), float(len(image.path))))
+        if image.schedule.prediction_type == "flow":
+            share = image.schedule.path_share(image.path.calls)
+            self._shares.append(torch.full_like(losses.detach(), share))
         for name, values in scores.items():
             self._scores[name].append(values.detach())
 
@@ -161,4 +169,5 @@ class Totals:
             seconds=time.perf_counter() - started,
             peak_memory_gib=peak_gib(accelerator.device),
             kl=float(joined(self._kl).mean()) if self._kl else None,
+            path_share=float(joined(self._shares).mean()) if self._shares else None,
         )

@@ -183,7 +183,7 @@ class Trainer:
             if images is not None:
                 images.backward(gradient)  # (b, 3, H, W), on through the decoder to `ends`
             gradients.append(ends.grad)  # type: ignore[arg-type]
-            totals.add(losses, scores, len(batch[0].path))
+            totals.add(losses, scores, batch[0])
         return torch.cat(gradients)
 
     def chain(self, batch: Batch, detach: bool = False) -> tuple[Denoise, DrawNoise]:

@@ -8,7 +8,9 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
+from alignprop_cli import __version__
 from alignprop_cli.cli import main
 from alignprop_cli.models import families
 
@@ -139,6 +141,20 @@ def test_the_readme_is_short_and_begins_with_what_it_runs_on_and_what_was_not_tr
     first = "\n".join(lines[:10])
     assert "Runs on" in first
     assert "Not tried" in first
+
+
+def test_the_citation_is_of_this_version_and_of_the_paper_that_the_readme_cites() -> None:
+    """The keys that the Citation File Format 1.2.0 requires, and what would go stale."""
+    said = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= said.keys()
+    assert (said["cff-version"], said["type"]) == ("1.2.0", "software")
+    assert said["version"] == __version__
+    [bibtex] = blocks(README, "bibtex")
+    paper = next(each for each in said["references"] if "2310.03739" in each["url"])
+    names = [f"{one['family-names']}, {one['given-names']}" for one in paper["authors"]]
+    assert f"author = {{{' and '.join(names)}}}" in bibtex
+    assert f"title = {{{paper['title']}}}" in bibtex
+    assert f"year = {{{paper['year']}}}" in bibtex
 
 
 def test_the_readme_installs_the_tests_as_the_checks_do() -> None:

@@ -26,6 +26,8 @@ from alignprop_cli.publishing import export, shared
 from alignprop_cli.publishing.request import FILES, Request, read_kinds
 from alignprop_cli.publishing.results import refuse_unpublished
 from tests.factories import randn, small_pipeline, small_xl_pipeline
+from tests.flow_models import randn_like_latents
+from tests.models.test_merged import FLOWS, image, layers_of, written
 
 CASES: dict[str, tuple[Callable[..., Path], Any]] = {
     "sd": (small_pipeline, StableDiffusionPipeline),
@@ -120,6 +122,59 @@ def test_the_export_has_comfyuis_names_and_the_same_update_in_diffusers(
     for module, factors in layers.items():
         found = pipeline.unet.get_submodule(module).get_delta_weight("default_0")
         torch.testing.assert_close(found, factors.delta().float(), rtol=1e-5, atol=1e-5)
+    # And images: with the same update added to the weights by hand.
+    latents = randn_like_latents((1, 4, 8, 8))
+    shown = image(pipeline, latents, height=16, width=16)
+    by_hand = kind.from_pretrained(tmp_path / "base")
+    before = image(by_hand, latents, height=16, width=16)
+    for module, one in layers.items():
+        weight = by_hand.unet.get_submodule(module).weight
+        weight.data += 1.5 * (one.up.flatten(1) @ one.down.flatten(1)).view(weight.shape)
+    expected = image(by_hand, latents, height=16, width=16)
+    torch.testing.assert_close(shown, expected, rtol=0.0, atol=1e-3)
+    assert float((expected - before).abs().max()) > 1e-2
+
+
+@pytest.mark.parametrize(
+    "name", ["sd3", *(pytest.param(n, marks=pytest.mark.long) for n in FLOWS if n != "sd3")]
+)
+def test_the_export_of_a_transformer_keeps_its_names_and_draws_the_same_images(
+    name: str, tmp_path: Path
+) -> None:
+    """ComfyUI: transformer. and diffusers' name of the module, lora_A and lora_B (comfy/lora.py).
+
+    Its loader takes an .alpha as well; diffusers' loaders do not, so the scaling is in B.
+    """
+    build, kind, shape = FLOWS[name]
+    pipeline = kind.from_pretrained(build(tmp_path / "base"))
+    layers = layers_of(pipeline, ("to_q", "to_v", "to_out.0", "to_qkv_mlp_proj"))
+    assert len(layers) >= 5
+    (done,) = export.write(
+        ["comfyui"], written(tmp_path / "lora", layers, "transformer."), None, tmp_path, "r"
+    )
+    state = load_file(done.path)
+    assert set(state) == {f"transformer.{n}.lora_{half}.weight" for n in layers for half in "AB"}
+    # 1. Images of base and LoRA: (alpha / rank) B A added to the weights by hand.
+    side = {"klein": 32, "zimage": 64}.get(name, 16)
+    options = {"height": side, "width": side}
+    latents = randn_like_latents(shape)
+    before = image(pipeline, latents, **options)
+    by_hand = kind.from_pretrained(tmp_path / "base")
+    for module, one in layers.items():
+        by_hand.transformer.get_submodule(module).weight.data += 1.5 * one.up @ one.down
+    expected = image(by_hand, latents, **options)
+    # 2. Those of the file, through diffusers' own loader.
+    pipeline.load_lora_weights(done.path)
+    for module, one in layers.items():
+        found = pipeline.transformer.get_submodule(module).get_delta_weight("default_0")
+        torch.testing.assert_close(found, 1.5 * one.up @ one.down, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(image(pipeline, latents, **options), expected, rtol=0.0, atol=1e-3)
+    assert float((expected - before).abs().max()) > 1e-2
+    # 3. With an .alpha these loaders refuse the file.
+    if name != "flux1":
+        alphas = {f"transformer.{module}.alpha": torch.tensor(2.0) for module in layers}
+        with pytest.raises((ValueError, KeyError, RuntimeError)):
+            by_hand.load_lora_weights({**state, **alphas})
 
 
 def test_the_header_follows_modelspec_and_the_bytes_repeat(tmp_path: Path) -> None:
@@ -310,6 +365,30 @@ def test_what_cannot_be_exported_is_refused_before_any_work(
     assert ended.value.code == 2
     assert words in " ".join(said.err.split())
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_an_export_of_a_lower_rank_is_a_soup_of_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The nearest matrix of rank 1 is the first term of the singular value decomposition."""
+    layers = toy(**{"mid_block.attentions.0.proj_in": (4, 3)})
+    saved(tmp_path / "a", layers)
+    asked = ("--method=svd", "--rank=1", "--export=comfyui", "--json")
+    with pytest.raises(SystemExit) as ended:
+        main(["soup", str(tmp_path / "a"), *asked, f"--output={tmp_path / 'out'}"])
+    assert not ended.value.code
+    file = json.loads(capsys.readouterr().out)["exports"]["comfyui"]
+    with safe_open(file, "pt") as opened:
+        assert opened.metadata()["ss_network_dim"] == "1"
+    state = load_file(file)
+    layer = "lora_unet_mid_block_attentions_0_proj_in"
+    down, up = (state[f"{layer}.lora_{half}.weight"] for half in ("down", "up"))
+    assert down.shape == (1, 3)
+    (whole,) = (one.delta().float() for one in layers.values())
+    u, s, v = torch.linalg.svd(whole)
+    expected = s[0] * torch.outer(u[:, 0], v[0])
+    torch.testing.assert_close(float(state[f"{layer}.alpha"]) * up @ down, expected)
+    assert float((expected - whole).abs().max()) > 0.1
 
 
 def test_every_file_that_is_written_may_be_replaced() -> None:

@@ -58,6 +58,11 @@ def test_the_id_is_of_the_folder_and_the_nonce(tmp_path) -> None:
     assert ours != identity(job(tmp_path / "ours"), "other")
 
 
+def test_a_run_waits_for_all_its_trackers_together_at_most_five_seconds() -> None:
+    assert follow.LIMIT <= 5.0
+    assert follow.Followers([], print)._limit == follow.LIMIT
+
+
 def test_secrets_are_masked() -> None:
     environment = {"WANDB_API_KEY": "abcdef123", "HOME": "/home/me", "X_TOKEN": "abcdef123456"}
     text = "401 for abcdef123456 or abcdef123 in /home/me at http://me:pw@host:1/x"

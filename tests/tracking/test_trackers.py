@@ -203,6 +203,39 @@ def test_mlflow_reads_its_store(told, monkeypatch) -> None:
     assert any(a.path.endswith(".png") for a in client.list_artifacts(run.info.run_id, "images"))
 
 
+def test_the_environment_names_what_the_options_do_not(tmp_path, monkeypatch) -> None:
+    names = [name for name in ("wandb", "trackio", "mlflow") if name in INSTALLED]
+    if not names:
+        pytest.skip("no tracker with variables for its names is installed")
+    offline(tmp_path, monkeypatch)
+    for name in ("WANDB_PROJECT", "TRACKIO_PROJECT", "MLFLOW_EXPERIMENT_NAME"):
+        monkeypatch.setenv(name, "theirs")
+    for name in ("WANDB_NAME", "MLFLOW_RUN_NAME"):
+        monkeypatch.setenv(name, "named")
+    monkeypatch.setenv("WANDB_TAGS", "one,two")
+    monkeypatch.setenv("MLFLOW_TAGS", '{"one": "two"}')
+    job = job_of(tmp_path / "run", project=None, tags=())
+    (tmp_path / "adapter").write_bytes(b"weights")
+    assert tell(job, names, range(1, 2), tmp_path / "adapter") == []
+    if "wandb" in names:
+        (file,) = (tmp_path / "wandb").glob("offline-run-*/*.wandb")
+        (run,) = [record.run for record in _records(file) if record.HasField("run")]
+        assert (run.project, run.display_name, list(run.tags)) == (
+            "theirs",
+            "named",
+            ["one", "two"],
+        )
+    if "trackio" in names:
+        assert [file.stem for file in (tmp_path / "trackio").glob("*.db")] == ["theirs"]
+    if "mlflow" in names:
+        from mlflow import MlflowClient
+
+        client = MlflowClient(f"file:{tmp_path / 'mlruns'}")
+        experiment = client.get_experiment_by_name("theirs")
+        (run,) = client.search_runs([experiment.experiment_id])
+        assert (run.info.run_name, run.data.tags["one"]) == ("named", "two")
+
+
 @needs("swanlab")
 def test_swanlab_keeps_its_files(told) -> None:
     """It has no reader of its own files but its server, so the bytes are looked at."""

@@ -109,6 +109,7 @@ class Reported:
             lora_norm=1.0 + 0.1 * step,
             learning_rate=1e-3,
             backprop_steps=1.0 + step % 3,
+            path_share=0.1 + 0.1 * (step % 3),
             seconds=1.0 + 0.01 * step,
             peak_memory_gib=1.5,
         )

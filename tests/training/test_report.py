@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 
 from alignprop_cli.config import presets
 from alignprop_cli.training import curves, frames, provenance, report
@@ -24,6 +25,7 @@ class Content(HTMLParser):
     def __init__(self, file: Path) -> None:
         super().__init__()
         self.data, self.addresses, self._inside = "", list[str](), False
+        self.texts = list[str]()
         self.feed(file.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -34,6 +36,8 @@ class Content(HTMLParser):
     def handle_data(self, data: str) -> None:
         if self._inside:
             self.data += data
+        elif data.strip():
+            self.texts.append(data)
 
     @property
     def steps(self) -> list[int]:
@@ -249,6 +253,44 @@ def test_the_nearest_preset_is_the_one_that_was_changed_and_the_changes_are_told
     name, rows = provenance.nearest_preset(config)
     assert name == "tiny_count"
     assert {row[0]: row[2] for row in rows} == {"train.steps": "3", "lora.rank": "2"}
+
+
+def test_the_page_says_what_is_planned_where_it_runs_and_what_to_type(tmp_path: Path) -> None:
+    folder = tmp_path / "my run"
+    run = Reported(folder, PROMPTS)
+    run.begin()
+    run.step(sampled=True)
+
+    def follows(text: str) -> str:
+        texts = Content(run.file).texts
+        return texts[texts.index(text) + 1]
+
+    # Plan and environment, each a row of a table.
+    assert follows("step") == "8 images a step = 1 micro-batch of 8"
+    assert follows("rewards") == "clip x 1"
+    assert follows("torch") == torch.__version__.partition("+")[0]
+    assert follows("device") == "cpu"
+    preset, rows = provenance.nearest_preset(run.run.config)
+    assert f"What differs from the preset {preset}" in Content(run.file).texts
+    assert follows("train.steps") in {row[1] for row in rows if row[0] == "train.steps"}
+    assert follows("Warnings") == "None since the run was started or resumed."
+    # Commands, whose words a shell takes apart as they are meant.
+    quoted = f"'{folder}'"
+    assert follows("Reproduce it") == (
+        f"alignprop train --config '{folder}/config.yaml' --output '{folder}-again'"
+    )
+    assert follows("Resume it") == f"alignprop train --resume {quoted}"
+    assert follows("Evaluate it") == f"alignprop evaluate {quoted}"
+    assert follows("Mix it with the base model") == (
+        f"alignprop soup {quoted} base --coef 0.7 --output '{folder}-soup'"
+    )
+    # With all steps done there is nothing to resume, and a best step to look at.
+    while run.trainer.step_number < 6:
+        run.step(sampled=False)
+    run.finish()
+    assert follows("Train it further") == f"alignprop train --resume {quoted} --steps 12"
+    best = follows("Evaluate its best checkpoint")
+    assert best == f"alignprop evaluate --checkpoint best {quoted}"
 
 
 def test_the_smoothed_curve_is_the_exponential_mean() -> None:

@@ -142,6 +142,7 @@ def test_curves_are_drawn_and_nothing_is_wider_than_the_screen(
         "loss",
         "gradient norm, before clipping",
         "learning rate",
+        "share of the path with gradient",
         "seconds a step",
         "images an hour, without the evaluations",
         "peak memory so far, GiB",
