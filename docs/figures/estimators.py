@@ -1,8 +1,8 @@
 """Join reports of `tests/benchmarks/estimators.py training`, and draw docs/figures/estimators.png.
 
-A report holds any number of methods and seeds; each of them may be measured by a process of its
-own. Printed is a table: the mean over seeds of what the tuned model has more than the base model,
-and the least and the most of any seed.
+A report holds any number of methods and seeds of one preset; each of them may be measured by a
+process of its own. Printed is a table for each preset: the mean over seeds of what the tuned model
+has more than the base model, and the least and the most of any seed. The figure has a row for each.
 
 Run:  python docs/figures/estimators.py REPORT... > table.md
 """
@@ -15,9 +15,11 @@ from collections import defaultdict
 from pathlib import Path
 
 from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
 
 SHOWN = {
     "clip": "reward",
+    "clip_choice": "held out",
     "all": "all right",
     "diversity": "diversity",
     "jpeg_kilobytes": "JPEG, kB",
@@ -28,14 +30,20 @@ PANELS = ("clip", "all")
 INK, POINT = "#222222", "#4269d0"
 
 Cells = dict[str, list[float]]
+Rows = dict[tuple[str, str], Cells]
+"""Of a preset: the values of each seed, by method and by what is equal."""
 
 
-def read(files: list[str]) -> dict[tuple[str, str], Cells]:
-    """Return the values of each seed, by method and by what is equal."""
-    found: dict[tuple[str, str], Cells] = defaultdict(lambda: defaultdict(list))
+def read(files: list[str]) -> dict[str, Rows]:
+    """Return what each preset's reports say."""
+    every: dict[str, Rows] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     for file in files:
         columns: list[str] = []
-        for line in Path(file).read_text(encoding="utf-8").splitlines():
+        text = Path(file).read_text(encoding="utf-8")
+        preset = re.search(r"--preset (\S+)", text)
+        assert preset is not None, file
+        found = every[preset[1]]
+        for line in text.splitlines():
             cells = [cell.strip() for cell in line.strip("|").split("|")]
             if cells[0] == "method":
                 columns = cells
@@ -45,16 +53,17 @@ def read(files: list[str]) -> dict[tuple[str, str], Cells]:
                     assert seeds is not None, cell
                     values = [float(value) for value in seeds[1].split(",")]
                     found[cells[0], cells[1]][column] += values
-    return found
+    return every
 
 
-def table(found: dict[tuple[str, str], Cells]) -> list[str]:
-    """Return the lines of the table."""
-    names = ("method", "equal", "seeds", "steps", "s a step", *SHOWN.values())
+def table(found: Rows) -> list[str]:
+    """Return the lines of a preset's table."""
+    shown = [name for name in SHOWN if all(name in cells for cells in found.values())]
+    names = ("method", "equal", "seeds", "steps", "s a step", *(SHOWN[name] for name in shown))
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
     for (method, equal), cells in sorted(found.items(), key=lambda item: item[0][1]):
         texts: list[str] = []
-        for name in SHOWN:
+        for name in shown:
             values = [SCALE.get(name, 1.0) * value for value in cells[name]]
             digits = 1 if name in SCALE else 3
             low, mean, high = min(values), sum(values) / len(values), max(values)
@@ -67,30 +76,48 @@ def table(found: dict[tuple[str, str], Cells]) -> list[str]:
     return lines
 
 
-def draw(found: dict[tuple[str, str], Cells], path: Path) -> None:
+def draw(every: dict[str, Rows], path: Path) -> None:
     """Draw every seed as a point and the means as bars, best reward at equal images first."""
-    methods = [method for method, equal in found if equal == "images"]
-    methods.sort(key=lambda method: -_mean(found[method, "images"], "clip"))
-    figure, axes = plt.subplots(1, 2, figsize=(8, 0.32 * len(methods) + 1.3), sharey=True)
-    for place, name in zip(axes, PANELS, strict=True):
-        for row, method in enumerate(methods):
-            for equal, shift, colour in (("images", -0.14, "#9aa5b1"), ("seconds", 0.14, POINT)):
-                values = [SCALE.get(name, 1.0) * v for v in found[method, equal][name]]
-                rows = [row + shift] * len(values)
-                place.plot(values, rows, "o", ms=3.5, alpha=0.55, color=colour, mew=0)
-                mean = sum(values) / len(values)
-                label = f"equal {equal}" if row == 0 else None
-                place.plot([mean], [row + shift], "|", ms=11, mew=2, color=colour, label=label)
-        place.axvline(0.0, color=INK, lw=0.6)
-        place.set_xlabel(f"{SHOWN[name]}, tuned - base{' (points)' if name in SCALE else ''}")
-        place.grid(axis="x", alpha=0.25)
-        place.spines[["top", "right", "left"]].set_visible(False)
-    axes[0].set_yticks(range(len(methods)), methods)
-    axes[0].invert_yaxis()
-    handles, labels = axes[1].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, loc="upper center", ncols=2, fontsize=8)
-    figure.tight_layout(rect=(0.0, 0.0, 1.0, 0.95))
+    heights = [len(found) / 2 + 1.5 for found in every.values()]
+    figure, axes = plt.subplots(
+        len(every),
+        2,
+        figsize=(8, 0.32 * sum(heights) + 0.8),
+        height_ratios=heights,
+        squeeze=False,
+        sharex="col",
+        sharey="row",
+    )
+    for pair, (preset, found) in zip(axes, every.items(), strict=True):
+        methods = [method for method, equal in found if equal == "images"]
+        methods.sort(key=lambda method: -_mean(found[method, "images"], "clip"))
+        for place, name in zip(pair, PANELS, strict=True):
+            panel(place, found, methods, name)
+            if found is list(every.values())[-1]:
+                unit = " (points)" if name in SCALE else ""
+                place.set_xlabel(f"{SHOWN[name]}, tuned - base{unit}")
+        pair[0].set_yticks(range(len(methods)), methods)
+        pair[0].invert_yaxis()
+        pair[0].set_title(preset, loc="left", fontsize=10)
+    handles, labels = axes[0][1].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, loc="upper right", ncols=2, fontsize=8)
+    figure.tight_layout()
     figure.savefig(path, dpi=150)
+
+
+def panel(place: Axes, found: Rows, methods: list[str], name: str) -> None:
+    """Draw one quantity of one preset."""
+    for row, method in enumerate(methods):
+        for equal, shift, colour in (("images", -0.14, "#9aa5b1"), ("seconds", 0.14, POINT)):
+            values = [SCALE.get(name, 1.0) * v for v in found[method, equal][name]]
+            rows = [row + shift] * len(values)
+            place.plot(values, rows, "o", ms=3.5, alpha=0.55, color=colour, mew=0)
+            mean = sum(values) / len(values)
+            label = f"equal {equal}" if row == 0 else None
+            place.plot([mean], [row + shift], "|", ms=11, mew=2, color=colour, label=label)
+    place.axvline(0.0, color=INK, lw=0.6)
+    place.grid(axis="x", alpha=0.25)
+    place.spines[["top", "right", "left"]].set_visible(False)
 
 
 def _mean(cells: Cells, name: str) -> float:
@@ -98,6 +125,7 @@ def _mean(cells: Cells, name: str) -> float:
 
 
 if __name__ == "__main__":
-    values = read(sys.argv[1:])
-    sys.stdout.write("\n".join([*table(values), ""]))
-    draw(values, Path(__file__).with_suffix(".png"))
+    reports = read(sys.argv[1:])
+    for preset, found in reports.items():
+        sys.stdout.write("\n".join([f"{preset}:", "", *table(found), "", ""]))
+    draw(reports, Path(__file__).with_suffix(".png"))
