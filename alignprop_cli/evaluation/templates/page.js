@@ -189,6 +189,8 @@
     // Of steps that were all skipped there is none.
     const [low, high] = values.length ? [Math.min(...values), Math.max(...values)] : [0, 1];
     const room = 0.06 * (high - low) || 0.1 * Math.abs(high) || 1;
+    // No axis goes on to 110 %.
+    const [least, most] = plot.share ? [-0.02, 1.02] : [-Infinity, Infinity];
     const layout = {
       barmode: "overlay", bargap: 0.06, shapes: lines, hovermode: bars ? "closest" : "x unified",
       showlegend: plot.lines.length > 1,
@@ -200,7 +202,7 @@
       xaxis: { ...axis, title: { text: escaped(plot.x_title), standoff: 6 }, nticks: 8 },
       yaxis: {
         ...axis, nticks: 6, tickformat: plot.share ? ".3~%" : "",
-        ...(bars ? { rangemode: "tozero" } : { range: [low - room, high + room] }),
+        ...(bars ? { rangemode: "tozero" } : { range: [Math.max(low - room, least), Math.min(high + room, most)] }),
       },
     };
     const config = { responsive: true, displaylogo: false, displayModeBar: false };
