@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 
@@ -80,6 +80,8 @@ BUILT_IN: Mapping[str, PromptSet] = {
 
 SETS = (*BUILT_IN, *benchmarks.NAMES)
 """The names of all sets that are not files."""
+
+_Quoting = Literal[0, 3]  # csv.QUOTE_MINIMAL, csv.QUOTE_NONE
 
 MOST_CHARACTERS = 10_000
 """Most characters of a prompt that is trained on or drawn, and most that a tokenizer is given."""
@@ -275,22 +277,42 @@ def _by_name(values: Mapping[str, Any], names: Sequence[str]) -> tuple[str, Any]
 
 def _read_table(text: str, path: Path, delimiter: str = ",") -> list[tuple[str, Any]]:
     # newline="": quoted fields may contain line breaks of any kind, which must stay as they are.
-    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+    def rows(quoting: _Quoting) -> csv.DictReader[str]:
+        # strict: otherwise quotation marks are dropped where they are no CSV, and one that is not
+        # closed makes one prompt of all lines after it.
+        file = io.StringIO(text, newline="")
+        return csv.DictReader(file, delimiter=delimiter, quoting=quoting, strict=True)
+
+    found = rows(csv.QUOTE_MINIMAL)
     try:
-        header = dict.fromkeys(rows.fieldnames or (), "")
-        named = _by_name(header, _COLUMNS)
-        if named is None:
+        return _cells(found, path)
+    except csv.Error as error:
+        # There are two kinds of TSV: that of spreadsheets, and one in which a quotation mark is a
+        # character like any other, such as PartiPrompts on its authors' own page.
+        if delimiter != "\t":
             raise ConfigError(
-                f"prompts: {path}: no column named prompt, text or caption, got "
-                f"'{', '.join(header)[:200]}'"
-            )
-        # Cells that a short row lacks are empty, and what a long one has too many has no name.
-        return [
-            (f"{path}:{rows.line_num}", {k: v or "" for k, v in row.items() if k in header})
-            for row in rows
-        ]
+                f"prompts: {path}: not a table: {error} (before line {found.line_num + 1})",
+                hint='a text that begins with a quotation mark is written """HI"" on a wall"',
+            ) from error
+    try:
+        return _cells(rows(csv.QUOTE_NONE), path)
     except csv.Error as error:
         raise ConfigError(f"prompts: {path}: not a table: {error}") from error
+
+
+def _cells(rows: csv.DictReader[str], path: Path) -> list[tuple[str, Any]]:
+    """Return the rows of a table, each with its place for messages."""
+    header = dict.fromkeys(rows.fieldnames or (), "")
+    if _by_name(header, _COLUMNS) is None:
+        raise ConfigError(
+            f"prompts: {path}: no column named prompt, text or caption, got "
+            f"'{', '.join(header)[:200]}'"
+        )
+    # Cells that a short row lacks are empty, and what a long one has too many has no name.
+    return [
+        (f"{path}:{rows.line_num}", {k: v or "" for k, v in row.items() if k in header})
+        for row in rows
+    ]
 
 
 def for_tokenizer(text: str) -> str:

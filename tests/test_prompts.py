@@ -179,6 +179,20 @@ def test_the_animals_are_those_of_the_published_lists(file: str, prompts: tuple[
     assert list(prompts) == [line.strip() for line in path.read_text().splitlines() if line.strip()]
 
 
+def test_quotation_marks_of_a_prompt_stay(tmp_path: Path) -> None:
+    # As spreadsheets write it, and as PartiPrompts is on its authors' page.
+    lines = ["Prompt\tNote", '"G I G" in paint\t', 'the "HI" on a wall\tits "note"', '"a dog\tx']
+    raw = write(tmp_path / "raw.tsv", "\n".join(lines))
+    assert load_prompts(str(raw)) == ['"G I G" in paint', 'the "HI" on a wall', '"a dog']
+    quoted = write(tmp_path / "q.tsv", 'Prompt\tNote\n"""G I G"" in paint"\tb\n"a\ttab"\t\n')
+    assert load_prompts(str(quoted)) == ['"G I G" in paint', "a\ttab"]
+    # In CSV it is a mistake: the first would lose its marks, the second be one with all after it.
+    for text in ('"STOP" sign,1\na cat,2\n', '"a cat,1\na dog,2\n'):
+        path = write(tmp_path / "p.csv", f"prompt,id\n{text}")
+        with pytest.raises(ConfigError, match=r"p\.csv: not a table: .* \(before line \d\)"):
+            load_prompts(str(path))
+
+
 def test_every_prompt_comes_once_per_epoch_and_epochs_differ() -> None:
     prompts = [str(i) for i in range(20)]
     stream = PromptStream(prompts, seed=0)
