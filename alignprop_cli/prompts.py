@@ -17,6 +17,7 @@ from alignprop_cli import benchmarks, rng
 from alignprop_cli.errors import ConfigError, did_you_mean
 from alignprop_cli.parsing import ParseError, read_json
 from alignprop_cli.paths import read_text, user_path
+from alignprop_cli.storage import sha256
 
 # The 45 common animals on which DDPO and AlignProp train, and the 6 on which AlignProp evaluates.
 # fmt: off
@@ -113,13 +114,13 @@ class Entry:
         """Return its group, for metrics by group; empty if it has none."""
         if self.style:
             return self.style
-        named = _by_name(self.values, _GROUPS)
-        name, value = named if named is not None else ("", None)
+        # Lists and objects are no names, and null is none.
+        told = {k: v for k, v in self.values.items() if isinstance(v, str | int | float)}
+        name, value = _by_name(told, _GROUPS) or ("", "")
         # Zeros in front, so that they sort as numbers.
         if name == "atom_count" and isinstance(value, int):
             return f"{value:02d} atoms"
-        # Lists and objects are no names.
-        return str(value).strip() if isinstance(value, str | int | float) and value else ""
+        return str(value).strip()
 
 
 def load_prompts(name: str) -> list[str]:
@@ -138,44 +139,47 @@ def load_prompts(name: str) -> list[str]:
     return [entry.prompt for entry in load_entries(name)]
 
 
-def load_groups(name: str) -> dict[str, str]:
-    """Return the group of each prompt of a set that has groups, for metrics by group.
-
-    Groups are the styles of `hpd`, the numbers of `dogs` and `shapes`, and the values of `group`,
-    `tag`, `category` or `atom_count` in objects and tables. Prompts without one are left out.
-
-    Raises:
-        ConfigError, AssetError: As `load_prompts`.
-    """
-    if name in BUILT_IN:
-        grouped = _built_in(name) if BUILT_IN[name].grouped else []
-        return {prompt: prompt.partition(" ")[0] for prompt in grouped}
-    return {entry.prompt: entry.group for entry in load_entries(name) if entry.group}
-
-
 def load_entries(name: str) -> list[Entry]:
     """Return the prompts of a set with what it says about them, in the order of `load_prompts`.
 
+    Groups are the styles of `hpd`, the numbers of `dogs` and `shapes`, and the values of `group`,
+    `tag`, `category` or `atom_count` in objects and tables.
+
     Raises:
         ConfigError, AssetError: As `load_prompts`.
     """
     if name in BUILT_IN:
-        return [Entry(prompt, {}, number=i) for i, prompt in enumerate(_built_in(name))]
-    if benchmarks.is_published(name):
-        sources = benchmarks.sources(name)
-        parts = [(benchmarks.fetch(source), source.style) for source in sources]
-    else:
-        parts = [(user_path(name, "prompts"), "")]
+        texts, grouped = _built_in(name), BUILT_IN[name].grouped
+        groups = [{"group": text.partition(" ")[0]} if grouped else {} for text in texts]
+        return [Entry(text, groups[i], number=i) for i, text in enumerate(texts)]
+    parts = _files(name)
     # Empty lines and cells are skipped: an empty prompt would ask for an unconditional image.
     found = [
         Entry(text, value if isinstance(value, dict) else {}, style, number)
-        for path, style in parts
+        for path, _, style in parts
         for number, (place, value) in enumerate(_rows(path, name))
         if (text := _text(value, place))
     ]
     if not found:
         raise ConfigError(f"prompts: {parts[0][0]} holds no prompt", hint="write one prompt a line")
     return found
+
+
+def hashes(name: str) -> dict[str, str]:
+    """Return the SHA-256 of each file of a set, by its address or path; none of a built-in one.
+
+    Raises:
+        ConfigError, AssetError: As `load_prompts`.
+    """
+    return {} if name in BUILT_IN else {called: sha256(path) for path, called, _ in _files(name)}
+
+
+def _files(name: str) -> list[tuple[Path, str, str]]:
+    """Return the files of a set that is not built in, what each is called, and its style."""
+    if benchmarks.is_published(name):
+        sources = benchmarks.sources(name)
+        return [(benchmarks.fetch(source), source.address, source.style) for source in sources]
+    return [(user_path(name, "prompts"), name, "")]
 
 
 def _rows(path: Path, name: str) -> list[tuple[str, Any]]:

@@ -17,7 +17,7 @@ import pytest
 
 from alignprop_cli import benchmarks
 from alignprop_cli.errors import AssetError, ConfigError
-from alignprop_cli.prompts import SETS, count_prompts, load_entries, load_groups, load_prompts
+from alignprop_cli.prompts import SETS, count_prompts, hashes, load_entries, load_prompts
 
 GENEVAL = [
     {"tag": "single_object", "include": [{"class": "cow", "count": 1}], "prompt": "a test cow"},
@@ -70,6 +70,11 @@ def publish(monkeypatch: pytest.MonkeyPatch, github: GitHub, data: bytes) -> Non
     github.files[f"/{source.commit}/{source.file}"] = data
 
 
+def groups(name: str) -> dict[str, str]:
+    """Return the group of each prompt of a set that has one."""
+    return {entry.prompt: entry.group for entry in load_entries(name) if entry.group}
+
+
 def lines(rows: list[dict[str, object]]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
@@ -79,9 +84,11 @@ def test_a_set_of_github_is_downloaded_once(
 ) -> None:
     publish(monkeypatch, github, lines(GENEVAL))
     assert load_prompts("geneval") == ["a test cow", "two test cows"]
-    assert load_groups("geneval") == {"a test cow": "single_object", "two test cows": "counting"}
+    assert groups("geneval") == {"a test cow": "single_object", "two test cows": "counting"}
     assert [dict(entry.values) for entry in load_entries("geneval")] == GENEVAL
-    commit = benchmarks.PUBLISHED["geneval"][0].commit
+    source = benchmarks.PUBLISHED["geneval"][0]
+    assert hashes("geneval") == {source.address: source.sha256}
+    commit = source.commit
     assert github.asked == [f"/{commit}/prompts/evaluation_metadata.jsonl"]
     # What the file has become on this disk is noticed, and put right.
     path = benchmarks.fetch(benchmarks.PUBLISHED["geneval"][0])
@@ -140,7 +147,7 @@ def test_the_sets_of_the_hub_are_read_by_their_files(
 
     monkeypatch.setattr(benchmarks, "hf_hub_download", download)
     assert load_prompts("parti") == ["an atom", 'the word "HI" on a wall']
-    assert set(load_groups("parti").values()) == {"Abstract", "Outdoor Scenes"}
+    assert set(groups("parti").values()) == {"Abstract", "Outdoor Scenes"}
     assert load_prompts("drawbench") == ["A red test.", "A blue test."]
     assert set(asked) == {
         ("nateraw/parti-prompts", "PartiPrompts.tsv", "dataset"),
@@ -158,13 +165,13 @@ def test_published_sets_are_counted_without_a_network() -> None:
 
 def test_a_local_copy_of_a_published_set_has_its_groups(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines(GENEVAL))
-    assert set(load_groups(str(tmp_path / "a.jsonl")).values()) == {"single_object", "counting"}
+    assert set(groups(str(tmp_path / "a.jsonl")).values()) == {"single_object", "counting"}
     rows = [{"prompt": f"{n} atoms", "atom_count": n, "skills": []} for n in (3, 10)]
     (tmp_path / "b.jsonl").write_bytes(lines(rows))
-    assert list(load_groups(str(tmp_path / "b.jsonl")).values()) == ["03 atoms", "10 atoms"]
+    assert list(groups(str(tmp_path / "b.jsonl")).values()) == ["03 atoms", "10 atoms"]
     # Of a group only a text or a number makes a name.
     (tmp_path / "c.jsonl").write_bytes(lines([{"prompt": "x", "tag": ["1girl", "solo"]}]))
-    assert load_groups(str(tmp_path / "c.jsonl")) == {}
+    assert groups(str(tmp_path / "c.jsonl")) == {}
     (tmp_path / "d.tsv").write_text("prompt\tgroup\nlonely\n\t\na cat\tpets\tmore\n")
-    assert load_groups(str(tmp_path / "d.tsv")) == {"a cat": "pets"}
+    assert groups(str(tmp_path / "d.tsv")) == {"a cat": "pets"}
     assert [entry.number for entry in load_entries(str(tmp_path / "d.tsv"))] == [0, 2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections import Counter
@@ -27,7 +28,8 @@ from alignprop_cli.prompts import (
     count_prompts,
     cut_note,
     for_tokenizer,
-    load_groups,
+    hashes,
+    load_entries,
     load_prompts,
 )
 from alignprop_cli.rewards.detect import number_in
@@ -215,18 +217,30 @@ def test_one_prompt_is_enough() -> None:
     assert {PromptStream(["a cat"], seed=0).prompt(i) for i in range(5)} == {"a cat"}
 
 
+def groups(name: str) -> list[str]:
+    """Return the group of each prompt of a set."""
+    return [entry.group for entry in load_entries(name)]
+
+
 def test_groups_are_those_of_the_set_or_of_a_column(tmp_path: Path) -> None:
-    assert load_groups("animals") == {}
-    shapes = load_groups("shapes-heldout")
-    assert set(shapes) == set(load_prompts("shapes-heldout"))
-    assert set(shapes.values()) == {"one", "two", "three", "four"}
-    table = tmp_path / "set.csv"
-    table.write_text("prompt,group\na cat,pets\na wolf,wild\na thing,\n", encoding="utf-8")
-    assert load_groups(str(table)) == {"a cat": "pets", "a wolf": "wild"}
-    lines = tmp_path / "set.jsonl"
-    lines.write_text('"a dog"\n{"text": "a fox", "group": "wild"}\n', encoding="utf-8")
-    assert load_groups(str(lines)) == {"a fox": "wild"}
-    assert load_prompts(str(lines)) == ["a dog", "a fox"]
+    assert set(groups("animals")) == {""}
+    for entry in load_entries("shapes-heldout"):
+        assert entry.group == entry.prompt.split()[0]
+    assert set(groups("shapes-heldout")) == {"one", "two", "three", "four"}
+    table = write(tmp_path / "set.csv", "prompt,group\na cat,pets\na cat,0\na thing,\n")
+    assert groups(table) == ["pets", "0", ""]
+    # Null is no group, so the next name counts; 0 is one, as in a table.
+    rows = [{"text": "a fox", "group": "wild"}, {"text": "x", "group": 0}, {"text": "x"}]
+    rows += [{"text": "y", "group": None, "tag": "z"}, {"text": "y", "tag": ["1girl"]}]
+    lines = write(tmp_path / "set.jsonl", "\n".join(map(json.dumps, ["a dog", *rows])))
+    assert groups(lines) == ["", "wild", "0", "", "z", ""]
+    assert load_prompts(lines) == ["a dog", "a fox", "x", "x", "y", "y"]
+
+
+def test_the_files_of_a_set_are_told_by_their_hash(tmp_path: Path) -> None:
+    file = write(tmp_path / "p.txt", "a cat\n")
+    assert hashes(file) == {file: hashlib.sha256(b"a cat\n").hexdigest()}
+    assert hashes("animals") == {}
 
 
 @pytest.mark.parametrize("name", ["p.txt", "p.jsonl", "p.json", "p.csv"])

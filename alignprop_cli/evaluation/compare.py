@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
 from typing import Any
@@ -95,8 +95,9 @@ class Evaluation:
         axis: Title of the curve's x axis.
         curve: The x value of each variant; empty if no curve is plotted.
         sampled: Samples by model: base, and each variant.
-        group_of: The group of each prompt that has one.
+        group_of: The group of each prompt that has one, by the prompt's index.
         seconds: Wall-clock time of everything but the comparison.
+        prompt_files: SHA-256 of each file of the prompt set, by its address or path.
     """
 
     model: Mapping[str, str]
@@ -107,8 +108,9 @@ class Evaluation:
     axis: str
     curve: Sequence[float]
     sampled: Mapping[str, Samples]
-    group_of: Mapping[str, str]
+    group_of: Mapping[int, str]
     seconds: float
+    prompt_files: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @property
     def samples(self) -> tuple[Sample, ...]:
@@ -135,7 +137,7 @@ class Evaluation:
     @cached_property
     def groups(self) -> Mapping[str, Metrics]:
         """Return all metrics over the samples of each group of prompts."""
-        names = [self.group_of.get(sample.prompt) for sample in self.samples]
+        names = [self.group_of.get(sample.prompt_index) for sample in self.samples]
         rows = {
             group: [row for row, name in enumerate(names) if name == group]
             for group in sorted({name for name in names if name is not None})

@@ -39,7 +39,7 @@ from alignprop_cli.models.base import Model
 from alignprop_cli.models.families import find, fingerprint, open_model
 from alignprop_cli.models.meta import meta_model
 from alignprop_cli.planning.sampling import SamplingNeed, check_memory
-from alignprop_cli.prompts import load_entries, load_groups
+from alignprop_cli.prompts import Entry, hashes, load_entries
 from alignprop_cli.publishing.request import Publish, Published
 from alignprop_cli.rewards.jpeg import true_size
 from alignprop_cli.rewards.mixture import Mixture, build_mixture
@@ -145,8 +145,7 @@ def run_evaluation(
     published = Published()
     with Told(config, console, folder, is_main=accelerator.is_main_process) as told:
         device = accelerator.device
-        prompts = [entry.prompt for entry in entries]
-        result = _evaluate(config, console, chosen, adapters, prompts, device, axis, allocate)
+        result = _evaluate(config, console, chosen, adapters, entries, device, axis, allocate)
         if accelerator.is_main_process:
 
             def fill(made: Path) -> None:
@@ -191,7 +190,7 @@ def _evaluate(
     console: Console,
     chosen: Sequence[Variant],
     adapters: Mapping[Path, Adapter],
-    prompts: Sequence[str],
+    entries: Sequence[Entry],
     device: torch.device,
     axis: str,
     allocate: Allocate,
@@ -199,6 +198,7 @@ def _evaluate(
     """Load the model, sample with every LoRA, and compare."""
     started, settings = time.perf_counter(), config.eval
     # 1. The model, once the LoRAs are known to fit it.
+    prompts, prompt_files = [entry.prompt for entry in entries], hashes(settings.prompts)
     samples = choose_samples(prompts, settings.images, settings.images_per_prompt)
     wanted = [*(sample.prompt for sample in samples), config.sample.negative_prompt]
     model = open_model(config.model, wanted, device, console.note)
@@ -221,8 +221,10 @@ def _evaluate(
         axis=axis,
         curve=[variant.at for variant in chosen if variant.at is not None],
         sampled=sampled,
-        group_of=load_groups(settings.prompts),
+        # As read at the beginning: the file may have changed since, or be gone.
+        group_of={i: entry.group for i, entry in enumerate(entries) if entry.group},
         seconds=time.perf_counter() - started,
+        prompt_files=prompt_files,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import html
 import json
 import logging
@@ -264,6 +265,30 @@ def test_exports_trackers_and_the_hub_are_asked_for_as_at_the_command_line(
     with pytest.raises(AssetError, match="there is no token"):
         alignprop_cli.soup([run], push_to_hub="me/mix", output=place / "never")
     assert not (place / "never").exists()
+
+
+def test_prompts_are_read_before_anything_is_sampled_and_keep_their_own_groups(tmp_path) -> None:
+    file, folder = tmp_path / "prompts.csv", tmp_path / "out"
+    file.write_text("prompt,group\none red circle,a\none red circle,b\n", encoding="utf-8")
+    read = hashlib.sha256(file.read_bytes()).hexdigest()
+    judged = alignprop_cli.evaluate(
+        "base",
+        preset="tiny",
+        prompts=file,
+        reward="brightness",
+        images=2,
+        overrides={"sample.num_inference_steps": 1},
+        output=folder,
+        # It is gone when the images are there.
+        progress=lambda done: file.unlink(missing_ok=True),
+    )
+    assert not file.exists()
+    values = json.loads(judged.results.read_text("utf-8"))
+    assert values["prompt_files"] == {str(file): read}
+    assert [sample["group"] for sample in values["samples"]] == ["a", "b"]
+    means = {g: of["brightness"]["base"]["mean"] for g, of in values["groups"].items()}
+    own = [sample["rewards"]["base"]["brightness"] for sample in values["samples"]]
+    assert means == {"a": own[0], "b": own[1]}
 
 
 def test_a_run_in_a_thread_with_an_object_as_its_reward_is_resumed_with_it(place) -> None:

@@ -78,7 +78,7 @@ def test_an_evaluation_compares_each_group_with_the_base_model_on_its_own_sample
             "base": sampled(chosen, np.array([1.0, 2.0, 3.0, 4.0])),
             "tuned": sampled(chosen, np.array([2.0, 3.0, 3.0, 2.0])),
         },
-        group_of={"0": "up", "1": "up", "3": "down"},
+        group_of={0: "up", 1: "up", 3: "down"},
         seconds=0.0,
     )
     means = {
