@@ -31,6 +31,8 @@ class GitHub:
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self.asked: list[str] = []
+        # Bytes after which the connection ends.
+        self.most = 10**9
 
 
 @pytest.fixture
@@ -44,7 +46,7 @@ def github(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[GitHub]:
             self.send_response(200 if data is not None else 404)
             self.send_header("Content-Length", str(len(data or b"")))
             self.end_headers()
-            self.wfile.write(data or b"")
+            self.wfile.write((data or b"")[: found.most])
 
         def log_message(self, format: str, *args: object) -> None:
             pass
@@ -113,6 +115,19 @@ def test_a_file_that_is_not_the_published_one_is_refused_and_not_kept(
     with pytest.raises(AssetError, match="is not the file that was published"):
         load_prompts("geneval")
     assert not [file for file in tmp_path.rglob("*") if file.is_file()]
+
+
+def test_a_connection_that_ends_too_early_is_not_taken_for_another_file(
+    monkeypatch: pytest.MonkeyPatch, github: GitHub, tmp_path: Path
+) -> None:
+    data = lines(GENEVAL)
+    publish(monkeypatch, github, data)
+    github.most = 40
+    with pytest.raises(AssetError, match=rf"the answer is cut short: 40 of {len(data)} bytes"):
+        load_prompts("geneval")
+    assert not list(tmp_path.rglob("*"))
+    github.most = 10**9
+    assert len(load_prompts("geneval")) == 2
 
 
 def test_a_set_that_is_not_there_and_not_cached_says_what_to_do(
