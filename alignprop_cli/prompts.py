@@ -268,7 +268,7 @@ def _text(value: Any, place: str) -> str:
     if len(text) > MOST_CHARACTERS:
         raise ConfigError(
             f"prompts: {place}: a prompt of {len(text)} characters, at most {MOST_CHARACTERS} "
-            f"are taken: '{text[:40]}...'"
+            f"are taken: {text[:40]!r}..."
         )
     return text
 
@@ -310,7 +310,7 @@ def _cells(rows: csv.DictReader[str], path: Path) -> list[tuple[str, Any]]:
     if _by_name(header, _COLUMNS) is None:
         raise ConfigError(
             f"prompts: {path}: no column named prompt, text or caption, got "
-            f"'{', '.join(header)[:200]}'"
+            f"{', '.join(header)[:200]!r}"
         )
     # Cells that a short row lacks are empty, and what a long one has too many has no name.
     return [
@@ -341,7 +341,7 @@ def cut_note(reader: str, cut: Collection[str], total: int) -> str:
     longest = max(cut, key=len)
     return (
         f"{reader} does not read {len(cut)} of {total} prompts to their end, such as the one that "
-        f"ends '...{longest[-60:]}'"
+        f"ends {longest[-60:]!r}"
     )
 
 

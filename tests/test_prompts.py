@@ -354,3 +354,5 @@ def test_one_of_the_prompts_that_are_cut_is_named() -> None:
     assert said.startswith("clip does not read 2 of 7 prompts to their end")
     assert "on a brown mat" in said
     assert len(said) < 200
+    # A prompt of a table may have several lines, and none of them is a line of ours.
+    assert "\n" not in cut_note("clip", ["a cat\nerror: all is lost"], 1)

@@ -83,22 +83,32 @@ def variants(
     if len(shares) > 1:
         strength = strengths[0] if strengths else 1.0
         return [
-            Variant(f"base until {share:g}", located[0], strength, at=share, base_until=share)
+            Variant(f"base until {_short(share)}", located[0], strength, at=share, base_until=share)
             for share in shares
         ]
     if strengths is not None:
         return [
-            Variant(f"strength {s:g}", located[0], s, at=s, base_until=shares[0]) for s in strengths
+            Variant(f"strength {_short(s)}", located[0], s, at=s, base_until=shares[0])
+            for s in strengths
         ]
     if len(located) == 1 and base_until is not None:
-        return [Variant(f"base until {shares[0]:g}", located[0], base_until=shares[0])]
+        return [Variant(f"base until {_short(shares[0])}", located[0], base_until=shares[0])]
     if len(located) == 1:
         return [Variant("ema" if located[0].is_average else "tuned", located[0])]
-    labels = [re.sub(r"[^\w.-]+", "-", found.label) for found in located]
-    # Numbered if two have the same label, or one has that of the base model.
-    if len({"base", *labels}) <= len(labels):
+    # No dots at the ends: `..` would be another folder. Cut, since no folder's name is longer than
+    # 255 bytes.
+    labels = [re.sub(r"[^\w.-]+", "-", found.label)[:60].strip(".") or "lora" for found in located]
+    # Numbered if two have the same label, or one has that of the base model; some file systems take
+    # large letters for small ones.
+    if len({"base", *(label.casefold() for label in labels)}) <= len(labels):
         labels = [f"{number}-{label}" for number, label in enumerate(labels, start=1)]
     return [Variant(label, found) for label, found in zip(labels, located, strict=True)]
+
+
+def _short(number: float) -> str:
+    """Return the shortest text that no other number has."""
+    text = f"{number:g}"
+    return text if float(text) == number else repr(number)
 
 
 def run_evaluation(
