@@ -241,7 +241,6 @@ def of_run(
     sample = config.sample.model_dump(mode="json")
     return Card(
         title=title,
-        # Not "to raise" it: a weight below 0 lowers a reward, and a target does either.
         about=f"A {kind}, trained on {_list(weights)} by the gradient of the reward through the "
         "sampling chain.",
         base=config.model.id,
@@ -336,7 +335,7 @@ def _remarks(
     trained_on: Collection[str],
 ) -> list[str]:
     """Return what belongs to the figures of a run: the guard's words, and known prompts."""
-    # Rewards in files are named without folders. In one go, and long ones first: one may hold another.
+    # Rewards in files are named without folders. In one go, and long ones first, as names overlap.
     names = "|".join(map(re.escape, sorted(shown, key=len, reverse=True)))
     found = [re.sub(names, lambda name: shown[name[0]], told)] if told else []
     # Without this the figures would claim to be about new prompts.
