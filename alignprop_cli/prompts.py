@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 
@@ -17,6 +17,7 @@ from alignprop_cli import benchmarks, rng
 from alignprop_cli.errors import ConfigError, did_you_mean
 from alignprop_cli.parsing import ParseError, read_json
 from alignprop_cli.paths import read_text, user_path
+from alignprop_cli.storage import sha256
 
 # The 45 common animals on which DDPO and AlignProp train, and the 6 on which AlignProp evaluates.
 # fmt: off
@@ -81,6 +82,8 @@ BUILT_IN: Mapping[str, PromptSet] = {
 SETS = (*BUILT_IN, *benchmarks.NAMES)
 """The names of all sets that are not files."""
 
+_Quoting = Literal[0, 3]  # csv.QUOTE_MINIMAL, csv.QUOTE_NONE
+
 MOST_CHARACTERS = 10_000
 """Most characters of a prompt that is trained on or drawn, and most that a tokenizer is given."""
 
@@ -111,13 +114,13 @@ class Entry:
         """Return its group, for metrics by group; empty if it has none."""
         if self.style:
             return self.style
-        named = _by_name(self.values, _GROUPS)
-        name, value = named if named is not None else ("", None)
+        # Lists and objects are no names, and null is none.
+        told = {k: v for k, v in self.values.items() if isinstance(v, str | int | float)}
+        name, value = _by_name(told, _GROUPS) or ("", "")
         # Zeros in front, so that they sort as numbers.
         if name == "atom_count" and isinstance(value, int):
             return f"{value:02d} atoms"
-        # Lists and objects are no names.
-        return str(value).strip() if isinstance(value, str | int | float) and value else ""
+        return str(value).strip()
 
 
 def load_prompts(name: str) -> list[str]:
@@ -136,44 +139,47 @@ def load_prompts(name: str) -> list[str]:
     return [entry.prompt for entry in load_entries(name)]
 
 
-def load_groups(name: str) -> dict[str, str]:
-    """Return the group of each prompt of a set that has groups, for metrics by group.
-
-    Groups are the styles of `hpd`, the numbers of `dogs` and `shapes`, and the values of `group`,
-    `tag`, `category` or `atom_count` in objects and tables. Prompts without one are left out.
-
-    Raises:
-        ConfigError, AssetError: As `load_prompts`.
-    """
-    if name in BUILT_IN:
-        grouped = _built_in(name) if BUILT_IN[name].grouped else []
-        return {prompt: prompt.partition(" ")[0] for prompt in grouped}
-    return {entry.prompt: entry.group for entry in load_entries(name) if entry.group}
-
-
 def load_entries(name: str) -> list[Entry]:
     """Return the prompts of a set with what it says about them, in the order of `load_prompts`.
 
+    Groups are the styles of `hpd`, the numbers of `dogs` and `shapes`, and the values of `group`,
+    `tag`, `category` or `atom_count` in objects and tables.
+
     Raises:
         ConfigError, AssetError: As `load_prompts`.
     """
     if name in BUILT_IN:
-        return [Entry(prompt, {}, number=i) for i, prompt in enumerate(_built_in(name))]
-    if benchmarks.is_published(name):
-        sources = benchmarks.sources(name)
-        parts = [(benchmarks.fetch(source), source.style) for source in sources]
-    else:
-        parts = [(user_path(name, "prompts"), "")]
+        texts, grouped = _built_in(name), BUILT_IN[name].grouped
+        groups = [{"group": text.partition(" ")[0]} if grouped else {} for text in texts]
+        return [Entry(text, groups[i], number=i) for i, text in enumerate(texts)]
+    parts = _files(name)
     # Empty lines and cells are skipped: an empty prompt would ask for an unconditional image.
     found = [
         Entry(text, value if isinstance(value, dict) else {}, style, number)
-        for path, style in parts
+        for path, _, style in parts
         for number, (place, value) in enumerate(_rows(path, name))
         if (text := _text(value, place))
     ]
     if not found:
         raise ConfigError(f"prompts: {parts[0][0]} holds no prompt", hint="write one prompt a line")
     return found
+
+
+def hashes(name: str) -> dict[str, str]:
+    """Return the SHA-256 of each file of a set, by its address or path; none of a built-in one.
+
+    Raises:
+        ConfigError, AssetError: As `load_prompts`.
+    """
+    return {} if name in BUILT_IN else {called: sha256(path) for path, called, _ in _files(name)}
+
+
+def _files(name: str) -> list[tuple[Path, str, str]]:
+    """Return the files of a set that is not built in, what each is called, and its style."""
+    if benchmarks.is_published(name):
+        sources = benchmarks.sources(name)
+        return [(benchmarks.fetch(source), source.address, source.style) for source in sources]
+    return [(user_path(name, "prompts"), name, "")]
 
 
 def _rows(path: Path, name: str) -> list[tuple[str, Any]]:
@@ -262,7 +268,7 @@ def _text(value: Any, place: str) -> str:
     if len(text) > MOST_CHARACTERS:
         raise ConfigError(
             f"prompts: {place}: a prompt of {len(text)} characters, at most {MOST_CHARACTERS} "
-            f"are taken: '{text[:40]}...'"
+            f"are taken: {text[:40]!r}..."
         )
     return text
 
@@ -275,22 +281,42 @@ def _by_name(values: Mapping[str, Any], names: Sequence[str]) -> tuple[str, Any]
 
 def _read_table(text: str, path: Path, delimiter: str = ",") -> list[tuple[str, Any]]:
     # newline="": quoted fields may contain line breaks of any kind, which must stay as they are.
-    rows = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
+    def rows(quoting: _Quoting) -> csv.DictReader[str]:
+        # strict: otherwise quotation marks are dropped where they are no CSV, and one that is not
+        # closed makes one prompt of all lines after it.
+        file = io.StringIO(text, newline="")
+        return csv.DictReader(file, delimiter=delimiter, quoting=quoting, strict=True)
+
+    found = rows(csv.QUOTE_MINIMAL)
     try:
-        header = dict.fromkeys(rows.fieldnames or (), "")
-        named = _by_name(header, _COLUMNS)
-        if named is None:
+        return _cells(found, path)
+    except csv.Error as error:
+        # There are two kinds of TSV: that of spreadsheets, and one in which a quotation mark is a
+        # character like any other, such as PartiPrompts on its authors' own page.
+        if delimiter != "\t":
             raise ConfigError(
-                f"prompts: {path}: no column named prompt, text or caption, got "
-                f"'{', '.join(header)[:200]}'"
-            )
-        # Cells that a short row lacks are empty, and what a long one has too many has no name.
-        return [
-            (f"{path}:{rows.line_num}", {k: v or "" for k, v in row.items() if k in header})
-            for row in rows
-        ]
+                f"prompts: {path}: not a table: {error} (before line {found.line_num + 1})",
+                hint='a text that begins with a quotation mark is written """HI"" on a wall"',
+            ) from error
+    try:
+        return _cells(rows(csv.QUOTE_NONE), path)
     except csv.Error as error:
         raise ConfigError(f"prompts: {path}: not a table: {error}") from error
+
+
+def _cells(rows: csv.DictReader[str], path: Path) -> list[tuple[str, Any]]:
+    """Return the rows of a table, each with its place for messages."""
+    header = dict.fromkeys(rows.fieldnames or (), "")
+    if _by_name(header, _COLUMNS) is None:
+        raise ConfigError(
+            f"prompts: {path}: no column named prompt, text or caption, got "
+            f"{', '.join(header)[:200]!r}"
+        )
+    # Cells that a short row lacks are empty, and what a long one has too many has no name.
+    return [
+        (f"{path}:{rows.line_num}", {k: v or "" for k, v in row.items() if k in header})
+        for row in rows
+    ]
 
 
 def for_tokenizer(text: str) -> str:
@@ -315,7 +341,7 @@ def cut_note(reader: str, cut: Collection[str], total: int) -> str:
     longest = max(cut, key=len)
     return (
         f"{reader} does not read {len(cut)} of {total} prompts to their end, such as the one that "
-        f"ends '...{longest[-60:]}'"
+        f"ends {longest[-60:]!r}"
     )
 
 

@@ -203,6 +203,9 @@ class Evaluated(TypedDict):
     model: Model
     adapters: dict[str, strict(Identity)]  # type: ignore[valid-type]
     prompts: str
+    prompt_files: Annotated[
+        dict[str, str], Field(description="SHA-256 of each file of a set that is not built in.")
+    ]
     seed: int
     sample: Annotated[dict[str, Any], Field(description="The section `sample`.")]
     images: int

@@ -17,7 +17,7 @@ import pytest
 
 from alignprop_cli import benchmarks
 from alignprop_cli.errors import AssetError, ConfigError
-from alignprop_cli.prompts import SETS, count_prompts, load_entries, load_groups, load_prompts
+from alignprop_cli.prompts import SETS, count_prompts, hashes, load_entries, load_prompts
 
 GENEVAL = [
     {"tag": "single_object", "include": [{"class": "cow", "count": 1}], "prompt": "a test cow"},
@@ -31,6 +31,8 @@ class GitHub:
     def __init__(self) -> None:
         self.files: dict[str, bytes] = {}
         self.asked: list[str] = []
+        # Bytes after which the connection ends.
+        self.most = 10**9
 
 
 @pytest.fixture
@@ -44,7 +46,7 @@ def github(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[GitHub]:
             self.send_response(200 if data is not None else 404)
             self.send_header("Content-Length", str(len(data or b"")))
             self.end_headers()
-            self.wfile.write(data or b"")
+            self.wfile.write((data or b"")[: found.most])
 
         def log_message(self, format: str, *args: object) -> None:
             pass
@@ -70,6 +72,11 @@ def publish(monkeypatch: pytest.MonkeyPatch, github: GitHub, data: bytes) -> Non
     github.files[f"/{source.commit}/{source.file}"] = data
 
 
+def groups(name: str) -> dict[str, str]:
+    """Return the group of each prompt of a set that has one."""
+    return {entry.prompt: entry.group for entry in load_entries(name) if entry.group}
+
+
 def lines(rows: list[dict[str, object]]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
@@ -79,9 +86,11 @@ def test_a_set_of_github_is_downloaded_once(
 ) -> None:
     publish(monkeypatch, github, lines(GENEVAL))
     assert load_prompts("geneval") == ["a test cow", "two test cows"]
-    assert load_groups("geneval") == {"a test cow": "single_object", "two test cows": "counting"}
+    assert groups("geneval") == {"a test cow": "single_object", "two test cows": "counting"}
     assert [dict(entry.values) for entry in load_entries("geneval")] == GENEVAL
-    commit = benchmarks.PUBLISHED["geneval"][0].commit
+    source = benchmarks.PUBLISHED["geneval"][0]
+    assert hashes("geneval") == {source.address: source.sha256}
+    commit = source.commit
     assert github.asked == [f"/{commit}/prompts/evaluation_metadata.jsonl"]
     # What the file has become on this disk is noticed, and put right.
     path = benchmarks.fetch(benchmarks.PUBLISHED["geneval"][0])
@@ -106,6 +115,19 @@ def test_a_file_that_is_not_the_published_one_is_refused_and_not_kept(
     with pytest.raises(AssetError, match="is not the file that was published"):
         load_prompts("geneval")
     assert not [file for file in tmp_path.rglob("*") if file.is_file()]
+
+
+def test_a_connection_that_ends_too_early_is_not_taken_for_another_file(
+    monkeypatch: pytest.MonkeyPatch, github: GitHub, tmp_path: Path
+) -> None:
+    data = lines(GENEVAL)
+    publish(monkeypatch, github, data)
+    github.most = 40
+    with pytest.raises(AssetError, match=rf"the answer is cut short: 40 of {len(data)} bytes"):
+        load_prompts("geneval")
+    assert not list(tmp_path.rglob("*"))
+    github.most = 10**9
+    assert len(load_prompts("geneval")) == 2
 
 
 def test_a_set_that_is_not_there_and_not_cached_says_what_to_do(
@@ -140,7 +162,7 @@ def test_the_sets_of_the_hub_are_read_by_their_files(
 
     monkeypatch.setattr(benchmarks, "hf_hub_download", download)
     assert load_prompts("parti") == ["an atom", 'the word "HI" on a wall']
-    assert set(load_groups("parti").values()) == {"Abstract", "Outdoor Scenes"}
+    assert set(groups("parti").values()) == {"Abstract", "Outdoor Scenes"}
     assert load_prompts("drawbench") == ["A red test.", "A blue test."]
     assert set(asked) == {
         ("nateraw/parti-prompts", "PartiPrompts.tsv", "dataset"),
@@ -158,13 +180,13 @@ def test_published_sets_are_counted_without_a_network() -> None:
 
 def test_a_local_copy_of_a_published_set_has_its_groups(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(lines(GENEVAL))
-    assert set(load_groups(str(tmp_path / "a.jsonl")).values()) == {"single_object", "counting"}
+    assert set(groups(str(tmp_path / "a.jsonl")).values()) == {"single_object", "counting"}
     rows = [{"prompt": f"{n} atoms", "atom_count": n, "skills": []} for n in (3, 10)]
     (tmp_path / "b.jsonl").write_bytes(lines(rows))
-    assert list(load_groups(str(tmp_path / "b.jsonl")).values()) == ["03 atoms", "10 atoms"]
+    assert list(groups(str(tmp_path / "b.jsonl")).values()) == ["03 atoms", "10 atoms"]
     # Of a group only a text or a number makes a name.
     (tmp_path / "c.jsonl").write_bytes(lines([{"prompt": "x", "tag": ["1girl", "solo"]}]))
-    assert load_groups(str(tmp_path / "c.jsonl")) == {}
+    assert groups(str(tmp_path / "c.jsonl")) == {}
     (tmp_path / "d.tsv").write_text("prompt\tgroup\nlonely\n\t\na cat\tpets\tmore\n")
-    assert load_groups(str(tmp_path / "d.tsv")) == {"a cat": "pets"}
+    assert groups(str(tmp_path / "d.tsv")) == {"a cat": "pets"}
     assert [entry.number for entry in load_entries(str(tmp_path / "d.tsv"))] == [0, 2]

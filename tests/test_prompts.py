@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections import Counter
@@ -27,7 +28,8 @@ from alignprop_cli.prompts import (
     count_prompts,
     cut_note,
     for_tokenizer,
-    load_groups,
+    hashes,
+    load_entries,
     load_prompts,
 )
 from alignprop_cli.rewards.detect import number_in
@@ -179,6 +181,20 @@ def test_the_animals_are_those_of_the_published_lists(file: str, prompts: tuple[
     assert list(prompts) == [line.strip() for line in path.read_text().splitlines() if line.strip()]
 
 
+def test_quotation_marks_of_a_prompt_stay(tmp_path: Path) -> None:
+    # As spreadsheets write it, and as PartiPrompts is on its authors' page.
+    lines = ["Prompt\tNote", '"G I G" in paint\t', 'the "HI" on a wall\tits "note"', '"a dog\tx']
+    raw = write(tmp_path / "raw.tsv", "\n".join(lines))
+    assert load_prompts(str(raw)) == ['"G I G" in paint', 'the "HI" on a wall', '"a dog']
+    quoted = write(tmp_path / "q.tsv", 'Prompt\tNote\n"""G I G"" in paint"\tb\n"a\ttab"\t\n')
+    assert load_prompts(str(quoted)) == ['"G I G" in paint', "a\ttab"]
+    # In CSV it is a mistake: the first would lose its marks, the second be one with all after it.
+    for text in ('"STOP" sign,1\na cat,2\n', '"a cat,1\na dog,2\n'):
+        path = write(tmp_path / "p.csv", f"prompt,id\n{text}")
+        with pytest.raises(ConfigError, match=r"p\.csv: not a table: .* \(before line \d\)"):
+            load_prompts(str(path))
+
+
 def test_every_prompt_comes_once_per_epoch_and_epochs_differ() -> None:
     prompts = [str(i) for i in range(20)]
     stream = PromptStream(prompts, seed=0)
@@ -201,18 +217,30 @@ def test_one_prompt_is_enough() -> None:
     assert {PromptStream(["a cat"], seed=0).prompt(i) for i in range(5)} == {"a cat"}
 
 
+def groups(name: str) -> list[str]:
+    """Return the group of each prompt of a set."""
+    return [entry.group for entry in load_entries(name)]
+
+
 def test_groups_are_those_of_the_set_or_of_a_column(tmp_path: Path) -> None:
-    assert load_groups("animals") == {}
-    shapes = load_groups("shapes-heldout")
-    assert set(shapes) == set(load_prompts("shapes-heldout"))
-    assert set(shapes.values()) == {"one", "two", "three", "four"}
-    table = tmp_path / "set.csv"
-    table.write_text("prompt,group\na cat,pets\na wolf,wild\na thing,\n", encoding="utf-8")
-    assert load_groups(str(table)) == {"a cat": "pets", "a wolf": "wild"}
-    lines = tmp_path / "set.jsonl"
-    lines.write_text('"a dog"\n{"text": "a fox", "group": "wild"}\n', encoding="utf-8")
-    assert load_groups(str(lines)) == {"a fox": "wild"}
-    assert load_prompts(str(lines)) == ["a dog", "a fox"]
+    assert set(groups("animals")) == {""}
+    for entry in load_entries("shapes-heldout"):
+        assert entry.group == entry.prompt.split()[0]
+    assert set(groups("shapes-heldout")) == {"one", "two", "three", "four"}
+    table = write(tmp_path / "set.csv", "prompt,group\na cat,pets\na cat,0\na thing,\n")
+    assert groups(table) == ["pets", "0", ""]
+    # Null is no group, so the next name counts; 0 is one, as in a table.
+    rows = [{"text": "a fox", "group": "wild"}, {"text": "x", "group": 0}, {"text": "x"}]
+    rows += [{"text": "y", "group": None, "tag": "z"}, {"text": "y", "tag": ["1girl"]}]
+    lines = write(tmp_path / "set.jsonl", "\n".join(map(json.dumps, ["a dog", *rows])))
+    assert groups(lines) == ["", "wild", "0", "", "z", ""]
+    assert load_prompts(lines) == ["a dog", "a fox", "x", "x", "y", "y"]
+
+
+def test_the_files_of_a_set_are_told_by_their_hash(tmp_path: Path) -> None:
+    file = write(tmp_path / "p.txt", "a cat\n")
+    assert hashes(file) == {file: hashlib.sha256(b"a cat\n").hexdigest()}
+    assert hashes("animals") == {}
 
 
 @pytest.mark.parametrize("name", ["p.txt", "p.jsonl", "p.json", "p.csv"])
@@ -326,3 +354,5 @@ def test_one_of_the_prompts_that_are_cut_is_named() -> None:
     assert said.startswith("clip does not read 2 of 7 prompts to their end")
     assert "on a brown mat" in said
     assert len(said) < 200
+    # A prompt of a table may have several lines, and none of them is a line of ours.
+    assert "\n" not in cut_note("clip", ["a cat\nerror: all is lost"], 1)

@@ -8,8 +8,9 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -192,23 +193,38 @@ def _torch_settings() -> list[Callable[[], object]]:
     """Return functions that put torch's global settings back to what they are now."""
     deterministic: Any = torch.utils.deterministic
     cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    precisions = _precisions()
     repeats = torch.are_deterministic_algorithms_enabled()
     warns = torch.is_deterministic_algorithms_warn_only_enabled()
     # Read now, and set by the functions below.
     fills, dtype = deterministic.fill_uninitialized_memory, torch.get_default_dtype()
-    precision, benchmark, tf32 = (
-        torch.get_float32_matmul_precision(),
-        cudnn.benchmark,
-        cudnn.allow_tf32,
-    )
+    benchmark = cudnn.benchmark
     attention = cuda.cudnn_sdp_enabled(), cuda.mem_efficient_sdp_enabled()
     return [
         lambda: torch.use_deterministic_algorithms(repeats, warn_only=warns),
         lambda: setattr(deterministic, "fill_uninitialized_memory", fills),
-        lambda: torch.set_float32_matmul_precision(precision),
+        *precisions,
         lambda: setattr(cudnn, "benchmark", benchmark),
-        lambda: setattr(cudnn, "allow_tf32", tf32),
         lambda: cuda.enable_cudnn_sdp(attention[0]),
         lambda: cuda.enable_mem_efficient_sdp(attention[1]),
         lambda: torch.set_default_dtype(dtype),
     ]
+
+
+def _precisions() -> list[Callable[[], object]]:
+    """Return functions that put the precision of float32 on a GPU back to what it is now."""
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    back: list[Callable[[], object]] = []
+    # 1. As it was set before torch 2.9. Who sets the newer ones cannot read these: torch raises.
+    with suppress(RuntimeError):
+        back.append(
+            partial(torch.set_float32_matmul_precision, torch.get_float32_matmul_precision())
+        )
+    with suppress(RuntimeError):
+        back.append(partial(setattr, cudnn, "allow_tf32", cudnn.allow_tf32))
+    # 2. As it is since, for each kind of operation; the older ones have set these too.
+    for place in (cuda.matmul, getattr(cudnn, "conv", None), getattr(cudnn, "rnn", None)):
+        if hasattr(place, "fp32_precision"):
+            now: str = getattr(place, "fp32_precision")  # noqa: B009
+            back.append(partial(setattr, place, "fp32_precision", now))
+    return back

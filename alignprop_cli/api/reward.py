@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from alignprop_cli.api import given
 from alignprop_cli.config.schema import LossConfig, RewardConfig
-from alignprop_cli.errors import ConfigError
+from alignprop_cli.errors import ConfigError, first_line
 from alignprop_cli.rewards import registry
 
 if TYPE_CHECKING:
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from alignprop_cli.api.given import RewardLike
     from alignprop_cli.rewards.mixture import Mixture
+
+DType = Literal["float32", "bfloat16", "float16"]
 
 # Half precision may round a white pixel up.
 _TOLERANCE = 1e-3
@@ -92,7 +94,7 @@ def load_reward(
     /,
     *,
     device: str | torch.device | None = None,
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    dtype: DType = "float32",
     **options: Any,
 ) -> LoadedReward:
     """Load a reward.
@@ -105,9 +107,16 @@ def load_reward(
 
     Raises:
         AssetError: If its weights, its file or a package is missing.
-        ConfigError: If the name or an option is unknown, or a reward of image and text does not
-            say by which model.
+        ConfigError: If the name, an option, the device or the precision is unknown, or a reward of
+            image and text does not say by which model.
     """
+    given.one_of("dtype", dtype, get_args(DType))
+    # They would be taken for the training's, and never reach the reward.
+    if taken := [option for option in options if option in RewardConfig.model_fields]:
+        raise ConfigError(
+            f"load_reward: {taken[0]} is a setting of the training that a reward is part of, so it "
+            "can be no option of the reward itself"
+        )
     named = given.rewards(reward)
     # A list of one would be one reward here, and a mistake the next time.
     if isinstance(reward, list | tuple) or not named.texts:
@@ -129,7 +138,10 @@ def load_reward(
         from alignprop_cli.rewards.mixture import build_mixture
 
     auto = "cuda" if torch.cuda.is_available() else "cpu"
-    place = torch.device(auto if device is None else device)
+    try:
+        place = torch.device(auto if device is None else device)
+    except RuntimeError as error:
+        raise ConfigError(f"load_reward: device {device!r}: {first_line(error)}") from error
     # Loading changes torch's settings; measuring, which comes later, does not.
     with guest(named.objects):
         config = RewardConfig.model_validate({"dtype": dtype, **values})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
 from typing import Any
@@ -17,6 +17,9 @@ from alignprop_cli.prompts import BUILT_IN
 
 DIVERSITY, VENDI = "diversity", "vendi"
 """The names of `diversity` and `vendi` among the metrics."""
+
+# Values that a bootstrap resamples together.
+_AT_ONCE = 2**18
 
 
 @dataclass(frozen=True)
@@ -95,8 +98,9 @@ class Evaluation:
         axis: Title of the curve's x axis.
         curve: The x value of each variant; empty if no curve is plotted.
         sampled: Samples by model: base, and each variant.
-        group_of: The group of each prompt that has one.
+        group_of: The group of each prompt that has one, by the prompt's index.
         seconds: Wall-clock time of everything but the comparison.
+        prompt_files: SHA-256 of each file of the prompt set, by its address or path.
     """
 
     model: Mapping[str, str]
@@ -107,8 +111,9 @@ class Evaluation:
     axis: str
     curve: Sequence[float]
     sampled: Mapping[str, Samples]
-    group_of: Mapping[str, str]
+    group_of: Mapping[int, str]
     seconds: float
+    prompt_files: Mapping[str, str] = field(default_factory=dict[str, str])
 
     @property
     def samples(self) -> tuple[Sample, ...]:
@@ -135,7 +140,7 @@ class Evaluation:
     @cached_property
     def groups(self) -> Mapping[str, Metrics]:
         """Return all metrics over the samples of each group of prompts."""
-        names = [self.group_of.get(sample.prompt) for sample in self.samples]
+        names = [self.group_of.get(sample.prompt_index) for sample in self.samples]
         rows = {
             group: [row for row, name in enumerate(names) if name == group]
             for group in sorted({name for name in names if name is not None})
@@ -182,6 +187,9 @@ def compare(samples: Sequence[Sample], base: Floats, tuned: Floats, *, seed: int
             lambda t, c, axis=-1: t.sum(axis=axis) / c.sum(axis=axis),
             paired=True,
             n_resamples=9999,
+            # The numbers are drawn in the same order; all together they would take 25 GB of memory
+            # for the 30,000 prompts of COCO.
+            batch=max(1, _AT_ONCE // len(prompts)),
             method="percentile",
             rng=np.random.default_rng(rng.key(seed, "bootstrap")),
         )

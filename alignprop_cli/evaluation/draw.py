@@ -7,7 +7,9 @@ two models differ only by what the models have learned.
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -54,10 +56,24 @@ def in_a_file(folder: Path) -> Allocate:
 
     def allocate(shape: tuple[int, int, int, int]) -> NDArray[np.uint8]:
         with tempfile.TemporaryFile(dir=folder) as file:
+            _reserve(file.fileno(), math.prod(shape))
             # It is mapped, so it stays when its handle is closed.
             return np.memmap(file, dtype=np.uint8, mode="w+", shape=shape)
 
     return allocate
+
+
+def _reserve(handle: int, size: int) -> None:
+    """Take the space of a file now: where a disk is full a write to a map kills the process."""
+    # macOS has no such call.
+    if not hasattr(os, "posix_fallocate"):
+        return
+    try:
+        os.posix_fallocate(handle, 0, size)
+    except OSError as error:
+        # Of a file system that cannot.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise
 
 
 @dataclass(frozen=True)

@@ -164,7 +164,7 @@ def _first_problem(
         # A prompt that is called `text` would be read here, and not there.
         found = problem(entry.values) if entry.values.get("prompt") else "has no 'prompt'"
         if found is not None:
-            return f"cannot be scored: '{entry.prompt[:60]}' {found}"
+            return f"cannot be scored: {entry.prompt[:60]!r} {found}"
     return None
 
 

@@ -108,7 +108,7 @@ def histogram(name: str, values: Mapping[str, Sequence[float] | NDArray[np.float
     everything = everything[np.isfinite(everything)]
     most = max(len(each) for each in shown.values())
     bins = min(max(round(2.0 * most**0.5), _FEWEST_BINS), _MOST_BINS)
-    edges = np.histogram_bin_edges(everything, bins=bins)
+    edges = bin_edges(everything, bins)
     centres = ((edges[1:] + edges[:-1]) / 2.0).tolist()
     # 3. The bars.
     lines = [
@@ -124,6 +124,17 @@ def histogram(name: str, values: Mapping[str, Sequence[float] | NDArray[np.float
         for colour, (model, each) in enumerate(shown.items(), start=int(len(shown) == 1))
     ]
     return Plot(name, name, lines, share=True)
+
+
+def bin_edges(values: NDArray[np.float64], bins: int) -> NDArray[np.float64]:
+    """Return the bins + 1 ends of bins of equal width, from the smallest value to the largest."""
+    low, high = (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
+    # Equal ones lie in the middle; so do those between which there are too few numbers for ends,
+    # which numpy refuses.
+    room = 2 * bins * float(np.spacing(max(abs(low), abs(high))))
+    if high - low < room:
+        low, high = low - max(room, 0.5), high + max(room, 0.5)
+    return np.linspace(low, high, bins + 1)
 
 
 def sweep(xs: Sequence[float], metrics: Metrics, models: Sequence[str], axis: str) -> list[Plot]:

@@ -97,6 +97,7 @@ def _values(result: Evaluation) -> dict[str, Any]:
         "model": dict(result.model),
         "adapters": {name: asdict(identity) for name, identity in result.variants.items()},
         "prompts": result.prompt_set,
+        "prompt_files": dict(result.prompt_files),
         "seed": result.seed,
         "sample": dict(result.sample),
         "images": len(result.samples),
@@ -109,7 +110,7 @@ def _values(result: Evaluation) -> dict[str, Any]:
             {
                 "number": i,
                 **asdict(sample),
-                "group": result.group_of.get(sample.prompt),
+                "group": result.group_of.get(sample.prompt_index),
                 "rewards": {
                     name: {k: float(v[i]) for k, v in sampled.rewards.items()}
                     for name, sampled in result.sampled.items()
@@ -173,7 +174,7 @@ def _write_csv(result: Evaluation, path: Path) -> None:
                         sample.prompt_index,
                         sample.image_index,
                         result.seed,
-                        result.group_of.get(sample.prompt, ""),
+                        result.group_of.get(sample.prompt_index, ""),
                         sample.prompt,
                         *(f"{sampled.rewards[reward][i]:.6g}" for reward in rewards),
                     ]

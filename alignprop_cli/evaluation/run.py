@@ -39,7 +39,7 @@ from alignprop_cli.models.base import Model
 from alignprop_cli.models.families import find, fingerprint, open_model
 from alignprop_cli.models.meta import meta_model
 from alignprop_cli.planning.sampling import SamplingNeed, check_memory
-from alignprop_cli.prompts import load_entries, load_groups
+from alignprop_cli.prompts import Entry, hashes, load_entries
 from alignprop_cli.publishing.request import Publish, Published
 from alignprop_cli.rewards.jpeg import true_size
 from alignprop_cli.rewards.mixture import Mixture, build_mixture
@@ -83,22 +83,32 @@ def variants(
     if len(shares) > 1:
         strength = strengths[0] if strengths else 1.0
         return [
-            Variant(f"base until {share:g}", located[0], strength, at=share, base_until=share)
+            Variant(f"base until {_short(share)}", located[0], strength, at=share, base_until=share)
             for share in shares
         ]
     if strengths is not None:
         return [
-            Variant(f"strength {s:g}", located[0], s, at=s, base_until=shares[0]) for s in strengths
+            Variant(f"strength {_short(s)}", located[0], s, at=s, base_until=shares[0])
+            for s in strengths
         ]
     if len(located) == 1 and base_until is not None:
-        return [Variant(f"base until {shares[0]:g}", located[0], base_until=shares[0])]
+        return [Variant(f"base until {_short(shares[0])}", located[0], base_until=shares[0])]
     if len(located) == 1:
         return [Variant("ema" if located[0].is_average else "tuned", located[0])]
-    labels = [re.sub(r"[^\w.-]+", "-", found.label) for found in located]
-    # Numbered if two have the same label, or one has that of the base model.
-    if len({"base", *labels}) <= len(labels):
+    # No dots at the ends: `..` would be another folder. Cut, since no folder's name is longer than
+    # 255 bytes.
+    labels = [re.sub(r"[^\w.-]+", "-", found.label)[:60].strip(".") or "lora" for found in located]
+    # Numbered if two have the same label, or one has that of the base model; some file systems take
+    # large letters for small ones.
+    if len({"base", *(label.casefold() for label in labels)}) <= len(labels):
         labels = [f"{number}-{label}" for number, label in enumerate(labels, start=1)]
     return [Variant(label, found) for label, found in zip(labels, located, strict=True)]
+
+
+def _short(number: float) -> str:
+    """Return the shortest text that no other number has."""
+    text = f"{number:g}"
+    return text if float(text) == number else repr(number)
 
 
 def run_evaluation(
@@ -145,8 +155,7 @@ def run_evaluation(
     published = Published()
     with Told(config, console, folder, is_main=accelerator.is_main_process) as told:
         device = accelerator.device
-        prompts = [entry.prompt for entry in entries]
-        result = _evaluate(config, console, chosen, adapters, prompts, device, axis, allocate)
+        result = _evaluate(config, console, chosen, adapters, entries, device, axis, allocate)
         if accelerator.is_main_process:
 
             def fill(made: Path) -> None:
@@ -191,7 +200,7 @@ def _evaluate(
     console: Console,
     chosen: Sequence[Variant],
     adapters: Mapping[Path, Adapter],
-    prompts: Sequence[str],
+    entries: Sequence[Entry],
     device: torch.device,
     axis: str,
     allocate: Allocate,
@@ -199,6 +208,7 @@ def _evaluate(
     """Load the model, sample with every LoRA, and compare."""
     started, settings = time.perf_counter(), config.eval
     # 1. The model, once the LoRAs are known to fit it.
+    prompts, prompt_files = [entry.prompt for entry in entries], hashes(settings.prompts)
     samples = choose_samples(prompts, settings.images, settings.images_per_prompt)
     wanted = [*(sample.prompt for sample in samples), config.sample.negative_prompt]
     model = open_model(config.model, wanted, device, console.note)
@@ -221,8 +231,10 @@ def _evaluate(
         axis=axis,
         curve=[variant.at for variant in chosen if variant.at is not None],
         sampled=sampled,
-        group_of=load_groups(settings.prompts),
+        # As read at the beginning: the file may have changed since, or be gone.
+        group_of={i: entry.group for i, entry in enumerate(entries) if entry.group},
         seconds=time.perf_counter() - started,
+        prompt_files=prompt_files,
     )
 
 

@@ -241,8 +241,8 @@ def of_run(
     sample = config.sample.model_dump(mode="json")
     return Card(
         title=title,
-        about=f"A {kind}, trained to raise {_list(weights)} by the gradient of the reward through "
-        "the sampling chain.",
+        about=f"A {kind}, trained on {_list(weights)} by the gradient of the reward through the "
+        "sampling chain.",
         base=config.model.id,
         pipeline_class=pipeline_class,
         rewards=weights,
@@ -335,10 +335,9 @@ def _remarks(
     trained_on: Collection[str],
 ) -> list[str]:
     """Return what belongs to the figures of a run: the guard's words, and known prompts."""
-    found = [] if not told else [told]
-    # Rewards in files are named without the folders. Long ones first, as one may be in another.
-    for name in sorted(shown, key=len, reverse=True):
-        found = [text.replace(name, shown[name]) for text in found]
+    # Rewards in files are named without folders. In one go, and long ones first, as names overlap.
+    names = "|".join(map(re.escape, sorted(shown, key=len, reverse=True)))
+    found = [re.sub(names, lambda name: shown[name[0]], told)] if told else []
     # Without this the figures would claim to be about new prompts.
     if both := len(set(prompts) & set(trained_on)):
         found.append(f"{both} of the {len(prompts)} prompts of these images were trained on.")

@@ -50,7 +50,8 @@ class ClipChoice(ClipReward):
     ) -> None:
         self.log = log
         self.alike = tuple(alike)
-        self.choices = load_prompts(prompts)
+        # Each once: a file may hold a prompt twice, which would make it twice as probable.
+        self.choices = list(dict.fromkeys(load_prompts(prompts)))
         self._plain_choices = [self._plain(choice) for choice in self.choices]
         self._set_features: Tensor | None = None
         super().__init__(model, pretrained)

@@ -29,6 +29,9 @@ from alignprop_cli.rewards.frozen import MetaReward
 KINDS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 """The models that are read, as `model_type` names them."""
 
+# The largest quotient of an image's sides.
+_LONGEST = 200
+
 
 @dataclass(frozen=True)
 class ImageRules:
@@ -102,11 +105,20 @@ def patches(images: Tensor, rules: ImageRules) -> tuple[Tensor, tuple[int, int]]
         Patches, shape (B, h w, 3 frames patch patch), float32 at least, in the order of the tokens:
         squares of merge x merge patches, and inside a square by rows. Differentiable in images.
         And the rows h and columns w of patches.
+
+    Raises:
+        ConfigError: If the images are too long for their width.
     """
-    # 1. Both sides a multiple of what becomes a token.
+    # 1. Both sides a multiple of what becomes a token. The library refuses as long ones.
     side, merge = rules.patch, rules.merge
+    height, width = images.shape[-2:]
+    if max(height, width) > _LONGEST * min(height, width):
+        raise ConfigError(
+            f"an image of {width} x {height} pixels is too long for Qwen's models: one side may be "
+            f"at most {_LONGEST} times the other"
+        )
     target = smart_resize(
-        *images.shape[-2:], factor=side * merge, min_pixels=rules.least, max_pixels=rules.most
+        height, width, factor=side * merge, min_pixels=rules.least, max_pixels=rules.most
     )
     seen = normalise(resize(images, cast(tuple[int, int], target)), rules.mean, rules.std)
     # 2. (B, 3, rows, merge, side, columns, merge, side) -> (B, tokens, 3, frames, side, side).

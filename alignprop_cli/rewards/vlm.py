@@ -71,7 +71,8 @@ class VlmReward(FrozenReward):
     Raises:
         AssetError: If the model or its processor is missing or damaged, or the hub cannot be
             reached.
-        ConfigError: If it is another model, or the question has other braces than {prompt}.
+        ConfigError: If it is another model, the question has other braces than {prompt}, or no
+            pixel is left.
 
     Source: Lin et al. 2024, arXiv:2404.01291 (VQAScore), for P(Yes) as a score; of Yes and No
         alone, so that other answers make no difference. Qwen2-VL: arXiv:2409.12191.
@@ -85,6 +86,7 @@ class VlmReward(FrozenReward):
                 f"reward.vlm.question: {{{wrong[0]}}} stands for nothing; write {{prompt}} where "
                 "the prompt belongs"
             )
+        _check_pixels(pixels)
         # The small parts first, as the network has gigabytes.
         known_kind(model, _OPTION)
         with loading(_OPTION, model):
@@ -103,6 +105,7 @@ class VlmReward(FrozenReward):
         cls, dtype: torch.dtype, model: str = _MODEL, pixels: int | None = None, **_options: Any
     ) -> MetaReward | None:
         """Return the network on the meta device; see `FrozenReward`."""
+        _check_pixels(pixels)
         config, rules = _PUBLISHED.get(model), QWEN2_VL_RULES.with_most(pixels)
         if user_path(model, _OPTION).is_dir():
             config = known_kind(model, _OPTION)
@@ -128,6 +131,11 @@ class VlmReward(FrozenReward):
     def _asked(self, prompt: str) -> str:
         # Not `format`, to which a prompt's own braces would mean something.
         return self._question.replace("{prompt}", prompt)
+
+
+def _check_pixels(pixels: int | None) -> None:
+    if pixels is not None and pixels < 1:
+        raise ConfigError(f"reward.vlm.pixels: expected at least 1, got {pixels}")
 
 
 def _token(tokenizer: Any, word: str) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 from alignprop_cli.console import Console, printable, table
 from alignprop_cli.errors import RunError
 from alignprop_cli.evaluation import page
-from alignprop_cli.evaluation.plots import histogram
+from alignprop_cli.evaluation.plots import bin_edges, histogram
 from alignprop_cli.scoring.files import read_image
 from alignprop_cli.scoring.rows import Row
 from alignprop_cli.scoring.run import GALLERY, LISTED, Tally
@@ -114,7 +114,7 @@ def _write_gallery(file: Path, tally: Tally) -> None:
 
 def _summary(values: np.ndarray[Any, np.dtype[np.float64]]) -> dict[str, Any]:
     """Return statistics of one metric over all images, shape (N,)."""
-    counts, edges = np.histogram(values, bins=_BINS)
+    counts, edges = np.histogram(values, bins=bin_edges(values, _BINS))
     quantiles = np.quantile(values, _QUANTILES)
     return {
         "mean": float(values.mean()),

@@ -6,11 +6,13 @@ another kind, against NaN and infinity, is in nonfinite.py.)
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from accelerate.utils import broadcast_object_list
 
 from alignprop_cli.config.guard import HELD_OUT, RIGHT
@@ -90,8 +92,8 @@ class Guard(Callback):
         # Read by one and sent: another process may not see the file yet.
         lines: list[Any] = [read_metrics(run.folder) if run.accelerator.is_main_process else None]
         for line in broadcast_object_list(lines)[0]:
-            if "guard" in line:
-                self._history.add(line["step"], line["guard"]["alarms"], line["guard"]["merit"])
+            if (said := self._remembered(line)) is not None:
+                self._history.add(line["step"], *said)
                 if base:
                     self._curves[line["step"]] = line["held_out"]
         self._keep_best()
@@ -112,17 +114,13 @@ class Guard(Callback):
             name: harm.change(name, base[name], now[name], self._rule) for name in self._watched
         }
         alarms = [name for name, change in changes.items() if change.alarms]
-        aims = {
-            member.name: harm.aim(member.weight, member.loss.kind, member.loss.target)
-            for member in run.trainer.mixture.members
-        }
-        merit = harm.merit(run.config.guard.best, base, now, self._held_out, aims)
+        merit = self._merit(now)
         # All processes have the same samples, but need not round alike: one decides for all.
         said: list[Any] = [alarms, merit]
         alarms, merit = broadcast_object_list(said)
         self._is_best = self._history.add(record.step, alarms, merit)
         told = {name: asdict(change) for name, change in changes.items()}
-        record.guard = {"alarms": alarms, "merit": merit, "changes": told}
+        record.guard = {"alarms": alarms, "merit": merit, "by": self._judged_by(), "changes": told}
         self._curves[record.step] = record.held_out
         self._why = self._told({name: changes[name] for name in alarms}) if alarms else ""
         self._stops = run.config.guard.enabled and self._history.wants_to_stop
@@ -147,6 +145,34 @@ class Guard(Callback):
         return Verdict(
             self._run.trainer.step_number, self._stops, self._why, None if best is None else best[0]
         )
+
+    def _judged_by(self) -> list[str]:
+        config = self._run.config
+        return harm.judged(config.guard.best, self._samples.base, self._held_out, config.reward)
+
+    def _merit(self, now: Mapping[str, Quantity]) -> float:
+        aims = {
+            member.name: harm.aim(member.weight, member.loss.kind, member.loss.target)
+            for member in self._run.trainer.mixture.members
+        }
+        best, base = self._run.config.guard.best, self._samples.base
+        return harm.merit(best, base, now, self._held_out, aims)
+
+    def _remembered(self, line: Mapping[str, Any]) -> tuple[list[str], float] | None:
+        """Return the alarms and the merit of a line of metrics.jsonl; None where it has none.
+
+        Where the settings now judge by something else, the merit is that of what was measured then.
+        """
+        # The folder may be somebody else's, and lines that were changed are kept (with a warning).
+        try:
+            said, means = line["guard"], dict[str, float](line["held_out"])
+            alarms, merit = list(map(str, said["alarms"])), float(said["merit"])
+            if self._samples.base and said.get("by", self._judged_by()) != self._judged_by():
+                seen = {name: Quantity(np.array([float(v)]), 0.0) for name, v in means.items()}
+                merit = self._merit(seen) if seen.keys() >= set(self._judged_by()) else -math.inf
+        except (LookupError, TypeError, ValueError, AttributeError):
+            return None
+        return alarms, merit
 
     def _keep_best(self) -> None:
         """Make the folder `best` that of the best measurement; forget that if its weights are gone.

@@ -122,18 +122,20 @@ def merit(
         held_out: Names of those that are not trained on.
         trained: The rewards that are trained on, each with how good a mean of it is, see `aim`.
     """
-    aims: Mapping[str, Callable[[float], float]] = {
-        one: _as_it_is for one in held_out if one in base
-    }
-    if name != HELD_OUT:
-        aims = {name: _as_it_is} if name in base else {}
-    elif not aims:
-        aims = trained
-    changes = [
-        (good(now[one].mean) - good(base[one].mean)) / (base[one].spread or 1.0)
-        for one, good in aims.items()
-    ]
+    changes: list[float] = []
+    for one in judged(name, base, held_out, trained):
+        good = trained.get(one, _as_it_is) if name == HELD_OUT else _as_it_is
+        changes.append((good(now[one].mean) - good(base[one].mean)) / (base[one].spread or 1.0))
     return math.fsum(changes) / max(len(changes), 1)
+
+
+def judged(
+    name: str, base: Collection[str], held_out: Collection[str], trained: Collection[str]
+) -> list[str]:
+    """Return the names of the quantities that `merit` is made of, with its arguments."""
+    if name != HELD_OUT:
+        return [name] if name in base else []
+    return [one for one in held_out if one in base] or list(trained)
 
 
 def aim(weight: float, kind: str, target: float | None) -> Callable[[float], float]:

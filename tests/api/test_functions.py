@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import html
 import json
 import logging
@@ -33,7 +34,8 @@ from alignprop_cli import (
     RunError,
     cli,
 )
-from alignprop_cli.api.process import KeptConsole
+from alignprop_cli.api.process import KeptConsole, guest
+from alignprop_cli.device import allow_tf32
 from alignprop_cli.rewards.pixel import brightness
 from tests.factories import picture
 from tests.publishing.fake_hub import TOKEN, running
@@ -266,6 +268,30 @@ def test_exports_trackers_and_the_hub_are_asked_for_as_at_the_command_line(
     assert not (place / "never").exists()
 
 
+def test_prompts_are_read_before_anything_is_sampled_and_keep_their_own_groups(tmp_path) -> None:
+    file, folder = tmp_path / "prompts.csv", tmp_path / "out"
+    file.write_text("prompt,group\none red circle,a\none red circle,b\n", encoding="utf-8")
+    read = hashlib.sha256(file.read_bytes()).hexdigest()
+    judged = alignprop_cli.evaluate(
+        "base",
+        preset="tiny",
+        prompts=file,
+        reward="brightness",
+        images=2,
+        overrides={"sample.num_inference_steps": 1},
+        output=folder,
+        # It is gone when the images are there.
+        progress=lambda done: file.unlink(missing_ok=True),
+    )
+    assert not file.exists()
+    values = json.loads(judged.results.read_text("utf-8"))
+    assert values["prompt_files"] == {str(file): read}
+    assert [sample["group"] for sample in values["samples"]] == ["a", "b"]
+    means = {g: of["brightness"]["base"]["mean"] for g, of in values["groups"].items()}
+    own = [sample["rewards"]["base"]["brightness"] for sample in values["samples"]]
+    assert means == {"a": own[0], "b": own[1]}
+
+
 def test_a_run_in_a_thread_with_an_object_as_its_reward_is_resumed_with_it(place) -> None:
     found: list[Any] = []
     before = state()
@@ -315,6 +341,26 @@ def test_a_run_in_a_thread_with_an_object_as_its_reward_is_resumed_with_it(place
     assert base.mean == recorded.base
     with pytest.raises(ConfigError, match=r"is an object and takes no options, got {'gain': 2\.0}"):
         alignprop_cli.evaluate(place / "own", reward=Redness(), overwrite=True)
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="before torch 2.9")
+def test_a_caller_may_set_the_precision_in_either_way() -> None:
+    cuda, cudnn = torch.backends.cuda, torch.backends.cudnn
+    places = (cuda.matmul, cudnn.conv, cudnn.rnn)
+    before = [place.fp32_precision for place in places]
+    try:
+        # torch cannot tell the older settings of these, and raises when it is asked.
+        for place, value in zip(places, ("tf32", "tf32", "ieee"), strict=True):
+            place.fp32_precision = value
+        with guest({}):
+            allow_tf32(torch.float32)
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert cudnn.allow_tf32 is False
+        assert [place.fp32_precision for place in places] == ["tf32", "tf32", "ieee"]
+    finally:
+        torch.set_float32_matmul_precision("highest")
+        for place, value in zip(places, before, strict=True):
+            place.fp32_precision = value
 
 
 def test_ctrl_c_finishes_the_step_and_saves(place) -> None:

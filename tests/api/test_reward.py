@@ -91,6 +91,29 @@ def test_mistakes_in_what_is_asked_for() -> None:
         alignprop_cli.load_reward("nowhere.py:mine")
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dtype": "float64"}, "dtype: unknown 'float64'"),
+        ({"device": "nonsense"}, "device 'nonsense'"),
+        # Of the class's own constructor, which would never be given them.
+        ({"weight": 3.0}, "weight is a setting of the training"),
+        ({"loss": 3}, "loss is a setting of the training"),
+    ],
+)
+def test_what_cannot_be_obeyed_is_refused(options, words) -> None:
+    with pytest.raises(ConfigError, match=words):
+        alignprop_cli.load_reward(Weighted, **options)
+
+
+class Weighted:
+    def __init__(self, weight: float = 1.0, loss: float = 0.0) -> None:
+        self.weight, self.loss = weight, loss
+
+    def __call__(self, images, prompts):
+        return self.weight * images.mean(dim=(1, 2, 3)) - self.loss
+
+
 def test_it_is_loaded_in_a_thread_and_used_in_another() -> None:
     found: list[alignprop_cli.LoadedReward] = []
     thread = threading.Thread(target=lambda: found.append(alignprop_cli.load_reward(Scaled(3.0))))

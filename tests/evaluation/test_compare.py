@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
+from scipy import stats
 
 from alignprop_cli.evaluation.compare import (
     Evaluation,
@@ -14,6 +17,7 @@ from alignprop_cli.evaluation.compare import (
     vendi,
 )
 from alignprop_cli.evaluation.draw import Floats, Sample, Samples
+from alignprop_cli.rng import key
 
 
 def samples(prompts: int, each: int = 1) -> list[Sample]:
@@ -64,6 +68,22 @@ def test_diversity_is_one_minus_the_mean_cosine_of_a_prompts_images() -> None:
         diversity(sampled(chosen, np.zeros(6)))
 
 
+def test_the_interval_of_many_prompts_takes_little_memory_and_is_scipys() -> None:
+    values = np.random.default_rng(1).normal(size=1500)
+    tracemalloc.start()
+    try:
+        compare(samples(1500), np.zeros(1500), values)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    # All 9999 resamples of 1500 numbers together would be 120 MB for each of several copies.
+    assert most < 40e6
+    few, same = values[:40], np.random.default_rng(key(0, "bootstrap"))
+    interval = stats.bootstrap((few,), np.mean, method="percentile", rng=same).confidence_interval
+    found = compare(samples(40), np.zeros(40), few)
+    assert (found.low, found.high) == pytest.approx(tuple(interval), abs=1e-12)
+
+
 def test_an_evaluation_compares_each_group_with_the_base_model_on_its_own_samples() -> None:
     chosen = samples(4)
     result = Evaluation(
@@ -78,7 +98,7 @@ def test_an_evaluation_compares_each_group_with_the_base_model_on_its_own_sample
             "base": sampled(chosen, np.array([1.0, 2.0, 3.0, 4.0])),
             "tuned": sampled(chosen, np.array([2.0, 3.0, 3.0, 2.0])),
         },
-        group_of={"0": "up", "1": "up", "3": "down"},
+        group_of={0: "up", 1: "up", 3: "down"},
         seconds=0.0,
     )
     means = {

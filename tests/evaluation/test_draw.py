@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -174,6 +177,27 @@ def test_images_in_a_file_are_those_in_memory_and_the_file_has_no_name(tmp_path:
     assert chosen.features is not None
     assert found[0].features is not None
     np.testing.assert_array_equal(chosen.features, found[0].features[[2, 0]])
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="the system has no such call")
+def test_the_space_of_a_file_of_images_is_taken_before_they_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Else a disk that fills up kills the process where it writes into the map (SIGBUS).
+    handles: list[int] = []
+    make = tempfile.TemporaryFile
+
+    def kept(**options: Any) -> Any:
+        file = make(**options)
+        handles.append(os.dup(file.fileno()))
+        return file
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", kept)
+    images = in_a_file(tmp_path)((5, 256, 256, 3))
+    status = os.fstat(handles[0])
+    os.close(handles[0])
+    assert status.st_size == images.nbytes == 5 * 256 * 256 * 3
+    assert status.st_blocks * 512 >= images.nbytes
 
 
 def small(images: torch.Tensor) -> torch.Tensor:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from alignprop_cli.evaluation import page, plots
 from alignprop_cli.evaluation.compare import Metric, Paired
@@ -35,6 +37,24 @@ def test_a_histogram_is_the_shares_of_each_model_over_the_same_bins() -> None:
 def test_equal_and_missing_values_have_a_histogram() -> None:
     assert sum(plots.histogram("clip", {"images": [0.5] * 4}).lines[0].y) == pytest.approx(1.0)
     assert set(plots.histogram("clip", {"images": []}).lines[0].y) == {0.0}
+
+
+@pytest.mark.parametrize(
+    "values", [[0.3, 0.30000000000000004], [1e17, 1e17 + 16.0], [0.0, 5e-324], [-2.0, -2.0]]
+)
+def test_values_with_no_room_for_bins_between_them_have_a_histogram(values: list[float]) -> None:
+    # Of rewards in float64 that are the same up to rounding, which numpy refuses.
+    line = plots.histogram("clip", {"images": values}).lines[0]
+    assert sum(line.y) == pytest.approx(1.0)
+    assert all(a < b for a, b in itertools.pairwise(line.x))
+    assert line.x[0] < values[0] <= values[1] < line.x[-1]
+
+
+@given(st.lists(st.floats(-1e9, 1e9), min_size=1), st.integers(1, 30))
+def test_bins_are_those_of_numpy_where_it_has_any(values: list[float], bins: int) -> None:
+    if np.ptp(values) == 0.0 or np.ptp(values) > 1e-3:
+        expected = np.histogram_bin_edges(values, bins=bins)
+        assert plots.bin_edges(np.array(values), bins).tolist() == expected.tolist()
 
 
 def test_a_sweep_has_the_interval_of_the_difference_around_the_base() -> None:

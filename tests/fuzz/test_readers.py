@@ -20,7 +20,7 @@ from alignprop_cli.errors import AlignPropError
 from alignprop_cli.lora import files as lora
 from alignprop_cli.parsing import ParseError, read_json, read_yaml, write_yaml
 from alignprop_cli.paths import user_path
-from alignprop_cli.prompts import load_groups, load_prompts
+from alignprop_cli.prompts import load_entries, load_prompts
 from alignprop_cli.scoring import files as images
 from alignprop_cli.scoring.captions import SOURCES, read_table
 from alignprop_cli.scoring.embedded import Unclear, embedded_prompt
@@ -129,8 +129,9 @@ def test_any_file_holds_prompts_or_is_refused(tmp_path: Path, seed: int, suffix:
         assert found
         assert all(prompt.strip() == prompt != "" for prompt in found)
         assert can_be_written(found)
-        # Of an empty line it may be the group of no prompt.
-        assert load_groups(str(file)).keys() - {""} <= set(found)
+        entries = load_entries(str(file))
+        assert [entry.prompt for entry in entries] == found
+        assert can_be_written([entry.group for entry in entries])
 
 
 @many

@@ -210,6 +210,13 @@ def test_two_rewards_of_the_same_name_in_two_folders_are_two_rows() -> None:
     ):
         assert expected in text, expected
     assert "/data" not in text
+    # What the second is called now is what the first is called here.
+    told = f"{two} rose from 3 to 4, own.py:Reward fell from 2 to 1"
+    found = {**found, "guard": {"told": told}}
+    config = presets.resolve(preset="tiny", rewards={two: 1.0, "own.py:Reward": -1.0})
+    text = card.of_run(config, "r", "SomePipeline", "f1", found, ()).text("me/r", None)
+    assert "own.py:Reward rose from 3 to 4, own.py:Reward (2) fell from 2 to 1" in text
+    assert "raise" not in text
     # A soup of both, and what may be told in the header of a file.
     given = ("mix", {}, [("a", 0.5), ("b", 0.5)], [one, two], "exact", {}, None)
     assert "| reward `own.py:Reward (2)` | of a member |" in card.of_soup(*given).text("x", None)

@@ -33,6 +33,11 @@ def test_it_is_the_log_softmax_over_the_set_with_the_own_prompt_once(tmp_path: P
         everything = [prompt, *(text for text in SET if text != prompt)]
         cosines = clip(image.expand(len(everything), -1, -1, -1), everything)
         torch.testing.assert_close(found, (scale * cosines).log_softmax(dim=0)[0])
+    # A prompt that the file holds twice counts once.
+    twice = tmp_path / "twice.txt"
+    twice.write_text("\n".join([*SET, "a boat", "a cat"]), encoding="utf-8")
+    same = ClipChoice(str(tmp_path / "clip"), prompts=str(twice))(images, prompts)
+    torch.testing.assert_close(same, rewards, rtol=0.0, atol=1e-6)
     (gradient,) = torch.autograd.grad(rewards.sum(), [images])
     assert (gradient.flatten(1).norm(dim=1) > 1e-6).all()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,12 @@ def test_what_cannot_be_asked_is_refused(folders: dict[str, Path], tmp_path: Pat
         VlmReward(model, "Is it {promt}?")
     with pytest.raises(ConfigError, match=r"reward\.vlm\.model: .* of the type clip, expected one"):
         VlmReward(str(transformers_clip(tmp_path / "clip")))
+    for refuse in (VlmReward, partial(VlmReward.on_meta, torch.float32)):
+        with pytest.raises(ConfigError, match=r"reward\.vlm\.pixels: expected at least 1, got 0"):
+            refuse(model=model, pixels=0)
+    # transformers refuses it too, with an error that would be taken for a bug of this program.
+    with pytest.raises(ConfigError, match="2 x 401 pixels is too long"):
+        VlmReward(model)(noise(401, 2), PROMPTS)
     with pytest.raises(AssetError, match=r"reward\.vlm\.model: cannot load .*nowhere"):
         VlmReward(str(tmp_path / "nowhere"))
     broken = small_qwen("qwen2_vl", tmp_path / "broken")

@@ -222,3 +222,37 @@ def test_weights_of_a_step_that_a_resumed_run_has_not_reached_are_not_called_the
     assert guard.verdict().best is None
     assert not (tmp_path / "checkpoints" / BEST).exists()
     assert "the weights of step 3, the best so far, are gone" in said[0]
+
+
+def test_what_was_measured_before_is_judged_by_what_counts_now(tmp_path: Path) -> None:
+    # By `clip` the first was the better one; `guard.best` may change when a run is resumed.
+    said = [
+        {"alarms": [], "merit": 2.0, "by": ["clip"], "changes": {}},
+        {"alarms": [], "merit": 0.5, "by": ["clip"], "changes": {}},
+    ]
+    held_out = [{"clip": 2.0, "saturation": 0.1}, {"clip": 0.5, "saturation": 0.9}]
+    lines = [
+        {"step": step, "held_out": seen, "guard": guard}
+        for step, seen, guard in zip((3, 6), held_out, said, strict=True)
+    ]
+    # Lines that somebody has changed are no crash.
+    damaged = [{"step": 7, "guard": 3}, {"step": 8, "held_out": {"clip": []}, "guard": said[0]}]
+    text = "".join(json.dumps(each) + "\n" for each in (*lines, *damaged))
+    (tmp_path / "metrics.jsonl").write_text(text)
+    state, notes = checkpoint.State(6, 6, {"p.step": torch.zeros(())}), list[str]()
+    checkpoint.save(
+        tmp_path, state, lambda made: save_file({"p": torch.ones(1)}, made / LORA_FILE), name=BEST
+    )
+    run = SimpleNamespace(
+        config=parse({"reward": {"clip": {}}, "guard": {"best": "saturation"}}),
+        folder=tmp_path,
+        accelerator=SimpleNamespace(is_main_process=True),
+        console=SimpleNamespace(note=notes.append),
+        trainer=SimpleNamespace(step_number=6, mixture=SimpleNamespace(members=())),
+    )
+    base = {name: Quantity(np.zeros(8), 1.0) for name in ("clip", "saturation")}
+    guard = Guard(cast("Any", SimpleNamespace(base=base)))
+    guard.before_training(cast("Any", run))
+    assert guard.verdict().best == 6
+    assert (tmp_path / "checkpoints" / BEST).is_dir()
+    assert not [note for note in notes if "gone" in note]
