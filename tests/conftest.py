@@ -16,6 +16,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # the other cores have processes of their own
+# Else every process that the tests start compiles all of this checkout again.
+sys.dont_write_bytecode = False
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # it warns in every forked process
 os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # deterministic algorithms on a GPU ask for it
 os.environ["PYTHONPATH"] = os.pathsep.join(
@@ -28,15 +31,23 @@ for name in ("FORCE_COLOR", "PY_COLORS", "GITHUB_ACTIONS"):  # each makes typer 
     os.environ.pop(name, None)
 
 import pytest  # noqa: E402
-import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
 
 from tests.warm import Warm  # noqa: E402
 
-torch.use_deterministic_algorithms(True)
-
 settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
 settings.load_profile("repeatable")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make arithmetic deterministic where tests run.
+
+    Not in the process that hands them out (pytest-xdist): the others wait while it imports torch.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ or not config.getoption("numprocesses", None):
+        import torch
+
+        torch.use_deterministic_algorithms(True)
 
 
 _frozen = 0  # modules
@@ -58,7 +69,9 @@ def pytest_runtest_teardown() -> None:
 @pytest.fixture(scope="session")
 def warm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Warm]:
     """Yield what starts commands in processes of their own, without the seconds of a start."""
-    made = Warm(tmp_path_factory.mktemp("warm") / "streams")
+    # The folder of a process of pytest-xdist is in that of the run.
+    shared = tmp_path_factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else None
+    made = Warm(tmp_path_factory.mktemp("warm") / "streams", shared)
     yield made
     made.close()
 

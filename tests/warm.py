@@ -5,7 +5,8 @@ has a process of its own: its own exit code, streams, limits and signals, and no
 by the next. Nothing that the program reads or builds is kept but what the texts of the shipped
 presets say.
 
-The process speaks JSON, a line each, over a socket:
+The processes of pytest-xdist share it. It speaks JSON, a line each, over a socket to each of them,
+and ends with the last:
 
     to it      {"id", "args", "cwd", "seconds", "before": [["module:function", arguments], ...]}
     from it    {"id", "pid"}, and at the end {"id", "status", "seconds", "peak", "late"}
@@ -15,7 +16,9 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import fcntl
 import gc
+import hashlib
 import importlib
 import io
 import json
@@ -93,16 +96,30 @@ class Warm:
 
     Args:
         streams: A folder for what the commands print.
+        shared: A folder; those who name the same one use the same process. None: none do.
     """
 
-    def __init__(self, streams: Path) -> None:
+    def __init__(self, streams: Path, shared: Path | None = None) -> None:
         self._streams, self._number = streams, 0
         streams.mkdir(parents=True, exist_ok=True)
         self._started: dict[int, int] = {}
         self._ended: dict[int, dict[str, Any]] = {}
-        ours, its = socket.socketpair()
-        home = streams / "home"
-        home.mkdir(exist_ok=True)
+        # So that ~ is nobody's.
+        self._home = streams / "home"
+        self._home.mkdir(exist_ok=True)
+        place = shared or streams
+        # A name that is no file, whose path would have to be short.
+        address = f"\0alignprop-{hashlib.sha256(str(place).encode()).hexdigest()[:32]}"
+        self._channel = socket.socket(socket.AF_UNIX)
+        with (place / "warm.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                self._channel.connect(address)
+            except ConnectionRefusedError:
+                self._begin(address)
+                self._channel.connect(address)
+
+    def _begin(self, address: str) -> None:
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": "1",
@@ -111,20 +128,19 @@ class Warm:
             "TRANSFORMERS_OFFLINE": "1",
             "NO_COLOR": "1",
             "COLUMNS": "100",
-            # So that ~ is nobody's.
-            "HOME": str(home),
+            "HOME": str(self._home),
             "PYTHONPATH": str(ROOT),
         }
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.warm", str(its.fileno())],
-            cwd=ROOT,
-            env=environment,
-            pass_fds=[its.fileno()],
-            stdin=subprocess.DEVNULL,
-        )
-        its.close()
-        self._channel = ours
-        self._lines = ours.makefile("r", encoding="utf-8")
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(address)
+            listener.listen()
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.warm", str(listener.fileno())],
+                cwd=ROOT,
+                env=environment,
+                pass_fds=[listener.fileno()],
+                stdin=subprocess.DEVNULL,
+            )
 
     def start(
         self,
@@ -156,6 +172,7 @@ class Warm:
             "before": [list(call) for call in before],
             "stdin": str(stdin or os.devnull),
             "streams": str(streams),
+            "home": str(self._home),
             "leave": leave,
         }
         self._channel.sendall(json.dumps(job).encode() + b"\n")
@@ -168,11 +185,9 @@ class Warm:
         return self.start([str(arg) for arg in args], cwd, **options).wait()
 
     def close(self) -> None:
-        """End the process and what it has started."""
-        # At the end of its input it kills what is running, and ends.
-        self._lines.close()
+        """End what was started, and with the last of those who share it the process."""
+        # At the end of its input it kills what is running for us.
         self._channel.close()
-        self._process.wait(60)
 
     def has_ended(self, number: int) -> bool:
         """Return whether a command has ended."""
@@ -201,54 +216,73 @@ class Warm:
             self._ended[reply["id"]] = reply
 
 
-def serve(channel: socket.socket) -> None:
-    """Start commands until the channel is closed."""
+def serve(listener: socket.socket) -> None:
+    """Start commands for those who connect, until the last has closed its channel."""
     _import_everything()
-    running: dict[int, tuple[int, int, float]] = {}  # pidfd: id, pid, deadline
-    text, late, leaving = b"", set[int](), set[int]()  # of ids
-    while True:
-        waits = [end - time.monotonic() for _, _, end in running.values()]
+    channels = {listener.accept()[0]: b""}  # what of a line has come
+    running: dict[int, tuple[socket.socket, int, int, float]] = {}  # pidfd: ..., id, pid, deadline
+    late, leaving = set[int](), set[int]()  # of pids
+    while channels:
+        waits = [end - time.monotonic() for _, _, _, end in running.values()]
         timeout = max(0.0, min(waits)) if waits else None
-        ready, _, _ = select.select([channel, *running], [], [], timeout)
+        ready, _, _ = select.select([listener, *channels, *running], [], [], timeout)
         # 1. Commands that are over, or take too long.
-        for handle, (number, pid, end) in list(running.items()):
+        for handle, (channel, number, pid, end) in list(running.items()):
             if handle not in ready and time.monotonic() > end:
-                late.add(number)
+                late.add(pid)
                 _kill(pid)
                 ready.append(handle)
             if handle not in ready:
                 continue
             _, status, usage = os.wait4(pid, 0)
-            if number not in leaving:
+            if pid not in leaving:
                 _kill(pid)  # what it has left in its session
             os.close(handle)
             del running[handle]
-            reply = {"id": number, "status": status, "late": number in late}
+            reply = {"id": number, "status": status, "late": pid in late}
             reply |= {"seconds": usage.ru_utime + usage.ru_stime, "peak": usage.ru_maxrss / 1024}
+            late.discard(pid)
+            leaving.discard(pid)
             _send(channel, reply)
         # 2. New ones.
-        if channel in ready:
+        for channel in [channel for channel in channels if channel in ready]:
             data = channel.recv(65536)
             if not data:
-                break
-            *lines, text = (text + data).split(b"\n")
+                _end(channel, running)
+                del channels[channel]
+                continue
+            *lines, channels[channel] = (channels[channel] + data).split(b"\n")
             for line in lines:
                 job = json.loads(line)
                 pid = os.fork()
                 if pid == 0:
-                    channel.close()
+                    for each in (listener, *channels):
+                        each.close()
                     _child(job)
                 if job["leave"]:
-                    leaving.add(job["id"])
-                running[os.pidfd_open(pid)] = (job["id"], pid, time.monotonic() + job["seconds"])
+                    leaving.add(pid)
+                end = time.monotonic() + job["seconds"]
+                running[os.pidfd_open(pid)] = (channel, job["id"], pid, end)
                 _send(channel, {"id": job["id"], "pid": pid})
-    for _, pid, _ in running.values():
-        _kill(pid)
-        os.waitpid(pid, 0)
+        # 3. New channels.
+        while select.select([listener], [], [], 0)[0]:
+            channels[listener.accept()[0]] = b""
+
+
+def _end(channel: socket.socket, running: dict[int, tuple[socket.socket, int, int, float]]) -> None:
+    """Kill what runs for a channel that is closed."""
+    for handle, (its, _, pid, _) in list(running.items()):
+        if its is channel:
+            _kill(pid)
+            os.waitpid(pid, 0)
+            os.close(handle)
+            del running[handle]
+    channel.close()
 
 
 def _send(channel: socket.socket, message: Mapping[str, Any]) -> None:
-    channel.sendall(json.dumps(message).encode() + b"\n")
+    with contextlib.suppress(OSError):  # whoever does not listen any more is seen to be gone later
+        channel.sendall(json.dumps(message).encode() + b"\n")
 
 
 def _kill(leader: int) -> None:
@@ -262,6 +296,7 @@ def _child(job: Mapping[str, Any]) -> None:
     try:
         # 1. What a shell sets up.
         os.setsid()
+        os.environ["HOME"] = job["home"]
         signal.signal(signal.SIGINT, signal.default_int_handler)
         reading = os.open(job["stdin"], os.O_RDONLY)
         os.dup2(reading, 0)

@@ -21,6 +21,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
+from importlib.machinery import SourceFileLoader
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -32,6 +33,8 @@ from alignprop_cli.paths import user_path
 from alignprop_cli.rewards.catalogue import SHIPPED
 
 if TYPE_CHECKING:
+    from types import CodeType
+
     import torch
 
     from alignprop_cli.rewards.base import Reward
@@ -303,7 +306,20 @@ def _run(path: Path, _changed: int) -> Any:
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise AssetError(f"reward: cannot import {path}")
+    if isinstance(spec.loader, SourceFileLoader):
+        spec.loader = _Source(name, str(path))
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look a class's module up there
     spec.loader.exec_module(module)
     return module
+
+
+class _Source(SourceFileLoader):
+    """Runs a file as it is now, and writes nothing beside it.
+
+    Bytecode that Python has kept of it is taken for the file if seconds and size agree.
+    """
+
+    def get_code(self, fullname: str) -> CodeType:
+        """Return the compiled source."""
+        return self.source_to_code(self.get_data(self.path), self.path)

@@ -118,9 +118,12 @@ def plain(folder: Path, steps: int = 3, **options: Any) -> Tensor:
     ).images
 
 
+def ours(folder: Path) -> Tensor:
+    return drawn(load(folder))
+
+
 @torch.no_grad()
-def ours(folder: Path, steps: int = 3, guidance_scale: float = 4.0) -> Tensor:
-    model = load(folder)
+def drawn(model: Model, steps: int = 3, guidance_scale: float = 4.0) -> Tensor:
     made = sampler(SampleConfig(guidance_scale=guidance_scale), model.family)
     denoise = guided(model.network.predict, model.conditioning(PROMPTS, ""), made.guidance)
     schedule = model.network.schedule(steps, (4, 8, 8))
@@ -295,10 +298,11 @@ def test_what_is_shipped_is_obeyed(place: Path) -> None:
 
 @pytest.mark.parametrize("scale", [0.0, 0.5, 1.0])
 def test_a_scale_of_at_most_one_is_the_text_branch_alone(folder: Path, scale: float) -> None:
-    found = ours(folder, guidance_scale=scale)
+    model = load(folder)
+    found = drawn(model, guidance_scale=scale)
     torch.testing.assert_close(found, plain(folder, guidance_scale=scale), **CLOSE)
-    assert torch.equal(found, ours(folder, guidance_scale=1.0))
-    assert not torch.allclose(found, ours(folder, guidance_scale=1.5), **CLOSE)
+    assert torch.equal(found, drawn(model, guidance_scale=1.0))
+    assert not torch.allclose(found, drawn(model, guidance_scale=1.5), **CLOSE)
 
 
 # --- Damage ---

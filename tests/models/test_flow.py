@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,9 @@ from tests.flow_models import (
 CPU = torch.device("cpu")
 PROMPTS = ["a cat", "two small dogs", "x"]
 """Of different length, none of which an encoder cuts."""
+
+STEPS = 3
+"""Of a chain: the fewest that have one in the middle."""
 
 CLOSE = {"rtol": 0.0, "atol": 1e-4}
 
@@ -89,9 +93,25 @@ def model(folder: Path) -> Model:
     return load(folder)
 
 
+@pytest.fixture
+def fresh(model: Model) -> Model:
+    """Return a copy of it that a test may change, without the time of loading."""
+    return deepcopy(model)
+
+
 @pytest.fixture(scope="module")
 def pipeline(case: Case, folder: Path) -> Any:
     return pipeline_of(case, folder)
+
+
+@pytest.fixture(scope="module")
+def half(folder: Path) -> Model:
+    return load(folder, dtype="bfloat16")
+
+
+@pytest.fixture(scope="module")
+def half_pipeline(case: Case, folder: Path) -> Any:
+    return pipeline_of(case, folder, dtype=torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +161,7 @@ def draw(
     guidance: float = 1.0,
     prompts: list[str] = PROMPTS,
     *,
-    steps: int = 4,
+    steps: int = STEPS,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Return (latents, images)."""
@@ -162,7 +182,13 @@ def draw(
 
 
 def draw_with_diffusers(
-    pipeline: Any, model: Model, size: tuple[int, int], guidance: float = 1.0, **options: Any
+    pipeline: Any,
+    model: Model,
+    size: tuple[int, int],
+    guidance: float = 1.0,
+    *,
+    steps: int = STEPS,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Return the same of plain diffusers, for the same noise."""
     kept: list[Tensor] = []
@@ -176,7 +202,7 @@ def draw_with_diffusers(
         prompt=list(PROMPTS),  # which Z-Image's pipeline writes into
         height=size[0],
         width=size[1],
-        num_inference_steps=4,
+        num_inference_steps=steps,
         guidance_scale=guidance,
         latents=as_given(pipeline, start),
         output_type="pt",
@@ -240,7 +266,7 @@ def test_the_levels_are_exactly_those_that_the_pipeline_steps_through(
 def test_linear_spacing_is_the_pipelines_sigmas_argument(
     case: Case, model: Model, pipeline: Any
 ) -> None:
-    size, sigmas = case.sizes[0], np.linspace(1.0, 1.0 / 4, 4)
+    size, sigmas = case.sizes[0], np.linspace(1.0, 1.0 / STEPS, STEPS)
     ours = draw(model, size, spacing="linear")
     expected = draw_with_diffusers(pipeline, model, size, sigmas=sigmas.tolist())
     for mine, theirs in zip(ours, expected, strict=True):
@@ -304,7 +330,7 @@ def test_a_distilled_model_is_not_guided_and_says_so(tmp_path: Path) -> None:
 
 
 def test_the_network_is_given_the_timesteps_of_the_pipeline_bit_for_bit_in_bfloat16(
-    case: Case, folder: Path
+    case: Case, half: Model, half_pipeline: Any
 ) -> None:
     seen: list[Tensor] = []
 
@@ -312,20 +338,18 @@ def test_the_network_is_given_the_timesteps_of_the_pipeline_bit_for_bit_in_bfloa
         # Z-Image's is the second argument.
         seen.append(options["timestep"] if "timestep" in options else arguments[1])
 
-    pipeline = pipeline_of(case, folder, dtype=torch.bfloat16)
-    pipeline.transformer.register_forward_pre_hook(spy, with_kwargs=True)
     size = case.sizes[0]
     options = {"height": size[0], "width": size[1], "guidance_scale": case.unguided}
-    pipeline(prompt="x", num_inference_steps=7, output_type="latent", **options)
+    with half_pipeline.transformer.register_forward_pre_hook(spy, with_kwargs=True):
+        half_pipeline(prompt="x", num_inference_steps=7, output_type="latent", **options)
     theirs, seen = seen, []
-    model = load(folder, dtype="bfloat16")
-    model.network.module.register_forward_pre_hook(spy, with_kwargs=True)
-    start = noise(model, size, 1)
-    shape = model.network.latent_shape(*size)
-    conditioning = model.conditioning(["x"], None)
-    denoise = guided(model.network.predict, conditioning, two_branches(model, 1.0))
-    for step in model.network.schedule(7, shape).steps:
-        assert denoise(start, step).dtype == start.dtype
+    start = noise(half, size, 1)
+    shape = half.network.latent_shape(*size)
+    conditioning = half.conditioning(["x"], None)
+    denoise = guided(half.network.predict, conditioning, two_branches(half, 1.0))
+    with half.network.module.register_forward_pre_hook(spy, with_kwargs=True), torch.no_grad():
+        for step in half.network.schedule(7, shape).steps:
+            assert denoise(start, step).dtype == start.dtype
     assert len(seen) == len(theirs) == 7
     for mine, expected in zip(seen, theirs, strict=True):
         assert mine.dtype == expected.dtype
@@ -338,7 +362,7 @@ def distance(one: Tensor, other: Tensor) -> float:
 
 
 def test_a_whole_chain_in_bfloat16_is_the_pipelines_but_for_its_rounding_of_the_latents(
-    case: Case, model: Model, folder: Path
+    case: Case, model: Model, half: Model, half_pipeline: Any
 ) -> None:
     """Every step of the pipeline ends by rounding the latents to bfloat16, but for Z-Image's.
 
@@ -348,8 +372,7 @@ def test_a_whole_chain_in_bfloat16_is_the_pipelines_but_for_its_rounding_of_the_
     """
     is_rounded, size = case is not ZIMAGE, case.sizes[1]
     dtype = torch.bfloat16 if is_rounded else torch.float32
-    half, pipeline = load(folder, dtype="bfloat16"), pipeline_of(case, folder, dtype=torch.bfloat16)
-    theirs = draw_with_diffusers(pipeline, half, size, case.unguided)[0]
+    theirs = draw_with_diffusers(half_pipeline, half, size, case.unguided, steps=4)[0]
     assert theirs.dtype == dtype
     embedded = case.unguided if getattr(half.network, "embeds_guidance", False) else None
     guidance = Guidance(1.0 if embedded is None else 0.0, embedded=embedded)
@@ -360,7 +383,7 @@ def test_a_whole_chain_in_bfloat16_is_the_pipelines_but_for_its_rounding_of_the_
             latents = ddim_step(denoise(latents, step), latents, step, "flow").to(dtype).float()
     assert distance(latents, theirs) < (2.0**-7 if is_rounded else 1e-6)
     # Without that rounding, as we sample, the chain is no further from the one in float32.
-    ours, exact = draw(half, size, case.unguided)[0], draw(model, size, case.unguided)[0]
+    ours, exact = (draw(m, size, case.unguided, steps=4)[0] for m in (half, model))
     cost = distance(theirs, exact)
     assert 2.0 * distance(latents, theirs) < cost < 0.1
     assert 0.0 < distance(ours, exact) < 1.1 * cost
@@ -371,16 +394,15 @@ def test_a_step_in_half_precision_has_no_nan(case: Case, folder: Path) -> None:
         with pytest.raises(ConfigError, match=r"model\.dtype: .* overflows in float16"):
             load(folder, dtype="float16")
         return
-    model, size = load(folder, dtype="float16"), case.sizes[0]
+    model, size = load(folder, ("a cat", ""), dtype="float16"), case.sizes[0]
     targets = model.family.target_modules
     parameters = lora.inject(model.network.module, rank=2, alpha=2, target_modules=targets, seed=0)
     fill_lora_b(model.network.module, seed=1)
-    start = noise(model, size)
-    denoise = guided(
-        model.network.predict, model.conditioning(PROMPTS, ""), two_branches(model, 3.0)
-    )
-    schedule = model.network.schedule(3, tuple(start.shape[1:]))
-    images = model.decoder.decode(sample(denoise, start, schedule, path=last_k(3).path((0, 1, 2))))
+    start = noise(model, size, 1)
+    conditioning = model.conditioning(["a cat"], "")
+    denoise = guided(model.network.predict, conditioning, two_branches(model, 3.0))
+    schedule = model.network.schedule(2, tuple(start.shape[1:]))
+    images = model.decoder.decode(sample(denoise, start, schedule, path=last_k(2).path((0, 1))))
     assert images.dtype == torch.float32
     # As training scales a loss in float16.
     (2.0**10 * images.mean()).backward()
@@ -473,10 +495,10 @@ def test_t5_in_float16_keeps_what_overflows_in_float32(flux1: Path) -> None:
 
 
 def test_a_written_file_changes_the_weights_alike_in_diffusers_and_by_comfyuis_rules(
-    case: Case, folder: Path, tmp_path: Path
+    case: Case, fresh: Model, folder: Path, tmp_path: Path
 ) -> None:
     """ComfyUI: strength (alpha / rank, or 1 without `.alpha`) up @ down (comfy/weight_adapter)."""
-    model, size = load(folder), case.sizes[1]
+    model, size = fresh, case.sizes[1]
     module, prefix = model.network.module, model.family.lora_prefix
     lora.inject(module, rank=2, alpha=3, target_modules=model.family.target_modules, seed=0)
     fill_lora_b(module, seed=1)
@@ -486,6 +508,7 @@ def test_a_written_file_changes_the_weights_alike_in_diffusers_and_by_comfyuis_r
         if isinstance(layer, LoraLayer)
     }
     assert len(trained) == case.layers
+    ours, pipeline = draw(model, size), pipeline_of(case, folder)
     for made in ("diffusers", "comfyui"):
         place = tmp_path / made
         place.mkdir()
@@ -495,7 +518,6 @@ def test_a_written_file_changes_the_weights_alike_in_diffusers_and_by_comfyuis_r
             layers = files.read(file).layers
             files.save_for_comfyui(file, layers, {}, prefix=prefix, title="t")
         state, read = load_file(file), files.read(file).layers
-        pipeline = pipeline_of(case, folder)
         pipeline.load_lora_weights(place)
         for name, delta in trained.items():
             up, down = (state[f"{prefix}{name}.lora_{half}.weight"] for half in "BA")
@@ -505,8 +527,9 @@ def test_a_written_file_changes_the_weights_alike_in_diffusers_and_by_comfyuis_r
             for found in (strength * up @ down, loaded.detach(), read[name].delta().float()):
                 torch.testing.assert_close(found, delta, rtol=1e-5, atol=1e-7)
         expected = draw_with_diffusers(pipeline, model, size)
-        for mine, theirs in zip(draw(model, size), expected, strict=True):
+        for mine, theirs in zip(ours, expected, strict=True):
             torch.testing.assert_close(mine, theirs, **CLOSE)
+        pipeline.unload_lora_weights()
 
 
 # --- Gradients ---
@@ -528,9 +551,9 @@ def in_float64(model: Model) -> list[torch.nn.Parameter]:
 
 
 def test_the_gradient_of_the_lora_equals_central_differences_in_float64(
-    case: Case, folder: Path
+    case: Case, fresh: Model
 ) -> None:
-    model = load(folder)
+    model = fresh
     model.embeds = {
         prompt: Embeds({name: tensor.double() for name, tensor in embeds.tensors.items()})
         for prompt, embeds in model.embeds.items()
@@ -576,8 +599,8 @@ def test_the_gradient_of_the_lora_equals_central_differences_in_float64(
     assert float(torch.stack(slopes).sum()) == pytest.approx(expected, rel=1e-6)
 
 
-def test_recomputed_blocks_give_the_same_gradients(case: Case, folder: Path) -> None:
-    model = load(folder)
+def test_recomputed_blocks_give_the_same_gradients(case: Case, fresh: Model) -> None:
+    model = fresh
     targets = model.family.target_modules
     parameters = lora.inject(model.network.module, rank=2, alpha=2, target_modules=targets, seed=0)
     fill_lora_b(model.network.module, seed=1)
@@ -603,9 +626,8 @@ def test_recomputed_blocks_give_the_same_gradients(case: Case, folder: Path) -> 
         assert max(float(gradient.norm()) for gradient in plain) > 1e-3
 
 
-def test_saturated_pixels_have_the_gradient_that_leads_back(case: Case, folder: Path) -> None:
-    model = load(folder, ())
-    decoder = model.decoder
+def test_saturated_pixels_have_the_gradient_that_leads_back(case: Case, fresh: Model) -> None:
+    model, decoder = fresh, fresh.decoder
     # The last convolution made larger, so that most pixels leave the range.
     decoder.module.decoder.conv_out.weight.data.mul_(50.0)
     latents = noise(model, case.sizes[0]).requires_grad_()

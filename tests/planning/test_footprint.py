@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from alignprop_cli import estimators
 from alignprop_cli.config.schema import Config, ModelConfig
 from alignprop_cli.config.validation import parse
 from alignprop_cli.lora import layers as lora
+from alignprop_cli.models.base import Model
 from alignprop_cli.models.families import open_model, sampler
 from alignprop_cli.models.meta import meta_model
 from alignprop_cli.planning import meter
@@ -40,17 +42,24 @@ from alignprop_cli.training.record import Totals
 from alignprop_cli.training.trainer import Trainer
 from tests.factories import mid_pipeline, small_pipeline, small_xl_pipeline
 
-STEPS = 5
+STEPS = 3
 PROMPT = "one small red circle on a black background"
 LEVELS = [("none", False), ("none", True), ("block", False), ("call", True)]
 
 
-def config(model: str = "tiny", steps: int = STEPS, **gradient: Any) -> Config:
+def config(
+    model: str = "tiny", steps: int = STEPS, *, size: int | None = None, **gradient: Any
+) -> Config:
     return parse(
         {
             "model": {"id": model},
             "lora": {"rank": 4},
-            "sample": {"num_inference_steps": steps, "guidance_scale": 3.0},
+            "sample": {
+                "num_inference_steps": steps,
+                "guidance_scale": 3.0,
+                "height": size,
+                "width": size,
+            },
             "gradient": gradient,
             "reward": {"clip": {"model": "tiny"}},
             "train": {"prompts": "shapes", "batch_size": 8},
@@ -85,10 +94,16 @@ def predicted() -> Footprint:
     return planning.measure(config(), "cpu")
 
 
+@functools.cache
+def loaded(chosen: ModelConfig, prompt: str) -> Model:
+    """Return a model that is copied before anything is done to it: loading takes far longer."""
+    return open_model(chosen, [prompt, ""], torch.device("cpu"))
+
+
 def trainer(plan: Plan, chosen: Config | None = None, prompt: str = PROMPT) -> Trainer:
     accelerator = Accelerator(cpu=True)
     chosen = chosen or config()
-    model = open_model(chosen.model, [prompt, ""], accelerator.device)
+    model = deepcopy(loaded(chosen.model, prompt))
     targets = model.family.target_modules
     options = {"rank": 4, "alpha": 4, "target_modules": targets, "seed": 0}
     lora.inject(model.network.module, **options, dora=chosen.lora.dora)
@@ -156,7 +171,7 @@ def expected_bytes(found: Footprint, plan: Plan, k: int) -> float:
     return sum(part.saved(plan.micro_batch) for part in parts)
 
 
-@pytest.mark.parametrize("k", [1, 3, STEPS])
+@pytest.mark.parametrize("k", [1, 2, STEPS])
 @pytest.mark.parametrize("micro_batch", [1, 2, 4])
 @pytest.mark.parametrize("level", ["none", "block", "call"])
 def test_the_bytes_that_the_calls_of_a_real_step_store_are_the_predicted_ones(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -19,11 +20,19 @@ from tests.factories import small_unet
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
-def network_call(device: str, level: str, batch: int, *, has_grad: bool) -> tuple[Any, list[Any]]:
-    """Return one call of a small UNet with a LoRA, and what is there anyway."""
+@functools.cache
+def network(device: str) -> Any:
+    """Return a small UNet with a LoRA; what a test leaves in it, the next one takes away."""
     unet = small_unet()
     lora.inject(unet, rank=4, alpha=4, target_modules=TARGETS, seed=0)
-    unet.to(device)
+    return unet.to(device)
+
+
+def network_call(device: str, level: str, batch: int, *, has_grad: bool) -> tuple[Any, list[Any]]:
+    """Return one call of a small UNet with a LoRA, and what is there anyway."""
+    unet = network(device)
+    unet.zero_grad()
+    unet.disable_gradient_checkpointing()
     if level == "block":
         unet.enable_gradient_checkpointing()
     size, width = unet.config.sample_size, unet.config.cross_attention_dim

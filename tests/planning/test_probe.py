@@ -26,11 +26,12 @@ from alignprop_cli.training.trial import Trial
 from tests.planning import test_plan
 from tests.planning.test_footprint import config, plan_of, trainer
 
-K = 3
+K = 2
 
 
 def asked(**gradient: Any) -> Config:
-    return config(method="last_k", k=K, **gradient)
+    # Half as wide as the embedded model draws: what is measured here takes ratios, not sizes.
+    return config(method="last_k", k=K, size=24, **gradient)
 
 
 REQUEST = planning.plan_request(asked(), 1)
@@ -336,7 +337,7 @@ def test_what_a_step_needs_beside_a_micro_batch_is_added(footprint: Footprint) -
 
 
 def test_a_call_is_timed_where_the_chain_of_a_step_is_shortened() -> None:
-    made = trainer(plan_of(2), asked())
+    made = trainer(plan_of(2), config(method="last_k", k=K, steps=K + 2))
     made.settings = replace(made.settings, rollout_steps=1)
     assert len(made.images()[0].schedule) < len(made.schedule)
     assert Trial(made).part_seconds(2, ("call",))["call"] > 0.0

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
+from copy import deepcopy
 
 import pytest
 import torch
 from accelerate import Accelerator
 
 from alignprop_cli import rng
-from alignprop_cli.config.schema import Config
+from alignprop_cli.config.schema import Config, ModelConfig
 from alignprop_cli.config.validation import parse
 from alignprop_cli.errors import RunError
 from alignprop_cli.guidance import Embeds
 from alignprop_cli.lora import layers as lora
+from alignprop_cli.models.base import Model
 from alignprop_cli.models.families import open_model
 from alignprop_cli.planning.choose import make_plan
 from alignprop_cli.planning.plan import Plan
@@ -63,6 +66,12 @@ def small_config(**sections: dict[str, object]) -> Config:
     return parse(values)
 
 
+@functools.cache
+def loaded(chosen: ModelConfig, prompts: frozenset[str]) -> Model:
+    """Return a model that is copied before anything is done to it: loading takes far longer."""
+    return open_model(chosen, sorted(prompts), torch.device("cpu"))
+
+
 def make_trainer(
     config: Config, mixture: Mixture | None = None, plan: Plan | None = None, images: int = IMAGES
 ) -> Trainer:
@@ -71,7 +80,7 @@ def make_trainer(
     prompts = load_prompts("shapes")
     stream = PromptStream(prompts, config.train.seed)
     needed = {stream.prompt(number) for number in range(images)}
-    model = open_model(config.model, [*needed, ""], accelerator.device)
+    model = deepcopy(loaded(config.model, frozenset({*needed, ""})))
     module = model.network.module
     lora.inject(
         module,
