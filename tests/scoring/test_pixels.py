@@ -10,7 +10,9 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
+from packaging.version import Version
 from PIL import Image
 
 from alignprop_cli.scoring import pixels
@@ -145,7 +147,12 @@ def test_bytes_of_every_mode_become_what_people_see(tmp_path):
     # R = Y + 1.402 (Cr - 128), G = Y - 0.344 (Cb - 128) - 0.714 (Cr - 128),
     # B = Y + 1.772 (Cb - 128)
     ycbcr = Image.new("YCbCr", (4, 4), (100, 138, 118))
-    assert saved("ycbcr.tif", ycbcr) == pytest.approx([86, 104, 118], abs=1)
+    if Version(PIL.__version__) >= Version("13"):
+        assert saved("ycbcr.tif", ycbcr) == pytest.approx([86, 104, 118], abs=1)
+    else:
+        # Older versions cannot read the file that they write.
+        with pytest.raises(ValueError, match="truncated"):
+            saved("ycbcr.tif", ycbcr)
     white_is_zero = (1, 2, bytes([0, 255]))
     assert first(tiff(tmp_path / "w.tif", white_is_zero, bits=8, photometric=0)) == [255, 255, 255]
 

@@ -262,8 +262,9 @@ def test_the_page_says_what_is_planned_where_it_runs_and_what_to_type(tmp_path: 
     run.step(sampled=True)
 
     def follows(text: str) -> str:
+        # The last one: what is a heading may be a link above too.
         texts = Content(run.file).texts
-        return texts[texts.index(text) + 1]
+        return texts[len(texts) - texts[::-1].index(text)]
 
     # Plan and environment, each a row of a table.
     assert follows("step") == "8 images a step = 1 micro-batch of 8"
