@@ -1,6 +1,6 @@
 """The checks, one session each: `nox` runs the first three, `nox -s lowest` the oldest versions.
 
-`tests` exists once for each Python that pyproject.toml declares: `nox -s tests-3.12` runs one of them.
+`tests` is there once for each Python that pyproject.toml declares: `nox -s tests-3.12`.
 """
 
 import nox

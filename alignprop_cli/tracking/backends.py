@@ -107,7 +107,7 @@ class Wandb(Backend):
             job_type=job.kind,
             # None leaves WANDB_TAGS in force.
             tags=list(job.tags) or None,
-            config=dict(job.config),
+            config=_masked(job.config),
             # This process prints nothing worth keeping, and its arguments tell nothing.
             settings={"console": "off", "silent": True},
         )
@@ -258,7 +258,7 @@ class SwanLab(Backend):
             job_type=job.kind,
             id=identity,
             resume="allow",
-            config=dict(job.config),
+            config=_masked(job.config),
         )
         self.tracker.start()
 
@@ -281,6 +281,15 @@ BACKENDS: dict[str, type[Backend]] = {
 
 def _caption(one: Mapping[str, str]) -> str:
     return f"{one['prompt']}\n{one['text']}"
+
+
+def _masked(value: Any) -> Any:
+    """Return a configuration as it is, with its texts masked."""
+    if isinstance(value, Mapping):
+        return {key: _masked(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_masked(each) for each in value]
+    return masked(value) if isinstance(value, str) else value
 
 
 def _plain(config: Mapping[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:

@@ -58,7 +58,11 @@ def job_of(folder: Path, **changes: Any) -> Job:
         project="pictures",
         run_name=None,
         tags=("mine",),
-        config={"lora": {"rank": 7, "alpha": None}, "model": {"id": "tiny"}},
+        config={
+            "lora": {"rank": 7, "alpha": None},
+            # A key has no place in a configuration; it is masked all the same.
+            "model": {"id": "tiny", "revision": SECRET, "also": [f"https://me:{SECRET}@here"]},
+        },
         folder=str(folder),
         states=str(folder / "trackers"),
     )
