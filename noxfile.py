@@ -9,15 +9,15 @@ from packaging.requirements import Requirement
 nox.options.sessions = ["lint", "types", "tests"]
 nox.options.reuse_existing_virtualenvs = True
 
-PROJECT = nox.project.load_toml("pyproject.toml")["project"]
-PYTHONS = nox.project.python_versions(nox.project.load_toml("pyproject.toml"))
+PYPROJECT = nox.project.load_toml("pyproject.toml")
+PROJECT = PYPROJECT["project"]
 TOOLS = {
     Requirement(requirement).name: requirement
     for requirement in PROJECT["optional-dependencies"]["dev"]
 }
 
 
-@nox.session(python=PYTHONS)
+@nox.session(python=nox.project.python_versions(PYPROJECT))
 def tests(session: nox.Session) -> None:
     session.install(".[test]")
     session.run("pytest", *session.posargs)

@@ -142,12 +142,12 @@ def _download(source: Source, path: Path) -> None:
         with urllib.request.urlopen(source.address, timeout=_TIMEOUT) as answer:
             # Never more than the file has, whatever the server sends.
             data: bytes = answer.read(source.size + 1)
-            announced = int(answer.headers.get("Content-Length") or 0)
+            missing: int = answer.length or 0
     except http.client.HTTPException as error:
         raise OSError(f"the answer is cut short or no HTTP: {type(error).__name__}") from error
     # Read in part, http.client takes the end of a connection for the end of the answer.
-    if len(data) < min(announced, source.size):
-        raise OSError(f"the answer is cut short: {len(data)} of {announced} bytes")
+    if missing and len(data) <= source.size:
+        raise OSError(f"the answer is cut short: {len(data)} of {len(data) + missing} bytes")
     path.parent.mkdir(parents=True, exist_ok=True)
     # By the process's number, since several may download it.
     made = path.with_name(f".{path.name}-{os.getpid()}")

@@ -52,18 +52,18 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # Those with the longest tests, so that no process is left with one of them at the end.
 _FIRST = (
-    "end_to_end/",
-    "training/test_compiling.py",
-    "training/test_trainer.py",
-    "training/test_guard.py",
-    "fuzz/test_commands.py",
-    "crash/",
+    "tests/end_to_end/",
+    "tests/training/test_compiling.py",
+    "tests/training/test_trainer.py",
+    "tests/training/test_guard.py",
+    "tests/fuzz/test_commands.py",
+    "tests/crash/",
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with what takes longest; pytest-xdist by itself begins with the files of most tests."""
-    items.sort(key=lambda item: not any(name in item.path.as_posix() for name in _FIRST))
+    items.sort(key=lambda item: not item.nodeid.startswith(_FIRST))
 
 
 _frozen = 0  # modules
