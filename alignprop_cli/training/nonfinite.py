@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Literal, cast
 
 import torch
+from accelerate import Accelerator
+from torch import Tensor
 
 from alignprop_cli.errors import NonFinite, RunError
 from alignprop_cli.training.optimizer import Optimizer
@@ -47,6 +49,24 @@ class FiniteGuard:
             self._fault = error
             for parameter in self._optimizer.parameters.values():
                 parameter.grad = torch.full_like(parameter, math.nan)
+
+    def overflowed(self, norm: float, accelerator: Accelerator) -> bool:
+        """Return whether float16 overflowed, so that the step has to be repeated.
+
+        Not where images or rewards are not finite, in any process: no loss scale makes them so.
+
+        Args:
+            norm: Norm of the gradient over all processes.
+            accelerator: The processes.
+        """
+        if math.isfinite(norm):
+            return False
+        if self._policy == "skip" and self._optimizer.scaler.is_enabled():
+            # All come here, since all have the same norm.
+            faults = torch.tensor([float(self._fault is not None)], device=accelerator.device)
+            if float(cast(Tensor, accelerator.reduce(faults, "sum"))) > 0.0:
+                return False
+        return self._optimizer.overflowed(norm)
 
     def reason_to_skip(self, norm: float, step: int, seed: int) -> str | None:
         """Return why a step is skipped; None if its gradient can be used.

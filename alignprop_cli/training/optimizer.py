@@ -74,6 +74,10 @@ class Optimizer:
         decay = settings.ema_decay
         self.average = None if decay is None else Average(self.parameters, decay)
         self.scaler = torch.amp.GradScaler(listed[0].device.type, enabled=scaled)
+        # It has a scale from its first use on, and a first step without a finite image has no loss.
+        self.scaler.scale(torch.zeros((), device=listed[0].device))
+        # Before the present step made it smaller; None where it has not.
+        self._scale_before: float | None = None
 
     @property
     def missing_bytes(self) -> int:
@@ -110,6 +114,8 @@ class Optimizer:
         """
         if math.isfinite(norm) or not self.scaler.is_enabled() or self.scaler.get_scale() <= 1.0:
             return False
+        if self._scale_before is None:
+            self._scale_before = self.scaler.get_scale()
         # `unscale_` has found the overflow; `update` halves the scale.
         self.scaler.update()
         return True
@@ -117,7 +123,10 @@ class Optimizer:
     def skip(self) -> None:
         """Leave the parameters as they are: this step's gradient is not used."""
         if self.scaler.is_enabled():
-            self.scaler.update()
+            # No scale was right, so none is to blame: halved each time, it would take thousands of
+            # steps to grow back, with gradients that float16 rounds to 0.
+            self.scaler.update(self._scale_before or self.scaler.get_scale())
+        self._scale_before = None
         self.zero_grad()
 
     def is_finite(self) -> bool:
@@ -140,6 +149,7 @@ class Optimizer:
             group["lr"] = rate
         self.scaler.step(self.rule)
         self.scaler.update()
+        self._scale_before = None
         if self.average is not None:
             self.average.update()
         return rate * self.rule.param_groups[0].get("d", 1.0)

@@ -83,7 +83,7 @@ class Trainer:
                 totals = self._accumulate()
             # 2. Sum over processes and clip; again with a smaller scale where float16 overflowed.
             norm = self.optimizer.reduce_and_clip(self.accelerator)
-            if not self.optimizer.overflowed(norm):
+            if not self.finite.overflowed(norm, self.accelerator):
                 break
         # 3. Update, and record what the step did.
         size, number = self.settings.batch_size, self.step_number + 1

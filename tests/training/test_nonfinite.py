@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from alignprop_cli.errors import NonFinite, RunError
 from alignprop_cli.training.nonfinite import FiniteGuard, Policy
@@ -16,10 +17,11 @@ from alignprop_cli.training.rates import Rates
 from alignprop_cli.training.rules import RuleSettings
 
 
-def optimizer(**settings: float) -> Optimizer:
+def optimizer(*, scaled: bool = False, **settings: float) -> Optimizer:
     parameter = torch.nn.Parameter(torch.ones(3))
     rates = Rates(settings.pop("learning_rate", 0.1))
-    made = Optimizer({"p": parameter}, OptimizerSettings(rates, rule=RuleSettings(**settings)))
+    wanted = OptimizerSettings(rates, rule=RuleSettings(**settings))
+    made = Optimizer({"p": parameter}, wanted, scaled=scaled)
     parameter.grad = torch.ones(3)
     return made
 
@@ -58,6 +60,42 @@ def test_skip_turns_it_into_a_gradient_that_all_processes_see_and_counts() -> No
     # A good step ends the row.
     assert watched.reason_to_skip(1.0, 3, 0) is None
     assert watched.skipped_in_row == 0
+
+
+def test_in_float16_a_skipped_step_is_not_repeated_and_leaves_the_loss_scale() -> None:
+    made, alone = optimizer(scaled=True), Accelerator(cpu=True)
+    scale, watched = made.scaler.get_scale(), FiniteGuard("skip", 3, made)
+    # 1. No finite image, already in the first step: nothing has been scaled before.
+    with watched.caught():
+        raise NonFinite("the images hold NaN")
+    norm = made.reduce_and_clip(alone)
+    assert not watched.overflowed(norm, alone)
+    assert watched.reason_to_skip(norm, 1, 0) == "the images hold NaN"
+    assert made.scaler.get_scale() == scale
+    # 2. A gradient that no scale helps: tried with smaller ones, until 1.
+    tries = 0
+    while True:
+        tries += 1
+        with watched.caught():
+            made.parameters["p"].grad = torch.full((3,), math.inf)
+        norm = made.reduce_and_clip(alone)
+        if not watched.overflowed(norm, alone):
+            break
+        assert made.scaler.get_scale() == scale / 2**tries
+    assert tries == 1 + math.log2(scale)
+    assert watched.reason_to_skip(norm, 2, 0) == "the gradient is not finite"
+    assert made.scaler.get_scale() == scale
+    # 3. One that a smaller scale helps: that one stays.
+    with watched.caught():
+        made.parameters["p"].grad = torch.full((3,), math.inf)
+    assert watched.overflowed(made.reduce_and_clip(alone), alone)
+    with watched.caught():
+        made.parameters["p"].grad = torch.ones(3)
+    norm = made.reduce_and_clip(alone)
+    assert not watched.overflowed(norm, alone)
+    assert watched.reason_to_skip(norm, 3, 0) is None
+    made.step(2)
+    assert made.scaler.get_scale() == scale / 2
 
 
 def test_too_many_skips_in_a_row_end_the_run() -> None:
