@@ -193,7 +193,13 @@ def override(layers: Layers, assignments: Iterable[str]) -> None:
             problems.append(Problem(text, "expected key=value, for instance train.steps=40"))
             continue
         try:
-            layers.set(key.strip(), read_yaml(raw), "--set")
+            value = read_yaml(raw)
+            if isinstance(value, dict) and "." not in key:
+                # A whole section, as in a file: what it does not name stays.
+                _put({key.strip(): value}, layers)
+                layers.origins |= {f"{key.strip()}.{name}": "--set" for name in value}
+            else:
+                layers.set(key.strip(), value, "--set")
         except ValueError as error:
             problems.append(Problem(key, f"cannot read the value {raw[:100]!r}: {error}; quote it"))
     if problems:

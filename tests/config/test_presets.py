@@ -199,6 +199,22 @@ def test_an_assignment_reaches_a_reward_whose_name_has_dots(name: str) -> None:
     assert layers.values == {"eval": {"rewards": {name: {"key": 2}}}}
 
 
+def test_an_assigned_section_changes_what_it_names_as_one_in_a_file_does() -> None:
+    tiny = presets.resolve(preset="tiny")
+    texts = ["train={steps: 7}", "eval={rewards: {brightness: {}}}", "loss={scale: 2}"]
+    found = presets.resolve(preset="tiny", assignments=[*texts, "loss.scale=3"])
+    assert found.train == tiny.train.model_copy(update={"steps": 7})
+    assert (list(found.eval.rewards), found.eval.prompts) == (["brightness"], tiny.eval.prompts)
+    assert found.loss.scale == 3.0
+    # Rewards are replaced, as by a file.
+    assert list(presets.resolve(preset="tiny", assignments=["reward={redness: {}}"]).reward) == [
+        "redness"
+    ]
+    with pytest.raises(ConfigError, match="1 problem") as error:
+        presets.resolve(preset="tiny", assignments=["train={steps: 0}"])
+    assert (error.value.problems[0].key, error.value.problems[0].origin) == ("train.steps", "--set")
+
+
 def test_all_unreadable_assignments_are_reported_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
         presets.resolve(preset="tiny", assignments=["train.steps", "=3", "lora.rank=[1"])
