@@ -21,7 +21,7 @@ from alignprop_cli.evaluation import sheet
 from alignprop_cli.evaluation.measures import Quantity, means
 from alignprop_cli.training import checkpoint, harm
 from alignprop_cli.training.callbacks import Callback, Run
-from alignprop_cli.training.harm import Change, History
+from alignprop_cli.training.harm import History
 from alignprop_cli.training.record import StepRecord
 from alignprop_cli.training.resume import read_metrics
 from alignprop_cli.training.samples import Samples
@@ -96,6 +96,9 @@ class Guard(Callback):
                 self._history.add(line["step"], *said)
                 if base:
                     self._curves[line["step"]] = line["held_out"]
+                # Resumed for its end alone, a run ends as it would have without the break.
+                if line["step"] == run.trainer.step_number == run.config.train.steps:
+                    self._conclude(said[0], line["held_out"])
         self._keep_best()
         if not base:
             return
@@ -106,7 +109,7 @@ class Guard(Callback):
 
     def after_step(self, record: StepRecord) -> None:
         """Judge the samples of this step, if there are any, and add that to the record."""
-        now, base, run = self._samples.now, self._samples.base, self._run
+        now, base = self._samples.now, self._samples.base
         self._is_best = False
         if now is None:
             return
@@ -122,8 +125,7 @@ class Guard(Callback):
         told = {name: asdict(change) for name, change in changes.items()}
         record.guard = {"alarms": alarms, "merit": merit, "by": self._judged_by(), "changes": told}
         self._curves[record.step] = record.held_out
-        self._why = self._told({name: changes[name] for name in alarms}) if alarms else ""
-        self._stops = run.config.guard.enabled and self._history.wants_to_stop
+        self._conclude(alarms, record.held_out)
 
     def is_best(self) -> bool:
         """Return whether the present step is the best that was measured so far."""
@@ -190,15 +192,23 @@ class Guard(Callback):
                 "chosen among the steps from now on"
             )
 
-    def _told(self, alarms: Mapping[str, Change]) -> str:
-        """Return in words what rose and what became worse."""
-        base, now = self._curves[0], means(self._samples.now or {})
-        trained = [_moved(name, base[name], now[name]) for name in self._run.trainer.mixture.names]
-        worse = [
-            _moved(f"held-out {name}" if name in self._held_out else name, c.base, c.now)
-            for name, c in alarms.items()
+    def _conclude(self, alarms: Sequence[str], now: Mapping[str, float]) -> None:
+        """Decide whether the run stops, and say in words what rose and what became worse."""
+        base, run = self._curves.get(0, {}), self._run
+        # What was measured before the run was resumed need not be what is measured now.
+        known = base.keys() & now.keys()
+        trained = [
+            _moved(name, base[name], now[name])
+            for name in run.trainer.mixture.names
+            if name in known
         ]
-        return f"{', '.join(trained)} while {', '.join(worse)}"
+        worse = [
+            _moved(f"held-out {n}" if n in self._held_out else n, base[n], now[n])
+            for n in alarms
+            if n in known
+        ]
+        self._why = f"{', '.join(trained)} while {', '.join(worse)}" if worse else ""
+        self._stops = bool(worse) and run.config.guard.enabled and self._history.wants_to_stop
 
 
 def _unable(

@@ -256,3 +256,42 @@ def test_what_was_measured_before_is_judged_by_what_counts_now(tmp_path: Path) -
     assert guard.verdict().best == 6
     assert (tmp_path / "checkpoints" / BEST).is_dir()
     assert not [note for note in notes if "gone" in note]
+
+
+@pytest.mark.parametrize(("steps", "enabled"), [(6, True), (6, False), (9, True)])
+def test_a_run_killed_after_its_last_step_ends_as_the_guard_had_said(
+    tmp_path: Path, steps: int, enabled: bool
+) -> None:
+    """Its last two measurements alarmed; then it was killed before its summary was written."""
+    measured = [(2, 0.3, []), (4, 0.1, ["clip"]), (6, -0.2, ["clip"])]
+    lines = [
+        {
+            "step": step,
+            "held_out": {"clip": merit, "redness": 0.9},
+            "guard": {"alarms": alarms, "merit": merit, "changes": {}},
+        }
+        for step, merit, alarms in measured
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    state = checkpoint.State(2, 2, {"p.step": torch.zeros(())})
+    checkpoint.save(
+        tmp_path, state, lambda made: save_file({"p": torch.ones(1)}, made / LORA_FILE), name=BEST
+    )
+    sections = {"train": {"steps": steps}, "guard": {"enabled": enabled}}
+    run = SimpleNamespace(
+        config=parse({"reward": {"redness": {}}, "eval": {"rewards": {"clip": {}}}, **sections}),
+        folder=tmp_path,
+        accelerator=SimpleNamespace(is_main_process=True),
+        console=SimpleNamespace(note=lambda text: None),
+        trainer=SimpleNamespace(
+            step_number=6, mixture=SimpleNamespace(members=(), names=("redness",))
+        ),
+    )
+    base = {name: Quantity(np.full(8, 0.5), 1.0) for name in ("clip", "redness")}
+    guard = Guard(cast("Any", SimpleNamespace(base=base)))
+    guard.before_training(cast("Any", run))
+    verdict = guard.verdict()
+    assert (verdict.stopped, verdict.best) == (enabled and steps == 6, 2)
+    why = "redness rose from 0.5 to 0.9 while held-out clip fell from 0.5 to -0.2"
+    # With steps left to do it goes on, and is judged again.
+    assert verdict.why == (why if steps == 6 else "")
