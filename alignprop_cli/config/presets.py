@@ -345,7 +345,7 @@ def stack(
 def flag_name(key: str) -> str:
     """Return the flag that sets a dotted key, for messages."""
     # All other flags are named after the last part of their key.
-    odd = {"model.id": "--model", "output.dir": "--output"}
+    odd = {"model.id": "--model", "output.dir": "--output", "train.memory_limit": "--gpu-memory"}
     return odd.get(key, f"--{key.rpartition('.')[2].replace('_', '-')}")
 
 

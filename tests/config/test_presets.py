@@ -113,6 +113,7 @@ def test_what_a_lora_file_records_comes_before_everything_else(tmp_path: Path) -
     [
         ("model.id", "--model"),
         ("output.dir", "--output"),
+        ("train.memory_limit", "--gpu-memory"),
         ("train.steps", "--steps"),
         ("eval.images_per_prompt", "--images-per-prompt"),
     ],
