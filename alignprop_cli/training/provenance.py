@@ -16,6 +16,7 @@ from alignprop_cli.config import presets, trust
 from alignprop_cli.config.schema import Config
 from alignprop_cli.config.section import differences
 from alignprop_cli.config.validation import parse
+from alignprop_cli.errors import ConfigError
 from alignprop_cli.lora.files import BEST
 from alignprop_cli.planning import window
 from alignprop_cli.shipped import next_command, python_call
@@ -118,6 +119,12 @@ def commands(run: Run, *, has_best: bool, is_over: bool) -> Rows:
     resume = python_call("train", config, trust.TO_RESUME, **further) or resume
     evaluate = python_call("evaluate", config, target=here) or evaluate
     best = python_call("evaluate", config, target=here, checkpoint=BEST) or best
+    if steps is not None and not _can_have(config, steps):
+        # Its learning rate ends with its steps: what goes on is a new run from its weights.
+        new, init = _beside(run, "-further"), presets.assignment("lora.init", here)
+        words = ["train", "--config", own, "--set", init, "--output", new]
+        given = {"config": own, "overrides": {"lora.init": here}, "output": new}
+        resume = python_call("train", config, (), **given) or f"alignprop {shlex.join(words)}"
     rows: Rows = [
         ("Reproduce it", reproduce),
         ("Resume it" if not is_over else "Train it further", resume),
@@ -126,6 +133,17 @@ def commands(run: Run, *, has_best: bool, is_over: bool) -> Rows:
         ("Mix it with the base model", soup),
     ]
     return rows
+
+
+def _can_have(config: Config, steps: int) -> bool:
+    """Return whether a run can be resumed to have so many steps."""
+    values = config.model_dump(mode="json")
+    values["train"]["steps"] = steps
+    try:
+        parse(values)
+    except ConfigError:
+        return False
+    return True
 
 
 def _beside(run: Run, ending: str) -> str:

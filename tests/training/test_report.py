@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import time
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from alignprop_cli.config import presets
+from alignprop_cli.config.validation import parse
+from alignprop_cli.errors import ConfigError
 from alignprop_cli.training import curves, frames, provenance, report
 from alignprop_cli.training.resume import read_metrics
 from tests.training.reported import Reported, images
@@ -292,6 +297,25 @@ def test_the_page_says_what_is_planned_where_it_runs_and_what_to_type(tmp_path: 
     assert follows("Train it further") == f"alignprop train --resume {quoted} --steps 12"
     best = follows("Evaluate its best checkpoint")
     assert best == f"alignprop evaluate --checkpoint best {quoted}"
+
+
+@pytest.mark.parametrize(("decay_steps", "steps"), [(6, None), (12, 12)])
+def test_a_run_whose_learning_rate_has_ended_goes_on_as_a_new_one(
+    decay_steps: int, steps: int | None
+) -> None:
+    train = {"steps": 6, "lr_schedule": "linear", "lr_decay_steps": decay_steps}
+    config = parse({"reward": {"brightness": {}}, "train": train})
+    run: Any = SimpleNamespace(config=config, folder=Path("runs/a run"))
+    rows = dict(provenance.commands(run, has_best=False, is_over=True))
+    typed = shlex.split(rows["Train it further"])
+    if steps is not None:
+        assert typed == ["alignprop", "train", "--resume", "runs/a run", "--steps", str(steps)]
+        return
+    # With more steps the run would be refused.
+    with pytest.raises(ConfigError):
+        parse({**config.model_dump(), "train": {**train, "steps": 12}})
+    new = ["--set", "lora.init=runs/a run", "--output", "runs/a run-further"]
+    assert typed == ["alignprop", "train", "--config", "runs/a run/config.yaml", *new]
 
 
 def test_the_smoothed_curve_is_the_exponential_mean() -> None:
