@@ -204,11 +204,26 @@ def _torch_settings() -> list[Callable[[], object]]:
         lambda: torch.use_deterministic_algorithms(repeats, warn_only=warns),
         lambda: setattr(deterministic, "fill_uninitialized_memory", fills),
         *precisions,
+        _memory_share(),
         lambda: setattr(cudnn, "benchmark", benchmark),
         lambda: cuda.enable_cudnn_sdp(attention[0]),
         lambda: cuda.enable_mem_efficient_sdp(attention[1]),
         lambda: torch.set_default_dtype(dtype),
     ]
+
+
+def _memory_share() -> Callable[[], object]:
+    """Return a function that lets torch use as much of the GPU as it may now."""
+    cuda: Any = torch.cuda
+    # Before torch has begun to use it, and with a torch that cannot be asked, it is all of it.
+    known = cuda.is_initialized() and hasattr(cuda, "get_per_process_memory_fraction")
+    share = cuda.get_per_process_memory_fraction() if known else 1.0
+
+    def put_back() -> None:
+        if cuda.is_initialized():
+            cuda.set_per_process_memory_fraction(share)
+
+    return put_back
 
 
 def _precisions() -> list[Callable[[], object]]:

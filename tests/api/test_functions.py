@@ -35,7 +35,7 @@ from alignprop_cli import (
     cli,
 )
 from alignprop_cli.api.process import KeptConsole, guest
-from alignprop_cli.device import allow_tf32
+from alignprop_cli.device import allow_tf32, hold_memory
 from alignprop_cli.rewards.pixel import brightness
 from tests.factories import picture
 from tests.publishing.fake_hub import TOKEN, running
@@ -361,6 +361,24 @@ def test_a_caller_may_set_the_precision_in_either_way() -> None:
         torch.set_float32_matmul_precision("highest")
         for place, value in zip(places, before, strict=True):
             place.fp32_precision = value
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_limit_on_the_memory_of_a_gpu_ends_with_its_call(begun: bool, monkeypatch) -> None:
+    """On a GPU that is not here: a later call in the same process would run out of memory."""
+    share = [0.8 if begun else 1.0]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: begun)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 10 * 2**30))
+    get = "get_per_process_memory_fraction"  # not in every torch
+    monkeypatch.setattr(torch.cuda, get, lambda: share[-1], raising=False)
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda part, index=None: share.append(part)
+    )
+    with guest({}):
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        hold_memory(torch.device("cuda:0"), 4 * 2**30)
+        assert share[-1] < 0.4
+    assert share[-1] == share[0]
 
 
 def test_ctrl_c_finishes_the_step_and_saves(place) -> None:
