@@ -167,7 +167,7 @@ def _impossible(config: Config) -> Iterable[Problem]:
     if low > high:
         yield Problem("sample.guidance_interval", f"{low} to {high} is empty: give the lower first")
     # 2. The estimator.
-    yield from _impossible_calls(gradient, steps)
+    yield from impossible_calls(gradient, steps)
     group = gradient.window_group
     if group is not None and train.batch_size % group:
         yield Problem(
@@ -243,8 +243,13 @@ def _impossible_rates(train: TrainConfig) -> Iterable[Problem]:
         yield Problem("train.adam_beta1", "train.optimizer is prodigy, which needs more than 0")
 
 
-def _impossible_calls(gradient: GradientConfig, steps: int) -> Iterable[Problem]:
-    """Yield what the estimator cannot do in a chain of this many steps."""
+def impossible_calls(gradient: GradientConfig, steps: int) -> Iterable[Problem]:
+    """Yield what the estimator cannot do in a chain of this many steps.
+
+    Args:
+        gradient: The section; its `path_share` does not count.
+        steps: T, network calls of one chain.
+    """
     # By the name of the method, since estimators.py imports torch.
     of = f"sample.num_inference_steps ({steps})"
     if gradient.method == "last_k" and gradient.k > steps:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 
 from alignprop_cli.config.schema import Config
+from alignprop_cli.config.validation import impossible_calls
+from alignprop_cli.errors import ConfigError
 from alignprop_cli.estimators import Estimator
 from alignprop_cli.models import families
 from alignprop_cli.models.meta import meta_model
@@ -40,7 +42,7 @@ def with_window(config: Config) -> Config:
     the beginning of `gradient.span`, whichever the estimator has.
 
     Raises:
-        AssetError, ConfigError: As `schedule_of`.
+        AssetError, ConfigError: As `schedule_of`; also if the estimator needs more calls.
     """
     gradient, steps = config.gradient, config.sample.num_inference_steps
     share = gradient.path_share
@@ -54,7 +56,14 @@ def with_window(config: Config) -> Config:
     update = {"last_k": {"k": k}, "random_k": {"k_max": k}}.get(
         gradient.method, {"span": ((steps - k) / steps, 1.0)}
     )
-    return config.model_copy(update={"gradient": gradient.model_copy(update=update)})
+    found = gradient.model_copy(update=update)
+    if problems := list(impossible_calls(found, steps)):
+        raise ConfigError(
+            f"gradient.path_share: {share:g} of the path are the last {k} of {steps} calls",
+            problems,
+            hint="give a larger gradient.path_share, or null and the window itself",
+        )
+    return config.model_copy(update={"gradient": found})
 
 
 def covered(schedule: NoiseSchedule, estimator: Estimator) -> float:
