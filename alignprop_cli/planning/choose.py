@@ -257,9 +257,9 @@ def _micro_batches(request: PlanRequest, device_type: str) -> list[int]:
     """Return the micro-batches to choose from, smallest first."""
     if request.micro_batch != "auto":
         return [min(request.micro_batch, request.together)]
-    # Divisors of the share: equal micro-batches waste no memory on a smaller last one.
-    limit = min(_LARGEST.get(device_type, 1), request.together)
-    return [m for m in _divisors(request.share)[::-1] if m <= limit]
+    # Divisors of what goes back together: equal ones waste no memory on a smaller last one.
+    limit = _LARGEST.get(device_type, 1)
+    return [m for m in _divisors(request.together)[::-1] if m <= limit]
 
 
 def _rollout_batches(request: PlanRequest, micro: int, device_type: str) -> list[int]:

@@ -142,6 +142,18 @@ def test_a_micro_batch_is_no_larger_than_the_images_that_share_their_calls() -> 
     assert make_plan(request, footprint=footprint(), budget=gpu(1000)).micro_batch == 8
 
 
+@pytest.mark.parametrize(("batch_size", "micro_batch"), [(72, 9), (96, 12), (128, 16)])
+def test_an_automatic_micro_batch_divides_the_images_that_share_their_calls(
+    batch_size: int, micro_batch: int
+) -> None:
+    """Four groups of 18, 24 or 32, and at most 16 at once: with another one some are smaller."""
+    request = asked({"method": "random_k"}, batch_size=batch_size)
+    plan = make_plan(request, footprint=footprint(0.01), budget=gpu(80))
+    assert plan.micro_batch == micro_batch
+    # What the plan says is what a step does.
+    assert plan.accumulation == 4 * math.ceil(batch_size / 4 / micro_batch)
+
+
 def test_with_enough_memory_nothing_is_recomputed() -> None:
     plan = make_plan(asked(batch_size=8), footprint=footprint(), budget=gpu(1000))
     assert (plan.checkpoint_network, plan.checkpoint_decoder) == ("none", False)
