@@ -233,7 +233,9 @@ class EvalConfig(Section):
     every: Annotated[int, Field(ge=0)] = Field(
         default=5, description="Steps between the samples taken during training; 0 never."
     )
-    sample_images: PositiveInt = Field(default=16, description="Images sampled each time.")
+    sample_images: PositiveInt = Field(
+        default=16, description="Images sampled each time, at most `images`."
+    )
     sample_images_per_prompt: PositiveInt = Field(
         default=2, description="Of these, images of each prompt; one shows no diversity."
     )

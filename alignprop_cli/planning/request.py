@@ -28,6 +28,7 @@ from alignprop_cli.estimators import (
     window_group,
 )
 from alignprop_cli.lora import layers as lora
+from alignprop_cli.lora.files import Adapter
 from alignprop_cli.models import families, taesd
 from alignprop_cli.models.meta import meta_model
 from alignprop_cli.planning import footprint
@@ -122,17 +123,20 @@ def _advice(config: Config) -> dict[str, str]:
     return advice
 
 
-def measure(config: Config, device_type: str) -> Footprint:
+def measure(config: Config, device_type: str, initial: Adapter | None = None) -> Footprint:
     """Count what the parts of a step need, on the meta device.
 
     Args:
         config: The complete configuration.
         device_type: Device that it will run on: `cuda` or `cpu`.
+        initial: The LoRA that is trained further, whose layers and ranks count instead of those of
+            the configuration; None for a fresh one.
 
     Raises:
         AssetError: If the configuration of the model or of a reward's network cannot be read or
             downloaded.
-        ConfigError: If the model is not supported or cannot sample images of this size.
+        ConfigError: If the model is not supported, cannot sample images of this size, or has not
+            the layers of `initial`.
     """
     # 1. The model with the LoRA that will be trained, whose values (and so the seed) do not matter.
     #    The text encoders are not counted: they are dropped before the network is loaded.
@@ -143,15 +147,19 @@ def measure(config: Config, device_type: str) -> Footprint:
     network, decoder = model.parts.network.module, model.parts.decoder
     tiny = taesd.on_meta(config.model, family, decoder, dtype)
     network_bytes = _bytes(network)  # before the LoRA, whose weights are counted with the optimiser
-    lora.inject(
-        network,
-        rank=config.lora.rank,
-        alpha=config.lora.alpha or config.lora.rank,
-        target_modules=config.lora.target_modules or family.target_modules,
-        seed=0,
-        rslora=config.lora.rslora,
-        dora=config.lora.dora,
-    )
+    if initial is not None:
+        lora.load(network, initial, config.model.id)
+        lora.make_trainable(network)
+    else:
+        lora.inject(
+            network,
+            rank=config.lora.rank,
+            alpha=config.lora.alpha or config.lora.rank,
+            target_modules=config.lora.target_modules or family.target_modules,
+            seed=0,
+            rslora=config.lora.rslora,
+            dora=config.lora.dora,
+        )
 
     # 2. The rewards, for images of this size.
     shape = model.parts.network.latent_shape(sampler.height, sampler.width)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -30,7 +31,7 @@ from alignprop_cli.planning.speed import CARDS, Times, assumed, card_for, find_c
 from alignprop_cli.training import folders, setup
 from alignprop_cli.training.callbacks import Run
 from alignprop_cli.training.compiling import compile_network
-from alignprop_cli.training.resume import newest, refuse_changes
+from alignprop_cli.training.resume import choose
 from alignprop_cli.training.trial import Trial
 from alignprop_cli.training.tuning import choose_layout, replay_rollout
 
@@ -41,6 +42,7 @@ def describe(
     *,
     name: str,
     resume: Path | None,
+    back_to: str | None = None,
     gpu_memory: str | None = None,
     gpu: str | None = None,
     gpus: int | None = None,
@@ -54,6 +56,7 @@ def describe(
         console: For the result.
         name: Name of the run, used if `output.dir` is not set.
         resume: The run to resume; None plans a new one.
+        back_to: The checkpoint to resume it from, as in `run_training`.
         gpu_memory: Memory of the cards to plan for, such as 12GB; None is that of `gpu`, or of this
             machine where that is None too.
         gpu: Name of the cards, whose speed is assumed; None assumes one of that memory.
@@ -64,18 +67,21 @@ def describe(
     setup.check(config, resume)
     if resume is None:
         folders.new_run(config.output.dir, name)
-    elif (found := newest(resume, console.warn)) is not None:
-        refuse_changes(found, setup.settled(config))
+    else:
+        choose(resume, back_to, setup.settled(config), console.warn)
     config = window.with_window(config)
     # 2. The plan, from shapes alone: neither the weights nor the cards have to be here.
     card = None if gpu is None else find_card(gpu)
     if card is not None and gpu_memory is None:
         gpu_memory = f"{CARDS[card].memory}GB"
+    elif card is None and gpu_memory is not None:
+        card = card_for(planning.parse_memory(gpu_memory))
     budget = budget_here(accelerator, config, gpu_memory)
-    footprint = planning.measure(config, budget.device_type)
+    measure = partial(planning.measure, initial=setup.initial_lora(config, resume))
+    footprint = measure(config, budget.device_type)
     request = planning.plan_request(config, gpus or accelerator.num_processes)
     times = _assumed(footprint, budget, card)
-    with _saying_what_fits(config, request, footprint, budget):
+    with _saying_what_fits(config, request, footprint, budget, measure):
         plan = _first_plan(request, footprint, budget, times)
     prompts, each = embeddings.count(config, budget.device_type)
     values = {
@@ -98,13 +104,16 @@ def describe(
 
 @contextmanager
 def _saying_what_fits(
-    config: Config, request: PlanRequest, footprint: Footprint, budget: Budget
+    config: Config,
+    request: PlanRequest,
+    footprint: Footprint,
+    budget: Budget,
+    measure: Callable[[Config, str], Footprint],
 ) -> Iterator[None]:
     """Add what would make a plan fit to the error that none does."""
     try:
         yield
     except RunError as error:
-        measure = planning.measure
         raise smaller.explained(error, config, request, footprint, budget, measure) from error
 
 
@@ -117,10 +126,14 @@ def _window(config: Config, request: PlanRequest, console: Console) -> list[str]
 
 
 def plan_here(
-    config: Config, request: PlanRequest, budget: Budget
+    config: Config, request: PlanRequest, budget: Budget, resume: Path | None = None
 ) -> tuple[Plan, Footprint | None]:
     """Return the plan, and what it was chosen by; where nothing is open nothing is counted."""
-    footprint = planning.measure(config, budget.device_type) if request.is_open else None
+    footprint = None
+    # A limit that was asked for is kept or refused, also where nothing is left to choose.
+    if request.is_open or config.train.memory_limit is not None:
+        initial = setup.initial_lora(config, resume)
+        footprint = planning.measure(config, budget.device_type, initial)
     times = None if footprint is None else _assumed(footprint, budget)
     return _first_plan(request, footprint, budget, times), footprint
 
@@ -145,8 +158,11 @@ def _assumed(footprint: Footprint, budget: Budget, card: str | None = None) -> T
 
 def try_out(run: Run, request: PlanRequest, footprint: Footprint | None, budget: Budget) -> None:
     """Measure on the device how fast it is, whether the plan fits, and whether compiling pays."""
+    trial, steps = Trial(run.trainer), run.config.train.steps - run.trainer.step_number
+    # A run that is resumed for its end alone has no step to try, and has encoded no prompt of one.
+    if footprint is not None and steps <= 0:
+        return _limit_samples(run, footprint, budget)
     # Only on CUDA, where torch counts what it allocates and running out of memory can be caught.
-    trial = Trial(run.trainer)
     if footprint is not None and run.accelerator.device.type == "cuda":
         started, plan = time.perf_counter(), run.trainer.plan
         # Timed with everything stored; recomputation is added up from the parts.
@@ -176,7 +192,6 @@ def try_out(run: Run, request: PlanRequest, footprint: Footprint | None, budget:
         )
     if footprint is not None:
         _limit_samples(run, footprint, budget)
-    steps = run.config.train.steps - run.trainer.step_number
     compile_network(trial, steps, run.config.train.compile, run.console.note)
 
 
@@ -199,18 +214,21 @@ def budget_here(accelerator: Accelerator, config: Config, gpu_memory: str | None
         config: Its `train.memory_limit` counts.
         gpu_memory: Memory of a card that this machine need not have; None asks the device.
     """
+    wanted = config.train.memory_limit
+    limit = None if wanted is None else planning.parse_memory(wanted, "train.memory_limit")
     if gpu_memory is not None:
-        return Budget(planning.parse_memory(gpu_memory), "cuda", "--gpu-memory")
+        size = planning.parse_memory(gpu_memory)
+        if limit is not None and limit < size:
+            return Budget(limit, "cuda", "train.memory_limit")
+        return Budget(size, "cuda", "--gpu-memory")
     here = accelerator.device
     size, source = available(here)
     # The processes of one machine share its RAM.
     if here.type == "cpu":
         size //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if config.train.memory_limit is not None:
-        limit = planning.parse_memory(config.train.memory_limit, "train.memory_limit")
-        if limit < size:
-            size, source = limit, "train.memory_limit"
-            hold_memory(here, limit)
+    if limit is not None and limit < size:
+        size, source = limit, "train.memory_limit"
+        hold_memory(here, limit)
     sizes = cast(Tensor, accelerator.gather(torch.tensor([size], device=here)))
     # The driver's number is of a process that has its context already; a limit is not.
     free = here.type == "cuda" and source != "train.memory_limit"

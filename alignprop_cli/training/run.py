@@ -103,7 +103,7 @@ def run_training(
         # 2. Plan: divide a step so that it fits the memory.
         request = planning.plan_request(config, accelerator.num_processes, estimator)
         budget = budget_here(accelerator, config)
-        plan, footprint = plan_here(config, request, budget)
+        plan, footprint = plan_here(config, request, budget, resume)
         _prepare_device(accelerator, config)
         console.note(f"alignprop {__version__}: {config.model.id} on {accelerator.device}")
         console.note(f"plan: {plan.describe()}")

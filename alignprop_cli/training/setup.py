@@ -61,11 +61,21 @@ def check(config: Config, resume: Path | None) -> None:
     registry.check_embedded(config.reward, config.model.id)
     registry.check_embedded(config.eval.rewards, config.model.id, "eval.rewards")
     taesd.local_folder(config.model)
-    # A run with a checkpoint reads its own LoRA; the file it began with may be gone.
-    if config.lora.init is not None and not (resume and files.checkpoints(resume)):
-        files.read(_initial(config.lora.init))
+    initial_lora(config, resume)
     for prompts in (config.train.prompts, config.eval.prompts):
         check_prompts(prompts)
+
+
+def initial_lora(config: Config, resume: Path | None) -> files.Adapter | None:
+    """Return the LoRA that `lora.init` names; None for a fresh one, or that of a checkpoint.
+
+    Raises:
+        AssetError, ConfigError, RunError: As `files.read`.
+    """
+    # A run with a checkpoint reads its own LoRA; the file it began with may be gone.
+    if config.lora.init is None or (resume and files.checkpoints(resume)):
+        return None
+    return files.read(_initial(config.lora.init))
 
 
 def settled(config: Config) -> Config:

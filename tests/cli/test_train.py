@@ -287,6 +287,11 @@ def test_a_resume_that_would_be_another_run_is_refused_with_all_reasons(run) -> 
     code, _, err = run("--resume", "r", "--steps", 2, "--dry-run")
     assert code == 2
     assert "train.learning_rate" in err
+    # A plan is made of what would be resumed.
+    Path("r/config.yaml").write_text(before)
+    code, _, err = run("--resume", "r", "--steps", 2, "--checkpoint", 9, "--dry-run")
+    assert code == 3
+    assert "has no checkpoint '9'" in err
 
 
 @pytest.mark.long

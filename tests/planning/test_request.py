@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from accelerate import Accelerator
 
 from alignprop_cli.calls import LastCalls
 from alignprop_cli.config import presets
 from alignprop_cli.config.schema import Config, RewardConfig
 from alignprop_cli.config.validation import parse
-from alignprop_cli.errors import ConfigError
+from alignprop_cli.errors import ConfigError, RunError
 from alignprop_cli.estimators import (
     Estimator,
     draft_lv,
@@ -25,9 +28,13 @@ from alignprop_cli.estimators import (
     refl,
     sparse,
 )
+from alignprop_cli.lora.factors import Factors
+from alignprop_cli.lora.files import Adapter
+from alignprop_cli.models.meta import meta_model
 from alignprop_cli.planning import request as planning
 from alignprop_cli.planning.estimate import GIB, Budget, Estimate
 from alignprop_cli.planning.plan import Plan
+from alignprop_cli.planning.window import with_window
 from alignprop_cli.planning.work import Work
 from alignprop_cli.rewards import registry
 
@@ -169,6 +176,69 @@ def test_the_memory_of_this_machine_is_found() -> None:
     assert budget.device_type == "cpu"
     assert 0.1 * GIB < budget.bytes < 10_000 * GIB
     assert budget.usable < budget.bytes
+
+
+def test_a_dry_run_for_a_card_keeps_to_the_limit_of_the_configuration() -> None:
+    from alignprop_cli.training import plans
+
+    def budget(limit: str | None) -> Budget:
+        values = config().model_dump() | {"train": {"memory_limit": limit}}
+        return plans.budget_here(Accelerator(cpu=True), parse(values), "12GB")
+
+    # As a run on such a card: without a limit, with one, and with one that is more than there is.
+    assert budget(None) == Budget(12 * GIB, "cuda", "--gpu-memory")
+    assert budget("8GB") == Budget(8 * GIB, "cuda", "train.memory_limit")
+    assert budget("16GB") == Budget(12 * GIB, "cuda", "--gpu-memory")
+
+
+@pytest.mark.parametrize(
+    ("assignments", "told"),
+    [
+        (("gradient.method=sparse",), r"gradient\.span: 0\.75 to 1\.0 are 1 .* sparse draws 3"),
+        (("gradient.method=random_k", "gradient.k_min=2"), r"2 is more than gradient\.k_max \(1\)"),
+    ],
+)
+def test_a_share_of_the_path_with_too_few_calls_is_refused(
+    assignments: tuple[str, ...], told: str
+) -> None:
+    """As the presets with gradient.path_share, and another method."""
+    share = ("gradient.k_max=null", "gradient.path_share=0.1")
+    chosen = presets.resolve(preset="tiny_flow", assignments=[*share, *assignments])
+    with pytest.raises(ConfigError, match=r"0\.1 of the path are the last 1 of 4 calls") as error:
+        with_window(chosen)
+    (problem,) = error.value.problems
+    assert re.search(told, f"{problem.key}: {problem.message}")
+
+
+def test_a_limit_is_kept_where_nothing_is_left_to_choose() -> None:
+    from alignprop_cli.training import plans
+
+    chosen = presets.resolve(preset="tiny", rewards={"brightness": None})
+    request, budget = planning.plan_request(chosen, 1), Budget(2**28, "cpu", "train.memory_limit")
+    assert not request.is_open
+    assert plans.plan_here(chosen, request, budget)[0].estimate is None
+    train = chosen.train.model_copy(update={"memory_limit": "256MiB"})
+    with pytest.raises(RunError, match=r"no plan fits 0\.25 GiB \(train\.memory_limit\)"):
+        plans.plan_here(chosen.model_copy(update={"train": train}), request, budget)
+
+
+def test_a_lora_that_is_trained_further_is_planned_with_its_own_layers_and_ranks() -> None:
+    chosen = config()
+    network = meta_model(chosen.model, torch.float32).parts.network.module
+    layers = {
+        name: Factors(
+            torch.zeros(rank, module.in_features), torch.zeros(module.out_features, rank), 1.0
+        )
+        for (name, module), rank in zip(linear(network), (9, 5), strict=False)
+    }
+    adapter = Adapter(Path("a.safetensors"), layers, {}, "")
+    found = planning.measure(chosen, "cpu", adapter)
+    assert found.trained == sum(f.down.numel() + f.up.numel() for f in layers.values())
+    assert len(layers) == 2
+
+
+def linear(network: torch.nn.Module) -> list[tuple[str, torch.nn.Linear]]:
+    return [(n, m) for n, m in network.named_modules() if isinstance(m, torch.nn.Linear)]
 
 
 def test_a_plan_is_said_with_where_its_memory_goes() -> None:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from alignprop_cli.evaluation import draw
 from alignprop_cli.planning.estimate import Budget
@@ -47,3 +48,16 @@ def test_samples_are_drawn_in_a_batch_that_fits(
     monkeypatch.setattr(callbacks.draw, "draw_shared", lambda *_, **more: asked.append(more))
     run.sample([draw.Sample("a dog", 0)], console)
     assert asked == [{"batch_size": expected, "features": None}]
+
+
+def test_a_run_that_is_resumed_for_its_end_alone_tries_no_step(
+    trainer: Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after its last step: then the prompts of no further step have been encoded."""
+    parts = test_plan.footprint()
+    monkeypatch.setattr(trainer, "step_number", CONFIG.train.steps)
+    device, console = torch.device("cuda"), SimpleNamespace(note=str, warn=str)
+    gpu: Any = SimpleNamespace(device=device)
+    run = Run(CONFIG, None, trainer, gpu, console, [], [])  # type: ignore[arg-type]
+    try_out(run, test_plan.asked(), parts, Budget(2**40, "cuda", ""))
+    assert run.sample_batch == CONFIG.eval.batch_size

@@ -86,7 +86,7 @@ def train(
     if dry_run:
         from alignprop_cli.training.plans import describe
 
-        return describe(resolved, console, name=name, resume=run, **planned)
+        return describe(resolved, console, name=name, resume=run, back_to=checkpoint, **planned)
     from alignprop_cli.training.resume import refuse_stopped
     from alignprop_cli.training.run import run_training
 
