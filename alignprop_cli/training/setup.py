@@ -262,7 +262,8 @@ def prepare_lora(config: Config, model: Model, found: Path | None, console: Cons
         }
         kind = " (DoRA)" if have["dora"] else " (rsLoRA)" if have["rslora"] else ""
         how = "as in its file" if as_in_file else "its file's scaling multiplied into B"
-        console.note(f"lora.init: rank {have['rank']}, alpha {have['alpha']:g}{kind}, {how}")
+        what = f"rank {have['rank']}, alpha {have['alpha']:g}{kind}, {how}"
+        console.note(f"lora.init: {what}, in its {len(layers)} layers")
     made = wanted.model_copy(update=have)
     if made.dora:
         console.note("ComfyUI does not read a DoRA of this kind; diffusers does")
