@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shlex
 import shutil
 from collections.abc import Callable, Mapping
@@ -42,6 +43,9 @@ _MAY_CHANGE = (
     "guard.",
     "output.",
 )
+
+# A sheet of samples, and the same for the report.
+_SAMPLED = re.compile(r"step-([0-9]{6,18})\.(?:png|json)")
 
 
 def choose(
@@ -307,6 +311,20 @@ def cut_metrics(run: Path, found: Path | None, warn: Callable[[str], object]) ->
         )
     write_text(file, "".join(f"{line}\n" for line in kept))
     return bool(lines)
+
+
+def cut_samples(run: Path, found: Path | None) -> None:
+    """Remove the samples of steps after a checkpoint's: they are of weights that there are no more.
+
+    Args:
+        run: The run folder.
+        found: The checkpoint; None where the run begins again.
+    """
+    step = 0 if found is None else checkpoint.load(found).step
+    for file in (run / "samples").glob("step-*"):
+        number = _SAMPLED.fullmatch(file.name)
+        if number and int(number[1]) > step and not file.is_dir():
+            file.unlink()
 
 
 def _metrics(file: Path) -> tuple[dict[int, str], bool]:

@@ -52,6 +52,7 @@ from alignprop_cli.training.report import Report
 from alignprop_cli.training.resume import (
     choose,
     cut_metrics,
+    cut_samples,
     go_back,
     load_weights,
     refuse_other_inputs,
@@ -207,7 +208,7 @@ def _prepare_device(accelerator: Accelerator, config: Config) -> None:
 
 
 def _open_folder(run: Run, found: Path | None, *, is_older: bool) -> None:
-    """Write the configuration, and cut checkpoints and metrics to where the run is resumed."""
+    """Write the configuration, and cut checkpoints, metrics and samples to where it is resumed."""
     for folder in (run.folder, run.folder / "checkpoints", run.folder / "samples"):
         sweep(folder, is_ours=True)
     # First of all: with it the run can be resumed, without it the folder can be begun again.
@@ -215,6 +216,7 @@ def _open_folder(run: Run, found: Path | None, *, is_older: bool) -> None:
     if found is not None and is_older:
         go_back(run.folder, found, run.console.note)
     began = cut_metrics(run.folder, found, run.console.warn)
+    cut_samples(run.folder, found)
     if found is not None:
         run.console.note(f"resuming from {found}")
     elif began:

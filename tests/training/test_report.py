@@ -101,7 +101,7 @@ def test_images_of_steps_that_a_resumed_run_has_not_reached_are_not_shown(tmp_pa
     run.begin()
     for _ in range(4):
         run.step(sampled=True)
-    # Resumed from step 2: the lines after it are cut (resume.cut_metrics), the images are not.
+    # Resumed from step 2: the lines after it are cut. Were the images not, they are not shown.
     metrics = run.folder / "metrics.jsonl"
     metrics.write_text("".join(f"{line}\n" for line in metrics.read_text().splitlines()[:2]))
     again = Reported(run.folder, PROMPTS)
