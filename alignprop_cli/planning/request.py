@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -147,19 +147,7 @@ def measure(config: Config, device_type: str, initial: Adapter | None = None) ->
     network, decoder = model.parts.network.module, model.parts.decoder
     tiny = taesd.on_meta(config.model, family, decoder, dtype)
     network_bytes = _bytes(network)  # before the LoRA, whose weights are counted with the optimiser
-    if initial is not None:
-        lora.load(network, initial, config.model.id)
-        lora.make_trainable(network)
-    else:
-        lora.inject(
-            network,
-            rank=config.lora.rank,
-            alpha=config.lora.alpha or config.lora.rank,
-            target_modules=config.lora.target_modules or family.target_modules,
-            seed=0,
-            rslora=config.lora.rslora,
-            dora=config.lora.dora,
-        )
+    _put_lora(network, config, initial, family.target_modules)
 
     # 2. The rewards, for images of this size.
     shape = model.parts.network.latent_shape(sampler.height, sampler.width)
@@ -187,6 +175,28 @@ def measure(config: Config, device_type: str, initial: Adapter | None = None) ->
     decodes = not all(registry.takes_latents(name) for name in config.reward)
     decoder = found.decoder if decodes else {False: nothing, True: nothing}
     return replace(found, trained_each=each, decoder=decoder)
+
+
+def _put_lora(
+    network: torch.nn.Module,
+    config: Config,
+    initial: Adapter | None,
+    usual: Sequence[str] | str,
+) -> None:
+    """Put the LoRA that will be trained into the network; `usual` are the family's layers."""
+    if initial is not None:
+        lora.load(network, initial, config.model.id)
+        lora.make_trainable(network)
+        return
+    lora.inject(
+        network,
+        rank=config.lora.rank,
+        alpha=config.lora.alpha or config.lora.rank,
+        target_modules=config.lora.target_modules or usual,
+        seed=0,
+        rslora=config.lora.rslora,
+        dora=config.lora.dora,
+    )
 
 
 def dtype_on(name: str, device_type: str) -> torch.dtype:

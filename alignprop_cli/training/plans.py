@@ -71,11 +71,7 @@ def describe(
         choose(resume, back_to, setup.settled(config), console.warn)
     config = window.with_window(config)
     # 2. The plan, from shapes alone: neither the weights nor the cards have to be here.
-    card = None if gpu is None else find_card(gpu)
-    if card is not None and gpu_memory is None:
-        gpu_memory = f"{CARDS[card].memory}GB"
-    elif card is None and gpu_memory is not None:
-        card = card_for(planning.parse_memory(gpu_memory))
+    card, gpu_memory = _card(gpu, gpu_memory)
     budget = budget_here(accelerator, config, gpu_memory)
     measure = partial(planning.measure, initial=setup.initial_lora(config, resume))
     footprint = measure(config, budget.device_type)
@@ -100,6 +96,15 @@ def describe(
     lines.append(embeddings.describe(prompts, each))
     lines += [f"not counted: {', '.join(footprint.uncounted)}"] if footprint.uncounted else []
     console.result("alignprop.plan/1", values, [*lines, "nothing was done (--dry-run)"])
+
+
+def _card(gpu: str | None, gpu_memory: str | None) -> tuple[str | None, str | None]:
+    """Return the name of the card and its memory where one of them is given; else None for both."""
+    if gpu is not None:
+        card = find_card(gpu)
+        return card, f"{CARDS[card].memory}GB" if gpu_memory is None else gpu_memory
+    known = gpu_memory is not None
+    return card_for(planning.parse_memory(gpu_memory)) if known else None, gpu_memory
 
 
 @contextmanager
