@@ -13,6 +13,7 @@ from alignprop_cli.models import families, taesd
 from alignprop_cli.planning.choose import fits_at_all
 from alignprop_cli.planning.estimate import Budget, Footprint
 from alignprop_cli.planning.plan import PlanRequest
+from alignprop_cli.rewards import registry
 
 # One for each part.
 _MOST_OPTIONS = 3
@@ -93,7 +94,11 @@ def fitting(
 def _options(config: Config, footprint: Footprint) -> Iterator[_Option]:
     """Yield the options that are not taken yet; those first that change least."""
     model = config.model
-    large = [name for name, reward in config.reward.items() if reward.dtype == "float32"]
+    large = [
+        name
+        for name, reward in config.reward.items()
+        if reward.dtype == "float32" and registry.has_network(name)
+    ]
     if large and footprint.weights.get("reward weights"):
         yield _Option("reward", {f"reward.{name}.dtype": "bfloat16" for name in large})
     if model.quantize == "none":

@@ -373,7 +373,7 @@ def build_mixture(
         if isinstance(reward, FrozenReward):
             reward.to(device, dtype)
         elif dtype != torch.float32:
-            raise ConfigError(f"reward.{name}.dtype: it holds no network that could be {dtype}")
+            raise registry.no_network(name, config.dtype)
         else:
             with user.faults(AssetError, f"reward '{name}': cannot be moved to {device}"):
                 if callable(move := getattr(reward, "to", None)):

@@ -241,6 +241,28 @@ def takes_latents(name: str) -> bool:
         return base.takes_latents(_import(name))
 
 
+def has_network(name: str) -> bool:
+    """Return whether a reward holds a network whose precision can be chosen.
+
+    Args:
+        name: Of the reward, as for `takes_latents`.
+
+    Raises:
+        ConfigError, AssetError: As `takes_latents`.
+    """
+    from alignprop_cli.rewards.frozen import FrozenReward
+
+    check(name, {})
+    target = _import(name)
+    kind = target if inspect.isclass(target) else type(target)
+    return issubclass(kind, FrozenReward)
+
+
+def no_network(name: str, dtype: str, section: str = "reward") -> ConfigError:
+    """Return the error of a precision that is given for a reward without a network."""
+    return ConfigError(f"{section}.{name}.dtype: it holds no network that could be {dtype}")
+
+
 def parameters(name: str, options: Mapping[str, Any]) -> int:
     """Return the number of weights of a reward; 0 where it has none or the number is unknown.
 

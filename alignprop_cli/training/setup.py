@@ -58,6 +58,10 @@ def check(config: Config, resume: Path | None) -> None:
             raise ConfigError(f"reward.{name}: it has no gradient, so it cannot be trained on")
     for name, reward in config.eval.rewards.items():
         registry.check(name, reward.options, "eval.rewards")
+    for section, rewards in (("reward", config.reward), ("eval.rewards", config.eval.rewards)):
+        for name, reward in rewards.items():
+            if reward.dtype != "float32" and not registry.has_network(name):
+                raise registry.no_network(name, reward.dtype, section)
     registry.check_embedded(config.reward, config.model.id)
     registry.check_embedded(config.eval.rewards, config.model.id, "eval.rewards")
     taesd.local_folder(config.model)

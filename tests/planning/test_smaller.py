@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from alignprop_cli.config import presets
 from alignprop_cli.config.schema import Config
-from alignprop_cli.errors import RunError
+from alignprop_cli.errors import ConfigError, RunError
 from alignprop_cli.planning import request as planning
 from alignprop_cli.planning import smaller
 from alignprop_cli.planning.choose import fits_at_all, make_plan
 from alignprop_cli.planning.estimate import Budget, Footprint, expected_correction
 from alignprop_cli.planning.plan import PlanRequest
+from alignprop_cli.training import setup
+from tests.planning import test_plan
 
 
 def config(*flags: str) -> Config:
@@ -66,6 +70,19 @@ def test_the_options_that_are_named_are_the_mildest_that_make_it_fit() -> None:
         assert found[0] == " ".join(f"--set {flag}" for flag in expected)
         # Options are counted one by one and put together: as if they were counted together.
         assert found[1] == measure(config(*expected))
+
+
+def test_rewards_without_a_network_are_not_told_to_have_another_precision() -> None:
+    """`build_mixture` refuses that, after the model is loaded."""
+    chosen = presets.resolve(preset="tiny", rewards={"compressibility": None, "clip": None})
+    base = replace(test_plan.footprint(), weights={"reward weights": 1})
+    first = next(iter(smaller._options(chosen, base)))
+    assert first.flags == "--set reward.clip.dtype=bfloat16"
+    # Where it is asked for it is refused before that.
+    given, rewards = ["reward.compressibility.dtype=bfloat16"], {"compressibility": None}
+    asked = presets.resolve(preset="tiny", rewards=rewards, assignments=given)
+    with pytest.raises(ConfigError, match=r"reward\.compressibility\.dtype: it holds no network"):
+        setup.check(asked, None)
 
 
 def test_the_error_says_what_fits_before_what_else_could_be_tried() -> None:
