@@ -196,8 +196,9 @@ def override(layers: Layers, assignments: Iterable[str]) -> None:
             value = read_yaml(raw)
             if isinstance(value, dict) and "." not in key:
                 # A whole section, as in a file: what it does not name stays.
-                _put({key.strip(): value}, layers)
-                layers.origins |= {f"{key.strip()}.{name}": "--set" for name in value}
+                section = cast(Tree, value)
+                _put({key.strip(): section}, layers)
+                layers.origins |= {f"{key.strip()}.{name}": "--set" for name in section}
             else:
                 layers.set(key.strip(), value, "--set")
         except ValueError as error:
