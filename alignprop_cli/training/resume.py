@@ -313,14 +313,8 @@ def cut_metrics(run: Path, found: Path | None, warn: Callable[[str], object]) ->
     return bool(lines)
 
 
-def cut_samples(run: Path, found: Path | None) -> None:
-    """Remove the samples of steps after a checkpoint's: they are of weights that there are no more.
-
-    Args:
-        run: The run folder.
-        found: The checkpoint; None where the run begins again.
-    """
-    step = 0 if found is None else checkpoint.load(found).step
+def cut_samples(run: Path, step: int) -> None:
+    """Remove the samples of steps after this one: they are of weights that there are no more."""
     for file in (run / "samples").glob("step-*"):
         number = _SAMPLED.fullmatch(file.name)
         if number and int(number[1]) > step and not file.is_dir():

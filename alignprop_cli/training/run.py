@@ -216,7 +216,7 @@ def _open_folder(run: Run, found: Path | None, *, is_older: bool) -> None:
     if found is not None and is_older:
         go_back(run.folder, found, run.console.note)
     began = cut_metrics(run.folder, found, run.console.warn)
-    cut_samples(run.folder, found)
+    cut_samples(run.folder, run.trainer.step_number)
     if found is not None:
         run.console.note(f"resuming from {found}")
     elif began:
