@@ -258,8 +258,13 @@ def _micro_batches(request: PlanRequest, device_type: str) -> list[int]:
     if request.micro_batch != "auto":
         return [min(request.micro_batch, request.together)]
     # Divisors of what goes back together: equal ones waste no memory on a smaller last one.
-    limit = _LARGEST.get(device_type, 1)
-    return [m for m in _divisors(request.together)[::-1] if m <= limit]
+    together = request.together
+    limit = min(_LARGEST.get(device_type, 1), together)
+    equal = [m for m in _divisors(together)[::-1] if m <= limit]
+    # Of 17 images, for instance, these are single ones: those of the share are better, if larger.
+    fewest = math.ceil(together / equal[-1])
+    others = [m for m in _divisors(request.share)[::-1] if m <= limit]
+    return [*equal, *(m for m in others if math.ceil(together / m) < fewest)]
 
 
 def _rollout_batches(request: PlanRequest, micro: int, device_type: str) -> list[int]:

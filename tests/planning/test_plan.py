@@ -154,6 +154,11 @@ def test_an_automatic_micro_batch_divides_the_images_that_share_their_calls(
     assert plan.accumulation == 4 * math.ceil(batch_size / 4 / micro_batch)
 
 
+def test_groups_of_a_prime_number_of_images_are_not_taken_one_by_one() -> None:
+    request = asked({"method": "random_k"}, batch_size=34)  # two groups of 17
+    assert make_plan(request, footprint=footprint(0.01), budget=gpu(80)).micro_batch == 2
+
+
 def test_with_enough_memory_nothing_is_recomputed() -> None:
     plan = make_plan(asked(batch_size=8), footprint=footprint(), budget=gpu(1000))
     assert (plan.checkpoint_network, plan.checkpoint_decoder) == ("none", False)
