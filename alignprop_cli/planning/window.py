@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from alignprop_cli.calls import GaussianStart
 from alignprop_cli.config.schema import Config
 from alignprop_cli.config.validation import impossible_calls
 from alignprop_cli.errors import ConfigError
@@ -89,5 +90,8 @@ def describe(schedule: NoiseSchedule, estimator: Estimator) -> tuple[str | None,
     what = f"the calls with gradient cover {share:.1%} of the path from noise to image"
     if share >= LEAST_SHARE:
         return what, None
-    advice = "set gradient.path_share, or sample.spacing: linear"
+    # These two have no window that a share of the path could set.
+    fixed = bool(estimator.copies) or isinstance(estimator.calls, GaussianStart)
+    advice = "take another gradient.method" if fixed else "set gradient.path_share"
+    advice += ", or sample.spacing: linear"
     return what, f"{what}, so they can change next to nothing: {advice}"

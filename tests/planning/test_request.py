@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -34,9 +36,10 @@ from alignprop_cli.models.meta import meta_model
 from alignprop_cli.planning import request as planning
 from alignprop_cli.planning.estimate import GIB, Budget, Estimate
 from alignprop_cli.planning.plan import Plan
-from alignprop_cli.planning.window import with_window
+from alignprop_cli.planning.window import describe, with_window
 from alignprop_cli.planning.work import Work
 from alignprop_cli.rewards import registry
+from alignprop_cli.schedule import NoiseSchedule, Step
 
 
 def config(**gradient: Any) -> Config:
@@ -208,6 +211,27 @@ def test_a_share_of_the_path_with_too_few_calls_is_refused(
         with_window(chosen)
     (problem,) = error.value.problems
     assert re.search(told, f"{problem.key}: {problem.message}")
+
+
+@pytest.mark.parametrize(
+    ("estimator", "advice"),
+    [
+        (last_k(1), "set gradient.path_share"),
+        (draft_lv(2), "take another gradient.method"),
+        (gaussian_k(0.9, 0.0), "take another gradient.method"),
+    ],
+)
+def test_a_window_of_next_to_nothing_is_told_with_what_would_help(
+    estimator: Estimator, advice: str
+) -> None:
+    # Ten steps, of which the last covers a hundredth of the path.
+    levels = itertools.pairwise([*np.linspace(1.0, 0.01, 10).tolist(), 0.0])
+    steps = tuple(Step(1000 * s, 1.0 - s, s, 1.0 - after, after) for s, after in levels)
+    said, warning = describe(NoiseSchedule(steps, "flow"), estimator)
+    assert str(said).endswith("cover 1.0% of the path from noise to image")
+    assert warning == (
+        f"{said}, so they can change next to nothing: {advice}, or sample.spacing: linear"
+    )
 
 
 def test_a_limit_is_kept_where_nothing_is_left_to_choose() -> None:
