@@ -68,8 +68,12 @@ class GradientConfig(Section):
         description="leap: least distance that counts where images are weighted by how far the "
         "jumps land from the chain; null weights all images alike.",
     )
+    # 1,000 to the power of 103 is more than a float holds.
     late_bias: float = Field(
-        default=2.0, ge=0.0, description="sparse: call i is drawn with weight (i + 1)^late_bias."
+        default=2.0,
+        ge=0.0,
+        le=64.0,
+        description="sparse: call i is drawn with weight (i + 1)^late_bias.",
     )
     rescale: Share = Field(
         default=0.0,

@@ -234,6 +234,17 @@ def test_a_window_of_next_to_nothing_is_told_with_what_would_help(
     )
 
 
+def test_late_calls_are_drawn_with_the_largest_bias_of_the_longest_chain() -> None:
+    with pytest.raises(ConfigError) as error:
+        config(method="sparse", late_bias=65.0)
+    assert [problem.key for problem in error.value.problems] == ["gradient.late_bias"]
+    late = planning.make_estimator(config(method="sparse", late_bias=64.0).gradient)
+    (path,) = late.draw(1000, torch.Generator().manual_seed(0))
+    # Half of all first draws are of the last 11: (1 - 11 / 1000)^65 is 0.49.
+    assert len(path) == 3
+    assert min(path.calls) > 800
+
+
 def test_a_limit_is_kept_where_nothing_is_left_to_choose() -> None:
     from alignprop_cli.training import plans
 
