@@ -306,7 +306,7 @@ def test_a_run_whose_learning_rate_has_ended_goes_on_as_a_new_one(
     train = {"steps": 6, "lr_schedule": "linear", "lr_decay_steps": decay_steps}
     config = parse({"reward": {"brightness": {}}, "train": train})
     run: Any = SimpleNamespace(config=config, folder=Path("runs/a run"))
-    rows = dict(provenance.commands(run, has_best=False, is_over=True))
+    rows = {row[0]: row[1] for row in provenance.commands(run, has_best=False, is_over=True)}
     typed = shlex.split(rows["Train it further"])
     if steps is not None:
         assert typed == ["alignprop", "train", "--resume", "runs/a run", "--steps", str(steps)]
