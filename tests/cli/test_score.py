@@ -13,8 +13,10 @@ import sys
 import numpy as np
 import pyarrow.parquet
 import pytest
+import rich.console
 
 from alignprop_cli.cli import main
+from alignprop_cli.console import table
 from alignprop_cli.evaluation.sheet import save_image
 from alignprop_cli.scoring import report, rows, scorer
 from alignprop_cli.scoring import run as scoring
@@ -267,6 +269,15 @@ def test_the_best_are_listed_best_first(capsys, many):
     code, out, _ = run(capsys, many, "--reward", "brightness", "--top", 2)
     listed = [line.split()[0] for line in out.splitlines() if ".png" in line]
     assert listed == ["39.png", "38.png"]
+
+
+def test_a_narrow_terminal_shows_whole_names_of_files():
+    names = [f"{'folder/' * 20}{number}.png" for number in range(2)]
+    listed = table("Images", ("file", "brightness"), [(name, "0.1234") for name in names])
+    shown = io.StringIO()
+    rich.console.Console(file=shown, width=40).print(listed)
+    # Cut, both would be the same.
+    assert "".join(shown.getvalue().replace("0.1234", "").split()).endswith("".join(names))
 
 
 def test_a_long_list_is_left_out_and_said_to_be(capsys, many, monkeypatch):
