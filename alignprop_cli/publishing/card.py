@@ -34,19 +34,22 @@ _CITATION = """```bibtex
 
 @dataclass(frozen=True)
 class Figures:
-    """What was measured on held-out prompts, with and without the adapter.
+    """What was measured, with and without the adapter.
 
     Args:
         images: Number of images of each.
         prompts: Name of the prompt set.
         metrics: By name base, tuned, difference, low and high, as `evaluation.compare.Paired`.
         shares: The same of what a checker found right.
+        held_out: Whether these prompts are for measuring; of a mix nothing says what its members
+            were trained on.
     """
 
     images: int
     prompts: str
     metrics: Mapping[str, Mapping[str, Any]]
     shares: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
+    held_out: bool = True
 
 
 @dataclass(frozen=True)
@@ -150,11 +153,14 @@ class Card:
         if self.figures is None:
             parts.append("Nothing was measured.")
         else:
-            figures = self.figures
+            figures, named = self.figures, code(shared.last_part(self.figures.prompts))
+            known = figures.held_out
+            which = "held-out prompts" if known else "prompts"
+            named += "" if known else "; whether members were trained on them is not known"
             parts.append(
-                f"Means over {figures.images} images of held-out prompts "
-                f"({code(shared.last_part(figures.prompts))}), each from the same noise with the "
-                "base model and with the adapter; the interval is of the difference, at 95 %."
+                f"Means over {figures.images} images of {which} ({named}), each from the "
+                "same noise with the base model and with the adapter; the interval is of the "
+                "difference, at 95 %."
             )
             columns = ("", "base", "adapter", "difference", "95 % interval")
             rows = [
@@ -304,6 +310,7 @@ def of_soup(
             evaluation["images"],
             evaluation["prompts"],
             {name: {"base": m["base"]["mean"], **m["tuned"]} for name, m in by_model.items()},
+            held_out=False,
         )
         # With --model the images are another model's than the one that the members record.
         used = str(evaluation["model"]["id"])
