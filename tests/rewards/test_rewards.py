@@ -338,15 +338,18 @@ def test_a_precision_without_a_network_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "options"),
+    ("name", "nulls", "others"),
     [
-        ("clip_count", {"most": None, "model": None}),
-        ("clip_choice", {"prompts": None, "alike": None, "log": None}),
-        ("compressibility", {"measure": None, "quality": None}),
+        ("clip_count", ("most", "model"), {}),
+        ("clip_choice", ("alike", "log"), {"prompts": "animals"}),
+        ("compressibility", ("measure", "quality"), {}),
     ],
 )
-def test_null_is_the_default_of_an_option(name: str, options: dict[str, None]) -> None:
-    reward, usual = registry.build(name, options), registry.build(name, {})
+def test_null_is_the_default_of_an_option(
+    name: str, nulls: tuple[str, ...], others: dict[str, str]
+) -> None:
+    options = {**others, **dict.fromkeys(nulls)}
+    reward, usual = registry.build(name, options), registry.build(name, others)
     images, prompts = torch.rand((1, 3, 48, 48), generator=generator(0)), ["two small red circles"]
     assert torch.equal(reward(images, prompts), usual(images, prompts))
     assert registry.on_meta(name, options, torch.float32) is not None
