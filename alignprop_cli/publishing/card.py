@@ -38,18 +38,15 @@ class Figures:
 
     Args:
         images: Number of images of each.
-        prompts: Name of the prompt set.
+        prompts: Which prompts, in words; in markdown.
         metrics: By name base, tuned, difference, low and high, as `evaluation.compare.Paired`.
         shares: The same of what a checker found right.
-        held_out: Whether these prompts are for measuring; of a mix nothing says what its members
-            were trained on.
     """
 
     images: int
     prompts: str
     metrics: Mapping[str, Mapping[str, Any]]
     shares: Mapping[str, Mapping[str, Any]] = field(default_factory=dict[str, Mapping[str, Any]])
-    held_out: bool = True
 
 
 @dataclass(frozen=True)
@@ -153,13 +150,10 @@ class Card:
         if self.figures is None:
             parts.append("Nothing was measured.")
         else:
-            figures, named = self.figures, code(shared.last_part(self.figures.prompts))
-            known = figures.held_out
-            which = "held-out prompts" if known else "prompts"
-            named += "" if known else "; whether members were trained on them is not known"
+            figures = self.figures
             parts.append(
-                f"Means over {figures.images} images of {which} ({named}), each from the "
-                "same noise with the base model and with the adapter; the interval is of the "
+                f"Means over {figures.images} images of {figures.prompts}, each from the same "
+                "noise with the base model and with the adapter; the interval is of the "
                 "difference, at 95 %."
             )
             columns = ("", "base", "adapter", "difference", "95 % interval")
@@ -268,7 +262,7 @@ def of_run(
         sample=sample,
         figures=Figures(
             held_out["images"],
-            held_out["prompts"],
+            f"held-out prompts ({code(shared.last_part(held_out['prompts']))})",
             {shown[name]: values for name, values in held_out["rewards"].items()},
             held_out["checker"],
         ),
@@ -308,9 +302,9 @@ def of_soup(
         by_model = {shown[n]: m for n, m in measured.items() if "tuned" in m}
         figures = Figures(
             evaluation["images"],
-            evaluation["prompts"],
+            f"prompts ({code(shared.last_part(evaluation['prompts']))}; whether members were "
+            "trained on them is not known)",
             {name: {"base": m["base"]["mean"], **m["tuned"]} for name, m in by_model.items()},
-            held_out=False,
         )
         # With --model the images are another model's than the one that the members record.
         used = str(evaluation["model"]["id"])

@@ -199,18 +199,10 @@ def run(
     tally = Tally(names, wanted)
     # 1. Rows of an earlier run count as measured.
     kept = _kept(wanted, names, found, settings, finder)
-    known: dict[tuple[str, str | None], dict[str, float]] = {}
-    for row in kept:
-        tally.add(row)
-        tally.again += _key(row) in known
-        known[_key(row)] = {name: row[name] for name in names}
+    known = _count(kept, tally)
     divided = scorer.chunks(found, {files.named(Path(row["file"])) for row in kept})
     left = sum(map(len, divided))
-    if finder.table is not None and all(finder.given(each) is None for each in found):
-        console.warn(
-            f"--prompts: {finder.table} names none of the images; its file_name is relative to its "
-            "folder, or to the one that is searched"
-        )
+    _say_unused(finder, found, console)
     if wanted.resume:
         console.note(f"{len(found) - left} of {len(found)} images have been measured already")
 
@@ -241,6 +233,25 @@ def run(
         if not tally.count:
             raise RunError(f"nothing was measured: all {len(found)} images were skipped")
     return tally
+
+
+def _count(kept: Sequence[Row], tally: Tally) -> scorer.Known:
+    """Count the rows of an earlier run, and return the rewards that are known by them."""
+    known: dict[tuple[str, str | None], dict[str, float]] = {}
+    for row in kept:
+        tally.add(row)
+        tally.again += _key(row) in known
+        known[_key(row)] = {name: row[name] for name in tally.names}
+    return known
+
+
+def _say_unused(finder: PromptFinder, found: Sequence[files.Found], console: Console) -> None:
+    """Warn of a table of prompts that is about other files."""
+    if finder.table is not None and all(finder.given(each) is None for each in found):
+        console.warn(
+            f"--prompts: {finder.table} names none of the images; its file_name is relative to its "
+            "folder, or to the one that is searched"
+        )
 
 
 def _settings(measures: Measures, finder: PromptFinder) -> dict[str, Any]:
