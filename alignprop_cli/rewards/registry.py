@@ -79,7 +79,7 @@ def check(name: str, options: Mapping[str, Any], section: str = "reward") -> Non
             hint="a reward of your own is named file.py:attribute or package.module:attribute",
         )
     # Such as clip:0.5, of which a module `clip` would be looked for.
-    elif ":" in name and not (attribute := name.rpartition(":")[2]).isidentifier():
+    elif (attribute := name.rpartition(":")[2]) and not attribute.isidentifier() and ":" in name:
         raise ConfigError(
             f"{section}: '{name}': expected the name of a function or a class after the colon, "
             f"got '{attribute}'",
