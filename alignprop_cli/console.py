@@ -162,7 +162,12 @@ def table(
     """Return a table without borders; `numbers` aligns all columns but the first to the right."""
     made = Table(title=_safe(title), title_justify="left", box=None, pad_edge=False)
     for index, column in enumerate(columns):
-        made.add_column(_safe(column), justify="right" if numbers and index else "left")
+        made.add_column(
+            _safe(column),
+            justify="right" if numbers and index else "left",
+            # Names, such as those of files, go on in the next line: cut they may all be the same.
+            overflow="ellipsis" if index else "fold",
+        )
     for row in rows:
         made.add_row(*map(_safe, row))
     return made

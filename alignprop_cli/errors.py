@@ -156,9 +156,10 @@ def explained(error: Exception) -> AlignPropError | None:
 
 def _of_the_system(number: int, text: str, file: object) -> AlignPropError:
     """Return the error for one of the operating system's."""
-    where = f" while writing {file}" if file else ""
+    where = f" {file}" if file else ""
     if number == errno.ENOSPC:
-        return RunError(f"the disk is full{where}", hint="what was written before is whole")
+        writing = f" while writing{where}" if where else ""
+        return RunError(f"the disk is full{writing}", hint="what was written before is whole")
     if number in (errno.EDQUOT, errno.EFBIG):
         return RunError(
             f"a limit on the size of files or of all files: cannot write{where}: {text}"

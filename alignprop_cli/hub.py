@@ -131,6 +131,21 @@ def locate(place: str, filename: str, *, option: str) -> Path:
 _SUFFIXES = {".pt", ".pth", ".bin", ".ckpt", ".safetensors"}
 
 
+def folder_or_id(place: str, option: str) -> str:
+    """Return a place for libraries, which expand no ~: the path of what is here, or a hub id.
+
+    Raises:
+        AssetError: If it can be nothing but a folder, and there is none.
+        ConfigError: As `user_path`.
+    """
+    path = user_path(place, option)
+    if not path.exists() and place.startswith((".", "~", "/")):
+        raise AssetError(
+            f"{option}: cannot load {place}: no such folder", hint=f"set {option} to a local copy"
+        )
+    return str(path) if path.exists() else place
+
+
 def from_pretrained(
     kind: Any, place: str, *, option: str, dtype: torch.dtype | str = torch.float32
 ) -> Any:
@@ -146,7 +161,8 @@ def from_pretrained(
         AssetError: If it cannot be loaded, or tensors are missing.
     """
     with loading(option, place):
-        network, report = kind.from_pretrained(place, dtype=dtype, output_loading_info=True)
+        found = folder_or_id(place, option)
+        network, report = kind.from_pretrained(found, dtype=dtype, output_loading_info=True)
         # transformers fills missing tensors with random numbers and only logs a warning.
         missing = sorted(report["missing_keys"])
         if missing:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -65,3 +66,15 @@ def test_a_chain_of_causes_that_bites_its_tail_ends() -> None:
     first.__context__, second.__context__ = second, first
     assert hub.find_cause(first, {ValueError: "no"}) is None
     assert hub.find_cause(first, {ValueError: "no", OSError: "yes"}) == "yes"
+
+
+def test_a_place_is_given_to_libraries_without_a_tilde(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "home" / "model").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert hub.folder_or_id("~/model", "reward.x") == str(tmp_path / "home" / "model")
+    assert hub.folder_or_id("owner/name", "reward.x") == "owner/name"
+    for missing in ("~/other", "./other", "/none/other"):
+        with pytest.raises(AssetError, match=f"^reward.x: cannot load {missing}: no such folder"):
+            hub.folder_or_id(missing, "reward.x")

@@ -27,7 +27,8 @@ from alignprop_cli.commands.strengths import BaseUntilOption, ScaleOption
 from alignprop_cli.commands.trackers import LogWithOption, tracker_names
 
 PromptsOption = Annotated[
-    str | None, typer.Option("--prompts", help="prompt set, or .txt, .jsonl, .json or .csv file")
+    str | None,
+    typer.Option("--prompts", help="prompt set, or .txt, .jsonl, .json, .csv, .tsv file"),
 ]
 ImagesOption = Annotated[
     int | None, typer.Option("--images", "-n", min=1, help="images sampled with each model")

@@ -139,12 +139,12 @@ class Evaluation:
 
     @cached_property
     def groups(self) -> Mapping[str, Metrics]:
-        """Return all metrics over the samples of each group of prompts."""
-        names = [self.group_of.get(sample.prompt_index) for sample in self.samples]
-        rows = {
-            group: [row for row, name in enumerate(names) if name == group]
-            for group in sorted({name for name in names if name is not None})
-        }
+        """Return all metrics over the samples of each group, in the order of the prompt set."""
+        rows: dict[str, list[int]] = {}
+        for row, sample in enumerate(self.samples):
+            group = self.group_of.get(sample.prompt_index)
+            if group is not None:
+                rows.setdefault(group, []).append(row)
         return {
             group: compare_all({m: found.measured(members) for m, found in self.sampled.items()})
             for group, members in rows.items()

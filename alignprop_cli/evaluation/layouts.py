@@ -33,23 +33,28 @@ from alignprop_cli.storage import write_text
 _DRAWBENCH = "drawbench"
 
 
-def check(layout: Layout, prompt_set: str, entries: Sequence[Entry], per_prompt: int) -> None:
+def check(
+    layout: Layout, prompt_set: str, entries: Sequence[Entry], images: int, per_prompt: int
+) -> None:
     """Refuse prompts that the scorer could not score.
 
     Args:
         layout: The folder that is wanted.
         prompt_set: Name or file of the prompts, for messages.
         entries: Its prompts.
-        per_prompt: Images of each.
+        images: Images of all prompts.
+        per_prompt: Images of each; with more images than that gives, prompts come again.
 
     Raises:
         ConfigError: If they are of another benchmark, or the scorer reads one image of a prompt.
     """
     scorer = SCORERS[layout]
-    if per_prompt > 1 and not scorer.takes_several:
+    # It has one place for each prompt, where the next image would replace the one before.
+    if not scorer.takes_several and (per_prompt > 1 or images > len(entries)):
+        got = f"--images {images} for {len(entries)} prompts"
+        got = f"--images-per-prompt {per_prompt}" if per_prompt > 1 else got
         raise ConfigError(
-            f"--layout {layout}: {scorer.title} scores one image of each prompt, got "
-            f"--images-per-prompt {per_prompt}",
+            f"--layout {layout}: {scorer.title} scores one image of each prompt, got {got}",
             hint="evaluate with other seeds into other folders: --seed 1 --output ...",
         )
     if layout == "hpsv2":

@@ -161,9 +161,12 @@ def _write_csv(result: Evaluation, path: Path) -> None:
     """Write one row per image of every model."""
     rewards = tuple(result.sampled["base"].rewards)
     columns = ("model", "file", "prompt_index", "image_index", "seed", "group", "prompt", *rewards)
+    # The csv module does not quote a lone carriage return, but readers end a row there.
+    texts = (*result.group_of.values(), *(sample.prompt for sample in result.samples))
+    quoting = csv.QUOTE_ALL if any("\r" in text for text in texts) else csv.QUOTE_MINIMAL
     with path.open("w", encoding="utf-8", newline="") as file:
         # Line ends as on Unix on every system; the csv module's own are those of Windows.
-        rows = csv.writer(file, lineterminator="\n")
+        rows = csv.writer(file, lineterminator="\n", quoting=quoting)
         rows.writerow(columns)
         for name, sampled in result.sampled.items():
             for i, sample in enumerate(sampled.samples):

@@ -142,7 +142,8 @@ def run_evaluation(
     follow.check(config.tracking)
     entries = load_entries(config.eval.prompts)
     if layout is not None:
-        layouts.check(layout, config.eval.prompts, entries, config.eval.images_per_prompt)
+        wanted = (config.eval.images, config.eval.images_per_prompt)
+        layouts.check(layout, config.eval.prompts, entries, *wanted)
     adapters = _read(chosen, config)
     accelerator = make_accelerator()
     console = console if accelerator.is_main_process else Console(quiet=True)

@@ -34,11 +34,11 @@ _CITATION = """```bibtex
 
 @dataclass(frozen=True)
 class Figures:
-    """What was measured on held-out prompts, with and without the adapter.
+    """What was measured, with and without the adapter.
 
     Args:
         images: Number of images of each.
-        prompts: Name of the prompt set.
+        prompts: Which prompts, in words; in markdown.
         metrics: By name base, tuned, difference, low and high, as `evaluation.compare.Paired`.
         shares: The same of what a checker found right.
     """
@@ -152,9 +152,9 @@ class Card:
         else:
             figures = self.figures
             parts.append(
-                f"Means over {figures.images} images of held-out prompts "
-                f"({code(shared.last_part(figures.prompts))}), each from the same noise with the "
-                "base model and with the adapter; the interval is of the difference, at 95 %."
+                f"Means over {figures.images} images of {figures.prompts}, each from the same "
+                "noise with the base model and with the adapter; the interval is of the "
+                "difference, at 95 %."
             )
             columns = ("", "base", "adapter", "difference", "95 % interval")
             rows = [
@@ -262,7 +262,7 @@ def of_run(
         sample=sample,
         figures=Figures(
             held_out["images"],
-            held_out["prompts"],
+            f"held-out prompts ({code(shared.last_part(held_out['prompts']))})",
             {shown[name]: values for name, values in held_out["rewards"].items()},
             held_out["checker"],
         ),
@@ -302,7 +302,8 @@ def of_soup(
         by_model = {shown[n]: m for n, m in measured.items() if "tuned" in m}
         figures = Figures(
             evaluation["images"],
-            evaluation["prompts"],
+            f"prompts ({code(shared.last_part(evaluation['prompts']))}; whether members were "
+            "trained on them is not known)",
             {name: {"base": m["base"]["mean"], **m["tuned"]} for name, m in by_model.items()},
         )
         # With --model the images are another model's than the one that the members record.

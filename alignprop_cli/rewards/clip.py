@@ -86,13 +86,15 @@ class ClipReward(OpenClipReward):
         is 2.5 max(cosine, 0), whose clamp has no gradient and is left out.
     """
 
+    _name = "clip"
+
     def __init__(self, model: str = "tiny", pretrained: str | None = None) -> None:
-        super().__init__(*load_open_clip("clip", model, pretrained))
+        super().__init__(*load_open_clip(self._name, model, pretrained))
 
     @classmethod
     def on_meta(cls, dtype: torch.dtype, model: str = "tiny", **_options: Any) -> MetaReward | None:
         """Return the network on the meta device; see `FrozenReward`."""
-        return open_clip_on_meta(dtype, model)
+        return open_clip_on_meta(dtype, model, option=f"reward.{cls._name}.model")
 
     def image_features(self, images: Tensor) -> Tensor:
         """Return features of unit length, shape (B, D). Differentiable in images (B, 3, H, W)."""

@@ -8,6 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from alignprop_cli.errors import ConfigError
 from alignprop_cli.prompts import load_prompts
 from alignprop_cli.rewards.base import without_autocast
 from alignprop_cli.rewards.clip import ClipReward
@@ -34,11 +35,14 @@ class ClipChoice(ClipReward):
             model is undecided, and fades where it is sure, right or wrong.
 
     Raises:
-        ConfigError, AssetError: As `ClipReward` and `prompts.load_prompts`.
+        ConfigError, AssetError: As `ClipReward` and `prompts.load_prompts`; a ConfigError if
+            `alike` holds anything but single words.
 
     Source: the objective of CLIP, Radford et al. 2021, arXiv:2103.00020, with a fixed set instead
         of the batch.
     """
+
+    _name = "clip_choice"
 
     def __init__(
         self,
@@ -49,7 +53,11 @@ class ClipChoice(ClipReward):
         log: bool = True,
     ) -> None:
         self.log = log
-        self.alike = tuple(alike)
+        # Texts: YAML reads 2 as a number.
+        self.alike = tuple(map(str, alike))
+        # A prompt is looked through word by word, so that any other would have no effect.
+        if wrong := [word for word in self.alike if len(word.split()) != 1]:
+            raise ConfigError(f"reward.clip_choice.alike: expected single words, got {wrong[0]!r}")
         # Each once: a file may hold a prompt twice, which would make it twice as probable.
         self.choices = list(dict.fromkeys(load_prompts(prompts)))
         self._plain_choices = [self._plain(choice) for choice in self.choices]

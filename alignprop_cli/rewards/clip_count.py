@@ -32,6 +32,8 @@ class ClipCount(ClipReward):
             number.
     """
 
+    _name = "clip_count"
+
     def __init__(self, model: str = "tiny", pretrained: str | None = None, most: int = 4) -> None:
         if not 2 <= most <= len(_NUMBERS):
             raise ConfigError(f"reward.clip_count.most: expected 2 to {len(_NUMBERS)}, got {most}")

@@ -79,7 +79,7 @@ class Count(FrozenReward):
     @classmethod
     def on_meta(cls, dtype: torch.dtype, model: str = _MODEL, **_options: Any) -> MetaReward | None:
         """Return the detector on the meta device; see `FrozenReward`."""
-        return detector_on_meta(dtype, model)
+        return detector_on_meta("count", dtype, model)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return log P(K = N), shape (B,). Differentiable in images, also where none is found."""
@@ -116,7 +116,7 @@ class Remove(FrozenReward):
     @classmethod
     def on_meta(cls, dtype: torch.dtype, model: str = _MODEL, **_options: Any) -> MetaReward | None:
         """Return the detector on the meta device; see `FrozenReward`."""
-        return detector_on_meta(dtype, model)
+        return detector_on_meta("remove", dtype, model)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return log P(K = 0), shape (B,). Differentiable in images."""
@@ -166,22 +166,26 @@ def number_in(prompt: str, object: str) -> int:
         object: In the singular, such as "cat".
 
     Raises:
-        ConfigError: If there is no such number.
+        ConfigError: If there is no such number, or it is none of those that are read, such as
+            "thirty-two", "one hundred" or "1,000".
     """
-    # 1. All numbers and where they start, as digits or as words.
+    # 1. All numbers and where they start, as digits or as words; None for one that is not read.
     words = _WORDS.split("|")
-    numbers: list[tuple[int, int]] = []
+    numbers: list[tuple[int, int | None]] = []
     for match in _NUMBER.finditer(prompt):
         found = match.group().lower()
-        numbers.append((match.start(), words.index(found) if found in words else int(found)))
+        digits = int(found) if found.isdecimal() else None
+        numbers.append((match.start(), words.index(found) if found in words else digits))
     # 2. The one that belongs to the object: in "two dogs and three cats" it is 3 for `cat`.
     mention = re.search(rf"\b{re.escape(object)}(s|es)?\b", prompt, re.IGNORECASE)
+    number: int | None = None
     if mention:
         before = [number for start, number in numbers if start < mention.start()]
-        if before:
-            return before[-1]
+        number = before[-1] if before else None
     elif len({number for _, number in numbers}) == 1:
-        return numbers[0][1]
+        number = numbers[0][1]
+    if number is not None:
+        return number
     raise ConfigError(
         f"reward.count.number: the prompt {prompt!r} names no number of '{object}'",
         hint="write the number before the object (two cats), or set reward.count.number",
@@ -192,4 +196,10 @@ _WORDS = (
     "zero|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|"
     "fifteen|sixteen|seventeen|eighteen|nineteen|twenty"
 )
-_NUMBER = re.compile(rf"\b(\d+|{_WORDS})\b", re.IGNORECASE)
+# Words that are part of a number only, and numbers with all of their parts: "thirty-two" is not 2.
+_PARTS = "thirty|forty|fifty|sixty|seventy|eighty|ninety|dozen|hundred|thousand|million"
+_NUMBER = re.compile(
+    rf"\b(?:\d+(?:[.,]\d+)*(?:[\s-]+(?:{_PARTS}))*"
+    rf"|(?:{_WORDS}|{_PARTS})(?:[\s-]+(?:and\s+)?(?:{_WORDS}|{_PARTS}))*)\b",
+    re.IGNORECASE,
+)

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from alignprop_cli.errors import ConfigError, did_you_mean
-from alignprop_cli.hub import from_pretrained, loading
+from alignprop_cli.hub import folder_or_id, from_pretrained, loading
 from alignprop_cli.images import CLIP_MEAN, CLIP_STD, normalise
 from alignprop_cli.rewards.base import without_autocast
 from alignprop_cli.rewards.frozen import MetaReward, exact, known_config
@@ -75,6 +75,7 @@ class Detector:
     def __init__(self, reward: str, object: str, model: str) -> None:
         self._reward = reward
         option = f"reward.{reward}.model"
+        model = folder_or_id(model, option)
         with loading(option, model):
             config: Any = AutoConfig.from_pretrained(model)
             if config.model_type not in _THRESHOLD:
@@ -153,19 +154,20 @@ class Detector:
         return pad_sequence(chosen, batch_first=True, padding_value=IMPOSSIBLE)
 
 
-def detector_on_meta(dtype: torch.dtype, model: str) -> MetaReward | None:
+def detector_on_meta(reward: str, dtype: torch.dtype, model: str) -> MetaReward | None:
     """Return a detector on the meta device; None where its sizes are unknown.
 
     The choice of places is left out: it depends on values, and its memory is negligible.
 
     Args:
+        reward: Name of the reward, for messages.
         dtype: Precision of the network.
         model: As in `detect.Count`.
 
     Raises:
         AssetError: If a folder's configuration is missing or damaged.
     """
-    config: Any = known_config(AutoConfig, model, _PUBLISHED, option="reward.count.model")
+    config: Any = known_config(AutoConfig, model, _PUBLISHED, option=f"reward.{reward}.model")
     if isinstance(config, YolosConfig):
         with torch.device("meta"):
             yolos = YolosForObjectDetection(config)

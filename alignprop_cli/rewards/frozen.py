@@ -160,9 +160,9 @@ def known_config(kind: Any, place: str, published: Mapping[str, Any], *, option:
     Raises:
         AssetError: If the folder's configuration is missing or damaged.
     """
-    if user_path(place, option).is_dir():
+    if (path := user_path(place, option)).is_dir():
         with loading(option, place):
-            return kind.from_pretrained(place)
+            return kind.from_pretrained(str(path))
     return published.get(place)
 
 

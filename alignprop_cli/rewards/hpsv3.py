@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoProcessor, Qwen2VLConfig, Qwen2VLModel
 
 from alignprop_cli.errors import AssetError
-from alignprop_cli.hub import loading, locate
+from alignprop_cli.hub import folder_or_id, loading, locate
 from alignprop_cli.paths import read_text, user_path
 from alignprop_cli.rewards.base import without_autocast
 from alignprop_cli.rewards.frozen import FrozenReward, MetaReward, exact, refuse_other_shapes
@@ -74,7 +74,9 @@ class HpsV3Reward(FrozenReward):
         # 1. The small parts first, as the checkpoint has 16 GB.
         self._text = _read_instruction(instruction)
         with loading(_PROCESSOR, processor):
-            self._processor: Any = AutoProcessor.from_pretrained(processor)
+            self._processor: Any = AutoProcessor.from_pretrained(
+                folder_or_id(processor, _PROCESSOR)
+            )
             self._processor.tokenizer.add_special_tokens({"additional_special_tokens": [_TOKEN]})
             self._token = self._processor.tokenizer.convert_tokens_to_ids(_TOKEN)
             self._rules = _rules(ImageRules.of(self._processor.image_processor))

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from alignprop_cli.errors import AssetError
-from alignprop_cli.hub import loading, locate
+from alignprop_cli.hub import folder_or_id, loading, locate
 from alignprop_cli.images import CLIP_MEAN, CLIP_STD, normalise, resize_and_crop
 from alignprop_cli.parsing import read_json
 from alignprop_cli.paths import read_text, user_path
@@ -41,7 +41,7 @@ MEAN, STD = 0.16717362830052426, 1.0333394966054072
 
 # Tokens of a prompt; the published code pads and cuts all prompts to this length.
 _TEXT_LENGTH = 35
-_OPTION = "reward.imagereward.weights"
+_OPTION, _TOKENIZER = "reward.imagereward.weights", "reward.imagereward.tokenizer"
 
 
 class ImageReward(FrozenReward):
@@ -81,12 +81,14 @@ class ImageReward(FrozenReward):
             width = self._vision.config.hidden_size
             self._text = _text(_below(state, "blip.text_encoder."), sizes, width)
             self._head = _head(_below(state, "mlp.layers."), self._text.config.hidden_size)
-        with loading("reward.imagereward.tokenizer", tokenizer):
-            self._tokenizer: Any = BertTokenizer.from_pretrained(tokenizer)
+        with loading(_TOKENIZER, tokenizer):
+            self._tokenizer: Any = BertTokenizer.from_pretrained(
+                folder_or_id(tokenizer, _TOKENIZER)
+            )
         # A larger vocabulary would index past the embedding: on a GPU a device-side assert.
         if len(self._tokenizer) > self._text.config.vocab_size:
             raise AssetError(
-                f"reward.imagereward.tokenizer: {tokenizer} has {len(self._tokenizer)} tokens, the "
+                f"{_TOKENIZER}: {tokenizer} has {len(self._tokenizer)} tokens, the "
                 f"model reads {self._text.config.vocab_size}"
             )
         self.networks, self.heads = (self._vision, self._text), (self._head,)

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTokenizer, CLIPVisionConfig
 
-from alignprop_cli.hub import from_pretrained, loading
+from alignprop_cli.hub import folder_or_id, from_pretrained, loading
 from alignprop_cli.images import CLIP_MEAN, CLIP_STD, normalise, resize_and_crop
 from alignprop_cli.prompts import for_tokenizer
 from alignprop_cli.rewards.base import without_autocast
 from alignprop_cli.rewards.frozen import CosineReward, MetaReward, known_config, unit
 
 _MODEL = "yuvalkirstain/PickScore_v1"
+_TOKENIZER = "reward.pickscore.tokenizer"
 # Sizes of the published network, so that its memory can be estimated before a download.
 _PUBLISHED = {
     _MODEL: CLIPConfig(
@@ -62,8 +63,10 @@ class PickScore(CosineReward):
     ) -> None:
         super().__init__()
         # The small part first, as the model has 4 GB.
-        with loading("reward.pickscore.tokenizer", tokenizer):
-            self._tokenizer: Any = CLIPTokenizer.from_pretrained(tokenizer)
+        with loading(_TOKENIZER, tokenizer):
+            self._tokenizer: Any = CLIPTokenizer.from_pretrained(
+                folder_or_id(tokenizer, _TOKENIZER)
+            )
         self._model: Any = from_pretrained(CLIPModel, model, option="reward.pickscore.model")
         self.networks = (self._model,)
 

@@ -21,7 +21,7 @@ from transformers.vision_utils import (
 )
 
 from alignprop_cli.errors import ConfigError
-from alignprop_cli.hub import loading
+from alignprop_cli.hub import folder_or_id, loading
 from alignprop_cli.images import CLIP_MEAN, CLIP_STD, normalise, resize
 from alignprop_cli.rewards.base import without_autocast
 from alignprop_cli.rewards.frozen import MetaReward
@@ -278,7 +278,7 @@ def known_kind(place: str, option: str) -> Any:
         ConfigError: If it is another model.
     """
     with loading(option, place):
-        config = AutoConfig.from_pretrained(place)
+        config = AutoConfig.from_pretrained(folder_or_id(place, option))
     if config.model_type not in KINDS:
         raise ConfigError(
             f"{option}: {place} is a model of the type {config.model_type}, expected one of "

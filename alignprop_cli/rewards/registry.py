@@ -78,6 +78,13 @@ def check(name: str, options: Mapping[str, Any], section: str = "reward") -> Non
             f"{section}: unknown reward '{name}'.{did_you_mean(name, names())}",
             hint="a reward of your own is named file.py:attribute or package.module:attribute",
         )
+    # Such as clip:0.5, of which a module `clip` would be looked for.
+    elif (attribute := name.rpartition(":")[2]) and not attribute.isidentifier() and ":" in name:
+        raise ConfigError(
+            f"{section}: '{name}': expected the name of a function or a class after the colon, "
+            f"got '{attribute}'",
+            hint="weights are for training: train --reward NAME:WEIGHT",
+        )
 
 
 @contextmanager
@@ -158,6 +165,7 @@ def build(name: str, options: Mapping[str, Any]) -> Reward:
     from alignprop_cli.rewards import user  # loads torch
 
     check(name, options)
+    options = _chosen(name, options)
     target = _import(name)
     if not callable(target):
         kind = type(target).__name__
@@ -212,7 +220,7 @@ def on_meta(name: str, options: Mapping[str, Any], dtype: torch.dtype) -> MetaRe
     if make is None:
         return None
     if name in SHIPPED:
-        found = make(dtype, **options)
+        found = make(dtype, **_chosen(name, options))
     else:
         with user.faults(AssetError, f"reward '{name}': on_meta failed"):
             found = make(dtype, **options)
@@ -221,6 +229,13 @@ def on_meta(name: str, options: Mapping[str, Any], dtype: torch.dtype) -> MetaRe
     raise ConfigError(
         f"reward '{name}': on_meta must return a MetaReward or None, got {type(found).__name__}"
     )
+
+
+def _chosen(name: str, options: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the options that a reward is built with: null is the default of a shipped one's."""
+    if name not in SHIPPED:
+        return options
+    return {option: value for option, value in options.items() if value is not None}
 
 
 def takes_latents(name: str) -> bool:

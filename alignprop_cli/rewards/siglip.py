@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from alignprop_cli.errors import ConfigError
-from alignprop_cli.hub import loading
+from alignprop_cli.hub import folder_or_id, loading
 from alignprop_cli.images import squash
 from alignprop_cli.rewards.clip import (
     OpenClipReward,
@@ -101,5 +101,7 @@ def _tokenizer(model: str, name: str, place: str | None) -> Any:
         # None only for a name that `model_name` refuses.
         text = (open_clip.get_model_config(name) or {})["text_cfg"]
         return open_clip.tokenizer.HFTokenizer(
-            place, context_length=text["context_length"], **text.get("tokenizer_kwargs", {})
+            folder_or_id(place, _TOKENIZER),
+            context_length=text["context_length"],
+            **text.get("tokenizer_kwargs", {}),
         )

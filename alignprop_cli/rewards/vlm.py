@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from alignprop_cli.errors import ConfigError
-from alignprop_cli.hub import from_pretrained, loading
+from alignprop_cli.hub import folder_or_id, from_pretrained, loading
 from alignprop_cli.paths import user_path
 from alignprop_cli.rewards.frozen import FrozenReward, MetaReward, exact
 from alignprop_cli.rewards.qwen_vl import (
@@ -90,7 +90,7 @@ class VlmReward(FrozenReward):
         # The small parts first, as the network has gigabytes.
         known_kind(model, _OPTION)
         with loading(_OPTION, model):
-            self._processor: Any = AutoProcessor.from_pretrained(model)
+            self._processor: Any = AutoProcessor.from_pretrained(folder_or_id(model, _OPTION))
             self._rules = ImageRules.of(self._processor.image_processor, pixels)
             self._answers = [_token(self._processor.tokenizer, word) for word in _ANSWERS]
             Words.of(self._processor, question)
@@ -107,10 +107,10 @@ class VlmReward(FrozenReward):
         """Return the network on the meta device; see `FrozenReward`."""
         _check_pixels(pixels)
         config, rules = _PUBLISHED.get(model), QWEN2_VL_RULES.with_most(pixels)
-        if user_path(model, _OPTION).is_dir():
+        if (path := user_path(model, _OPTION)).is_dir():
             config = known_kind(model, _OPTION)
             with loading(_OPTION, model):
-                processor: Any = AutoProcessor.from_pretrained(model)
+                processor: Any = AutoProcessor.from_pretrained(str(path))
                 rules = ImageRules.of(processor.image_processor, pixels)
         if config is None:
             return None

@@ -50,8 +50,8 @@ _HPD_NAME = re.compile(r"\d{5}")
 # long, which has 32 bits on Windows.
 csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
 
-Table = dict[str, str]
-"""Prompts by file name as the table has it, with forward slashes."""
+Table = dict[str, str | None]
+"""Prompts by file name as the table has it, with forward slashes; None where it has several."""
 
 
 class Caption(NamedTuple):
@@ -76,11 +76,12 @@ def read_table(path: Path, *, lenient: bool = False) -> Table:
     Args:
         path: The table.
         lenient: Skip lines that lack one of these: a table that was found and not given may be
-            about something else.
+            about something else. And let a file have several prompts, of which none counts.
 
     Raises:
         AssetError: If the table cannot be read.
-        ConfigError: If it is another kind of file, or a line lacks something; names the line.
+        ConfigError: If it is another kind of file, a line lacks something, or has another prompt
+            for a file than an earlier one; names the line.
     """
     table: Table = {}
     for line, row in _rows(path):
@@ -98,7 +99,11 @@ def read_table(path: Path, *, lenient: bool = False) -> Table:
             what = f"of {len(prompt)} characters" if long else "with half of a surrogate pair"
             raise ConfigError(f"prompts: {path}:{line}: a prompt {what} is not taken")
         # Tables from Windows have backslashes.
-        table[name.replace("\\", "/").removeprefix("./")] = prompt
+        name = name.replace("\\", "/").removeprefix("./")
+        clear = table.get(name, prompt) == prompt
+        if not clear and not lenient:
+            raise ConfigError(f"prompts: {path}:{line}: {name[:200]} has another prompt before")
+        table[name] = prompt if clear else None
     return table
 
 
@@ -177,12 +182,8 @@ class PromptFinder:
                 for images of HPDv2's benchmark.
         """
         # 1. What the user gave for this run.
-        if self.prompt is not None:
-            return Caption(self.prompt, "flag")
-        if self.table is not None:
-            prompt = self._look_up(self.table, found.path, (self.table.parent, found.root))
-            if prompt is not None:
-                return Caption(prompt, "file")
+        if (given := self.given(found)) is not None:
+            return given
         try:
             near = self._near(found)
         except (AssetError, ConfigError) as error:
@@ -201,6 +202,19 @@ class PromptFinder:
         if _SURROGATE.search(prompt):
             return Caption(None, "none", "its prompt has half of a surrogate pair")
         return Caption(prompt, source)
+
+    def given(self, found: Found) -> Caption | None:
+        """Return the prompt that was given for an image; None where none was.
+
+        Raises:
+            AssetError, ConfigError: As `read_table` for the table that was given.
+        """
+        if self.prompt is not None:
+            return Caption(self.prompt, "flag")
+        if self.table is None:
+            return None
+        prompt = self._look_up(self.table, found.path, (self.table.parent, found.root))
+        return None if prompt is None else Caption(prompt, "file")
 
     def _near(self, found: Found) -> Caption | None:
         """Return what the nearest table that has the image says, or a text file of its own."""
@@ -236,7 +250,10 @@ class PromptFinder:
         for root in map(named, roots):
             if place.is_relative_to(root):
                 names.append(place.relative_to(root).as_posix())
-        return next((table[name] for name in names if name in table), None)
+        called = next((name for name in names if name in table), None)
+        if called is not None and table[called] is None:
+            raise Unclear(f"{file.name} has several prompts for it")
+        return None if called is None else table[called]
 
     def _by_place(self, path: Path, *, fetch: bool) -> tuple[str | None, str]:
         """Return the prompt that the folders of a benchmark imply."""

@@ -122,8 +122,8 @@ def find_images(names: Iterable[str]) -> list[Found]:
     """Return the image files that names stand for: files, folders with all below them, patterns.
 
     A file that is named is taken whatever its suffix. Those of a folder or a pattern are sorted,
-    and no file is returned twice. Images of formats that are not read are among them, so that they
-    are counted.
+    and no file is returned twice. Images of formats that are not read are among them, and folders
+    in a folder that cannot be read, so that they are counted.
 
     Raises:
         AssetError: If a name cannot be read, is a pipe or a device, or is neither a file or folder
@@ -164,15 +164,21 @@ def _below(path: Path) -> list[Found]:
         return [Found(path, path.parent)]
     if not path.is_dir():
         raise AssetError(f"{path} is a pipe or a device, expected a file or a folder")
-    # scandir raises if the folder cannot be read, which Path.rglob() would ignore.
+    # scandir raises if the folder cannot be read, which walking would ignore.
     with os.scandir(path):
-        return [Found(each, path) for each in sorted(filter(is_image, path.rglob("*")))]
+        pass
+    # A folder in it that cannot be read takes the place of its images, and is counted as skipped.
+    closed: list[OSError] = []
+    places = os.walk(path, onerror=closed.append)
+    walked = (Path(folder) / name for folder, _, names in places for name in names)
+    images = [each for each in walked if is_image(each)]
+    return [Found(each, path) for each in sorted([*images, *(Path(e.filename) for e in closed)])]
 
 
 def is_image(path: Path) -> bool:
-    """Return whether a path is a file with the suffix of an image."""
+    """Return whether a path is a file with the suffix of an image, or a link that leads nowhere."""
     suffix = path.suffix.lower()
-    return (suffix in SUFFIXES or suffix in _OTHERS) and path.is_file()
+    return (suffix in SUFFIXES or suffix in _OTHERS) and (path.is_file() or path.is_symlink())
 
 
 def _matches(pattern: Path) -> list[Found] | None:

@@ -190,7 +190,7 @@ def resume(
     if partial.is_file():
         (_, header), *rows = _lines(partial, torn=True) or [(0, {})]
         if header != {"schema": SCHEMA, **settings}:
-            raise _other(partial)
+            raise other(partial)
         return Resumed([_checked(row, names, f"{partial}:{n}") for n, row in rows], whole=False)
     # 2. A complete run, or none.
     if not target.is_file():
@@ -202,12 +202,12 @@ def resume(
         raise AssetError(f"--resume: cannot read {target}: {error}") from error
     # A complete file has no settings in it, but its columns and the prompt of --prompt must fit.
     if found and {*found[0][1]} - {"file", *_FIXED} != {*names}:
-        raise _other(target)
+        raise other(target)
     rows = [_checked(row, names, f"{target}:{number}") for number, row in found]
     prompt = settings["prompt"]
     for row in rows:
         if (row["prompt_source"] == "flag" or prompt is not None) and row["prompt"] != prompt:
-            raise _other(target)
+            raise other(target)
     return Resumed(rows, whole=True)
 
 
@@ -263,8 +263,8 @@ class Resumed:
         return [row for row in self.rows if row["file"] not in unfinished]
 
 
-def _other(file: Path) -> ConfigError:
-    """Return the error for a file whose rows are not those of this run."""
+def other(file: Path) -> ConfigError:
+    """Return the error of `--resume` for a file whose rows are not those of this run."""
     return ConfigError(
         f"--resume: {file} was made with other rewards, options or prompts",
         hint="choose another file with --output, or start again with --overwrite",
@@ -353,7 +353,7 @@ def _read(target: Path, chosen: Format, names: Sequence[str]) -> list[tuple[int,
     with target.open(newline="", **_TEXT) as file:
         reader = csv.DictReader(file)
         if tuple(reader.fieldnames or ()) != columns(names):
-            raise _other(target)
+            raise other(target)
         return [(reader.line_num, _of_csv(row, names)) for row in reader]
 
 

@@ -198,11 +198,11 @@ def run(
     settings = _settings(measures, finder)
     tally = Tally(names, wanted)
     # 1. Rows of an earlier run count as measured.
-    kept = _kept(wanted, names, found, settings)
-    for row in kept:
-        tally.add(row)
+    kept = _kept(wanted, names, found, settings, finder)
+    known = _count(kept, tally)
     divided = scorer.chunks(found, {files.named(Path(row["file"])) for row in kept})
     left = sum(map(len, divided))
+    _say_unused(finder, found, console)
     if wanted.resume:
         console.note(f"{len(found) - left} of {len(found)} images have been measured already")
 
@@ -217,7 +217,7 @@ def run(
                 device=measures.device,
                 workers=_workers(wanted.workers, left),
                 # An image of an earlier run is not measured again under another name.
-                known={_key(row): {n: row[n] for n in names} for row in kept},
+                known=known,
             ):
                 bar.advance()
                 if isinstance(result, Skipped):
@@ -235,6 +235,25 @@ def run(
     return tally
 
 
+def _count(kept: Sequence[Row], tally: Tally) -> scorer.Known:
+    """Count the rows of an earlier run, and return the rewards that are known by them."""
+    known: dict[tuple[str, str | None], dict[str, float]] = {}
+    for row in kept:
+        tally.add(row)
+        tally.again += _key(row) in known
+        known[_key(row)] = {name: row[name] for name in tally.names}
+    return known
+
+
+def _say_unused(finder: PromptFinder, found: Sequence[files.Found], console: Console) -> None:
+    """Warn of a table of prompts that is about other files."""
+    if finder.table is not None and all(finder.given(each) is None for each in found):
+        console.warn(
+            f"--prompts: {finder.table} names none of the images; its file_name is relative to its "
+            "folder, or to the one that is searched"
+        )
+
+
 def _settings(measures: Measures, finder: PromptFinder) -> dict[str, Any]:
     """Return what the rows depend on. Rows of an earlier run are valid if it is the same."""
     return {
@@ -249,11 +268,20 @@ def _kept(
     names: Sequence[str],
     found: Sequence[files.Found],
     settings: Mapping[str, Any],
+    finder: PromptFinder,
 ) -> list[Row]:
     """Return the rows of an earlier run that are kept."""
     if not wanted.resume or wanted.target is None:
         return []
     resumed = rows.resume(wanted.target, wanted.chosen, names, settings)
+    # A table that is new or was changed since may have other prompts.
+    images = {files.named(each.path): each for each in found}
+    for row in resumed.rows:
+        if (image := images.get(files.named(Path(row["file"])))) is not None:
+            given = finder.given(image)
+            same = row["prompt_source"] != "file" if given is None else given[0] == row["prompt"]
+            if not same:
+                raise rows.other(wanted.target)
     if resumed.whole or not resumed.rows:
         return resumed.rows
     # The run may have stopped within a chunk. All of the chunk is measured again: in a batch with

@@ -14,6 +14,8 @@ from alignprop_cli import cli
     [
         (MemoryError("no room"), 4, "out of memory: no room"),
         (OSError(errno.ENOSPC, "No space left", "r/x"), 4, "the disk is full while writing r/x"),
+        (PermissionError(errno.EACCES, "no", "r/x"), 4, "error: cannot read or write r/x: no\n"),
+        (OSError(errno.EDQUOT, "quota", "r/x"), 4, "cannot write r/x: quota"),
         (ZeroDivisionError("oops"), 1, "unexpected ZeroDivisionError: oops"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],

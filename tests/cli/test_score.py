@@ -13,8 +13,10 @@ import sys
 import numpy as np
 import pyarrow.parquet
 import pytest
+import rich.console
 
 from alignprop_cli.cli import main
+from alignprop_cli.console import table
 from alignprop_cli.evaluation.sheet import save_image
 from alignprop_cli.scoring import report, rows, scorer
 from alignprop_cli.scoring import run as scoring
@@ -216,13 +218,14 @@ def test_resume_adds_what_is_new_to_a_whole_file(capsys, folder, tmp_path, name)
     ask = (folder, "--reward", "brightness", "--output", target, "--quiet")
     assert run(capsys, *ask)[0] == 0
     picture(folder / "new.png", 255)
+    shutil.copy(folder / "a.png", folder / "same.png")
     code, out, _ = run(capsys, *ask, "--resume", "--json")
     assert code == 0
     summary = json.loads(out)
-    assert summary["scored"] == 4
+    assert (summary["scored"], summary["same_content"]) == (5, 1)
     assert summary["rewards"]["brightness"]["max"] == 1.0
     code, out, _ = run(capsys, *ask, "--resume", "--json")
-    assert json.loads(out)["rewards"] == summary["rewards"]
+    assert {**json.loads(out), "notes": []} == {**summary, "notes": []}
 
 
 def test_resume_with_other_rewards_is_refused(capsys, folder, tmp_path):
@@ -267,6 +270,15 @@ def test_the_best_are_listed_best_first(capsys, many):
     code, out, _ = run(capsys, many, "--reward", "brightness", "--top", 2)
     listed = [line.split()[0] for line in out.splitlines() if ".png" in line]
     assert listed == ["39.png", "38.png"]
+
+
+def test_a_narrow_terminal_shows_whole_names_of_files():
+    names = [f"{'folder/' * 20}{number}.png" for number in range(2)]
+    listed = table("Images", ("file", "brightness"), [(name, "0.1234") for name in names])
+    shown = io.StringIO()
+    rich.console.Console(file=shown, width=40).print(listed)
+    # Cut, both would be the same.
+    assert "".join(shown.getvalue().replace("0.1234", "").split()).endswith("".join(names))
 
 
 def test_a_long_list_is_left_out_and_said_to_be(capsys, many, monkeypatch):
@@ -338,6 +350,35 @@ def test_resume_with_another_prompt_is_refused_on_a_whole_file_too(capsys, folde
         assert code == 2
         assert "other rewards, options or prompts" in err
     assert run(capsys, *ask, "--resume", "--prompt", "cat")[0] == 0
+
+
+def test_resume_with_other_prompts_in_a_table_is_refused_on_a_whole_file_too(
+    capsys, folder, tmp_path
+):
+    table, target = tmp_path / "t.csv", tmp_path / "rows.csv"
+    ask = (folder, "--reward", "brightness", "--output", target)
+    # 1. Rows without a table, then one that names an image.
+    assert run(capsys, *ask)[0] == 0
+    table.write_text("file_name,text\na.png,cat\n")
+    given = (*ask, "--prompts", table)
+    code, _, err = run(capsys, *given, "--resume")
+    assert (code, "other rewards, options or prompts" in err) == (2, True)
+    # 2. Rows with the table, without it, and after it was changed.
+    assert run(capsys, *given, "--overwrite")[0] == 0
+    assert run(capsys, *given, "--resume")[0] == 0
+    assert run(capsys, *ask, "--resume")[0] == 2
+    table.write_text("file_name,text\na.png,dog\n")
+    assert run(capsys, *given, "--resume")[0] == 2
+
+
+def test_a_table_that_names_no_image_is_told(capsys, folder, tmp_path):
+    table = tmp_path / "t.csv"
+    table.write_text("file_name,text\nelsewhere/a.png,cat\n")
+    code, _, err = run(capsys, folder, "--reward", "brightness", "--prompts", table)
+    assert code == 0
+    assert "t.csv names none of the images" in " ".join(err.split())
+    table.write_text("file_name,text\na.png,cat\n")
+    assert "names none" not in run(capsys, folder, "--reward", "brightness", "--prompts", table)[2]
 
 
 def test_resume_never_takes_a_foreign_file_for_its_own(capsys, folder, tmp_path):

@@ -194,6 +194,10 @@ def test_other_layers_are_mixed_only_when_asked(capsys, tmp_path):
         (["{a}", "{b}", "--method", "ties", "--density", "0"], "more than 0 and at most 1"),
         (["{a}", "{b}", "--method", "factor"], "rank and scaling are the same"),
         (["{a}", "{b}", "--method", "linear"], "linear"),
+        (["{a}", "{b}", "--reward", "clip"], "--reward: nothing is evaluated here"),
+        (["{a}", "{b}", "--images", "4"], "--images: nothing is evaluated here"),
+        (["{a}", "{b}", "--model", "tiny", "--export", "comfyui"], "or --export merged"),
+        (["{a}", "{b}", "--set", "eval.images=4"], "--set: nothing is evaluated here"),
     ],
 )
 def test_recipes_that_make_no_sense_are_refused(capsys, tmp_path, args, words):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv
 import tracemalloc
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
+from alignprop_cli.evaluation import results
 from alignprop_cli.evaluation.compare import (
     Evaluation,
     Identity,
@@ -105,7 +108,8 @@ def test_an_evaluation_compares_each_group_with_the_base_model_on_its_own_sample
         group: (of["clip"]["base"].mean, of["clip"]["tuned"].mean)
         for group, of in result.groups.items()
     }
-    assert means == {"down": (4.0, 2.0), "up": (1.5, 2.5)}
+    # In the order of the prompts, not of the alphabet.
+    assert list(means.items()) == [("up", (1.5, 2.5)), ("down", (4.0, 2.0))]
     assert result.metrics["clip"]["base"].paired is None
     paired = result.metrics["clip"]["tuned"].paired
     assert paired is not None
@@ -113,6 +117,26 @@ def test_an_evaluation_compares_each_group_with_the_base_model_on_its_own_sample
     assert result.trained_on == {"clip"}
     # No checker knows these prompts.
     assert checks(result.sampled) == result.checker == {}
+
+
+def test_the_rows_of_prompts_with_a_carriage_return_are_read_back(tmp_path: Path) -> None:
+    chosen = [Sample("a\rb", 0), Sample('c, "d"', 1)]
+    result = Evaluation(
+        model={"id": "m"},
+        variants={},
+        prompt_set="mine",
+        seed=0,
+        sample={},
+        axis="",
+        curve=[],
+        sampled={"base": sampled(chosen, np.array([0.5, 2.0]))},
+        group_of={1: "g"},
+        seconds=0.0,
+    )
+    results._write_csv(result, tmp_path / "results.csv")
+    with (tmp_path / "results.csv").open(encoding="utf-8", newline="") as file:
+        rows = [(row["prompt"], row["group"], row["clip"]) for row in csv.DictReader(file)]
+    assert rows == [("a\rb", "", "0.5"), ('c, "d"', "g", "2")]
 
 
 def test_diversity_and_vendi_are_what_a_loop_and_a_decomposition_of_the_features_say() -> None:

@@ -248,7 +248,7 @@ def test_hpsv2_reads_drawbench_without_styles(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     entries = hpd(monkeypatch, tmp_path / "hub", "drawbench")
-    layouts.check("hpsv2", "drawbench", entries, 1)
+    layouts.check("hpsv2", "drawbench", entries, 3, 1)
     laid_out("hpsv2", entries, tmp_path / "out", count=3)
     # Its mode `drawbench` takes the folder of all models.
     root = tmp_path / "out" / "hpsv2"
@@ -277,15 +277,18 @@ def test_prompts_of_another_kind_are_refused(
     tmp_path: Path, layout: Layout, rows: Sequence[object], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=f"--layout {layout}: the prompts of it .*{message}"):
-        layouts.check(layout, "it", entries_of(tmp_path, rows), 1)
+        layouts.check(layout, "it", entries_of(tmp_path, rows), 1, 1)
 
 
 def test_several_images_are_refused_where_one_is_scored(tmp_path: Path) -> None:
     entries = entries_of(tmp_path, GENEVAL2)
-    layouts.check("geneval2", "it", entries, 1)
+    layouts.check("geneval2", "it", entries, 3, 1)
     with pytest.raises(ConfigError, match=r"GenEval 2 scores one image .* got --images-per-pr"):
-        layouts.check("geneval2", "it", entries, 2)
-    layouts.check("geneval", "it", entries_of(tmp_path, GENEVAL), 2)
+        layouts.check("geneval2", "it", entries, 3, 2)
+    # Else the fourth would be written into the file of the first, of which there is one.
+    with pytest.raises(ConfigError, match=r"scores one image .* got --images 4 for 3 prompts"):
+        layouts.check("geneval2", "it", entries, 4, 1)
+    layouts.check("geneval", "it", entries_of(tmp_path, GENEVAL), 12, 2)
 
 
 def test_less_than_the_published_images_is_told() -> None:

@@ -108,7 +108,8 @@ def test_a_soup_has_the_figures_of_its_evaluation_or_says_that_there_are_none() 
     }
     text = card.of_soup(*given, {}, evaluation).text("x", "evaluation/sheet.png")
     assert "| `hps` | 0.2500 | 0.5000 | +0.2500 | +0.1250 to +0.3750 |" in text
-    assert "8 images of held-out prompts (`prompts.txt`)" in text
+    # Its members' prompts are recorded nowhere, so nothing is said to be held out.
+    assert "8 images of prompts (`prompts.txt`; whether members were trained on them is" in text
     assert "num_inference_steps=9" in text
     # These images are not of the model that the members record.
     assert "`Sampled with other.`" in text

@@ -42,6 +42,11 @@ def test_it_is_the_log_softmax_over_the_set_with_the_own_prompt_once(tmp_path: P
     assert (gradient.flatten(1).norm(dim=1) > 1e-6).all()
 
 
+def test_words_alike_that_no_prompt_could_hold_are_refused() -> None:
+    with pytest.raises(ConfigError, match="alike: expected single words, got 'dark blue'"):
+        ClipChoice(alike=["blue", "dark blue"])
+
+
 def test_prompts_that_differ_in_words_alike_share_their_probability(tmp_path: Path) -> None:
     file = tmp_path / "set.txt"
     file.write_text("a small cat\na big cat\na dog\n", encoding="utf-8")

@@ -281,12 +281,42 @@ def test_a_prompt_without_the_number_is_refused(prompt: str) -> None:
     assert "set reward.count.number" in str(caught.value.hint)
 
 
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        *("twenty-one cats", "thirty two cats", "one hundred cats", "a hundred and one cats"),
+        *("two dozen cats", "1,000 cats", "2.5 cats", "in 2020, 3 dozen small cats"),
+        "two hundred of them",
+    ],
+)
+def test_a_part_of_a_number_is_not_taken_for_it(prompt: str) -> None:
+    with pytest.raises(ConfigError, match="names no number of 'cat'"):
+        number_in(prompt, "cat")
+    # What is beside such a number is read as before.
+    assert number_in(f"{prompt}, and 2 dogs", "dog") == 2
+    assert number_in("a hundred houses, in 2020 two cats", "cat") == 2
+
+
 def test_the_number_of_each_prompt_is_the_one_counted_to(folder: str) -> None:
     images = noise(32, 32)
     read = Count("cat", model=folder)(images, ["one cat", "three cats", "zero cats"])
     for index, number in enumerate((1, 3, 0)):
         fixed = Count("cat", number, folder)(images, PROMPTS)
         torch.testing.assert_close(read[index], fixed[index], rtol=1e-5, atol=1e-5)
+
+
+def test_a_folder_below_home_is_found_by_the_libraries_too(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(folders["yolos"].parent))
+    name = f"~/{folders['yolos'].name}"
+    images = noise(32, 32)
+    expected = Remove("cat", str(folders["yolos"]))(images, PROMPTS)
+    assert torch.equal(Remove("cat", name)(images, PROMPTS), expected)
+    assert Remove.on_meta(torch.float32, model=name) is not None
+    (folders["yolos"].parent / "empty").mkdir()
+    with pytest.raises(AssetError, match=r"^reward\.remove\.model: "):
+        Remove.on_meta(torch.float32, model="~/empty")
 
 
 def test_an_unknown_word_is_refused_with_the_nearest(folders: dict[str, Path]) -> None:

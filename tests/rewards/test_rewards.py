@@ -142,6 +142,13 @@ def test_unknown_names_and_options_are_refused_with_the_nearest_one() -> None:
         registry.check("clip", {"modle": "tiny"})
     with pytest.raises(ConfigError, match="Did you mean 'standardise'"):
         registry.check("clip", {"standardize": True})
+    # As typed for training; no module is looked for.
+    with pytest.raises(ConfigError, match=r"'clip:0\.5': expected the name of a .* got '0\.5'"):
+        registry.check("clip:0.5", {})
+    # What derives from `clip` names its own option.
+    for name in ("clip", "clip_count", "clip_choice"):
+        with pytest.raises(ConfigError, match=rf"^reward\.{name}\.pretrained: the model ViT-B-32"):
+            registry.build(name, {"model": "ViT-B-32"})
 
 
 def test_a_reward_of_the_users_own_comes_from_a_file(tmp_path: Path) -> None:
@@ -328,6 +335,24 @@ def test_features_are_those_of_shipped_rewards_alone(clip: ClipReward) -> None:
 def test_a_precision_without_a_network_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"reward\.brightness\.dtype: it holds no network"):
         build_mixture({"brightness": RewardConfig(dtype="bfloat16")}, LossConfig(), CPU)
+
+
+@pytest.mark.parametrize(
+    ("name", "nulls", "others"),
+    [
+        ("clip_count", ("most", "model"), {}),
+        ("clip_choice", ("alike", "log"), {"prompts": "animals"}),
+        ("compressibility", ("measure", "quality"), {}),
+    ],
+)
+def test_null_is_the_default_of_an_option(
+    name: str, nulls: tuple[str, ...], others: dict[str, str]
+) -> None:
+    options = {**others, **dict.fromkeys(nulls)}
+    reward, usual = registry.build(name, options), registry.build(name, others)
+    images, prompts = torch.rand((1, 3, 48, 48), generator=generator(0)), ["two small red circles"]
+    assert torch.equal(reward(images, prompts), usual(images, prompts))
+    assert registry.on_meta(name, options, torch.float32) is not None
 
 
 @pytest.mark.parametrize("value", [True, 3.0, "three"])

@@ -325,6 +325,18 @@ def test_a_table_that_was_given_must_be_readable(tmp_path):
         prompt_of(path, table=tmp_path / "l.csv")
 
 
+def test_of_several_prompts_for_one_image_none_is_taken(tmp_path):
+    first, path = picture(tmp_path / "a.png"), picture(tmp_path / "b.png", prompt="own")
+    # As in sets with several captions of each image.
+    text = "file_name,text\na.png,one\nb.png,cat\n./b.png,dog\nb.png,cat\na.png,one\n"
+    (tmp_path / "metadata.csv").write_text(text)
+    assert reason_of(path) == "metadata.csv has several prompts for it"
+    assert prompt_of(first) == ("one", "metadata")
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(ConfigError, match=r"t\.csv:4: b\.png has another prompt before"):
+        prompt_of(first, table=tmp_path / "t.csv")
+
+
 def test_columns_that_are_not_read_may_hold_anything(tmp_path):
     path = picture(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x", "loss": NaN}\n')

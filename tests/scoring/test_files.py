@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -21,6 +25,28 @@ def test_folders_are_searched_and_no_image_comes_twice(tmp_path):
     assert find_images([str(tmp_path / "notes.txt")]) == [Found(tmp_path / "notes.txt", tmp_path)]
     with pytest.raises(AssetError, match="no such file"):
         find_images([str(tmp_path / "none")])
+
+
+def test_what_a_folder_hides_is_among_its_images_so_that_it_is_counted(tmp_path, monkeypatch):
+    picture(tmp_path / "b.png")
+    picture(tmp_path / "closed" / "x.png")
+    # As those of a data set whose files were not fetched.
+    (tmp_path / "a.png").symlink_to("nowhere")
+    (tmp_path / "notes.txt").symlink_to("nowhere")
+    scan = os.scandir
+
+    def refuse(place):
+        if Path(place) == tmp_path / "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", str(place))
+        return scan(place)
+
+    # Root may read everything, so that a test cannot close a folder.
+    monkeypatch.setattr(os, "scandir", refuse)
+    found = find_images([str(tmp_path)])
+    assert [f.path for f in found] == [tmp_path / n for n in ("a.png", "b.png", "closed")]
+    for hidden in (found[0], found[2]):
+        with pytest.raises(ValueError, match=hidden.path.name):
+            read_image(hidden.path)
 
 
 def test_transparent_parts_become_white(tmp_path):

@@ -9,8 +9,9 @@ from alignprop_cli.commands import settings
 from alignprop_cli.commands.output import EVALUATION, claimed
 from alignprop_cli.commands.sharing import of_soup
 from alignprop_cli.console import Console
+from alignprop_cli.errors import ConfigError
 from alignprop_cli.lora.recipe import Recipe, check_recipe, member_shares, sweep_shares
-from alignprop_cli.publishing.request import FILES, Publish
+from alignprop_cli.publishing.request import FILES, Kind, Publish, read_kinds
 
 if TYPE_CHECKING:
     from alignprop_cli.config.schema import Config
@@ -64,13 +65,14 @@ def soup(
     check_recipe(recipe)
     shares = None if sweep is None else sweep_shares(sweep, list(members), coef)
     names, coefficients = member_shares(list(members), coef)
+    asked = evaluate or shares is not None
+    _refuse_unused(asked, read_kinds(export), reward=reward, images=images, model=model, set=sets)
 
     # Imports torch, so only now.
     from alignprop_cli.lora.soup import prepare
 
     # 2. The members are read and checked, and the configuration they record; nothing is written.
     made = prepare(names, coefficients, shares, output, recipe)
-    asked = evaluate or shares is not None
     publish = of_soup(made, export, push_to_hub, model, sets, is_evaluated=asked)
     with claimed(made.folder, overwrite=overwrite, ours=(*made.contents(EVALUATION), *FILES)):
         # Before a mix is written, so that one that cannot be evaluated leaves nothing behind.
@@ -79,6 +81,23 @@ def soup(
             flags = {"model.id": model, "eval.images": images, "tracking.log_with": log_with}
             config = settings.for_soup(made, sets=sets, reward=reward, flags=flags)
         return _make(console, made, config, publish, replace=overwrite)
+
+
+def _refuse_unused(is_evaluated: bool, exports: Sequence[Kind], **given: object) -> None:
+    """Refuse options that only an evaluation reads, or with `exports` the merging of a model.
+
+    Raises:
+        ConfigError: With the first of them.
+    """
+    for name, value in given.items():
+        merges = name in ("model", "set")
+        used = is_evaluated or (merges and any(kind != "comfyui" for kind in exports))
+        if value and not used:
+            others = ", or --export merged" if merges else ""
+            raise ConfigError(
+                f"--{name}: nothing is evaluated here, so that it would have no effect",
+                hint=f"add --evaluate or --sweep{others}",
+            )
 
 
 def _make(
