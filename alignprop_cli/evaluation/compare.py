@@ -246,6 +246,13 @@ def metric(samples: Sequence[Sample], values: Mapping[str, Floats]) -> dict[str,
     }
 
 
+def remarks(samples: Sequence[Sample]) -> list[str]:
+    """Return what has to be said beside intervals over these samples."""
+    if len({sample.prompt_index for sample in samples}) > 1:
+        return []
+    return ["all images are of one prompt: the interval, which is over prompts, says nothing here"]
+
+
 def diversity(sampled: Samples) -> tuple[list[Sample], Floats]:
     """Return how different the images of one prompt are, for each of the P prompts with several.
 

@@ -12,7 +12,7 @@ from typing import Any
 from alignprop_cli import __version__
 from alignprop_cli.console import Console, table
 from alignprop_cli.evaluation import page
-from alignprop_cli.evaluation.compare import Evaluation, Metrics
+from alignprop_cli.evaluation.compare import Evaluation, Metrics, remarks
 from alignprop_cli.evaluation.plots import Group, histogram, sweep
 from alignprop_cli.evaluation.sheet import Cell, contact_sheet, curves, save_image
 from alignprop_cli.publishing.request import Published
@@ -290,6 +290,8 @@ def show(
     parts: list[Any] = [_table(result)]
     if result.other_models:
         parts.append(_sampled_with(result))
+    if result.variants:
+        parts += remarks(result.samples)
     parts += ["", *(f"{name:12s} {path}" for name, path in files.items()), *published.lines]
     # Said, since a sheet of 60 looks complete.
     count = len(result.samples)

@@ -14,7 +14,7 @@ import numpy as np
 from alignprop_cli.console import Console, table
 from alignprop_cli.device import is_first, peak_gib
 from alignprop_cli.errors import AssetError
-from alignprop_cli.evaluation.compare import Paired, checks, compare
+from alignprop_cli.evaluation.compare import Paired, checks, compare, remarks
 from alignprop_cli.evaluation.draw import Samples
 from alignprop_cli.evaluation.sheet import Cell, contact_sheet
 from alignprop_cli.lora.files import BEST, EMA_FOLDER, LORA_FILE, latest
@@ -82,6 +82,7 @@ def finish(
         values,
         [
             table(title, columns, rows),
+            *remarks(base.samples),
             "",
             *([f"guard: {verdict.told}"] if verdict.told else []),
             f"adapter  {adapter / LORA_FILE}",

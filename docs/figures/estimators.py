@@ -57,23 +57,34 @@ def read(files: list[str]) -> dict[str, Rows]:
 
 
 def table(found: Rows) -> list[str]:
-    """Return the lines of a preset's table."""
+    """Return the lines of a preset's table: a row for each method, best reward first."""
     shown = [name for name in SHOWN if all(name in cells for cells in found.values())]
-    names = ("method", "equal", "seeds", "steps", "s a step", *(SHOWN[name] for name in shown))
+    later = [name for name in PANELS if name in shown]
+    names = ["method", "s a step", *(SHOWN[name] for name in shown), "steps in equal time"]
+    names += [f"{SHOWN[name]} then" for name in later]
     lines = [f"| {' | '.join(names)} |", "|---" * len(names) + "|"]
-    for (method, equal), cells in sorted(found.items(), key=lambda item: item[0][1]):
-        texts: list[str] = []
-        for name in shown:
-            values = [SCALE.get(name, 1.0) * value for value in cells[name]]
-            digits = 1 if name in SCALE else 3
-            low, mean, high = min(values), sum(values) / len(values), max(values)
-            texts.append(f"{mean:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})")
-        steps = sorted({int(value) for value in cells["steps"]})
-        span = f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"
-        pace = f"{_mean(cells, 'step seconds'):.2f}"
-        row = [f"`{method}`", equal, str(len(cells["steps"])), span, pace, *texts]
+    for method in _by_reward(found):
+        images, seconds = found[method, "images"], found[method, "seconds"]
+        steps = sorted({int(value) for value in seconds["steps"]})
+        row = [f"`{method}`", f"{_mean(images, 'step seconds'):.2f}"]
+        row += [_cell(images, name) for name in shown]
+        row += [f"{steps[0]}" if len(steps) == 1 else f"{steps[0]} to {steps[-1]}"]
+        row += [_cell(seconds, name) for name in later]
         lines.append(f"| {' | '.join(row)} |")
     return lines
+
+
+def _cell(cells: Cells, name: str) -> str:
+    """Return the mean over the seeds, and the least and the most of any."""
+    values = [SCALE.get(name, 1.0) * value for value in cells[name]]
+    digits = 1 if name in SCALE else 3
+    mean, *ends = (f"{v:+.{digits}f}" for v in (sum(values) / len(values), min(values), max(values)))
+    return f"{mean} ({ends[0]} to {ends[1]})" if len(values) > 1 else mean
+
+
+def _by_reward(found: Rows) -> list[str]:
+    methods = [method for method, equal in found if equal == "images"]
+    return sorted(methods, key=lambda method: -_mean(found[method, "images"], "clip"))
 
 
 def draw(every: dict[str, Rows], path: Path) -> None:
@@ -89,8 +100,7 @@ def draw(every: dict[str, Rows], path: Path) -> None:
         sharey="row",
     )
     for pair, (preset, found) in zip(axes, every.items(), strict=True):
-        methods = [method for method, equal in found if equal == "images"]
-        methods.sort(key=lambda method: -_mean(found[method, "images"], "clip"))
+        methods = _by_reward(found)
         for place, name in zip(pair, PANELS, strict=True):
             panel(place, found, methods, name)
             if found is list(every.values())[-1]:

@@ -179,20 +179,19 @@ def step_seconds(arguments: argparse.Namespace, name: str) -> float:
 
 
 def judged(
-    arguments: argparse.Namespace, folder: Path, counts: Sequence[int]
+    arguments: argparse.Namespace, seed: int, checkpoints: Sequence[Path]
 ) -> list[dict[str, float]]:
-    """Return tuned minus base of every metric after each of these numbers of steps."""
-    output = folder / f"evaluation-{'-'.join(map(str, counts))}"
-    if not (output / "results.json").is_file():
-        program(
-            *("evaluate", *(str(folder / "checkpoints" / f"step-{n:06d}") for n in counts)),
-            *(f"--output={output}", "--overwrite", "--quiet", f"--images={arguments.images}"),
-            f"--images-per-prompt={arguments.images_per_prompt}",
-            *(f"--reward={arguments.reward}",) * bool(arguments.reward),
-        )
+    """Return tuned minus base of every metric for each of these checkpoints."""
+    output = arguments.keep / f"{arguments.preset}-s{seed}-evaluation"
+    # One call for all, so that the base model is sampled once.
+    program(
+        *("evaluate", *map(str, checkpoints), f"--output={output}", "--overwrite", "--quiet"),
+        *(f"--images={arguments.images}", f"--images-per-prompt={arguments.images_per_prompt}"),
+        *(f"--reward={arguments.reward}",) * bool(arguments.reward),
+    )
     text = (output / "results.json").read_text(encoding="utf-8")
     values: Mapping[str, Any] = json.loads(text)
-    found = [dict[str, float]() for _ in counts]
+    found = [dict[str, float]() for _ in checkpoints]
     for name, metric in {**values["rewards"], **values["checker"]}.items():
         models = [key for key in metric if key not in ("trained_on", "base")]
         for model, place in zip(models, found, strict=True):
@@ -205,24 +204,31 @@ def training(arguments: argparse.Namespace, report: Report) -> None:
     own, steps = config.gradient.method, arguments.steps or config.train.steps
     if steps % STRIDE:
         raise SystemExit(f"--steps: expected a multiple of {STRIDE}")
-    pace_of_own, columns = step_seconds(arguments, own), None
-    for name in arguments.methods:
-        pace = pace_of_own if name == own else step_seconds(arguments, name)
-        images, seconds = list[dict[str, float]](), list[dict[str, float]]()
-        count = STRIDE * max(round(steps * pace_of_own / pace / STRIDE), 1)
-        for seed in arguments.seeds:
-            folder = trained(arguments, name, seed, max(steps, count))
-            both = judged(arguments, folder, list(dict.fromkeys((steps, count))))
-            images.append({**both[0], "steps": steps, "step seconds": pace})
-            seconds.append({**both[-1], "steps": count, "step seconds": pace})
-        if columns is None:
-            columns = list(images[0])
-            report.add(
-                f"| method | equal | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|"
-            )
-        for equal, seeds in (("images", images), ("seconds", seconds)):
-            cells = [_cell([seed[column] for seed in seeds]) for column in columns]
-            report.add(f"| {name} | {equal} | {' | '.join(cells)} |")
+    pace_of_own = step_seconds(arguments, own)
+    pace = {n: pace_of_own if n == own else step_seconds(arguments, n) for n in arguments.methods}
+    # Steps of each row of the table.
+    counts = {
+        (name, equal): steps if equal == "images" else STRIDE * max(round(share / STRIDE), 1)
+        for name, share in ((n, steps * pace_of_own / p) for n, p in pace.items())
+        for equal in ("images", "seconds")
+    }
+    found: dict[tuple[str, str], list[dict[str, float]]] = {row: [] for row in counts}
+    for seed in arguments.seeds:
+        at = dict[tuple[str, str], Path]()
+        for name in arguments.methods:
+            both = {row: count for row, count in counts.items() if row[0] == name}
+            folder = trained(arguments, name, seed, max(both.values()))
+            at |= {row: folder / "checkpoints" / f"step-{n:06d}" for row, n in both.items()}
+        checkpoints = list(dict.fromkeys(at.values()))
+        results = dict(zip(checkpoints, judged(arguments, seed, checkpoints), strict=True))
+        for row, checkpoint in at.items():
+            more = {"steps": counts[row], "step seconds": pace[row[0]]}
+            found[row].append({**results[checkpoint], **more})
+    columns = list(next(iter(found.values()))[0])
+    report.add(f"| method | equal | {' | '.join(columns)} |", "|---" * (2 + len(columns)) + "|")
+    for (name, equal), seeds in found.items():
+        cells = [_cell([seed[column] for seed in seeds]) for column in columns]
+        report.add(f"| {name} | {equal} | {' | '.join(cells)} |")
 
 
 def _cell(values: Sequence[float]) -> str:

@@ -199,6 +199,13 @@ def test_a_bare_file_is_sampled_as_its_header_says(capsys, trained, tmp_path, mo
     assert values["output"] == str(tmp_path / "evaluation-mine")
 
 
+def test_an_interval_over_one_prompt_is_said_to_say_nothing(capsys, trained, tmp_path):
+    for images, told in ((1, True), (2, False)):
+        code, out, err = run(capsys, trained, "-n", images, "-o", tmp_path / str(images))
+        assert code == 0, err
+        assert ("all images are of one prompt" in out) is told
+
+
 def test_a_soup_is_evaluated_like_any_lora(capsys, trained, tmp_path):
     steps = [trained / "checkpoints" / f"step-{n:06d}" for n in (1, 2)]
     with pytest.raises(SystemExit):
