@@ -956,6 +956,12 @@ def test_flux1_cannot_do_without_t5_nor_with_the_text_encoders_of_another_model(
         load(copy, ()).network.schedule(4, (8, 8, 8))
 
 
+def test_a_variant_that_no_part_has_is_refused(zimage: Path) -> None:
+    config = ModelConfig(id=str(zimage), dtype="float32", variant="fp61")
+    with pytest.raises(ConfigError, match=r"model\.variant: no part of .* the variant fp61"):
+        open_model(config, (), CPU)
+
+
 class Static(FlowTransformer):
     """A network of a scheduler without a dynamic shift."""
 
