@@ -30,8 +30,8 @@ _SAMPLED = ("v1", "v2", "xl_base", "xl_refiner", None)
 _V_PREDICTION, _ZERO_SNR = "v_pred", "ztsnr"
 # CosXL: EDM's own noise, of which this is the largest level.
 _EDM = "edm_vpred.sigma_max"
-# ModelSpec's key for the same, and its word for v.
-_MODELSPEC, _MODELSPEC_V = "modelspec.prediction_type", "v"
+# ModelSpec's key for the same and ComfyUI's, and their word for v.
+_MODELSPEC, _MODELSPEC_V = ("modelspec.prediction_type", "modelspec.predict_key"), "v"
 # What schedulers of diffusers do where their configuration does not say it.
 _UNSAID = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
 
@@ -81,7 +81,8 @@ def noise_marks(file: Path) -> dict[str, Any]:
     Most say nothing, which means nothing: {} then.
     """
     tensors, header = _tensors(file), _header(file)
-    if _V_PREDICTION not in tensors and header.get(_MODELSPEC) != _MODELSPEC_V:
+    said = {header.get(key) for key in _MODELSPEC}
+    if _V_PREDICTION not in tensors and _MODELSPEC_V not in said:
         return {}
     marks: dict[str, Any] = {"prediction_type": "v_prediction"}
     return marks | ({"rescale_betas_zero_snr": True} if _ZERO_SNR in tensors else {})
