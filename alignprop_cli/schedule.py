@@ -19,6 +19,8 @@ PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
 
 # Deviation of the data, as consistency models are parametrised.
 _SIGMA_DATA = 0.5
+# What float32 may add to a noise level of 1.
+_ROUNDING = 1e-5
 
 
 @dataclass(frozen=True)
@@ -265,6 +267,9 @@ def flow_schedule(sigmas: Sequence[float], timesteps: Sequence[float]) -> NoiseS
 
     Source: Liu et al. 2023, arXiv:2209.03003, with time running from data to noise.
     """
+    # A shift in float32 can leave a first level a little above 1, such as 1 + 1.2e-7 for 1.32.
+    if 1.0 < sigmas[0] < 1.0 + _ROUNDING:
+        sigmas = [1.0, *sigmas[1:]]
     pairs = list(itertools.pairwise(sigmas))
     if any(not 1.0 >= sigma > after >= 0.0 for sigma, after in pairs):
         raise ValueError(f"the noise levels do not decrease from 1 to 0: {_some(sigmas)}")

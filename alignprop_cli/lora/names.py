@@ -32,6 +32,11 @@ _FIRST_WORDS |= {"time_embedding", "add_embedding"}
 # The same of a transformer's names, which no kohya name is split into.
 _TRANSFORMER_WORDS = {"transformer_blocks", "single_transformer_blocks", "context_embedder"}
 _TRANSFORMER_WORDS |= {"x_embedder", "pos_embed", "time_text_embed", "norm_out", "proj_out"}
+# Of FLUX.2 and Z-Image.
+_TRANSFORMER_WORDS |= {"time_guidance_embed", "single_stream_modulation", "cap_embedder"}
+_TRANSFORMER_WORDS |= {"double_stream_modulation_img", "double_stream_modulation_txt", "layers"}
+_TRANSFORMER_WORDS |= {"noise_refiner", "context_refiner", "t_embedder", "all_x_embedder"}
+_TRANSFORMER_WORDS |= {"all_final_layer"}
 
 # The original code numbers the blocks of a network with two layers a level through, downsamplers
 # and upsamplers among them. kohya's trainer names the layers of Stable Diffusion XL so.

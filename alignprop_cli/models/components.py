@@ -115,13 +115,18 @@ def load_network(source: Source, name: str, kind: Any, *, hint: str | None = Non
 
     Raises:
         AssetError: If something is missing or damaged.
-        ConfigError: If the weights are quantised.
+        ConfigError: If the weights are quantised, or no part has files of the variant.
     """
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
     folder, variant = _folder(source, name, hint), source.config.variant
     # As diffusers does: parts that have no such files are loaded from the plain ones.
-    has_variant = variant is not None and any(folder.glob(f"*.{glob.escape(variant)}*"))
+    names = f"*.{glob.escape(variant)}*" if variant is not None else None
+    has_variant = names is not None and any(folder.glob(names))
+    if names is not None and not has_variant and not any(source.path.glob(f"*/{names}")):
+        raise ConfigError(
+            f"model.variant: no part of {source.path} has files of the variant {shown(variant)}"
+        )
     with loading.explained(source.config, folder):
         network, report = kind.from_pretrained(
             str(folder),

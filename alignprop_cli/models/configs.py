@@ -109,6 +109,12 @@ _RULES: Mapping[str, Mapping[str, Rule]] = {
         "timestep_scaling": number(0.0, math.inf),
         "rescale_betas_zero_snr": one_of(True, False),
         "set_alpha_to_one": one_of(True, False),
+        "final_sigmas_type": one_of("zero", "sigma_min"),
+        # The other one of Euler's has a level more than steps, at which diffusers' chain ends.
+        "interpolation_type": one_of("linear"),
+        # The ends of Karras' and other spacings of the levels.
+        "sigma_min": either(number(0.0, math.inf), NOTHING),
+        "sigma_max": either(number(0.0, math.inf), NOTHING),
     },
     "unet": {
         "in_channels": SIZE,

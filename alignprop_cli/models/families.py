@@ -228,6 +228,8 @@ def _family_of_file(file: Path, config: ModelConfig) -> Family:
                     file, f"model.config is {named.name}", str(index.parent)
                 )
     found = FAMILIES[single_files.pipeline_class(file)]
+    if config.config is not None:
+        single_files.check_marks(file, user_path(config.config, "model.config"))
     # Two rows may have the same parts under other names.
     if named is not None and named.load_parts is not found.load_parts:
         raise ConfigError(f"model.config: it is {named.name}, but {file} is {found.name}")

@@ -122,8 +122,8 @@ class FlowTransformer:
             spacing: `model`, or `linear` for linspace(1, 1 / T, T), shifted by the scheduler.
         """
         sigmas = self.own_sigmas(steps) if spacing == "model" else _linear(steps)
-        scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(self._scheduler_config)
         try:
+            scheduler: Any = FlowMatchEulerDiscreteScheduler.from_config(self._scheduler_config)
             mu = self.shift(steps, latent_shape)
             options = {} if mu is None else {"mu": mu}
             if sigmas is None:

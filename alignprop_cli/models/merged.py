@@ -26,7 +26,7 @@ from alignprop_cli.lora import fit, modelspec
 from alignprop_cli.lora.factors import Layers
 from alignprop_cli.lora.files import Adapter
 from alignprop_cli.lora.tensor_file import save_tensors
-from alignprop_cli.models import components, original_layout, parts, sdxl, unet
+from alignprop_cli.models import components, original_layout, parts, sdxl, single_files, unet
 from alignprop_cli.models.base import Family, Source
 from alignprop_cli.models.families import find, source_of
 from alignprop_cli.parsing import read_json
@@ -134,6 +134,8 @@ def save_single_file(config: ModelConfig, adapter: Adapter, file: Path, title: s
     merged = _merge(pipeline.unet, adapter, config.id)
     # 2. By the other names.
     state = original_layout.single_file(pipeline)
+    if family.pipeline_class == single_files.STABLE_DIFFUSION_XL:
+        state |= single_files.marks_of(pipeline.scheduler.config, source.dtype)
     check_space(file.parent, sum(t.numel() * t.element_size() for t in state.values()), "the file")
     architecture = modelspec.architecture(adapter.layers, family.lora_prefix, config.id)
     # 3. A header that says what it is.
@@ -207,7 +209,9 @@ def _stored(files: Iterable[Path]) -> torch.dtype:
     for file in files:
         if file.suffix == ".safetensors":
             with safetensors.safe_open(file, framework="pt") as opened:
-                found |= {opened.get_slice(name).get_dtype() for name in opened.keys()}  # noqa: SIM118
+                slices = map(opened.get_slice, opened.keys())
+                # An empty tensor is a mark, whatever its precision.
+                found |= {one.get_dtype() for one in slices if 0 not in one.get_shape()}
     return next((kind for name, kind in _PRECISIONS.items() if name in found), torch.float32)
 
 

@@ -10,7 +10,7 @@ import diffusers
 import torch
 import transformers
 
-from alignprop_cli.models import components, configs, loading
+from alignprop_cli.models import components, configs, loading, single_files
 from alignprop_cli.models.base import Source
 from alignprop_cli.models.quantized import quantize_part
 from alignprop_cli.paths import user_path
@@ -84,8 +84,22 @@ def load(kind: Kind, source: Source, *parts: str) -> Any:
             empty = sorted(key for key, value in network.named_parameters() if value.is_meta)
             if empty:
                 raise ValueError(f"it lacks {name}.{empty[0]} ({len(empty)} tensors are missing)")
-            quantize_part(network.to(kind.dtype(name, source.dtype)), source, name)
+            # diffusers' own `to` warns about modules that stay in float32; there are none here.
+            torch.nn.Module.to(network, kind.dtype(name, source.dtype))
+            quantize_part(network, source, name)
+        if "scheduler" in parts:
+            pipeline.scheduler = _as_marked(pipeline.scheduler, source)
     return pipeline
+
+
+def _as_marked(scheduler: Any, source: Source) -> Any:
+    """Return the scheduler with what a single file says of its noise."""
+    # The configuration is a guess, of the model that most files were fine-tuned from.
+    marks = single_files.noise_marks(source.path)
+    values = {**scheduler.config, **marks}
+    defaults = values.get("_use_default_values", ())
+    values["_use_default_values"] = [key for key in defaults if key not in marks]
+    return type(scheduler).from_config(values) if marks else scheduler
 
 
 def on_meta(kind: Kind, source: Source, texts: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +13,8 @@ from torch import Tensor
 
 from alignprop_cli.errors import ConfigError
 from alignprop_cli.models import full_weights
+from alignprop_cli.parsing import ParseError, read_json
+from alignprop_cli.paths import read_text
 
 STABLE_DIFFUSION = "StableDiffusionPipeline"
 STABLE_DIFFUSION_XL = "StableDiffusionXLPipeline"
@@ -21,6 +24,16 @@ _NETWORK = "model.diffusion_model.input_blocks.0.0.weight"
 # What diffusers' `infer_diffusers_model_type` calls models that can be sampled here. Their text
 # encoders say which one it is, as diffusers asks for the tenth layer of theirs.
 _SAMPLED = ("v1", "v2", "xl_base", "xl_refiner", None)
+
+# Files of Stable Diffusion XL have no place for a scheduler. ComfyUI and Forge look for empty
+# tensors of these names: the network predicts v, and the noise ends without any signal.
+_V_PREDICTION, _ZERO_SNR = "v_pred", "ztsnr"
+# CosXL: EDM's own noise, of which this is the largest level.
+_EDM = "edm_vpred.sigma_max"
+# ModelSpec's key for the same and ComfyUI's, and their word for v.
+_MODELSPEC, _MODELSPEC_V = ("modelspec.prediction_type", "modelspec.predict_key"), "v"
+# What schedulers of diffusers do where their configuration does not say it.
+_UNSAID = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}
 
 
 def pipeline_class(file: Path) -> str:
@@ -46,6 +59,11 @@ def pipeline_class(file: Path) -> str:
     kind = _diffusers_type(tensors)
     if _NETWORK not in tensors or kind not in _SAMPLED:
         raise _refusal(file, tensors, kind)
+    if _EDM in tensors:
+        raise ConfigError(
+            f"model.id: {file} has a tensor {_EDM}: it was trained with EDM's own noise, as CosXL "
+            "was, which is not supported"
+        )
     # The original code numbers the text encoders of Stable Diffusion XL; its refiner has one.
     if any(name.startswith("conditioner.embedders.1.") for name in tensors):
         return STABLE_DIFFUSION_XL
@@ -55,6 +73,58 @@ def pipeline_class(file: Path) -> str:
             "itself"
         )
     return STABLE_DIFFUSION
+
+
+def noise_marks(file: Path) -> dict[str, Any]:
+    """Return what a single file says of its noise, by the keys of a scheduler's configuration.
+
+    Most say nothing, which means nothing: {} then.
+    """
+    tensors, header = _tensors(file), _header(file)
+    said = {header.get(key) for key in _MODELSPEC}
+    if _V_PREDICTION not in tensors and _MODELSPEC_V not in said:
+        return {}
+    marks: dict[str, Any] = {"prediction_type": "v_prediction"}
+    return marks | ({"rescale_betas_zero_snr": True} if _ZERO_SNR in tensors else {})
+
+
+def marks_of(scheduler_config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the tensors that mark a file of Stable Diffusion XL, for `noise_marks`.
+
+    Args:
+        scheduler_config: The configuration of the model's scheduler.
+        dtype: Of the tensors, which are empty.
+    """
+    if scheduler_config.get("prediction_type") != "v_prediction":
+        return {}
+    zero_snr = scheduler_config.get("rescale_betas_zero_snr") is True
+    names = (_V_PREDICTION, _ZERO_SNR) if zero_snr else (_V_PREDICTION,)
+    return {name: torch.empty(0, dtype=dtype) for name in names}
+
+
+def check_marks(file: Path, folder: Path) -> None:
+    """Refuse the configurations of a folder where a single file says that its noise is another.
+
+    Raises:
+        AssetError: If the scheduler's cannot be read.
+        ConfigError: With the key and what both say.
+    """
+    place = folder / "scheduler" / "scheduler_config.json"
+    marks = noise_marks(file)
+    if not marks or not place.is_file():
+        return
+    try:
+        values = read_json(read_text(place, "model.config"), strict=False)
+    except ParseError:
+        return  # loading says what is wrong with it
+    for key, value in marks.items():
+        have = values.get(key, _UNSAID[key]) if isinstance(values, dict) else value
+        if have != value:
+            raise ConfigError(
+                f"model.config: {place}: {key}: {str(have)[:100]}, but {file} says that it is "
+                f"{value}",
+                hint=f"copy the folder, and set {key} to {json.dumps(value)} there",
+            )
 
 
 def not_loaded(file: Path, why: str, folder: str) -> ConfigError:
@@ -97,6 +167,15 @@ def _diffusers_type(tensors: Mapping[str, Tensor]) -> str | None:
     # It takes tensors for granted that usually come together.
     except (LookupError, UnboundLocalError):
         return None
+
+
+def _header(file: Path) -> dict[str, str]:
+    """Return the texts in the header of a safetensors file, {} if there are none."""
+    try:
+        with safetensors.safe_open(file, framework="pt") as opened:
+            return dict(opened.metadata() or {})
+    except (OSError, safetensors.SafetensorError):
+        return {}
 
 
 def _tensors(file: Path) -> dict[str, Tensor]:

@@ -8,6 +8,8 @@ from typing import Any
 
 # Without a family diffusers finds the class in the model's own files.
 _ANY = "DiffusionPipeline"
+# It takes the embeddings of a negative prompt and not its text.
+_EMBEDS_ALONE = "Flux2KleinPipeline"
 
 
 def snippet(
@@ -22,19 +24,25 @@ def snippet(
         sample: Values of the `sample` section; may be incomplete.
     """
     kind = pipeline_class or _ANY
+    # By name: the first argument of FLUX.2's pipeline is an image.
+    options: dict[str, Any] = {"prompt": "a prompt"}
     # What the pipelines of all families take, by the names of the section.
-    options: dict[str, Any] = {
+    options |= {
         name: sample[name]
         for name in ("num_inference_steps", "guidance_scale", "height", "width")
         if sample.get(name) is not None
     }
+    negative = sample.get("negative_prompt") or ""
     if sample.get("true_guidance_scale", 1.0) > 1.0:
         options["true_cfg_scale"] = sample["true_guidance_scale"]
-    if sample.get("negative_prompt"):
-        # As JSON, which Python reads alike: no quotation mark of the text ends it.
-        options["negative_prompt"] = sample["negative_prompt"]
-    arguments = [json.dumps("a prompt"), *(f"{n}={json.dumps(v)}" for n, v in options.items())]
-    # Names go in as JSON too: a quotation mark in one ends nothing.
+    # Without a negative prompt true_cfg_scale has no effect, so there an empty one is given too.
+    if (negative or "true_cfg_scale" in options) and kind != _EMBEDS_ALONE:
+        options["negative_prompt"] = negative
+    # As JSON, which Python reads alike: no quotation mark of a text or a name ends it.
+    arguments = [f"{name}={json.dumps(value)}" for name, value in options.items()]
+    if negative and kind == _EMBEDS_ALONE:
+        encoded = f"pipeline.encode_prompt({json.dumps(negative)})[0]"
+        arguments.append(f"negative_prompt_embeds={encoded}")
     return [
         f"from diffusers import {kind}",
         "",

@@ -7,10 +7,18 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    Flux2Transformer2DModel,
+    FluxTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    ZImageTransformer2DModel,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -687,6 +695,25 @@ def test_a_peft_file_of_a_transformer_is_read_and_belongs_to_one() -> None:
     assert set(found) == set(layers)
     assert names.network_of(state) == "transformer."
     assert names.network_of(["base_model.model.mid_block.x.lora_A.weight"]) == "unet."
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        SD3Transformer2DModel,
+        FluxTransformer2DModel,
+        Flux2Transformer2DModel,
+        ZImageTransformer2DModel,
+    ],
+)
+def test_every_layer_of_a_transformer_is_known_by_its_name_in_a_peft_file(kind: Any) -> None:
+    with torch.device("meta"):
+        network = kind()
+    for layer, module in network.named_modules():
+        if isinstance(module, torch.nn.Linear | torch.nn.Conv2d):
+            name = f"base_model.model.{layer}"
+            assert names.layer_of(name, Path("peft.safetensors")) == layer
+            assert names.network_of([f"{name}.lora_A.weight"]) == "transformer."
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,24 @@ def test_a_few_step_model_is_sampled_by_its_own_scheduler(
         )
 
 
+@pytest.mark.parametrize("kind", ["DDIMScheduler", "EulerDiscreteScheduler"])
+def test_a_scheduler_without_an_offset_gets_that_of_the_pipeline(tmp_path: Path, kind: str) -> None:
+    # As in old exports: the pipeline sets it to 1 then.
+    leading = {"timestep_spacing": "leading"}
+    folder = with_scheduler(small_pipeline(tmp_path / "model"), kind, **leading)
+    file = folder / "scheduler" / "scheduler_config.json"
+    values = json.loads(file.read_text())
+    del values["steps_offset"]
+    file.write_text(json.dumps(values))
+    scheduler = StableDiffusionPipeline.from_pretrained(folder).scheduler
+    scheduler.set_timesteps(4)
+    assert scheduler.timesteps[-1] == 1
+    meta = meta_model(ModelConfig(id=str(folder)), torch.float32).parts.network
+    for network in (load(folder).network, meta):
+        steps = network.schedule(4, SHAPE[1:]).steps
+        assert [step.timestep for step in steps] == scheduler.timesteps.tolist()
+
+
 def test_a_lora_of_a_consistency_model_is_sampled_on_its_base(tmp_path: Path) -> None:
     # As LCM-LoRA is used: the base model's own configuration, with another scheduler.
     folder = small_pipeline(tmp_path / "model")

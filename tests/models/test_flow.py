@@ -13,7 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import Flux2KleinPipeline, FluxPipeline, StableDiffusion3Pipeline, ZImagePipeline
+from diffusers import (
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    FluxPipeline,
+    StableDiffusion3Pipeline,
+    ZImagePipeline,
+)
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
 from torch import Tensor
@@ -27,6 +33,7 @@ from alignprop_cli.lora import layers as lora
 from alignprop_cli.models import flux1 as flux1_family
 from alignprop_cli.models.base import Model, Source
 from alignprop_cli.models.families import find, open_model, sampler
+from alignprop_cli.models.flow import FlowTransformer, Sizes
 from alignprop_cli.models.meta import meta_model
 from alignprop_cli.models.published import PUBLISHED
 from alignprop_cli.sampling import ddim_step, sample
@@ -947,6 +954,38 @@ def test_flux1_cannot_do_without_t5_nor_with_the_text_encoders_of_another_model(
     )
     with pytest.raises(ConfigError, match=r"scheduler: float division by zero"):
         load(copy, ()).network.schedule(4, (8, 8, 8))
+
+
+def test_a_variant_that_no_part_has_is_refused(zimage: Path) -> None:
+    config = ModelConfig(id=str(zimage), dtype="float32", variant="fp61")
+    with pytest.raises(ConfigError, match=r"model\.variant: no part of .* the variant fp61"):
+        open_model(config, (), CPU)
+
+
+class Static(FlowTransformer):
+    """A network of a scheduler without a dynamic shift."""
+
+    def shift(self, steps: int, latent_shape: tuple[int, int, int]) -> None:
+        """Return None; see `FlowTransformer`."""
+
+
+def static(**options: Any) -> NoiseSchedule:
+    sizes = Sizes(channels=8, per_latent=8, unit=16, default=64)
+    return Static(None, options, sizes, "m").schedule(4, (8, 8, 8))
+
+
+def test_a_shift_whose_first_level_is_rounded_above_1_is_sampled() -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.32)
+    scheduler.set_timesteps(sigmas=np.linspace(1.0, 0.25, 4))
+    wanted = scheduler.sigmas.tolist()
+    assert wanted[0] > 1.0
+    found = [step.sigma for step in static(shift=1.32).steps]
+    assert found == [1.0, *wanted[1:-1]]
+
+
+def test_a_scheduler_of_two_kinds_of_levels_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model\.id: m: scheduler: Only one of .*karras"):
+        static(use_karras_sigmas=True, use_beta_sigmas=True)
 
 
 def test_a_model_that_exists_as_a_modular_pipeline_only_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,14 +19,14 @@ from diffusers import (
     ZImagePipeline,
 )
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from alignprop_cli.config.schema import ModelConfig
 from alignprop_cli.errors import ConfigError, RunError
 from alignprop_cli.lora import files, formats
 from alignprop_cli.lora.factors import Factors, Layers
 from alignprop_cli.lora.files import Adapter
-from alignprop_cli.models import merged, original_layout
+from alignprop_cli.models import merged, original_layout, single_files
 from alignprop_cli.models.families import find
 from tests.factories import randn, small_pipeline, small_xl_pipeline
 from tests.flow_models import (
@@ -238,6 +239,36 @@ def test_a_single_file_says_what_it_is_and_is_the_same_every_time(tmp_path: Path
     # Autoencoders of the original have convolutions of one pixel there, which ComfyUI reads.
     state = load_file(made[0])
     assert state["first_stage_model.encoder.mid.attn_1.q.weight"].shape[2:] == (1, 1)
+
+
+def test_a_single_file_of_sdxl_carries_the_marks_of_its_noise(tmp_path: Path) -> None:
+    # Named as ComfyUI looks for them (comfy/supported_models.py, SDXL.model_type).
+    base = small_xl_pipeline(tmp_path / "base")
+    place = base / "scheduler" / "scheduler_config.json"
+    plain = StableDiffusionXLPipeline.from_pretrained(base).to(torch.float16)
+    plain.save_pretrained(base)
+    adapter = written(tmp_path / "lora", layers_of(plain, ("attn2.to_k",)), "unet.")
+    file = tmp_path / "made.safetensors"
+    values = json.loads(place.read_text())
+    for noise, marks in (
+        ({"prediction_type": "epsilon", "rescale_betas_zero_snr": True}, set()),
+        ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": False}, {"v_pred"}),
+        ({"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}, {"v_pred", "ztsnr"}),
+    ):
+        place.write_text(json.dumps(values | noise))
+        merged.save_single_file(ModelConfig(id=str(base)), adapter, file, "a title")
+        state = load_file(file)
+        assert {name for name in state if "." not in name} == marks
+        said = single_files.noise_marks(file)
+        assert said == ({k: v for k, v in noise.items() if v is not False} if marks else {})
+    # Merged once more, a mark of another precision than the weights changes nothing.
+    state = {**state, "v_pred": torch.empty(0, dtype=torch.float32)}
+    save_file(state, file, {"format": "pt"})
+    assert merged._stored([file]) == torch.float16
+    (tmp_path / "out").mkdir()
+    merged.save_folder(ModelConfig(id=str(file), config=str(base)), adapter, tmp_path / "out")
+    made = json.loads((tmp_path / "out" / "scheduler" / "scheduler_config.json").read_text())
+    assert (made["prediction_type"], made["rescale_betas_zero_snr"]) == ("v_prediction", True)
 
 
 def test_a_part_that_the_original_layout_lacks_is_named(tmp_path: Path) -> None:

@@ -615,6 +615,43 @@ def test_the_family_of_a_single_file_shows_in_its_tensors(
         find(ModelConfig(id=str(refiner)))
 
 
+@pytest.mark.parametrize(("how", "zero_snr"), [("tensor", True), ("header", False)])
+def test_a_single_file_that_says_that_it_predicts_v_is_sampled_so(
+    folder: Path, single_file: Path, tmp_path: Path, monkeypatch: Any, how: str, zero_snr: bool
+) -> None:
+    # As NoobAI's v-prediction file, and as sd-scripts' header. The configuration that diffusers
+    # downloads for it says epsilon, as this folder does.
+    place = "diffusers.loaders.single_file.fetch_diffusers_config"
+    monkeypatch.setattr(place, lambda _: {"pretrained_model_name_or_path": str(folder)})
+    state = load_file(single_file) | ({"v_pred": torch.empty(0)} if how == "tensor" else {})
+    state |= {"ztsnr": torch.empty(0)} if zero_snr else {}
+    header = {"modelspec.prediction_type": "v"} if how == "header" else {}
+    save_file(state, tmp_path / "v.safetensors", {"format": "pt", **header})
+    config = ModelConfig(id=str(tmp_path / "v.safetensors"), dtype="float32")
+    copy = shutil.copytree(folder, tmp_path / "folder")
+    asked = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": zero_snr}
+    edit(copy, "scheduler/scheduler_config.json", **asked)
+    models = open_model(config, [], CPU), load(copy, prompts=[])
+    found, wanted = (model.network.schedule(3, (4, 8, 8)) for model in models)
+    assert found == wanted
+    assert found.prediction_type == "v_prediction"
+    # A folder that says something else is no guess, but a contradiction.
+    with pytest.raises(ConfigError, match=r"prediction_type: epsilon, but .* v_prediction"):
+        find(config.model_copy(update={"config": str(folder)}))
+    find(config.model_copy(update={"config": str(copy)}))
+    if zero_snr:
+        edit(copy, "scheduler/scheduler_config.json", rescale_betas_zero_snr=False)
+        with pytest.raises(ConfigError, match=r"rescale_betas_zero_snr: False, but .* True"):
+            find(config.model_copy(update={"config": str(copy)}))
+
+
+def test_a_single_file_of_edms_own_noise_is_refused(single_file: Path, tmp_path: Path) -> None:
+    state = load_file(single_file) | {"edm_vpred.sigma_max": torch.tensor(80.0)}
+    save_file(state, tmp_path / "cos.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"edm_vpred\.sigma_max: .* CosXL"):
+        find(ModelConfig(id=str(tmp_path / "cos.safetensors")))
+
+
 # --- What is missing, damaged or of another kind ---
 
 

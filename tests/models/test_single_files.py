@@ -15,6 +15,7 @@ from alignprop_cli.config.schema import ModelConfig
 from alignprop_cli.errors import ConfigError
 from alignprop_cli.models.families import find, open_model
 from alignprop_cli.models.meta import meta_model
+from alignprop_cli.models.single_files import noise_marks
 
 CPU = torch.device("cpu")
 FIRST = "model.diffusion_model.input_blocks.0.0.weight"
@@ -180,6 +181,15 @@ def test_a_quantised_single_file_is_refused(
         find(ModelConfig(id=str(file)))
     assert how in raised.value.message
     assert "model.quantize: nf4 or int8" in str(raised.value.hint)
+
+
+@pytest.mark.parametrize("key", ["modelspec.prediction_type", "modelspec.predict_key"])
+def test_a_header_says_that_the_network_predicts_v(key: str, tmp_path: Path) -> None:
+    # The first is ModelSpec's key, which sd-scripts writes, the second is ComfyUI's.
+    file = tmp_path / "model.safetensors"
+    for word, found in (("epsilon", {}), ("v", {"prediction_type": "v_prediction"})):
+        save_file(ones(**{FIRST: (4, 4, 3, 3)}), file, {key: word})
+        assert noise_marks(file) == found
 
 
 def test_a_gguf_file_is_refused(tmp_path: Path) -> None:

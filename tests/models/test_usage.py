@@ -1,0 +1,57 @@
+"""The lines of a model card that sample with diffusers."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from typing import Any
+
+import diffusers
+import pytest
+
+from alignprop_cli.models.families import FAMILIES
+from alignprop_cli.models.usage import snippet
+
+PLAIN = {"num_inference_steps": 4, "guidance_scale": 3.5, "height": 64, "width": 32}
+
+
+def call_of(pipeline_class: str, sample: dict[str, Any]) -> dict[str, ast.expr]:
+    """Return the named arguments with which the pipeline is called."""
+    lines = snippet("owner/model", pipeline_class, "owner/lora", sample)
+    (image,) = ast.parse(lines[-1]).body
+    assert isinstance(image, ast.Assign)
+    # pipeline(...).images[0]
+    calls = [n for n in ast.walk(image) if isinstance(n, ast.Call)]
+    (call,) = [n for n in calls if ast.unparse(n.func) == "pipeline"]
+    # Not by its place, where FLUX.2's pipeline takes an image.
+    assert not call.args
+    return {str(keyword.arg): keyword.value for keyword in call.keywords}
+
+
+@pytest.mark.parametrize("kind", sorted(FAMILIES))
+def test_every_argument_is_one_of_diffusers_pipeline(kind: str) -> None:
+    sample = {**PLAIN, "negative_prompt": 'a "blurry" cat'}
+    # Refused where guidance was distilled in, which is all of these models.
+    if kind == "LatentConsistencyModelPipeline":
+        sample["negative_prompt"] = ""
+    if FAMILIES[kind].true_guidance:
+        sample["true_guidance_scale"] = 2.0
+    given = call_of(kind, sample)
+    assert given.keys() <= inspect.signature(getattr(diffusers, kind).__call__).parameters.keys()
+    assert given.keys() >= {"prompt", *PLAIN}
+    shown = " ".join(map(ast.unparse, given.values()))
+    assert (repr(sample["negative_prompt"]) in shown) is bool(sample["negative_prompt"])
+
+
+def test_two_branches_of_flux1_need_a_negative_prompt_though_it_is_empty() -> None:
+    # `do_true_cfg = true_cfg_scale > 1 and has_neg_prompt` in diffusers' pipeline.
+    given = call_of("FluxPipeline", {**PLAIN, "true_guidance_scale": 3.0, "negative_prompt": ""})
+    assert ast.literal_eval(given["negative_prompt"]) == ""
+    assert ast.literal_eval(given["true_cfg_scale"]) == 3.0
+    assert "negative_prompt" not in call_of("FluxPipeline", {**PLAIN, "negative_prompt": ""})
+
+
+def test_a_negative_prompt_of_klein_is_encoded_by_its_pipeline() -> None:
+    given = call_of("Flux2KleinPipeline", {**PLAIN, "negative_prompt": "blurry"})
+    assert ast.unparse(given["negative_prompt_embeds"]) == "pipeline.encode_prompt('blurry')[0]"
+    assert "negative_prompt_embeds" not in call_of("Flux2KleinPipeline", PLAIN)
