@@ -8,7 +8,7 @@ from pathlib import Path
 
 from alignprop_cli.commands.options import check_output_file, make_parent, split_names
 from alignprop_cli.config import presets
-from alignprop_cli.config.schema import Config
+from alignprop_cli.config.schema import Config, RewardConfig
 from alignprop_cli.errors import ConfigError
 from alignprop_cli.paths import user_path
 from alignprop_cli.rewards import registry
@@ -31,7 +31,7 @@ def rewards(sets: Sequence[str] | None, reward: Sequence[str] | None, found: lis
         found: The images.
 
     Raises:
-        ConfigError: If `sets` has a key outside `reward`, or no reward is named.
+        ConfigError: If `sets` has a key outside `reward` or one of training, or no reward is named.
     """
     # Other keys are about models and training, and would be ignored silently.
     for text in sets or ():
@@ -44,6 +44,11 @@ def rewards(sets: Sequence[str] | None, reward: Sequence[str] | None, found: lis
     unnamed = not chosen and not sets
     given = {"rewards": dict.fromkeys(chosen), "assignments": sets or ()}
     config = presets.resolve(**given, default_reward="clip", source="command line")
+    for name, member in config.reward.items():
+        trained = (member.model_fields_set & RewardConfig.model_fields.keys()) - {"dtype"}
+        if trained:
+            key = f"reward.{name}.{min(trained)}"
+            raise ConfigError(f"--set: {key} is about training: no row would be another with it")
     # Looked at only where it matters: every image has to be opened for it.
     embedded = unnamed or any(registry.is_embedded(n, r.options) for n, r in config.reward.items())
     model = "tiny" if embedded and all(drawn_by_embedded(each.path) for each in found) else ""

@@ -131,6 +131,7 @@ def test_nothing_to_measure_ends_with_4(capsys, folder, tmp_path):
     [
         (["--reward", "brightnes"], 2, "Did you mean 'brightness'"),
         (["--set", "sample.eta=1"], 2, "only reward.NAME.OPTION"),
+        (["--set", "reward.contrast.weight=2"], 2, "reward.contrast.weight is about training"),
         (["--reward", "brightness", "--format", "csv", "--json"], 2, "both write"),
         (["--reward", "brightness", "--output", "scores.txt"], 2, "csv, jsonl or parquet"),
         (["--reward", "brightness", "--resume"], 2, "--resume needs a file"),
