@@ -78,8 +78,9 @@ def _cell(cells: Cells, name: str) -> str:
     """Return the mean over the seeds, and the least and the most of any."""
     values = [SCALE.get(name, 1.0) * value for value in cells[name]]
     digits = 1 if name in SCALE else 3
-    mean, *ends = (f"{v:+.{digits}f}" for v in (sum(values) / len(values), min(values), max(values)))
-    return f"{mean} ({ends[0]} to {ends[1]})" if len(values) > 1 else mean
+    numbers = (sum(values) / len(values), min(values), max(values))
+    mean, low, high = (f"{number:+.{digits}f}" for number in numbers)
+    return f"{mean} ({low} to {high})" if len(values) > 1 else mean
 
 
 def _by_reward(found: Rows) -> list[str]:
