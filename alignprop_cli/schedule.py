@@ -19,7 +19,7 @@ PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
 
 # Deviation of the data, as consistency models are parametrised.
 _SIGMA_DATA = 0.5
-# What float32 may add to a noise level of 1.
+# What float32 may add to a noise level, as a share of it.
 _ROUNDING = 1e-5
 
 
@@ -193,6 +193,9 @@ def euler_schedule(
     Returns:
         The schedule with T steps. Not differentiable.
 
+    Raises:
+        ValueError: If the levels rise.
+
     Source: Karras et al. 2022, arXiv:2206.00364, section 4; diffusers' Euler(Ancestral)Discrete-
         Scheduler, whose sigma_up is `ddim_step`'s spread at eta = 1.
     """
@@ -201,6 +204,13 @@ def euler_schedule(
         scale = math.sqrt(1.0 + sigma**2)
         return 1.0 / scale, sigma / scale
 
+    # The last two may be one level by two ways of rounding.
+    for sigma, after in itertools.pairwise(sigmas):
+        if after > sigma * (1.0 + _ROUNDING):
+            raise ValueError(
+                f"the noise levels rise from {sigma:.4g} to {after:.4g}; see sigma_min and "
+                "sigma_max of the scheduler"
+            )
     # The end is left in the variance exploding form, as what is decoded: (1, 0) mostly.
     after = [levels(sigma) for sigma in sigmas[1:-1]] + [(1.0, sigmas[-1])]
     steps = tuple(

@@ -77,7 +77,7 @@ class Shown(TypedDict):
 PlanShown = create_model(
     "PlanShown",
     __base__=strict(Plan),
-    accumulation=(int, Field(description="Micro-batches of a step.")),
+    accumulation=(int, Field(description="Micro-batches of a step in one process, at most.")),
     images_per_hour=(Number, ...),
 )
 

@@ -149,6 +149,12 @@ def test_eulers_steps_have_the_levels_of_the_variance_exploding_form() -> None:
     assert (whole.initial_scale, whole.eta, schedule.eta) == (1.0, 0.0, 1.0)
 
 
+@pytest.mark.parametrize("sigmas", [[0.1, 0.5, 10.0, 0.0], [3.0, 1.0, 0.5, 0.75]])
+def test_eulers_levels_that_rise_are_refused(sigmas: list[float]) -> None:
+    with pytest.raises(ValueError, match=r"the noise levels rise from 0\.\d to 0\.\d+; see"):
+        euler_schedule([3, 2, 1], sigmas, "epsilon", eta=0.0, unit_noise=False)
+
+
 def test_a_level_that_is_left_at_the_end_stays_in_the_variance_exploding_form() -> None:
     (step,) = euler_schedule([5.0], [2.0, 0.25], "epsilon", eta=0.0, unit_noise=True).steps
     # What is decoded is x0 + 0.25 epsilon.

@@ -45,7 +45,7 @@ class ModelConfig(Section):
     )
     revision: str | None = Field(default=None, description="Branch, tag or commit of a hub id.")
     variant: str | None = Field(
-        default=None, description="Weight variant of a hub id, such as fp16."
+        default=None, description="Weight variant of a hub id or a folder, such as fp16."
     )
     config: str | None = Field(
         default=None,

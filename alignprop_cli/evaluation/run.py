@@ -98,9 +98,10 @@ def variants(
     # No dots at the ends: `..` would be another folder. Cut, since no folder's name is longer than
     # 255 bytes.
     labels = [re.sub(r"[^\w.-]+", "-", found.label)[:60].strip(".") or "lora" for found in located]
-    # Numbered if two have the same label, or one has that of the base model; some file systems take
-    # large letters for small ones.
-    if len({"base", *(label.casefold() for label in labels)}) <= len(labels):
+    # Numbered if two have the same label, or one has that of the base model or of the key that
+    # results.json has beside the models; some file systems take large letters for small ones.
+    taken = {"base", "trained_on"}
+    if len(taken | {label.casefold() for label in labels}) < len(taken) + len(labels):
         labels = [f"{number}-{label}" for number, label in enumerate(labels, start=1)]
     return [Variant(label, found) for label, found in zip(labels, located, strict=True)]
 

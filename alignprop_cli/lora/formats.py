@@ -33,7 +33,14 @@ from alignprop_cli.lora.factors import (
     not_finite,
     scaling,
 )
-from alignprop_cli.lora.names import KOHYA, NETWORKS, layer_of, present, without_network
+from alignprop_cli.lora.names import (
+    COMFYUI,
+    KOHYA,
+    NETWORKS,
+    layer_of,
+    present,
+    without_network,
+)
 from alignprop_cli.lora.settings import shown
 from alignprop_cli.parsing import ParseError, read_json
 
@@ -62,6 +69,13 @@ _OTHER_KINDS = {
     r"diff|diff_b|w_norm|b_norm": "a file of whole weight differences",
     r"lora_embedding_[AB]": "a LoRA of embeddings",
 }
+# Needs no base model. diffusers multiplies alpha / rank into the weights. Cloned, as it lets layers
+# that were one share a factor, which no file can hold.
+_RENAMING = (
+    "diffusers renames most of FLUX.1, FLUX.2 and Z-Image; in Python: safetensors.torch.save_file("
+    "{k: v.clone() for k, v in diffusers.ZImagePipeline.lora_state_dict(FILE).items()}, NEW_FILE), "
+    "or FluxPipeline, Flux2KleinPipeline; NEW_FILE can be read here"
+)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -149,6 +163,11 @@ def _group(state: Mapping[str, Tensor], names: list[str], file: Path) -> dict[st
     for name in names:
         found = _TENSOR.fullmatch(present(name))
         layer = layer_of(found["layer"], file) if found else None
+        if found is not None and name.startswith(COMFYUI):
+            raise AssetError(
+                f"{file}: the layers have ComfyUI's names ({shown(name)}), which are not read here",
+                hint=_RENAMING,
+            )
         if found is None or layer is None:
             raise AssetError(f"{file}: cannot be read as a LoRA: unexpected tensor {shown(name)}")
         tensors = grouped.setdefault(layer, _Tensors())

@@ -17,6 +17,9 @@ PEFT = "base_model.model."
 KOHYA = "lora_unet_"
 """What kohya's trainer puts before the names of a U-Net's layers."""
 
+COMFYUI = "diffusion_model."
+"""What ComfyUI puts before the names of the original code's layers, which are not read here."""
+
 # Old versions of diffusers put the LoRA into the attention processors.
 _OLD = re.compile(r"\.processor\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight$")
 

@@ -13,7 +13,12 @@ _EMBEDS_ALONE = "Flux2KleinPipeline"
 
 
 def snippet(
-    base: str | None, pipeline_class: str | None, place: str, sample: Mapping[str, Any]
+    base: str | None,
+    pipeline_class: str | None,
+    place: str,
+    sample: Mapping[str, Any],
+    *,
+    without_t5: bool = False,
 ) -> list[str]:
     """Return lines of Python that sample an image with a LoRA.
 
@@ -22,6 +27,7 @@ def snippet(
         pipeline_class: Its pipeline in diffusers; None where it is not known.
         place: Folder or hub id of the LoRA.
         sample: Values of the `sample` section; may be incomplete.
+        without_t5: Whether the T5 of Stable Diffusion 3 is left out, as by `model.t5: none`.
     """
     kind = pipeline_class or _ANY
     # By name: the first argument of FLUX.2's pipeline is an image.
@@ -43,10 +49,12 @@ def snippet(
     if negative and kind == _EMBEDS_ALONE:
         encoded = f"pipeline.encode_prompt({json.dumps(negative)})[0]"
         arguments.append(f"negative_prompt_embeds={encoded}")
+    loaded = json.dumps(base or "FOLDER-OF-THE-BASE-MODEL")
+    loaded += ", text_encoder_3=None, tokenizer_3=None" if without_t5 else ""
     return [
         f"from diffusers import {kind}",
         "",
-        f"pipeline = {kind}.from_pretrained({json.dumps(base or 'FOLDER-OF-THE-BASE-MODEL')})",
+        f"pipeline = {kind}.from_pretrained({loaded})",
         f"pipeline.load_lora_weights({json.dumps(place)})",
         f"image = pipeline({', '.join(arguments)}).images[0]",
     ]

@@ -233,6 +233,7 @@ def _choices(request: PlanRequest) -> Iterator[Plan]:
                 yield Plan(
                     batch_size=request.batch_size,
                     processes=request.processes,
+                    groups=request.groups,
                     rollout_batch=1,
                     micro_batch=1,
                     decode_batch=1,

@@ -79,13 +79,16 @@ class PlanRequest(Chain):
         return self.batch_size // self.processes
 
     @property
+    def groups(self) -> int:
+        """Return the groups that one process has images of: whole ones, or a part of every one."""
+        groups = self.batch_size // (self.group or self.batch_size)
+        whole = whole_groups(self.estimator, self.num_inference_steps, groups, self.processes)
+        return groups // self.processes if whole else groups
+
+    @property
     def together(self) -> int:
         """Return the largest number of images of one path in one process: they go back together."""
-        group = self.group or self.batch_size
-        groups = self.batch_size // group
-        if whole_groups(self.estimator, self.num_inference_steps, groups, self.processes):
-            return group
-        return math.ceil(group / self.processes)
+        return math.ceil(self.share / self.groups)
 
     @property
     def is_open(self) -> bool:
@@ -104,12 +107,14 @@ class Plan(Division):
     Args:
         batch_size: Images of one step over all processes.
         processes: Number of processes; they have equal shares of the batch.
+        groups: As in `PlanRequest`; no micro-batch has images of two, unless their paths are equal.
         estimate: What the step is expected to need; None where nothing was counted.
         seconds: What the step is expected to take; None where no pace of the device is known.
     """
 
     batch_size: int
     processes: int
+    groups: int = 1
     estimate: Estimate | None = None
     seconds: float | None = None
 
@@ -120,8 +125,15 @@ class Plan(Division):
 
     @property
     def accumulation(self) -> int:
-        """Return the number of micro-batches of one step in one process."""
-        return math.ceil(self.share / self.micro_batch)
+        """Return the number of micro-batches of one step in one process.
+
+        Where they do not divide the groups, it is less in steps that draw equal paths for two.
+        """
+        # As equal as they can be: some groups have one image more in this process than others.
+        images, larger = divmod(self.share, self.groups)
+        return larger * math.ceil((images + 1) / self.micro_batch) + (
+            self.groups - larger
+        ) * math.ceil(images / self.micro_batch)
 
     @property
     def images_per_hour(self) -> float | None:
@@ -163,8 +175,10 @@ class Plan(Division):
         # 1. The batches; the roll-out's and the decoder's only where they are not the micro-batch.
         text = f"{self.batch_size} images a step = "
         text += f"{self.processes} processes x " if self.processes > 1 else ""
+        uneven = self.accumulation * self.micro_batch != self.share
+        text += "up to " if uneven and self.groups > 1 else ""
         text += f"{self.accumulation} micro-batch{'es' if self.accumulation > 1 else ''} of "
-        text += "at most " if self.share % self.micro_batch else ""
+        text += "at most " if uneven else ""
         text += f"{self.micro_batch}"
         parts = [f"roll-out by {self.rollout_batch}"] * (self.rollout_batch != self.micro_batch)
         parts += [f"decoder by {self.decode_batch}"] * (self.decode_batch != self.micro_batch)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -66,6 +66,7 @@ class Card:
         examples: Some held-out prompts.
         fingerprint: Of the base model's architecture.
         base_is_local: Whether the base model is known to be a path, whatever it looks like.
+        without_t5: Whether the base model is sampled without its T5.
     """
 
     title: str
@@ -80,6 +81,7 @@ class Card:
     examples: Sequence[str] = ()
     fingerprint: str | None = None
     base_is_local: bool = False
+    without_t5: bool = False
 
     def text(self, place: str, images: str | None) -> str:
         """Return the whole card.
@@ -122,7 +124,8 @@ class Card:
 
     def _use(self, base: str | None, place: str) -> list[str]:
         """Return how it is loaded and sampled with in diffusers."""
-        lines = snippet(base, self.pipeline_class, place, self.sample)
+        named, t5 = self.pipeline_class, self.without_t5
+        lines = snippet(base, named, place, self.sample, without_t5=t5)
         parts = ["## Use", "\n".join(["```python", *lines, "```"])]
         # What a call of diffusers' pipeline does not take.
         others = ("scheduler", "spacing", "eta", "guidance_interval")
@@ -269,6 +272,7 @@ def of_run(
         remarks=_remarks(summary["guard"]["told"], shown, prompts, trained_on),
         examples=prompts[:5],
         fingerprint=fingerprint,
+        without_t5=config.model.t5 == "none",
     )
 
 
@@ -295,6 +299,9 @@ def of_soup(
     measured = {} if evaluation is None else evaluation["rewards"]
     shown = shared.short_names((*rewards, *measured))
     sample, remarks = shared.sample(config.get("sample")), list[str]()
+    # Somebody else's, as the sample section may be.
+    model = config.get("model")
+    t5 = cast(Mapping[str, Any], model).get("t5") if isinstance(model, Mapping) else None
     # An evaluation says how it sampled, which may be otherwise than the members record.
     figures = None
     if evaluation is not None:
@@ -326,6 +333,7 @@ def of_soup(
         remarks=remarks,
         fingerprint=header.get("alignprop.base_fingerprint"),
         base_is_local=shared.is_local(header),
+        without_t5=t5 == "none",
     )
 
 

@@ -19,6 +19,8 @@ def test_files_are_called_by_their_names_and_numbered_where_those_are_alike() ->
     # One folder to a file system that ignores the size of letters.
     assert names("a/x.safetensors", "b/X.safetensors") == ["1-x", "2-X"]
     assert names("a/Base.safetensors", "b/y.safetensors") == ["1-Base", "2-y"]
+    # A metric in results.json has a key of that name beside the models.
+    assert names("a/trained_on.safetensors", "b/y.safetensors") == ["1-trained_on", "2-y"]
 
 
 def test_no_name_of_a_file_is_another_folder_or_too_long_for_one(tmp_path: Path) -> None:

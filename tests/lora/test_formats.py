@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
+import safetensors.torch
 import torch
 from diffusers import (
     Flux2Transformer2DModel,
@@ -406,6 +409,11 @@ REFUSED: dict[str, tuple[dict[str, Tensor], type[AlignPropError], str]] = {
         r"unexpected tensor vae\.x",
     ),
     "no prefix": ({n[5:]: v for n, v in PAIR.items()}, AssetError, r"unexpected tensor x\.to_q"),
+    "comfyui": (
+        {n.replace("unet.", "diffusion_model."): v for n, v in PAIR.items()},
+        AssetError,
+        r"have ComfyUI's names \(diffusion_model\.x\.to_q.*\), which are not read here",
+    ),
     "names of sdxl": (
         {n.replace("mid_block", "middle_block"): v for n, v in KOHYA.items()},
         AssetError,
@@ -727,5 +735,73 @@ def test_every_layer_of_a_transformer_is_known_by_its_name_in_a_peft_file(kind: 
 def test_other_names_of_a_transformers_layers_are_refused(name: str) -> None:
     # Fused projections: what they are in diffusers' names depends on the model.
     state = {name: torch.ones(2, 3), name.replace("A", "B").replace("down", "up"): torch.ones(4, 2)}
-    with pytest.raises(AssetError, match=r"unexpected (tensor|layer) (diffusion_model|lora_)"):
+    with pytest.raises(AssetError, match=r"ComfyUI's names|unexpected (tensor|layer) lora_"):
         formats.read_layers(state, {}, Path("other.safetensors"))
+
+
+# The pipeline whose names they are, the layers and what they are in diffusers, and the spelling of
+# the factors. Two of the layers are three in diffusers.
+RENAMED = [
+    (
+        "ZImagePipeline",
+        {"layers.3.attention.to_q": ["layers.3.attention.to_q"]},
+        ("lora_A", "lora_B"),
+        2.0,
+    ),
+    (
+        "Flux2KleinPipeline",
+        {
+            "double_blocks.0.img_attn.qkv": [f"transformer_blocks.0.attn.to_{x}" for x in "qkv"],
+            "single_blocks.0.linear2": ["single_transformer_blocks.0.attn.to_out"],
+        },
+        ("lora_A", "lora_B"),
+        None,
+    ),
+    (
+        "FluxPipeline",
+        {
+            "double_blocks.0.img_attn.qkv": [f"transformer_blocks.0.attn.to_{x}" for x in "qkv"],
+            "double_blocks.0.img_attn.proj": ["transformer_blocks.0.attn.to_out.0"],
+        },
+        ("lora_down", "lora_up"),
+        2.0,
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "layers", "spelling", "alpha"), RENAMED, ids=lambda x: str(x)[:9])
+def test_what_the_message_about_comfyuis_names_says_makes_a_file_that_is_read(
+    kind: str,
+    layers: dict[str, list[str]],
+    spelling: tuple[str, str],
+    alpha: float | None,
+    tmp_path: Path,
+) -> None:
+    state: dict[str, Tensor] = {}
+    expected: dict[str, Tensor] = {}
+    for number, (name, parts) in enumerate(layers.items()):
+        down, up = randn(2 * number, 4, 12), randn(2 * number + 1, 6 * len(parts), 4)
+        state[f"diffusion_model.{name}.{spelling[0]}.weight"] = down
+        state[f"diffusion_model.{name}.{spelling[1]}.weight"] = up
+        if alpha is not None:
+            state[f"diffusion_model.{name}.alpha"] = torch.tensor(alpha)
+        # One below the other, as the rows of a layer that is several.
+        update = (up @ down) * (1.0 if alpha is None else alpha / 4)
+        expected |= dict(zip(parts, update.split(6), strict=True))
+    given, made = tmp_path / "given.safetensors", tmp_path / "made.safetensors"
+    save_file(state, given)
+    with pytest.raises(AssetError, match="have ComfyUI's names") as caught:
+        files.read(given)
+    # The line of the message, with the pipeline and the places filled in.
+    told = re.search(
+        r"in Python: (.*), or FluxPipeline, Flux2KleinPipeline;", caught.value.hint or ""
+    )
+    assert told is not None
+    line = told[1].replace("ZImagePipeline", kind)
+    exec(
+        line, {"diffusers": diffusers, "safetensors": safetensors, "FILE": given, "NEW_FILE": made}
+    )
+    found = files.read(made).layers
+    assert found.keys() == expected.keys()
+    for name, factors in found.items():
+        torch.testing.assert_close(factors.scaling * factors.up @ factors.down, expected[name])

@@ -11,7 +11,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,6 +23,7 @@ from alignprop_cli.models import configs, sdxl
 from alignprop_cli.models.base import Model
 from alignprop_cli.models.families import ARCHITECTURES, TINY, open_model, sampler
 from alignprop_cli.models.meta import meta_model
+from alignprop_cli.models.schedulers import noise_schedule
 from alignprop_cli.sampling import sample
 from tests.factories import SD1_BETAS, randn, small_pipeline
 
@@ -251,6 +252,21 @@ def test_what_is_not_obeyed_is_refused_with_its_file_and_key(
     assert type(error) is ConfigError
     assert error.message.startswith(f"model.id: {path}: {key}: ")
     assert words in error.message
+
+
+@pytest.mark.parametrize("kind", ["use_karras_sigmas", "use_exponential_sigmas"])
+@pytest.mark.parametrize("ends", [{"sigma_min": 10.0, "sigma_max": 0.1}, {"sigma_min": 20.0}])
+def test_levels_that_rise_are_refused_where_their_ends_are_used(
+    kind: str, ends: dict[str, float]
+) -> None:
+    """The largest level of these betas is 14.6: sigma_min = 20 alone is above it."""
+    own = EulerDiscreteScheduler(**SD1_BETAS, **{kind: True}, **ends)
+    config = {**own.config, "_class_name": "EulerDiscreteScheduler"}
+    for steps in (5, 1000):
+        with pytest.raises(ConfigError, match=r"model\.id: m: the noise levels rise .* sigma_min"):
+            noise_schedule(config, steps, "m")
+    # Without them nothing reads the ends.
+    assert noise_schedule({**config, kind: False}, 5, "m").steps[0].sigma > 0.99
 
 
 def test_a_tokenizer_without_its_length_is_refused(copy: Path) -> None:

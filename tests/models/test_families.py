@@ -326,3 +326,41 @@ def test_t5_can_be_left_out_of_stable_diffusion_3_alone(name: str, message: str)
         with pytest.raises(ConfigError, match=f"{message}; the option is for Stable Diffusion 3"):
             door()
     assert find(ModelConfig(id="stabilityai/stable-diffusion-3.5-medium", t5="none"))
+
+
+@pytest.mark.parametrize(
+    ("place", "key", "message"),
+    [
+        ("tiny", "revision", "it is for a hub id, and model.id .* is an embedded model"),
+        ("tiny-fewstep", "variant", "for a hub id or a folder, .* is an embedded model"),
+        ("tiny", "config", "it is for a single file, .* is an embedded model"),
+        ("folder", "revision", "it is for a hub id, .* is a folder"),
+        ("folder", "config", "it is for a single file, .* is a folder"),
+        ("single file", "revision", "it is for a hub id, .* is a single file"),
+        ("single file", "variant", "it is for a hub id or a folder, .* is a single file"),
+        ("stabilityai/sdxl-turbo", "config", "it is for a single file, .* is a hub id"),
+    ],
+)
+def test_an_option_for_another_kind_of_model_is_refused(
+    place: str, key: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "folder").mkdir()
+    # Neither needs to be a model.
+    (tmp_path / "single file").touch()
+    name = str(tmp_path / place) if (tmp_path / place).exists() else place
+    config = ModelConfig(**{"id": name, key: "x1"})
+    for door in (
+        lambda: find(config),
+        lambda: meta_model(config, torch.float32),
+        lambda: open_model(config, [], CPU),
+    ):
+        with pytest.raises(ConfigError, match=rf"model\.{key}: x1: .*{message}") as caught:
+            door()
+        assert f"model.{key}=null" in str(caught.value.hint)
+
+
+def test_options_are_taken_where_they_mean_something(tmp_path: Path) -> None:
+    family, _ = find(ModelConfig(id="stabilityai/sdxl-turbo", revision="v2", variant="fp16"))
+    assert family.pipeline_class == "StableDiffusionXLPipeline"
+    (tmp_path / "model_index.json").write_text('{"_class_name": "ZImagePipeline"}')
+    assert find(ModelConfig(id=str(tmp_path), variant="fp16"))[0].name == "Z-Image"

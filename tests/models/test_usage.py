@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+from pathlib import Path
 from typing import Any
 
 import diffusers
@@ -11,6 +12,7 @@ import pytest
 
 from alignprop_cli.models.families import FAMILIES
 from alignprop_cli.models.usage import snippet
+from tests.flow_models import small_sd3
 
 PLAIN = {"num_inference_steps": 4, "guidance_scale": 3.5, "height": 64, "width": 32}
 
@@ -55,3 +57,15 @@ def test_a_negative_prompt_of_klein_is_encoded_by_its_pipeline() -> None:
     given = call_of("Flux2KleinPipeline", {**PLAIN, "negative_prompt": "blurry"})
     assert ast.unparse(given["negative_prompt_embeds"]) == "pipeline.encode_prompt('blurry')[0]"
     assert "negative_prompt_embeds" not in call_of("Flux2KleinPipeline", PLAIN)
+
+
+@pytest.mark.parametrize("kind", ["StableDiffusion3Pipeline", None])
+def test_a_pipeline_without_t5_is_loaded_without_it(kind: str | None, tmp_path: Path) -> None:
+    base = str(small_sd3(tmp_path))
+    for without_t5 in (True, False):
+        lines = snippet(base, kind, "owner/lora", PLAIN, without_t5=without_t5)
+        names: dict[str, Any] = {}
+        # Up to the LoRA, which is on no hub.
+        exec("\n".join(lines[:3]), names)
+        assert (names["pipeline"].text_encoder_3 is None) is without_t5
+        assert (names["pipeline"].tokenizer_3 is None) is without_t5

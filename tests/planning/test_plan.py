@@ -126,8 +126,13 @@ def test_a_batch_that_is_larger_than_the_share_of_a_process_names_what_fits(key:
 
 
 def test_what_a_given_micro_batch_leaves_over_is_a_smaller_one() -> None:
-    plan = make_plan(asked(batch_size=20, processes=2, micro_batch=4), footprint=footprint())
+    alike = asked({"method": "last_k"}, batch_size=20, processes=2, micro_batch=4)
+    plan = make_plan(alike, footprint=footprint())
     assert (plan.share, plan.micro_batch, plan.accumulation) == (10, 4, 3)
+    # Two groups, of which each process has a half: twice 4 and 1.
+    groups = asked({"method": "random_k"}, batch_size=20, processes=2, micro_batch=4)
+    plan = make_plan(groups, footprint=footprint())
+    assert (plan.share, plan.micro_batch, plan.accumulation) == (10, 4, 4)
 
 
 def test_a_micro_batch_is_no_larger_than_the_images_that_share_their_calls() -> None:
@@ -687,6 +692,12 @@ def test_a_plan_is_described_in_one_line() -> None:
     assert plan.describe() == (
         "20 images a step = 2 processes x 3 micro-batches of at most 4 "
         "(roll-out by 8, decoder by 1); recomputed in backward: nothing"
+    )
+    plan = Plan(
+        batch_size=24, processes=1, groups=4, rollout_batch=4, micro_batch=4, decode_batch=4
+    )
+    assert plan.describe() == (
+        "24 images a step = up to 8 micro-batches of at most 4; recomputed in backward: nothing"
     )
     plan = Plan(
         batch_size=4,

@@ -116,6 +116,21 @@ def test_a_soup_has_the_figures_of_its_evaluation_or_says_that_there_are_none() 
     assert "/data" not in text
 
 
+def test_the_code_of_a_card_leaves_t5_out_where_the_run_did() -> None:
+    config = presets.resolve(preset="sd35_hps", flags={"model.t5": "none"})
+    run = card.of_run(config, "r", "StableDiffusion3Pipeline", "f1", summary(), ())
+    given = ("mix", {"alignprop.base_model": config.model.id}, [("a", 1.0)], ["hps"], "exact")
+    mix = card.of_soup(*given, config.model_dump(mode="json"), None)
+    for found in (run, mix):
+        text = found.text("x", None)
+        assert f'("{config.model.id}", text_encoder_3=None, tokenizer_3=None)' in text
+    config = presets.resolve(preset="sd35_hps")
+    run = card.of_run(config, "r", "StableDiffusion3Pipeline", "f1", summary(), ())
+    # What a mix records may be somebody else's.
+    for found in (run, *(card.of_soup(*given, {"model": m}, None) for m in ("none", {}, ["t5"]))):
+        assert f'from_pretrained("{config.model.id}")' in found.text("x", None)
+
+
 @pytest.mark.parametrize(
     "sample",
     [["x"], "x", {"guidance_scale": "7"}, {"true_guidance_scale": None}, {"height": {}, "own": 1}],

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from alignprop_cli.estimators import Estimator, last_k, random_k
 from alignprop_cli.guidance import Guidance
 from alignprop_cli.models.base import Sampler
-from alignprop_cli.planning.plan import PlanRequest, whole_groups
+from alignprop_cli.planning.plan import Plan, PlanRequest, whole_groups
 from alignprop_cli.prompts import PromptStream
 from alignprop_cli.schedule import NoiseSchedule, Step
-from alignprop_cli.training.batches import Settings, StepImage, images_of_step
+from alignprop_cli.training.batches import Settings, StepImage, batches, images_of_step
 from alignprop_cli.training.optimizer import OptimizerSettings
 
 STEPS, BATCH, GROUP = 20, 32, 8
@@ -100,3 +102,51 @@ def test_the_plan_knows_how_many_images_of_one_path_a_process_has(
         for group in range(BATCH // GROUP)
     )
     assert request.together == most
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 4, 6, 9])
+@pytest.mark.parametrize(("batch", "group"), [(36, 9), (36, 6), (36, 36), (36, 1), (72, 18)])
+@pytest.mark.parametrize("estimator", [last_k(3), random_k()])
+def test_a_plan_says_how_many_micro_batches_a_step_has(
+    estimator: Estimator, batch: int, group: int, processes: int
+) -> None:
+    request = PlanRequest(
+        batch_size=batch,
+        processes=processes,
+        num_inference_steps=STEPS,
+        estimator=estimator,
+        group=group if estimator.calls.uniforms else None,
+    )
+    plan = Plan(
+        batch_size=batch,
+        processes=processes,
+        groups=request.groups,
+        rollout_batch=1,
+        micro_batch=1,
+        decode_batch=1,
+    )
+    settings = Settings(
+        Sampler(STEPS, Guidance(1.0)), estimator, OptimizerSettings(1.0), batch, group
+    )
+    stream = PromptStream(["a"], 0)
+    for index in range(processes):
+        found = images_of_step(settings, stream, SCHEDULE, 0, (index, processes))
+        paths = {image.number // group: image.path for image in found}
+        if len(set(paths.values())) < len(paths) and request.group is not None:
+            continue  # groups with equal paths go back together
+        for micro in range(1, 13):
+            made = list(batches(found, micro, key=lambda image: image.path))
+            assert len(made) == replace(plan, micro_batch=micro).accumulation
+
+
+def test_where_a_group_is_no_multiple_of_the_micro_batch_equal_paths_save_one() -> None:
+    plan = Plan(
+        batch_size=24, processes=1, groups=4, rollout_batch=1, micro_batch=4, decode_batch=1
+    )
+    sampler = Sampler(STEPS, Guidance(1.0))
+    settings = Settings(sampler, random_k(1, 2), OptimizerSettings(1.0), 24, 6)
+    found = images_of_step(settings, PromptStream(["a"], 0), SCHEDULE, 0, (0, 1))
+    # Two groups of each path, 12 images: 3 of 4 each instead of two times 4 and 2.
+    assert len(list(batches(found, 4, key=lambda image: image.path))) == 6
+    assert plan.accumulation == 8
+    assert "up to 8 micro-batches of at most 4" in plan.describe()
