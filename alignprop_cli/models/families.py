@@ -41,7 +41,8 @@ _EMBEDDED: dict[str, tuple[Path, str | None]] = {
 # What kinds of `model.id` an option of the section is for.
 _KINDS = {
     "revision": ("a hub id",),
-    "variant": ("a hub id", "a folder"),
+    # A single file is what it is, but presets name a variant for the hub's model.
+    "variant": ("a hub id", "a folder", "a single file"),
     "config": ("a single file",),
 }
 

@@ -67,6 +67,11 @@ def noise_schedule(
     if kind in (DDIMScheduler, LCMScheduler):
         changes["clip_sample"] = False
     own = {key: value for key, value in config.items() if key != "_class_name"}
+    if scheduler == MODEL and kind.__name__ == config.get("_class_name"):
+        # Stable Diffusion's pipeline sets steps_offset to 1 where the file does not say it, but
+        # leaves it among the defaults, which `from_config` drops, as it does for other classes.
+        defaults = own.get("_use_default_values", ())
+        own["_use_default_values"] = [key for key in defaults if key != "steps_offset"]
     made = kind.from_config(own, **changes)
     total = made.config.num_train_timesteps
     if steps > total:

@@ -307,12 +307,10 @@ def make_parts(pipeline: Any, source: Source, kind: parts.Kind, network: type[UN
             f"channels for {channels}: a learned variance is not supported"
         )
     factor = pipeline.vae_scale_factor
-    scheduler = dict(pipeline.scheduler.config)
-    scheduler["_class_name"] = type(pipeline.scheduler).__name__
-    # Stable Diffusion's pipeline sets steps_offset to 1 where the file does not say it, but leaves
-    # it among the defaults, which `from_config` drops.
-    defaults = scheduler.get("_use_default_values", ())
-    scheduler["_use_default_values"] = [key for key in defaults if key != "steps_offset"]
+    scheduler = {
+        **pipeline.scheduler.config,
+        "_class_name": type(pipeline.scheduler).__name__,
+    }
     return Parts(
         network=network(pipeline.unet, scheduler, factor, config.id),
         decoder=VaeDecoder(pipeline.vae, factor, config.vae_tile_size, config.id),

@@ -332,12 +332,11 @@ def test_t5_can_be_left_out_of_stable_diffusion_3_alone(name: str, message: str)
     ("place", "key", "message"),
     [
         ("tiny", "revision", "it is for a hub id, and model.id .* is an embedded model"),
-        ("tiny-fewstep", "variant", "for a hub id or a folder, .* is an embedded model"),
+        ("tiny-fewstep", "variant", "a folder or a single file, .* is an embedded model"),
         ("tiny", "config", "it is for a single file, .* is an embedded model"),
         ("folder", "revision", "it is for a hub id, .* is a folder"),
         ("folder", "config", "it is for a single file, .* is a folder"),
         ("single file", "revision", "it is for a hub id, .* is a single file"),
-        ("single file", "variant", "it is for a hub id or a folder, .* is a single file"),
         ("stabilityai/sdxl-turbo", "config", "it is for a single file, .* is a hub id"),
     ],
 )

@@ -191,7 +191,9 @@ def test_a_models_own_scheduler_is_followed(
         rounds, pipeline = torch.float64, deepcopy(pipeline).to(torch.float64)
     monkeypatch.setattr(pipeline, "scheduler", SCHEDULERS[name])
     model = with_scheduler(model, SCHEDULERS[name])
-    for steps, guidance in ((4, 3.0), (1, 1.0)):
+    # LCM is used with weak guidance. With 3 its latents end at 32 here, of which the roundings of
+    # both sides add up to 1.03e-4 on processors without AVX-512.
+    for steps, guidance in ((4, 1.5 if "lcm" in name else 3.0), (1, 1.0)):
         asked = {"num_inference_steps": steps, "guidance_scale": guidance}
         with KeepsFloat64() if rounds == torch.float64 else nullcontext():
             expected = theirs(pipeline, dtype=rounds, **asked)
