@@ -15,7 +15,7 @@ import torch
 from alignprop_cli.config.schema import ModelConfig, SampleConfig
 from alignprop_cli.device import allow_tf32, resolve_dtype
 from alignprop_cli.errors import AssetError, ConfigError
-from alignprop_cli.models import loading, quantized, single_files
+from alignprop_cli.models import loading, places, quantized, single_files
 from alignprop_cli.models.base import Family, Model, Sampler, Source
 from alignprop_cli.models.embeddings import EmbedsCache, budget
 from alignprop_cli.models.guiding import guidance_of, takes_scale
@@ -37,14 +37,6 @@ _EMBEDDED: dict[str, tuple[Path, str | None]] = {
     "tiny-fewstep": (TINY_FLOW, "fewstep"),
 }
 """Folder of each of `EMBEDDED_MODELS`, and the variant of its weights."""
-
-# What kinds of `model.id` an option of the section is for.
-_KINDS = {
-    "revision": ("a hub id",),
-    # A single file is what it is, but presets name a variant for the hub's model.
-    "variant": ("a hub id", "a folder", "a single file"),
-    "config": ("a single file",),
-}
 
 _MODULAR = "modular_model_index.json"
 
@@ -192,10 +184,10 @@ def find(config: ModelConfig) -> tuple[Family, Path | None]:
     embedded = _EMBEDDED.get(config.id)
     path = embedded[0] if embedded else user_path(config.id, "model.id")
     if path.is_file():
-        _check_place(config, "a single file")
+        places.check(config, "a single file")
         return _obeying(config, _family_of_file(path, config)), path
     if path.is_dir():
-        _check_place(config, "an embedded model" if embedded else "a folder")
+        places.check(config, "an embedded model" if embedded else "a folder")
         return _obeying(config, _family(path / "model_index.json", str(path))), path
     # 2. A mistyped path is reported here; the hub would only say that it has no such repository.
     if _looks_like_a_path(config.id):
@@ -205,24 +197,10 @@ def find(config: ModelConfig) -> tuple[Family, Path | None]:
             "`--preset tiny` works without any download",
         )
     # 3. The hub, which is not asked where the configurations are shipped.
-    _check_place(config, "a hub id")
-    if config.id in PUBLISHED:
-        index = ARCHITECTURES / PUBLISHED[config.id] / "model_index.json"
-    else:
-        index = loading.download_index(config)
+    places.check(config, "a hub id")
+    known = PUBLISHED.get(config.id)
+    index = ARCHITECTURES / known / "model_index.json" if known else loading.download_index(config)
     return _obeying(config, _family(index, config.id)), None
-
-
-def _check_place(config: ModelConfig, kind: str) -> None:
-    """Refuse an option that is for another kind of `model.id`, where it would have no effect."""
-    for key, kinds in _KINDS.items():
-        value = getattr(config, key)
-        if value is not None and kind not in kinds:
-            raise ConfigError(
-                f"model.{key}: {value[:100]}: it is for {' or '.join(kinds)}, and model.id "
-                f"{config.id} is {kind}",
-                hint=f"leave it out, or set model.{key}=null where a preset or a file gives it",
-            )
 
 
 def _obeying(config: ModelConfig, family: Family) -> Family:

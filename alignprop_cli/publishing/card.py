@@ -14,13 +14,12 @@ from typing import Any, cast
 from huggingface_hub import ModelCard, ModelCardData
 
 from alignprop_cli import __version__
+from alignprop_cli.config.gradient import GradientConfig
 from alignprop_cli.config.schema import Config
-from alignprop_cli.console import printable
 from alignprop_cli.models.usage import snippet
 from alignprop_cli.publishing import facts, shared
+from alignprop_cli.publishing.markdown import code, table
 
-# Characters of a foreign text.
-_LONGEST = 200
 _TAGS = ["text-to-image", "lora", "diffusers", "reward-fine-tuning", "alignprop"]
 _CITATION = """```bibtex
 @article{prabhudesai2023aligning,
@@ -145,7 +144,7 @@ class Card:
         rows += [(name, code(value)) for name, value in self.settings]
         if self.fingerprint:
             rows.append(("architecture", code(self.fingerprint)))
-        return ["## How it was made", _table(("", ""), rows)]
+        return ["## How it was made", table(("", ""), rows)]
 
     def _results(self, images: str | None) -> list[str]:
         """Return what was measured, and the images."""
@@ -168,7 +167,7 @@ class Card:
                 (f"{code(name)} right", *_numbers(values, "{:.1%}"))
                 for name, values in figures.shares.items()
             ]
-            parts.append(_table(columns, rows))
+            parts.append(table(columns, rows))
         # What the guard says; it may name rewards of others.
         parts += [code(remark, most=1000) for remark in self.remarks]
         if self.examples:
@@ -239,8 +238,6 @@ def of_run(
     shown = shared.short_names((*config.reward, *config.eval.rewards, *held_out["rewards"]))
     weights = {shown[name]: f"weight {reward.weight:g}" for name, reward in config.reward.items()}
     kind = "DoRA" if lora.dora else "rsLoRA" if lora.rslora else "LoRA"
-    # Of the other estimators the number of calls is drawn, or is not one number.
-    calls = {"last_k": f", k = {gradient.k}"}.get(gradient.method, "")
     sample = config.sample.model_dump(mode="json")
     return Card(
         title=title,
@@ -255,7 +252,7 @@ def of_run(
             ("steps", f"{summary['steps']} of {train.batch_size} images"),
             ("optimiser", f"{train.optimizer}, learning rate {train.learning_rate:g}"),
             ("adapter", f"{kind} of rank {lora.rank}, alpha {lora.alpha or lora.rank:g}"),
-            ("gradient", f"{gradient.method}{calls}"),
+            ("gradient", _method(gradient)),
             ("loss", config.loss.kind),
             *([("KL to the base model", f"{train.kl_weight:g}")] if train.kl_weight else []),
             *_sampling(sample),
@@ -353,24 +350,17 @@ def _remarks(
     return found
 
 
-def code(text: str, *, most: int = _LONGEST) -> str:
-    """Return a text as inline code of markdown: nothing in it is markup, a link or HTML."""
-    # On one line: a line break would end the code.
-    shown = printable(" ".join(text.split()))
-    shown = shown if len(shown) <= most else f"{shown[:most]}..."
-    if not shown:
-        return "(empty)"
-    # A fence that is longer than any in the text; a blank where the text itself has one at an end.
-    fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
-    edge = " " if "`" in (shown[0], shown[-1]) else ""
-    return f"{fence}{edge}{shown}{edge}{fence}"
-
-
 def _base(known: str | None, given: str | None) -> str:
     """Return how a base model is called: a local one without its folders."""
     if known is not None:
         return code(known) if "/" in known else f"{code(known)} (shipped with alignprop)"
     return f"a local model, {code(shared.last_part(given))}" if given else "not recorded"
+
+
+def _method(gradient: GradientConfig) -> str:
+    # Of the other estimators the number of calls is drawn, or is not one number.
+    calls = {"last_k": f", k = {gradient.k}"}.get(gradient.method, "")
+    return f"{gradient.method}{calls}"
 
 
 def _sampling(sample: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -398,11 +388,3 @@ def _numbers(values: Mapping[str, Any], form: str) -> tuple[str, ...]:
         signed.format(values["difference"]),
         f"{low} to {high}",
     )
-
-
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table in markdown."""
-    # Markdown takes a bar in code for a border too, unless it is escaped.
-    lines = [[cell.replace("|", r"\|") for cell in row] for row in (columns, *rows)]
-    lines.insert(1, ["---"] * len(columns))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -81,9 +81,7 @@ def finish(
         SCHEMA,
         values,
         [
-            table(title, columns, rows),
-            *remarks(base.samples),
-            "",
+            *(table(title, columns, rows), *remarks(base.samples), ""),
             *([f"guard: {verdict.told}"] if verdict.told else []),
             f"adapter  {adapter / LORA_FILE}",
             *_average_line(adapter),

@@ -303,7 +303,7 @@ REFUSED: dict[str, tuple[dict[str, Tensor], str | None, int, str]] = {
     "whole weights": (PAIR | {"unet.conv_in.weight": torch.ones(3)}, None, 3, "unexpected tensor"),
     # Names that nothing knows.
     "no prefix": (renamed(""), None, 3, "unexpected tensor mid_block"),
-    "of comfy": (renamed("diffusion_model."), None, 3, "unexpected tensor diffusion_model"),
+    "of comfy": (renamed("diffusion_model."), None, 3, "the layers have ComfyUI's names"),
     "of the original": (renamed("model.diffusion_model."), None, 3, "unexpected tensor model"),
     "peft of a pipeline": (renamed("base_model.model.unet."), None, 3, "unexpected tensor base"),
     "another network": (renamed("lora_transformer_"), None, 3, "unexpected tensor lora_t"),
