@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ def finish(
         SCHEMA,
         values,
         [
-            *(table(title, columns, rows), *remarks(base.samples), ""),
+            *_compared(title, columns, rows, base),
             *([f"guard: {verdict.told}"] if verdict.told else []),
             f"adapter  {adapter / LORA_FILE}",
             *_average_line(adapter),
@@ -95,6 +95,13 @@ def finish(
         ],
     )
     return published
+
+
+def _compared(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], base: Samples
+) -> list[Any]:
+    """Return the table of differences, and what has to be said beside it."""
+    return [table(title, columns, rows), *remarks(base.samples), ""]
 
 
 def show_again(console: Console, run: Path, published: Published) -> bool:
