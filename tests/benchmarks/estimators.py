@@ -7,8 +7,10 @@ estimator e and m of `full`,
     cosine = m_e . m / (|m_e| |m|)      length = |m_e| / |m|      variance = E |g - m_e|^2 / |m_e|^2
 
 where all products of means are taken over pairs of different images, so that noise adds nothing to
-them. A step of B images divides the variance by B. The images with the largest full gradients can
-be left out: they decide everything otherwise. Calls and seconds are those of one image alone.
+them, and are added up over the seeds. A step of B images divides the variance by B. After each
+figure stands its standard error, by the jackknife over images; a cosine can come out above 1. A
+second table leaves out the images with the largest full gradients, which can decide everything
+otherwise. Calls and seconds are those of one image alone.
 
 `training`: the preset's training with each estimator at a constant learning rate, judged at equal
 images (the preset's steps) and at equal seconds (as many steps as take the CPU time of the preset's
@@ -86,25 +88,58 @@ def image_gradients(trainer: Trainer, prompts: Sequence[str], images: int) -> to
     return torch.stack([found[number] for number in sorted(found)])
 
 
-def mean_product(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Return the inner product of two means without bias: over pairs of different images."""
-    count = len(one)
-    same = float((one * other).sum())
-    return (float(one.sum(dim=0) @ other.sum(dim=0)) - same) / (count * (count - 1))
+def without_one(gram: torch.Tensor) -> torch.Tensor:
+    """Return the inner product of two means without bias: over pairs of different images.
+
+    Args:
+        gram: Inner products of the images' gradients, (images, images).
+
+    Returns:
+        Shape (1 + images,): with all images, then without each one.
+    """
+    count = len(gram)
+    pairs = gram - gram.diag().diag()
+    left = pairs.sum() - pairs.sum(dim=0) - pairs.sum(dim=1)
+    return torch.cat([pairs.mean()[None] * count / (count - 1), left / ((count - 1) * (count - 2))])
 
 
-def compare(rows: torch.Tensor, full: torch.Tensor) -> dict[str, float]:
-    own, both, whole = mean_product(rows, rows), mean_product(rows, full), mean_product(full, full)
-    noise = float(rows.square().sum(dim=1).mean()) - own
-    return {
-        "cosine": both / (own * whole) ** 0.5 if own > 0.0 else float("nan"),
-        "length": (max(own, 0.0) / whole) ** 0.5,
-        "variance": noise / own if own > 0.0 else float("nan"),
+def products(rows: torch.Tensor, full: torch.Tensor) -> torch.Tensor:
+    """Return <m_e, m_e>, <m_e, m>, <m, m> and E |g|^2, with all images and without each one.
+
+    Args:
+        rows: An estimator's gradient of each image, (images, weights).
+        full: The exact ones.
+
+    Returns:
+        Shape (1 + images, 4).
+    """
+    size = rows.square().sum(dim=1)
+    others = (size.sum() - size) / (len(size) - 1)
+    grams = (rows @ rows.T, rows @ full.T, full @ full.T)
+    return torch.stack([*map(without_one, grams), torch.cat([size.mean()[None], others])], dim=1)
+
+
+def compare(seeds: Sequence[torch.Tensor]) -> dict[str, str]:
+    """Return cosine, length and variance with their standard errors, from `products` per seed."""
+    whole = torch.stack([one[0] for one in seeds]).sum(dim=0)
+    # Without an image of one seed the other seeds stay as they are.
+    left_out = [whole - one[0] + one[1:] for one in seeds]
+    own, both, exact, size = torch.cat([whole[None], *left_out]).unbind(dim=1)
+    found = {
+        "cosine": both / (own * exact).sqrt(),
+        "length": (own / exact).sqrt(),
+        "variance": (size - own) / own,
     }
+    images = len(own) - 1
+    errors = {n: ((images - 1) * v[1:].var(correction=0)).sqrt() for n, v in found.items()}
+    return {name: f"{value[0]:.3g} ± {errors[name]:.2g}" for name, value in found.items()}
 
 
 def gradients(arguments: argparse.Namespace, report: Report) -> None:
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in arguments.methods}
+    """Measure the gradient of every estimator, and add two tables to the report."""
+    shares = (0.0, arguments.without_largest)
+    found: dict[tuple[float, str], list[torch.Tensor]] = {}
+    costs: dict[str, tuple[float, list[float]]] = {}
     for seed in arguments.seeds:
         full = None
         for name in (FULL, *(m for m in arguments.methods if m != FULL)):
@@ -122,21 +157,23 @@ def gradients(arguments: argparse.Namespace, report: Report) -> None:
             rows = image_gradients(trainer, prompts, arguments.images)
             seconds = (time.process_time() - started) / arguments.images
             full = rows if full is None else full
-            # The same images for every estimator.
-            kept = round(arguments.images * (1.0 - arguments.without_largest))
-            order = full.norm(dim=1).argsort()[:kept]
-            if name in found:
-                estimator = trainer.settings.estimator
-                calls = estimator.mean(len(trainer.schedule)) * max(estimator.copies, 1)
-                found[name].append(
-                    {**compare(rows[order], full[order]), "calls": calls, "seconds": seconds}
-                )
+            estimator = trainer.settings.estimator
+            calls = estimator.mean(len(trainer.schedule)) * max(estimator.copies, 1)
+            costs.setdefault(name, (calls, []))[1].append(seconds)
+            for share in shares:
+                # The same images for every estimator.
+                order = full.norm(dim=1).argsort()[: round(arguments.images * (1.0 - share))]
+                found.setdefault((share, name), []).append(products(rows[order], full[order]))
             print(f"seed {seed}: {name}", file=sys.stderr, flush=True)
-    columns = ("cosine", "length", "variance", "calls", "seconds")
-    report.add(f"| method | {' | '.join(columns)} |", "|---" * (1 + len(columns)) + "|")
-    for name, seeds in found.items():
-        cells = [" / ".join(f"{values[column]:.3g}" for values in seeds) for column in columns]
-        report.add(f"| {name} | {' | '.join(cells)} |")
+    for share in shares:
+        without = f"Without the {share:.0%} of images with the largest full gradients:"
+        report.add(without if share else "All images:", "")
+        report.add("| method | cosine | length | variance | calls | seconds |", "|---" * 6 + "|")
+        for name in arguments.methods:
+            calls, seconds = costs[name]
+            cells = [*compare(found[share, name]).values(), f"{calls:.3g}"]
+            report.add(f"| {name} | {' | '.join(cells)} | {statistics.median(seconds):.3g} |")
+        report.add("")
 
 
 # 2. Training
