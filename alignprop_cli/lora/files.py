@@ -239,7 +239,7 @@ def recorded_config(header: Mapping[str, str], file: Path) -> dict[str, Any] | N
 
 
 def read(file: Path) -> Adapter:
-    """Read a LoRA file in diffusers', PEFT's or kohya's format.
+    """Read a LoRA file in diffusers', PEFT's, kohya's or ComfyUI's format.
 
     The update of every layer is exactly alpha / rank B A (rsLoRA: alpha / sqrt(rank) B A). A file
     of any other kind is refused, and the message says which kind it is.

@@ -1,14 +1,16 @@
-"""From the tensors of a LoRA file to the factors of every layer, for three file formats.
+"""From the tensors of a LoRA file to the factors of every layer, for four file formats.
 
     diffusers   unet.<layer>.lora.down.weight and .lora.up.weight, or .lora_A.weight and
                 .lora_B.weight; in old versions .processor.to_q_lora.down.weight and so on
     PEFT        base_model.model.<layer>.lora_A.weight and .lora_B.weight
     kohya       lora_unet_<layer, _ for .>.lora_down.weight and .lora_up.weight; for Stable
                 Diffusion XL the layers are named as in the original code
+    ComfyUI     diffusion_model.<layer> and any of these endings, of transformers; the layers are
+                mostly named as in the original code (comfyui.py)
 
 Alpha is a tensor of its own (<layer>.alpha) or part of the adapter's configuration. The name of an
 adapter may come before `.weight`. A DoRA has <layer>.lora_magnitude_vector beside the factors, in
-the first two formats; kohya's dora_scale, which others compute differently, is refused. Every
+all but kohya's format; kohya's dora_scale, which others compute differently, is refused. Every
 tensor is used, or belongs to a text encoder and is counted, or the file is refused: nothing is
 dropped silently.
 """
@@ -25,7 +27,7 @@ import torch
 from torch import Tensor
 
 from alignprop_cli.errors import AssetError, ConfigError, RunError
-from alignprop_cli.lora import settings
+from alignprop_cli.lora import comfyui, settings
 from alignprop_cli.lora.factors import (
     Factors,
     Layers,
@@ -44,7 +46,7 @@ from alignprop_cli.lora.names import (
 from alignprop_cli.lora.settings import shown
 from alignprop_cli.parsing import ParseError, read_json
 
-_TEXT = re.compile(r"text_encoder(_\d)?\.|lora_te\d?_|base_model\.model\.text_model\.")
+_TEXT = re.compile(r"text_encoder(_\d|s)?\.|lora_te\d?_|base_model\.model\.text_model\.")
 
 # The three spellings of the two factors: peft's, diffusers' and kohya's.
 _HALVES = {"lora_A": "down", "lora.down": "down", "lora_down": "down"}
@@ -69,13 +71,6 @@ _OTHER_KINDS = {
     r"diff|diff_b|w_norm|b_norm": "a file of whole weight differences",
     r"lora_embedding_[AB]": "a LoRA of embeddings",
 }
-# Needs no base model. diffusers multiplies alpha / rank into the weights. Cloned, as it lets layers
-# that were one share a factor, which no file can hold.
-_RENAMING = (
-    "diffusers renames most of FLUX.1, FLUX.2 and Z-Image; in Python: safetensors.torch.save_file("
-    "{k: v.clone() for k, v in diffusers.ZImagePipeline.lora_state_dict(FILE).items()}, NEW_FILE), "
-    "or FluxPipeline, Flux2KleinPipeline; NEW_FILE can be read here"
-)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -150,6 +145,8 @@ def read_layers(
     }
     if len({factors.magnitude is None for factors in layers.values()}) > 1:
         raise AssetError(f"{file}: is a DoRA in some of its layers and a LoRA in others")
+    if any(name.startswith(COMFYUI) for name in names):
+        layers = _in_diffusers(layers, names, options, file)
     damage = not_finite(layers)
     if damage:
         raise RunError(f"{file}: {damage}", hint="use an earlier checkpoint or another copy")
@@ -163,11 +160,6 @@ def _group(state: Mapping[str, Tensor], names: list[str], file: Path) -> dict[st
     for name in names:
         found = _TENSOR.fullmatch(present(name))
         layer = layer_of(found["layer"], file) if found else None
-        if found is not None and name.startswith(COMFYUI):
-            raise AssetError(
-                f"{file}: the layers have ComfyUI's names ({shown(name)}), which are not read here",
-                hint=_RENAMING,
-            )
         if found is None or layer is None:
             raise AssetError(f"{file}: cannot be read as a LoRA: unexpected tensor {shown(name)}")
         tensors = grouped.setdefault(layer, _Tensors())
@@ -187,6 +179,28 @@ def _group(state: Mapping[str, Tensor], names: list[str], file: Path) -> dict[st
         some = ", ".join(map(shown, sorted(adapters)[:3]))
         raise AssetError(f"{file}: holds several adapters: {some}")
     return grouped
+
+
+def _in_diffusers(
+    layers: Layers, names: list[str], options: Mapping[str, Any], file: Path
+) -> dict[str, Factors]:
+    """Return the layers of a file with ComfyUI's names by diffusers' names."""
+    other = next((name for name in names if not name.startswith(COMFYUI)), None)
+    if other is not None:
+        raise AssetError(
+            f"{file}: cannot be read as a LoRA: unexpected tensor {shown(other)} beside ComfyUI's "
+            f"names ({COMFYUI}...)"
+        )
+    renamed = comfyui.in_diffusers(layers, file)
+    # Whose names its patterns mean, is not known.
+    pattern = next((p for p in ("rank_pattern", "alpha_pattern") if options.get(p)), None)
+    if pattern is not None and renamed.keys() != layers.keys():
+        raise AssetError(
+            f"{file}: the layers have ComfyUI's names, for which {pattern} of its configuration "
+            "cannot be read",
+            hint=f"alphas are read from tensors {COMFYUI}....alpha",
+        )
+    return renamed
 
 
 def for_comfyui(layers: Layers, prefix: str) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ KOHYA = "lora_unet_"
 """What kohya's trainer puts before the names of a U-Net's layers."""
 
 COMFYUI = "diffusion_model."
-"""What ComfyUI puts before the names of the original code's layers, which are not read here."""
+"""What ComfyUI puts before the names of a network's layers, mostly those of the original code."""
 
 # Old versions of diffusers put the LoRA into the attention processors.
 _OLD = re.compile(r"\.processor\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight$")
@@ -68,13 +68,16 @@ def network_of(names: Iterable[str]) -> str:
     for name in names:
         if name.startswith(NETWORKS):
             return next(prefix for prefix in NETWORKS if name.startswith(prefix))
-        if name.startswith(PEFT) and _first_word(name) in _TRANSFORMER_WORDS:
+        # ComfyUI's names are read of transformers alone.
+        peft = name.startswith(PEFT) and is_transformers(name.removeprefix(PEFT))
+        if peft or name.startswith(COMFYUI):
             return NETWORKS[1]
     return NETWORKS[0]
 
 
-def _first_word(name: str) -> str:
-    return name.removeprefix(PEFT).split(".")[0]
+def is_transformers(layer: str) -> bool:
+    """Return whether a layer's name begins as one of diffusers' transformers."""
+    return layer.split(".")[0] in _TRANSFORMER_WORDS
 
 
 def without_network(name: str) -> str:
@@ -93,14 +96,20 @@ def present(name: str) -> str:
 
 
 def layer_of(name: str, file: Path) -> str | None:
-    """Return the layer's name in the network from its name in the file; None if it is unknown."""
+    """Return the layer's name in the network from its name in the file; None if it is unknown.
+
+    Of one with ComfyUI's name it is the name there, which comfyui.py knows more about.
+    """
     if len(name) > _LONGEST_LAYER:
         return None
     if name.startswith(NETWORKS):
         return without_network(name)
     if name.startswith(PEFT):
-        known = _FIRST_WORDS | _TRANSFORMER_WORDS
-        return name.removeprefix(PEFT) if _first_word(name) in known else None
+        layer = name.removeprefix(PEFT)
+        is_known = is_transformers(layer) or layer.split(".")[0] in _FIRST_WORDS
+        return layer if is_known else None
+    if name.startswith(COMFYUI):
+        return name.removeprefix(COMFYUI)
     if name.startswith(KOHYA):
         flat = _present_flat(name.removeprefix(KOHYA))
         # Split into the known words of a UNet's names: there is one way only, so the renaming can

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -29,8 +29,9 @@ from alignprop_cli.lora import files
 from alignprop_cli.lora import layers as lora
 from alignprop_cli.lora.files import LORA_FILE, PEFT_CONFIG, PEFT_FILE
 from alignprop_cli.models.base import Model
-from alignprop_cli.models.families import TINY, open_model
+from alignprop_cli.models.families import TINY, TINY_FLOW, open_model
 from alignprop_cli.training import setup
+from tests.factories import randn
 from tests.lora import written
 from tests.lora.written import Lora, over_rank, over_root
 
@@ -87,7 +88,9 @@ def used(network: torch.nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def evaluated(all_files: dict[str, Path], place: Path) -> dict[str, dict[str, Tensor]]:
+def evaluated(
+    all_files: dict[str, Path], place: Path, *options: str
+) -> dict[str, dict[str, Tensor]]:
     """Return the weights that `evaluate` draws the images of each LoRA with."""
     seen: list[dict[str, Tensor]] = []
     set_strength = lora.set_strength
@@ -98,8 +101,9 @@ def evaluated(all_files: dict[str, Path], place: Path) -> dict[str, dict[str, Te
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(lora, "set_strength", spy)
+        named = ["evaluate", *map(str, all_files.values()), *QUICK, *options]
         with pytest.raises(SystemExit) as ended:
-            main(["evaluate", *map(str, all_files.values()), *QUICK, "-o", str(place / "out")])
+            main([*named, "-o", str(place / "out")])
     assert not ended.value.code
     return dict(zip(all_files, seen, strict=True))
 
@@ -123,11 +127,11 @@ def mixed(run: Any, file: Path, place: Path, network: UNet2DConditionModel) -> d
     return found
 
 
-def started(file: Path) -> dict[str, Tensor]:
+def started(file: Path, preset: str = "tiny") -> dict[str, Tensor]:
     """Return the weights that training starts with from `lora.init`."""
-    config = presets.resolve(preset="tiny", assignments=[f"lora.init={file}"])
+    config = presets.resolve(preset=preset, assignments=[f"lora.init={file}"])
     setup.check(config, None)
-    model = embedded()
+    model = embedded(config.model.id)
     try:
         setup.prepare_lora(config, model, None, Console(quiet=True))
         return used(model.network.module)
@@ -136,11 +140,11 @@ def started(file: Path) -> dict[str, Tensor]:
 
 
 @functools.cache
-def embedded() -> Model:
-    return open_model(ModelConfig(id="tiny"), [], torch.device("cpu"))
+def embedded(name: str = "tiny") -> Model:
+    return open_model(ModelConfig(id=name), [], torch.device("cpu"))
 
 
-def check(found: dict[str, Tensor], network: UNet2DConditionModel, deltas: dict) -> None:
+def check(found: dict[str, Tensor], network: torch.nn.Module, deltas: dict) -> None:
     assert found.keys() == deltas.keys()
     for name, delta in deltas.items():
         expected = network.get_submodule(name).weight.double() + delta
@@ -241,6 +245,47 @@ def test_every_format_is_the_same_lora_through_all_doors(
     check(started(file), base, deltas)
 
 
+def test_comfyuis_names_of_a_transformer_are_the_same_lora_through_all_doors(
+    run: Any, tmp_path: Path
+) -> None:
+    # Layers of the original code of Stable Diffusion 3, of the embedded flow's width.
+    shapes = {
+        "joint_blocks.0.x_block.attn.qkv": (288, 96),
+        "joint_blocks.1.context_block.mlp.fc2": (96, 384),
+        "joint_blocks.2.context_block.adaLN_modulation.1": (192, 96),
+    }
+    state, whole = {}, {}
+    for number, (name, (out, inputs)) in enumerate(shapes.items()):
+        down = 0.3 * randn(number, 2, inputs, dtype=torch.float32)
+        up = 0.3 * randn(90 + number, out, 2, dtype=torch.float32)
+        state[f"diffusion_model.{name}.lora_down.weight"] = down
+        state[f"diffusion_model.{name}.lora_up.weight"] = up
+        state[f"diffusion_model.{name}.alpha"] = torch.tensor(3.0)
+        whole[name] = 3.0 / 2 * up.double() @ down.double()
+    file = tmp_path / "comfyui.safetensors"
+    save_file(state, file)
+    fused, forward, modulation = whole.values()
+    parts = zip("qkv", fused.split(96), strict=True)
+    deltas = {f"transformer_blocks.0.attn.to_{x}": part for x, part in parts}
+    deltas["transformer_blocks.1.ff_context.net.2"] = forward
+    # There shift and scale, here scale and shift.
+    deltas["transformer_blocks.2.norm1_context.linear"] = torch.cat(
+        [modulation[96:], modulation[:96]]
+    )
+    network = SD3Transformer2DModel.from_pretrained(TINY_FLOW, subfolder="transformer")
+    seen = evaluated({"x": file}, tmp_path, "--preset", "tiny_flow")
+
+    check(seen["x"], network, deltas)
+    check(started(file, "tiny_flow"), network, deltas)
+    for kind in ("diffusers", "comfyui"):
+        soup = ("soup", file, "base", "--coef", "1", "--format", kind, "-o", tmp_path / kind)
+        code, err = run(*soup, "--quiet")
+        assert code == 0, err
+        made = files.read(tmp_path / kind / LORA_FILE)
+        weights = {n: network.get_submodule(n).weight + f.delta() for n, f in made.layers.items()}
+        check(weights, network, deltas)
+
+
 def test_what_is_left_out_is_said_by_all_doors(
     base: UNet2DConditionModel, run: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -303,7 +348,7 @@ REFUSED: dict[str, tuple[dict[str, Tensor], str | None, int, str]] = {
     "whole weights": (PAIR | {"unet.conv_in.weight": torch.ones(3)}, None, 3, "unexpected tensor"),
     # Names that nothing knows.
     "no prefix": (renamed(""), None, 3, "unexpected tensor mid_block"),
-    "of comfy": (renamed("diffusion_model."), None, 3, "the layers have ComfyUI's names"),
+    "of comfy": (renamed("diffusion_model."), None, 3, "ComfyUI's names, of a network"),
     "of the original": (renamed("model.diffusion_model."), None, 3, "unexpected tensor model"),
     "peft of a pipeline": (renamed("base_model.model.unet."), None, 3, "unexpected tensor base"),
     "another network": (renamed("lora_transformer_"), None, 3, "unexpected tensor lora_t"),
