@@ -20,6 +20,7 @@ from alignprop_cli.config import trust
 from alignprop_cli.config.schema import Config, dump
 from alignprop_cli.console import Console
 from alignprop_cli.device import (
+    forget_peak,
     keep_memory,
     make_accelerator,
     set_deterministic,
@@ -202,8 +203,9 @@ def _tell(trainer: Trainer, config: Config, console: Console) -> None:
 
 
 def _prepare_device(accelerator: Accelerator, config: Config) -> None:
-    """Keep freed memory on the CPU, and use kernels that repeat where that is wanted."""
+    """Count memory from here on, keep what is freed on the CPU, and use kernels that repeat."""
     device = accelerator.device
+    forget_peak(device)
     if device.type == "cpu":
         keep_memory()
     set_deterministic(device, wanted=device.type == "cpu" or config.train.deterministic)
