@@ -120,9 +120,7 @@ def run_training(
         with lora.disabled(run.trainer.model.network.module):
             base = run.sample(run.held_out, run.console, "base model")
         _standardise(run, base)
-        checkpoints, verdict, report = _train(
-            run, [trackers, *callbacks], goes_on=back_to is not None
-        )
+        checkpoints, verdict, report = _train(run, [trackers, *callbacks], back_to is not None)
         tuned = _sample_again(run, verdict)
         checkpoints.drop_old()
         if accelerator.is_main_process:
@@ -255,7 +253,7 @@ def _sample_again(run: Run, verdict: Verdict) -> draw.Samples:
 
 
 def _train(
-    run: Run, others: Sequence[Callback], *, goes_on: bool
+    run: Run, others: Sequence[Callback], goes_on: bool
 ) -> tuple[Checkpoints, Verdict, Report]:
     """Step until all steps are done or a callback asks to stop.
 
