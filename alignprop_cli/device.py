@@ -39,7 +39,7 @@ def is_first() -> bool:
 
 
 def peak_gib(device: torch.device) -> float:
-    """Return the peak memory so far in GiB: allocated on CUDA, else the resident set."""
+    """Return the peak memory so far in GiB: of CUDA since `forget_peak`, else the resident set."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     if sys.platform == "win32":
@@ -50,6 +50,15 @@ def peak_gib(device: torch.device) -> float:
     # getrusage counts in kilobytes on Linux, in bytes on macOS.
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+def forget_peak(device: torch.device) -> None:
+    """Let `peak_gib` count from now on: from Python, a run may not be the first of its process.
+
+    Only on CUDA; the peak of the resident set is that of the whole process.
+    """
+    if device.type == "cuda" and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def release_cached(device: torch.device) -> None:

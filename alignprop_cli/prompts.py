@@ -330,6 +330,11 @@ def for_tokenizer(text: str) -> str:
     return text if len(text) <= MOST_CHARACTERS else " ".join(text.split())[:MOST_CHARACTERS]
 
 
+def is_cut(text: str) -> bool:
+    """Return whether a tokenizer is not given all words of a text; see `for_tokenizer`."""
+    return len(text) > MOST_CHARACTERS and len(" ".join(text.split())) > MOST_CHARACTERS
+
+
 def cut_note(reader: str, cut: Collection[str], total: int) -> str:
     """Return the message that some prompts are longer than what a text tower reads.
 

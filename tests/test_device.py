@@ -142,6 +142,27 @@ def test_the_module_needs_nothing_that_windows_lacks() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_the_peak_of_a_gpu_is_counted_from_the_beginning_of_a_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # What torch does: the peak falls to what is allocated then.
+    bytes_now, peak, begun = 2 * 2**30, [10 * 2**30], [False]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: begun[-1])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak[-1])
+    monkeypatch.setattr(
+        torch.cuda, "reset_peak_memory_stats", lambda device: peak.append(bytes_now)
+    )
+    gpu = torch.device("cuda", 0)
+    assert machine.peak_gib(gpu) == 10.0
+    # Where no GPU is in use yet there is nothing to forget, and torch would raise.
+    machine.forget_peak(gpu)
+    begun.append(True)
+    machine.forget_peak(torch.device("cpu"))
+    assert machine.peak_gib(gpu) == 10.0
+    machine.forget_peak(gpu)
+    assert machine.peak_gib(gpu) == 2.0
+
+
 def test_only_a_gpu_has_memory_to_release(monkeypatch: pytest.MonkeyPatch) -> None:
     released: list[None] = []
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: released.append(None))

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from transformers import CLIPTokenizer
 
 from alignprop_cli import benchmarks
+from alignprop_cli.config.validation import parse
 from alignprop_cli.errors import AssetError, ConfigError
 from alignprop_cli.models.families import TINY
 from alignprop_cli.prompts import (
@@ -33,6 +34,9 @@ from alignprop_cli.prompts import (
     load_prompts,
 )
 from alignprop_cli.rewards.detect import number_in
+from alignprop_cli.rewards.hpsv3 import HpsV3Reward
+from alignprop_cli.rewards.mixture import Member, Mixture
+from alignprop_cli.rewards.vlm import VlmReward
 
 
 def write(path: Path, text: str) -> str:
@@ -356,3 +360,17 @@ def test_one_of_the_prompts_that_are_cut_is_named() -> None:
     assert len(said) < 200
     # A prompt of a table may have several lines, and none of them is a line of ours.
     assert "\n" not in cut_note("clip", ["a cat\nerror: all is lost"], 1)
+
+
+@pytest.mark.parametrize("kind", [VlmReward, HpsV3Reward])
+def test_rewards_that_read_any_length_say_what_is_kept_from_them(kind: type) -> None:
+    # No weights: what is given to the tokenizer does not depend on them.
+    member = Member("wordy", object.__new__(kind), 1.0, parse({"reward": {"clip": {}}}).loss)
+    mixture = Mixture([member])
+    # Blanks are none of the words that are lost.
+    whole = ["a cat", "ab " * 3333, "a" + " " * 20_000 + "cat"]
+    assert mixture.cut_notes(whole) == []
+    assert [for_tokenizer(text).split() for text in whole] == [text.split() for text in whole]
+    (said,) = mixture.cut_notes([*whole, "ab " * 3334 + "the end"])
+    assert said.startswith("wordy does not read 1 of 4 prompts to their end")
+    assert said.endswith("the end'")

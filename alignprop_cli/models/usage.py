@@ -19,6 +19,7 @@ def snippet(
     sample: Mapping[str, Any],
     *,
     without_t5: bool = False,
+    weights: Mapping[str, str] | None = None,
 ) -> list[str]:
     """Return lines of Python that sample an image with a LoRA.
 
@@ -28,6 +29,7 @@ def snippet(
         place: Folder or hub id of the LoRA.
         sample: Values of the `sample` section; may be incomplete.
         without_t5: Whether the T5 of Stable Diffusion 3 is left out, as by `model.t5: none`.
+        weights: `revision` and `variant` of the base model, where they were named.
     """
     kind = pipeline_class or _ANY
     # By name: the first argument of FLUX.2's pipeline is an image.
@@ -50,6 +52,7 @@ def snippet(
         encoded = f"pipeline.encode_prompt({json.dumps(negative)})[0]"
         arguments.append(f"negative_prompt_embeds={encoded}")
     loaded = json.dumps(base or "FOLDER-OF-THE-BASE-MODEL")
+    loaded += "".join(f", {name}={json.dumps(v)}" for name, v in (weights or {}).items())
     loaded += ", text_encoder_3=None, tokenizer_3=None" if without_t5 else ""
     return [
         f"from diffusers import {kind}",

@@ -7,12 +7,14 @@ part takes max(launch, images x each), and fewer operations are not always less 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from alignprop_cli.errors import ConfigError, did_you_mean
 from alignprop_cli.planning.chain import Chain
-from alignprop_cli.planning.estimate import GIB, Division, Footprint
+from alignprop_cli.planning.estimate import GIB, Footprint
+from alignprop_cli.planning.plan import Plan
 from alignprop_cli.planning.work import Work
 
 
@@ -143,7 +145,7 @@ def assumed(footprint: Footprint, name: str) -> Times:
 
 
 def step_seconds(
-    times: Times, footprint: Footprint, chain: Chain, division: Division, images: int
+    times: Times, footprint: Footprint, chain: Chain, division: Plan, images: int
 ) -> float:
     """Return the expected seconds of one step of one process, over the estimator's draws.
 
@@ -157,25 +159,44 @@ def step_seconds(
     # 1. Calls without gradient: those before the path by `rollout_batch`, those on it with the
     #    micro-batch.
     with_grad, plain = chain.mean, times.replayed or times.rollout
+    micro = _micro_batches(division, images)
     total = chain.rolled_out * _batches(plain, division.rollout_batch, images)
-    total += chain.between * _batches(times.rollout, division.micro_batch, images)
+    total += chain.between * _sum(times.rollout, micro)
 
     # 2. Calls with gradient, by `micro_batch`. A block or a call that is recomputed runs forward
     #    once more; what is left over from calls is stored.
     again = with_grad if division.checkpoint_network != "none" else 0.0
     if division.checkpoint_network == "call":
         again -= chain.stored(division.stored_calls) if division.stored_calls else 0.0
-    total += with_grad * _batches(times.call, division.micro_batch, images)
-    total += (again + chain.base_calls) * _batches(times.rollout, division.micro_batch, images)
+    total += with_grad * _sum(times.call, micro)
+    total += (again + chain.base_calls) * _sum(times.rollout, micro)
 
-    # 3. The tail, by `decode_batch`, of every clean latents.
+    # 3. The tail, by `decode_batch`, of every clean latents of a micro-batch.
     for pace, works, recompute in (
         (times.decoder, footprint.decoder, division.checkpoint_decoder),
         (times.reward, footprint.reward, division.checkpoint_reward),
     ):
         more = works[recompute].flops / works[False].flops if works[False].flops else 1.0
-        total += more * _batches(pace, division.decode_batch, images * chain.ends)
+        for size, number in micro.items():
+            total += more * number * _batches(pace, division.decode_batch, size * chain.ends)
     return total
+
+
+def _micro_batches(plan: Plan, images: int) -> Counter[int]:
+    """Return how many micro-batches there are of each size: none has images of two groups."""
+    found: Counter[int] = Counter()
+    # As equal as they can be: some groups have one image more in this process than others.
+    each, larger = divmod(images, plan.groups)
+    for size, groups in ((each + 1, larger), (each, plan.groups - larger)):
+        whole, rest = divmod(size, plan.micro_batch)
+        found[plan.micro_batch] += groups * whole
+        found[rest] += groups
+    return found
+
+
+def _sum(pace: Pace, batches: Mapping[int, int]) -> float:
+    """Return the seconds of so many batches of each size."""
+    return sum(number * pace(size) for size, number in batches.items())
 
 
 def _batches(pace: Pace, size: int, images: int) -> float:

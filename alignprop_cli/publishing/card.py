@@ -66,6 +66,7 @@ class Card:
         fingerprint: Of the base model's architecture.
         base_is_local: Whether the base model is known to be a path, whatever it looks like.
         without_t5: Whether the base model is sampled without its T5.
+        weights: `revision` and `variant` of the base model, where they were named.
     """
 
     title: str
@@ -81,6 +82,7 @@ class Card:
     fingerprint: str | None = None
     base_is_local: bool = False
     without_t5: bool = False
+    weights: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def text(self, place: str, images: str | None) -> str:
         """Return the whole card.
@@ -124,7 +126,7 @@ class Card:
     def _use(self, base: str | None, place: str) -> list[str]:
         """Return how it is loaded and sampled with in diffusers."""
         named, t5 = self.pipeline_class, self.without_t5
-        lines = snippet(base, named, place, self.sample, without_t5=t5)
+        lines = snippet(base, named, place, self.sample, without_t5=t5, weights=self.weights)
         parts = ["## Use", "\n".join(["```python", *lines, "```"])]
         # What a call of diffusers' pipeline does not take.
         others = ("scheduler", "spacing", "eta", "guidance_interval")
@@ -142,6 +144,7 @@ class Card:
         # Rewards first: they are what the adapter is about.
         rows = [*((f"reward {code(n)}", w) for n, w in self.rewards.items())]
         rows += [(name, code(value)) for name, value in self.settings]
+        rows += [(f"{n} of the base model", code(v)) for n, v in self.weights.items()]
         if self.fingerprint:
             rows.append(("architecture", code(self.fingerprint)))
         return ["## How it was made", table(("", ""), rows)]
@@ -270,6 +273,7 @@ def of_run(
         examples=prompts[:5],
         fingerprint=fingerprint,
         without_t5=config.model.t5 == "none",
+        weights=shared.named_weights(config.model.model_dump()),
     )
 
 
@@ -297,8 +301,8 @@ def of_soup(
     shown = shared.short_names((*rewards, *measured))
     sample, remarks = shared.sample(config.get("sample")), list[str]()
     # Somebody else's, as the sample section may be.
-    model = config.get("model")
-    t5 = cast(Mapping[str, Any], model).get("t5") if isinstance(model, Mapping) else None
+    found = config.get("model")
+    model = cast(Mapping[str, Any], found) if isinstance(found, Mapping) else {}
     # An evaluation says how it sampled, which may be otherwise than the members record.
     figures = None
     if evaluation is not None:
@@ -330,7 +334,8 @@ def of_soup(
         remarks=remarks,
         fingerprint=header.get("alignprop.base_fingerprint"),
         base_is_local=shared.is_local(header),
-        without_t5=t5 == "none",
+        without_t5=model.get("t5") == "none",
+        weights=shared.named_weights(model),
     )
 
 

@@ -13,6 +13,7 @@ from alignprop_cli.parsing import ParseError, read_json
 
 _KEPT = ("version", "base_fingerprint", "step", "seed", "ema_decay")
 _OF_A_MEMBER = ("sha256", "coefficient")
+_WEIGHTS = ("revision", "variant")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -60,6 +61,17 @@ def sample(found: object) -> dict[str, Any]:
         return SampleConfig.model_validate(found).model_dump(mode="json", exclude_unset=True)
     except ValueError:
         return {}
+
+
+def named_weights(model: Mapping[str, Any]) -> dict[str, str]:
+    """Return `revision` and `variant` of a `model` section, where they are named and count.
+
+    Args:
+        model: The section, which may be somebody else's.
+    """
+    # A single file is what it is, whatever variant a preset names for the hub's model.
+    names = ("revision",) if str(model.get("id")).endswith(".safetensors") else _WEIGHTS
+    return {name: model[name] for name in names if isinstance(model.get(name), str)}
 
 
 def header(found: Mapping[str, str]) -> dict[str, str]:

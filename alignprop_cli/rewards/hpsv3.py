@@ -16,6 +16,7 @@ from transformers import AutoProcessor, Qwen2VLConfig, Qwen2VLModel
 from alignprop_cli.errors import AssetError
 from alignprop_cli.hub import folder_or_id, loading, locate
 from alignprop_cli.paths import read_text, user_path
+from alignprop_cli.prompts import is_cut
 from alignprop_cli.rewards.base import without_autocast
 from alignprop_cli.rewards.frozen import FrozenReward, MetaReward, exact, refuse_other_shapes
 from alignprop_cli.rewards.qwen_vl import (
@@ -101,6 +102,10 @@ class HpsV3Reward(FrozenReward):
         network = _on_meta(_VOCABULARY)
         rules = _rules(QWEN2_VL_RULES)
         return reading_on_meta(network, network, rules, dtype=dtype, words=_PLANNED)
+
+    def cuts(self, prompt: str) -> bool:
+        """Return whether the network does not read a prompt to its end: only the longest."""
+        return is_cut(prompt)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return the score of each image for its prompt, shape (B,). Differentiable in images."""

@@ -18,6 +18,7 @@ from transformers import (
 from alignprop_cli.errors import ConfigError
 from alignprop_cli.hub import folder_or_id, from_pretrained, loading
 from alignprop_cli.paths import user_path
+from alignprop_cli.prompts import is_cut
 from alignprop_cli.rewards.frozen import FrozenReward, MetaReward, exact
 from alignprop_cli.rewards.qwen_vl import (
     QWEN2_VL_7B,
@@ -117,6 +118,10 @@ class VlmReward(FrozenReward):
         with torch.device("meta"):
             whole: Any = AutoModelForImageTextToText.from_config(config)
         return reading_on_meta(whole, whole.model, rules, dtype=dtype, words=_PLANNED)
+
+    def cuts(self, prompt: str) -> bool:
+        """Return whether the network does not read a prompt to its end: only the longest."""
+        return is_cut(prompt)
 
     def __call__(self, images: Tensor, prompts: Sequence[str]) -> Tensor:
         """Return how sure the model is of yes, shape (B,), in [0, 1]. Differentiable in images."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import glob
 import hashlib
 import os
@@ -194,11 +195,46 @@ def _matches(pattern: Path) -> list[Found] | None:
         raise ValueError("** stands for folders, alone between two slashes, such as **/*.png")
     # File names in tables may be relative to the root, the folder before the first wildcard.
     first = pattern.parts.index(wild[0])
-    root = Path(*pattern.parts[:first])
-    matching = sorted(root.glob(str(Path(*pattern.parts[first:]))))
+    root, parts = Path(*pattern.parts[:first]), pattern.parts[first:]
+    matching = sorted(root.glob(str(Path(*parts))))
     inside = (p for p in matching if p.is_dir() or is_image(p))
     found = [each for p in inside for each in (_below(p) if p.is_dir() else [Found(p, root)])]
-    return [Found(each.path, root) for each in found] or None
+    # As in `_below`: glob passes over folders that cannot be read.
+    places = sorted([*(each.path for each in found), *_closed(root, parts)])
+    return [Found(each, root) for each in places] or None
+
+
+def _closed(root: Path, parts: tuple[str, ...]) -> list[Path]:
+    """Return the folders below which a pattern might match, and that cannot be read.
+
+    Raises:
+        OSError: If the root cannot be read; not if it is no folder.
+    """
+    found: list[Path] = []
+    coming: list[tuple[str, ...]] = [()] if root.is_dir() else []
+    while coming:
+        names = coming.pop()
+        folder = root.joinpath(*names)
+        try:
+            with os.scandir(folder) as entries:
+                inside = [e.name for e in entries if e.is_dir(follow_symlinks=False)]
+        except OSError:
+            if not names:
+                raise
+            found.append(folder)
+        else:
+            coming += [(*names, name) for name in inside if _leads_on((*names, name), parts)]
+    return found
+
+
+def _leads_on(names: tuple[str, ...], parts: tuple[str, ...]) -> bool:
+    """Return whether a pattern might match something below a folder, given by its names."""
+    for name, part in zip(names, parts, strict=False):
+        if part == "**":
+            return True
+        if not fnmatch.fnmatchcase(name, part):
+            return False
+    return len(names) < len(parts)
 
 
 def read_image(path: Path) -> Decoded:

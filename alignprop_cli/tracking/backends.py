@@ -68,9 +68,12 @@ class TensorBoard(Backend):
 
     def __init__(self, job: Job, identity: str) -> None:
         super().__init__(job, identity)
-        # Steps that come again after a resume are shown once.
-        again = {"purge_step": job.resumed + 1} if job.resumed else {}
-        self.tracker = tracking.TensorBoardTracker("tensorboard", logging_dir=job.folder, **again)
+        # Steps that come again are shown once; all of them come where a run is begun again before
+        # its first checkpoint, with the samples of the base model, which are step 0.
+        first = job.resumed + 1 if job.resumed else 0
+        self.tracker = tracking.TensorBoardTracker(
+            "tensorboard", logging_dir=job.folder, purge_step=first
+        )
         self.tracker.start()
         # Not as hyperparameters: each start would make a further folder of them.
         lines = [f"{key}: {value}" for key, value in _plain(job.config).items()]

@@ -23,7 +23,7 @@ from alignprop_cli.training import checkpoint, harm
 from alignprop_cli.training.callbacks import Callback, Run
 from alignprop_cli.training.harm import History
 from alignprop_cli.training.record import StepRecord
-from alignprop_cli.training.resume import read_metrics
+from alignprop_cli.training.resume import read_metrics, summarised
 from alignprop_cli.training.samples import Samples
 
 # Prompts below which a change would have to be more than ten standard errors to be clear.
@@ -67,10 +67,11 @@ class Guard(Callback):
 
     Args:
         samples: The callback that measures; it comes before this one in the list.
+        goes_on: Whether steps are asked for whatever it said at the one that the run begins at.
     """
 
-    def __init__(self, samples: Samples) -> None:
-        self._samples = samples
+    def __init__(self, samples: Samples, *, goes_on: bool = False) -> None:
+        self._samples, self._goes_on = samples, goes_on
         self._why, self._stops, self._is_best = "", False, False
         self._curves: dict[int, dict[str, float]] = {}
 
@@ -89,16 +90,23 @@ class Guard(Callback):
         self._held_out = held_out_names(run.config, base)
         self._watched = watched(run.config, base)
         self._curves = {0: means(base)} if base else {}
-        # Read by one and sent: another process may not see the file yet.
-        lines: list[Any] = [read_metrics(run.folder) if run.accelerator.is_main_process else None]
-        for line in broadcast_object_list(lines)[0]:
+        # Read by one and sent: another process may not see the files yet.
+        read: list[Any] = [None, None]
+        if run.accelerator.is_main_process:
+            read = [read_metrics(run.folder), summarised(run.folder)]
+        lines, ended = broadcast_object_list(read)
+        last, step = 0, run.trainer.step_number
+        for line in lines:
             if (said := self._remembered(line)) is not None:
                 self._history.add(line["step"], *said)
                 if base:
                     self._curves[line["step"]] = line["held_out"]
-                # Resumed for its end alone, a run ends as it would have without the break.
-                if line["step"] == run.trainer.step_number == run.config.train.steps:
-                    self._conclude(said[0], line["held_out"])
+                self._conclude(said[0], line["held_out"])
+                last = line["step"]
+        # Killed between verdict and summary, a run ends as it would have without the break. After
+        # its summary, or from a checkpoint that was named, it is resumed to go on.
+        goes_on = step < run.config.train.steps and (self._goes_on or ended == step)
+        self._stops = self._stops and last == step and not goes_on
         self._keep_best()
         if not base:
             return

@@ -26,12 +26,13 @@ class FiniteGuard:
         optimizer: Of the parameters that are guarded.
 
     Attributes:
+        fault: What the last part of a run that was `caught` met; None if all was finite.
         skipped_in_row: Steps up to the present one, without a gap, that were skipped.
     """
 
     def __init__(self, policy: Policy, limit: int, optimizer: Optimizer) -> None:
         self._policy, self._limit, self._optimizer = policy, limit, optimizer
-        self._fault: NonFinite | None = None
+        self.fault: NonFinite | None = None
         self.skipped_in_row = 0
 
     @contextmanager
@@ -40,13 +41,13 @@ class FiniteGuard:
 
         All processes sum their gradients afterwards, so all of them learn of it.
         """
-        self._fault = None
+        self.fault = None
         try:
             yield
         except NonFinite as error:
             if self._policy == "stop":
                 raise
-            self._fault = error
+            self.fault = error
             for parameter in self._optimizer.parameters.values():
                 parameter.grad = torch.full_like(parameter, math.nan)
 
@@ -63,7 +64,7 @@ class FiniteGuard:
             return False
         if self._policy == "skip" and self._optimizer.scaler.is_enabled():
             # All come here, since all have the same norm.
-            faults = torch.tensor([float(self._fault is not None)], device=accelerator.device)
+            faults = torch.tensor([float(self.fault is not None)], device=accelerator.device)
             if float(cast(Tensor, accelerator.reduce(faults, "sum"))) > 0.0:
                 return False
         return self._optimizer.overflowed(norm)
@@ -82,7 +83,7 @@ class FiniteGuard:
         if math.isfinite(norm):
             self.skipped_in_row = 0
             return None
-        why = self._fault.message if self._fault else "the gradient is not finite"
+        why = self.fault.message if self.fault else "the gradient is not finite"
         if self._policy == "stop":
             raise RunError(
                 f"step {step}: {why} (train.seed {seed}); nothing was updated in this step",

@@ -240,7 +240,7 @@ def restore(trainer: Trainer, found: Path, run: Path, steps: int) -> None:
         )
     # 2. Something left to do. A run that was killed after its last step lacks its summary, and is
     #    resumed to write it.
-    if state.step > steps or (state.step == steps and _summarised(run) == steps):
+    if state.step > steps or (state.step == steps and summarised(run) == steps):
         raise NothingToDo(
             f"--resume: {found} is at step {state.step} and train.steps is {steps}: nothing to do",
             hint=f"give a larger number, for instance --steps {state.step + steps}",
@@ -263,7 +263,7 @@ def load_weights(trainer: Trainer, found: Path) -> None:
     lora.set_weights(trainer.model.network.module, weights)
 
 
-def _summarised(run: Path) -> int | None:
+def summarised(run: Path) -> int | None:
     """Return the step of the run's summary; None if there is no summary, or a damaged one."""
     file = run / "summary.json"
     try:

@@ -20,6 +20,7 @@ from alignprop_cli.config import trust
 from alignprop_cli.config.schema import Config, dump
 from alignprop_cli.console import Console
 from alignprop_cli.device import (
+    forget_peak,
     keep_memory,
     make_accelerator,
     set_deterministic,
@@ -119,7 +120,7 @@ def run_training(
         with lora.disabled(run.trainer.model.network.module):
             base = run.sample(run.held_out, run.console, "base model")
         _standardise(run, base)
-        checkpoints, verdict, report = _train(run, [trackers, *callbacks])
+        checkpoints, verdict, report = _train(run, [trackers, *callbacks], back_to is not None)
         tuned = _sample_again(run, verdict)
         checkpoints.drop_old()
         if accelerator.is_main_process:
@@ -200,8 +201,9 @@ def _tell(trainer: Trainer, config: Config, console: Console) -> None:
 
 
 def _prepare_device(accelerator: Accelerator, config: Config) -> None:
-    """Keep freed memory on the CPU, and use kernels that repeat where that is wanted."""
+    """Count memory from here on, keep what is freed on the CPU, and use kernels that repeat."""
     device = accelerator.device
+    forget_peak(device)
     if device.type == "cpu":
         keep_memory()
     set_deterministic(device, wanted=device.type == "cpu" or config.train.deterministic)
@@ -250,8 +252,15 @@ def _sample_again(run: Run, verdict: Verdict) -> draw.Samples:
     return run.sample(run.held_out, run.console, f"step {verdict.best}, the best")
 
 
-def _train(run: Run, others: Sequence[Callback]) -> tuple[Checkpoints, Verdict, Report]:
+def _train(
+    run: Run, others: Sequence[Callback], goes_on: bool
+) -> tuple[Checkpoints, Verdict, Report]:
     """Step until all steps are done or a callback asks to stop.
+
+    Args:
+        run: The run.
+        others: Callbacks besides the built-in ones.
+        goes_on: As in `Guard`.
 
     Returns:
         The callback that saves, what the guard says, and the report.
@@ -262,7 +271,7 @@ def _train(run: Run, others: Sequence[Callback]) -> tuple[Checkpoints, Verdict, 
     # The order counts: Samples adds its measures to the record, Guard judges them, MetricsFile
     # writes it, and a checkpoint holds the hash of what is written. Report shows all of it.
     samples = Samples()
-    guard = Guard(samples)
+    guard = Guard(samples, goes_on=goes_on)
     checkpoints = Checkpoints(guard.is_best)
     interruption = Interruption(checkpoints.save)
     report = Report(samples, guard)
@@ -273,7 +282,7 @@ def _train(run: Run, others: Sequence[Callback]) -> tuple[Checkpoints, Verdict, 
         for callback in callbacks:
             callback.before_training(run)
             begun.append(callback)
-        stopped = False
+        stopped = guard.should_stop()  # before the run was resumed
         while run.trainer.step_number < run.config.train.steps and not stopped:
             record = run.trainer.step()
             for callback in callbacks:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import cast
 
@@ -28,6 +29,7 @@ class Trial:
 
     def __init__(self, trainer: Trainer) -> None:
         self.trainer = trainer
+        self._said = False
 
     @property
     def plan(self) -> Plan:
@@ -73,7 +75,7 @@ class Trial:
             images = [replace(image, prompt=longest) for image in images]
         # 2. A roll-out batch, and where it is smaller than the micro-batch, the rest of that.
         try:
-            with lora.prepared(trainer.model.network.module) as merged:
+            with self._caught(), lora.prepared(trainer.model.network.module) as merged:
                 starts = trainer.roll_out(images[: self.plan.rollout_batch], merged)
                 starts |= trainer.roll_out(images[len(starts) : self.plan.micro_batch], merged)
                 trainer.go_back(images[: self.plan.micro_batch], starts, merged)
@@ -129,13 +131,30 @@ class Trial:
 
         def reward() -> None:
             leaf = latents.detach().requires_grad_()
-            trainer.mixture.differentiate(pictures, prompts, lambda losses: losses.sum(), leaf)
+            with self._caught():
+                trainer.mixture.differentiate(pictures, prompts, lambda losses: losses.sum(), leaf)
 
         return {"rollout": rollout, "call": call, "decoder": decoder, "reward": reward}
 
     @torch.no_grad()
     def _decoded(self, latents: Tensor) -> Tensor:
         return self.trainer.model.reward_decoder.decode(latents, recompute=False)
+
+    @contextmanager
+    def _caught(self) -> Iterator[None]:
+        """Go on after images or rewards that are not finite where a step would be skipped for it.
+
+        What comes after them is not measured: that is said, once.
+        """
+        finite = self.trainer.finite
+        with finite.caught():
+            yield
+        if finite.fault is not None and not self._said:
+            self._said = True
+            self.trainer.note(
+                f"before the first step: {finite.fault.message}; memory and time are measured "
+                "without what would come after it"
+            )
 
     def _timed(self, part: Callable[[], object]) -> float:
         """Return the seconds of a part: the median of three, after one that is not timed."""

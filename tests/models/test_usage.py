@@ -69,3 +69,16 @@ def test_a_pipeline_without_t5_is_loaded_without_it(kind: str | None, tmp_path: 
         exec("\n".join(lines[:3]), names)
         assert (names["pipeline"].text_encoder_3 is None) is without_t5
         assert (names["pipeline"].tokenizer_3 is None) is without_t5
+
+
+def test_weights_are_chosen_by_what_diffusers_takes() -> None:
+    weights = {"revision": 'v1"', "variant": "fp16"}
+    lines = snippet("owner/model", None, "owner/lora", PLAIN, weights=weights)
+    (loaded,) = ast.parse(lines[2]).body
+    assert isinstance(loaded, ast.Assign)
+    assert isinstance(loaded.value, ast.Call)
+    given = {str(k.arg): ast.literal_eval(k.value) for k in loaded.value.keywords}
+    assert given == weights
+    # `from_pretrained` takes anything by name; what it does with these is in its words.
+    said = str(diffusers.DiffusionPipeline.from_pretrained.__doc__)
+    assert all(f"{name} (`str`, *optional*" in said for name in weights)

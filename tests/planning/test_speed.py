@@ -123,6 +123,24 @@ def test_smaller_last_batches_are_counted() -> None:
     assert step_seconds(times, test_plan.footprint(), asked, plan, 20) == pytest.approx(26.0)
 
 
+def test_a_micro_batch_has_images_of_one_group() -> None:
+    # 12 images in two groups of 6, by 4: micro-batches of 4, 2, 4 and 2, decoded by 3.
+    launches = {"launch": 1.0, "each": 0.0}
+    times = Times(Pace(0.0, 0.0), Pace(**launches), Pace(100.0, 0.0), Pace(1e4, 0.0), "here")
+    asked = test_plan.asked({"method": "last_k", "k": 1}, batch_size=12)
+    plan = replace(plan_of(4), batch_size=12, decode_batch=3, groups=2)
+    assert plan.accumulation == 4
+    # Of 4 images 3 and 1 are decoded, of 2 both.
+    parts = test_plan.footprint()
+    assert step_seconds(times, parts, asked, plan, 12) == pytest.approx(4 + 6 * (100 + 1e4))
+    # A process that has 7 of the images has groups of 4 and 3.
+    plan = replace(plan, processes=2, batch_size=14)
+    assert step_seconds(times, parts, asked, plan, 7) == pytest.approx(2 + 3 * (100 + 1e4))
+    # One group: micro-batches of 4, 4 and 4.
+    plan = replace(plan_of(4), batch_size=12, decode_batch=4)
+    assert step_seconds(times, parts, asked, plan, 12) == pytest.approx(3 + 3 * (100 + 1e4))
+
+
 def test_of_equally_fast_plans_the_smallest_is_taken() -> None:
     """Bound by launches alone, everything is one batch; where every image counts, nothing is."""
     asked = test_plan.asked({"method": "last_k", "k": 2}, batch_size=8)

@@ -131,6 +131,25 @@ def test_the_code_of_a_card_leaves_t5_out_where_the_run_did() -> None:
         assert f'from_pretrained("{config.model.id}")' in found.text("x", None)
 
 
+def test_revision_and_variant_of_the_base_model_are_told_and_loaded() -> None:
+    named = {"model.revision": "0a1b2c", "model.variant": "fp16"}
+    run = of("owner/model", **named)
+    given = ("mix", {"alignprop.base_model": "owner/model"}, [("a", 1.0)], ["clip"], "exact")
+    section = {"id": "owner/model", "revision": "0a1b2c", "variant": "fp16"}
+    for found in (run, card.of_soup(*given, {"model": section}, None)):
+        text = found.text("x", None)
+        assert 'from_pretrained("owner/model", revision="0a1b2c", variant="fp16")' in text
+        assert "| revision of the base model | `0a1b2c` |" in text
+        assert "| variant of the base model | `fp16` |" in text
+    # Neither where it was not named, of a single file, or not a text, as in somebody else's mix.
+    alone = of("/data/mine.safetensors", **{"model.variant": "fp16"})
+    odd = {"id": ["x"], "revision": 3, "variant": {"a": "b"}}
+    for found in (of("owner/model"), alone, card.of_soup(*given, {"model": odd}, None)):
+        text = found.text("x", None)
+        assert not re.search("revision|variant", text)
+    assert 'from_pretrained("owner/model")' in of("owner/model").text("x", None)
+
+
 @pytest.mark.parametrize(
     "sample",
     [["x"], "x", {"guidance_scale": "7"}, {"true_guidance_scale": None}, {"height": {}, "own": 1}],

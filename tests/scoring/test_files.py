@@ -49,6 +49,41 @@ def test_what_a_folder_hides_is_among_its_images_so_that_it_is_counted(tmp_path,
             read_image(hidden.path)
 
 
+def test_a_pattern_counts_the_folders_that_it_could_not_look_into(tmp_path, monkeypatch):
+    for name in ("b.png", "sub/a.png"):
+        picture(tmp_path / name)
+    # Empty: the glob of Python 3.13 takes `scandir` before a test can replace it.
+    for name in ("closed", "sub/closed"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "sub" / "round").symlink_to("..")
+    scan, looked = os.scandir, list[str]()
+
+    def refuse(place):
+        looked.append(str(place))
+        if Path(place).name == "closed":
+            raise PermissionError(errno.EACCES, "Permission denied", str(place))
+        return scan(place)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+
+    def found(pattern: str) -> list[str]:
+        images = find_images([str(tmp_path / pattern)])
+        return [f.path.relative_to(tmp_path).as_posix() for f in images]
+
+    assert found("**/*.png") == ["b.png", "closed", "sub/a.png", "sub/closed"]
+    assert found("s*/**/*.png") == ["sub/a.png", "sub/closed"]
+    assert found("*/*.png") == ["closed", "sub/a.png"]
+    # What it would not look into is not looked into, and is not its concern.
+    looked.clear()
+    assert found("*.png") == ["b.png"]
+    assert {Path(place) for place in looked} == {tmp_path}
+    # As for a folder that is named: what cannot be read at all is an error.
+    with pytest.raises(AssetError, match="cannot be read: Permission denied"):
+        find_images([str(tmp_path / "closed" / "*.png")])
+    with pytest.raises(AssetError, match="no such file or folder, and no pattern"):
+        find_images([str(tmp_path / "none" / "*.png")])
+
+
 def test_transparent_parts_become_white(tmp_path):
     image = Image.new("RGBA", (4, 2), (255, 0, 0, 255))
     image.putpixel((0, 0), (0, 0, 0, 0))

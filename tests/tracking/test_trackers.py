@@ -20,6 +20,7 @@ from typing import Any, get_args
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from alignprop_cli.config.tracking import Tracker
 from alignprop_cli.tracking.follow import Followers
@@ -134,6 +135,30 @@ def test_tensorboard_reads_its_files(told) -> None:
     texts = {tag: read.Tensors(tag)[-1].tensor_proto.string_val[0] for tag in tags["tensors"]}
     assert b"lora.rank: 7" in texts["config/text_summary"]
     assert b"clip 0.25" in texts["samples/captions/text_summary"]
+
+
+@needs("tensorboard")
+def test_tensorboard_shows_a_run_that_was_begun_again_once(tmp_path: Path) -> None:
+    from accelerate import PartialState
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from alignprop_cli.tracking.backends import TensorBoard
+
+    PartialState()
+    Image.new("RGB", (8, 8)).save(tmp_path / "image.png")
+    shown = {"file": str(tmp_path / "image.png"), "prompt": PROMPT, "text": "clip 0.25"}
+    # Killed after step 2, before there was a checkpoint.
+    for start, steps in enumerate((2, 3)):
+        tracker = TensorBoard(job_of(tmp_path / "run"), "id")
+        tracker.images(0, "samples", [shown])
+        for step in range(1, steps + 1):
+            tracker.scalars(step, {"loss": 10.0 * start + step})
+        tracker.end("failed")
+    read = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    read.Reload()
+    found = [(event.step, event.value) for event in read.Scalars("loss")]
+    assert found == [(1, 11.0), (2, 12.0), (3, 13.0)]
+    assert [event.step for event in read.Images(f"samples/00 {PROMPT}")] == [0]
 
 
 @needs("wandb")

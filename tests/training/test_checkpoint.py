@@ -6,15 +6,19 @@ import hashlib
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from alignprop_cli import benchmarks
+from alignprop_cli.config import presets
 from alignprop_cli.errors import AssetError, ConfigError, RunError
 from alignprop_cli.lora.files import BEST, LORA_FILE, checkpoints, latest, named_checkpoint
 from alignprop_cli.storage import sha256, sweep, write_whole
-from alignprop_cli.training import checkpoint, folders, resume
+from alignprop_cli.training import checkpoint, folders, resume, setup
 from alignprop_cli.training.checkpoint import State
 
 
@@ -365,6 +369,26 @@ def test_what_the_run_reads_must_be_what_it_was(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.id: .*\n.*reward\.x: ") as refused:
         resume.refuse_other_inputs(path, {"train.prompts": "a", "model.id": "c", "reward.x": "d"})
     assert "train.prompts" not in refused.value.message
+
+
+def test_prompts_that_have_changed_on_the_hub_since_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The hub's newest file is taken, so only what it holds tells whether it is the same.
+    file = tmp_path / "PartiPrompts.tsv"
+    monkeypatch.setattr(benchmarks, "hf_hub_download", lambda *given, **options: str(file))
+    config = presets.resolve(preset="tiny", flags={"train.prompts": "parti"})
+
+    def inputs(text: str) -> dict[str, str]:
+        file.write_text(f"Prompt\tCategory\n{text}\n")
+        return setup.inputs(config, cast("Any", SimpleNamespace(path=None)))
+
+    saved = State(1, 4, {}, inputs=inputs("an atom\tAbstract"))
+    path = checkpoint.save(tmp_path, saved, save_adapter)
+    # What is not the prompts may change.
+    resume.refuse_other_inputs(path, inputs("an atom\tArts"))
+    with pytest.raises(ConfigError, match=r"train\.prompts: its content has changed since"):
+        resume.refuse_other_inputs(path, inputs("two atoms\tAbstract"))
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes in a folder")

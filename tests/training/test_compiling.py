@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import pytest
 import torch
 
 from alignprop_cli import models
+from alignprop_cli.errors import NonFinite
 from alignprop_cli.models.compiled import uncompiled
+from alignprop_cli.rewards.mixture import Member, Mixture
 from alignprop_cli.training import compiling
 from alignprop_cli.training.compiling import compile_network
 from alignprop_cli.training.trainer import Trainer
@@ -61,6 +64,32 @@ def test_compiled_blocks_give_the_same_gradient() -> None:
     assert relative_difference(compiled, plain) < 1e-4
     assert len(said) == 1
     assert "compiled the network's blocks" in said[0]
+
+
+@pytest.mark.parametrize("policy", ["skip", "stop"])
+def test_a_trial_whose_rewards_are_nan_is_no_end_where_steps_are_skipped(policy: str) -> None:
+    def broken(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:
+        return images.mean(dim=(1, 2, 3)) * math.nan
+
+    config = small_config(**{**SECTIONS, "train": {**SECTIONS["train"], "on_nonfinite": policy}})
+    made = make_trainer(config, Mixture([Member("broken", broken, 1.0, config.loss)]))
+    said: list[str] = []
+    made.note = said.append
+    if policy == "stop":
+        with pytest.raises(NonFinite, match="'broken' returned nan"):
+            compile_network(Trial(made), STEPS, True, said.append, backend="aot_eager")
+        return
+    trial = Trial(made)
+    compile_network(trial, STEPS, True, said.append, backend="aot_eager")
+    trial.part_seconds(2, ("reward",))
+    assert len(said) == 2
+    assert "before the first step: reward 'broken' returned nan for image 0" in said[0]
+    assert "compiled the network's blocks" in said[1]
+    assert compiled_blocks(made)
+    # Nothing is left of it, and the steps themselves are skipped.
+    assert all(p.grad is None for p in parameters(made))
+    assert "'broken' returned nan" in str(made.step().skipped)
+    assert made.finite.skipped_in_row == 1
 
 
 @pytest.mark.slow

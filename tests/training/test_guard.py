@@ -215,7 +215,7 @@ def test_weights_of_a_step_that_a_resumed_run_has_not_reached_are_not_called_the
         folder=tmp_path,
         accelerator=SimpleNamespace(is_main_process=True),
         console=SimpleNamespace(note=said.append),
-        trainer=SimpleNamespace(step_number=6),
+        trainer=SimpleNamespace(step_number=6, mixture=SimpleNamespace(names=("clip",))),
     )
     guard = Guard(cast("Any", SimpleNamespace(base=base)))
     guard.before_training(cast("Any", run))
@@ -248,7 +248,9 @@ def test_what_was_measured_before_is_judged_by_what_counts_now(tmp_path: Path) -
         folder=tmp_path,
         accelerator=SimpleNamespace(is_main_process=True),
         console=SimpleNamespace(note=notes.append),
-        trainer=SimpleNamespace(step_number=6, mixture=SimpleNamespace(members=())),
+        trainer=SimpleNamespace(
+            step_number=6, mixture=SimpleNamespace(members=(), names=("clip",))
+        ),
     )
     base = {name: Quantity(np.zeros(8), 1.0) for name in ("clip", "saturation")}
     guard = Guard(cast("Any", SimpleNamespace(base=base)))
@@ -258,9 +260,23 @@ def test_what_was_measured_before_is_judged_by_what_counts_now(tmp_path: Path) -
     assert not [note for note in notes if "gone" in note]
 
 
-@pytest.mark.parametrize(("steps", "enabled"), [(6, True), (6, False), (9, True)])
-def test_a_run_killed_after_its_last_step_ends_as_the_guard_had_said(
-    tmp_path: Path, steps: int, enabled: bool
+@pytest.mark.parametrize(
+    ("steps", "enabled", "goes_on", "summary", "stops"),
+    [
+        (6, True, False, None, True),
+        (6, True, True, None, True),
+        (6, False, False, None, False),
+        # It was not the last step, and the run would have ended there all the same.
+        (9, True, False, None, True),
+        (9, True, False, 2, True),
+        (9, False, False, None, False),
+        # It did end there, or that checkpoint was named: now it is to go on.
+        (9, True, False, 6, False),
+        (9, True, True, None, False),
+    ],
+)
+def test_a_run_killed_after_the_guards_verdict_ends_as_that_had_said(
+    tmp_path: Path, steps: int, enabled: bool, goes_on: bool, summary: int | None, stops: bool
 ) -> None:
     """Its last two measurements alarmed; then it was killed before its summary was written."""
     measured = [(2, 0.3, []), (4, 0.1, ["clip"]), (6, -0.2, ["clip"])]
@@ -288,10 +304,35 @@ def test_a_run_killed_after_its_last_step_ends_as_the_guard_had_said(
         ),
     )
     base = {name: Quantity(np.full(8, 0.5), 1.0) for name in ("clip", "redness")}
+    if summary is not None:
+        (tmp_path / "summary.json").write_text(json.dumps({"steps": summary}))
+    guard = Guard(cast("Any", SimpleNamespace(base=base)), goes_on=goes_on)
+    guard.before_training(cast("Any", run))
+    verdict = guard.verdict()
+    assert (verdict.stopped, verdict.best) == (stops, 2)
+    assert guard.should_stop() == stops
+    why = "redness rose from 0.5 to 0.9 while held-out clip fell from 0.5 to -0.2"
+    assert verdict.why == why
+
+
+def test_a_run_resumed_after_its_last_measurement_tells_of_that_at_its_end(tmp_path: Path) -> None:
+    # Measured at 6, killed after 7, its last step: it would have ended with the words of step 6.
+    said = {"alarms": ["clip"], "merit": -0.2, "changes": {}}
+    lines = [{"step": 6, "held_out": {"clip": -0.2, "redness": 0.9}, "guard": said}]
+    lines.append({"step": 7})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    run = SimpleNamespace(
+        config=parse({"reward": {"redness": {}}, "eval": {"rewards": {"clip": {}}}}),
+        folder=tmp_path,
+        accelerator=SimpleNamespace(is_main_process=True),
+        console=SimpleNamespace(note=lambda text: None),
+        trainer=SimpleNamespace(
+            step_number=7, mixture=SimpleNamespace(members=(), names=("redness",))
+        ),
+    )
+    base = {name: Quantity(np.full(8, 0.5), 1.0) for name in ("clip", "redness")}
     guard = Guard(cast("Any", SimpleNamespace(base=base)))
     guard.before_training(cast("Any", run))
     verdict = guard.verdict()
-    assert (verdict.stopped, verdict.best) == (enabled and steps == 6, 2)
-    why = "redness rose from 0.5 to 0.9 while held-out clip fell from 0.5 to -0.2"
-    # With steps left to do it goes on, and is judged again.
-    assert verdict.why == (why if steps == 6 else "")
+    assert (verdict.stopped, verdict.best) == (False, None)
+    assert verdict.why == "redness rose from 0.5 to 0.9 while held-out clip fell from 0.5 to -0.2"
