@@ -97,6 +97,7 @@ def in_session(session):
     return found
 
 
+@pytest.mark.long
 def test_pipes_and_closed_streams_end_as_a_shell_expects(warm, tmp_path):
     for index in range(300):
         picture(tmp_path / "many" / f"{index}.png", index % 256)

@@ -52,11 +52,13 @@ def _grow(folder: Path) -> None:
 
 # From less than one file to nearly all: the whole run takes what `du` says.
 SIZES = [16, 64, 96, 128, 160, 200, 256, 320, 400, 480, 600, 800]
-QUICK_SIZES = (256,)
+OFTEN = (256,)
+"""The sizes of which `.ci/run` makes disks."""
 
 
 @pytest.mark.parametrize(
-    "kib", [s if s in QUICK_SIZES else pytest.param(s, marks=pytest.mark.slow) for s in SIZES]
+    "kib",
+    [pytest.param(s, marks=pytest.mark.long if s in OFTEN else pytest.mark.slow) for s in SIZES],
 )
 def test_a_full_disk_is_said_and_with_room_the_run_goes_on_identically(
     commands: Commands, kib: int

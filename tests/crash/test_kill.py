@@ -193,6 +193,7 @@ def killed_at_random(commands: Commands, place: Path, times: int, seed: int) -> 
             here.mkdir()
 
 
+@pytest.mark.long
 def test_a_run_killed_at_random_moments_goes_on_identically(
     commands: Commands, place: Path
 ) -> None:

@@ -85,6 +85,7 @@ def test_a_quantised_base_is_trained_and_evaluated_as_it_was_trained(run: Run, h
     assert "model.quantize" in err
 
 
+@pytest.mark.long
 def test_a_dry_run_plans_quantised_weights_without_the_library(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,6 +103,7 @@ def test_a_dry_run_plans_quantised_weights_without_the_library(
     )
 
 
+@pytest.mark.long
 def test_training_sees_the_approximate_images_and_samples_are_the_models_own(run: Run) -> None:
     # The latents of the embedded model have 12 channels, and a quarter of the image's width.
     folder = small_tiny(

@@ -204,6 +204,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
     return call
 
 
+@pytest.mark.long
 def test_a_dora_is_trained_resumed_evaluated_and_not_mixed(
     run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -250,6 +251,7 @@ def test_a_dora_is_not_begun_from_a_lora(tmp_path: Path) -> None:
         setup.prepare_lora(config, model, None, Console(quiet=True))
 
 
+@pytest.mark.long
 def test_the_plan_counts_the_magnitudes_and_their_calls() -> None:
     def footprint(dora: bool) -> Any:
         config = presets.resolve(preset="tiny", assignments=[f"lora.dora={json.dumps(dora)}"])

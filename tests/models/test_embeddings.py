@@ -147,6 +147,7 @@ def train(folder: Path, output: str) -> list[str]:
     return ["train", "--preset=tiny", "--reward=brightness", "--steps=2", *given, "-o", output]
 
 
+@pytest.mark.long
 def test_training_from_disk_is_training_from_memory_bit_for_bit(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

@@ -57,6 +57,7 @@ def gradients(backend: str) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     return gradient(plain), gradient(compiled), said
 
 
+@pytest.mark.long
 def test_compiled_blocks_give_the_same_gradient() -> None:
     """Traced and differentiated by the compiler, with the operators as they are."""
     plain, compiled, said = gradients("aot_eager")
@@ -98,6 +99,7 @@ def test_blocks_compiled_to_machine_code_give_the_same_gradient() -> None:
     assert relative_difference(compiled, plain) < 1e-4
 
 
+@pytest.mark.long
 def test_all_sizes_of_blocks_are_compiled_and_evaluation_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -82,6 +82,7 @@ def changes(line: dict[str, Any], name: str) -> dict[str, float]:
     return line["guard"]["changes"][name]
 
 
+@pytest.mark.long
 def test_a_run_made_to_hack_is_stopped_in_time_and_without_the_guard_it_collapses(
     stopped: Ended, collapsed: Ended
 ) -> None:
