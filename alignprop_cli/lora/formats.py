@@ -4,9 +4,9 @@
                 .lora_B.weight; in old versions .processor.to_q_lora.down.weight and so on
     PEFT        base_model.model.<layer>.lora_A.weight and .lora_B.weight
     kohya       lora_unet_<layer, _ for .>.lora_down.weight and .lora_up.weight; for Stable
-                Diffusion XL the layers are named as in the original code
+                Diffusion XL and transformers the layers are named as in the original code
     ComfyUI     diffusion_model.<layer> and any of these endings, of transformers; the layers are
-                mostly named as in the original code (comfyui.py)
+                mostly named as in the original code (original.py)
 
 Alpha is a tensor of its own (<layer>.alpha) or part of the adapter's configuration. The name of an
 adapter may come before `.weight`. A DoRA has <layer>.lora_magnitude_vector beside the factors, in
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from alignprop_cli.errors import AssetError, ConfigError, RunError
-from alignprop_cli.lora import comfyui, settings
+from alignprop_cli.lora import original, settings
 from alignprop_cli.lora.factors import (
     Factors,
     Layers,
@@ -36,10 +36,11 @@ from alignprop_cli.lora.factors import (
     scaling,
 )
 from alignprop_cli.lora.names import (
-    COMFYUI,
     KOHYA,
     NETWORKS,
+    WHOSE,
     layer_of,
+    original_prefix,
     present,
     without_network,
 )
@@ -145,7 +146,7 @@ def read_layers(
     }
     if len({factors.magnitude is None for factors in layers.values()}) > 1:
         raise AssetError(f"{file}: is a DoRA in some of its layers and a LoRA in others")
-    if any(name.startswith(COMFYUI) for name in names):
+    if any(map(original_prefix, names)):
         layers = _in_diffusers(layers, names, options, file)
     damage = not_finite(layers)
     if damage:
@@ -159,7 +160,7 @@ def _group(state: Mapping[str, Tensor], names: list[str], file: Path) -> dict[st
     adapters: set[str] = set()
     for name in names:
         found = _TENSOR.fullmatch(present(name))
-        layer = layer_of(found["layer"], file) if found else None
+        layer = layer_of(found["layer"]) if found else None
         if found is None or layer is None:
             raise AssetError(f"{file}: cannot be read as a LoRA: unexpected tensor {shown(name)}")
         tensors = grouped.setdefault(layer, _Tensors())
@@ -184,21 +185,25 @@ def _group(state: Mapping[str, Tensor], names: list[str], file: Path) -> dict[st
 def _in_diffusers(
     layers: Layers, names: list[str], options: Mapping[str, Any], file: Path
 ) -> dict[str, Factors]:
-    """Return the layers of a file with ComfyUI's names by diffusers' names."""
-    other = next((name for name in names if not name.startswith(COMFYUI)), None)
+    """Return the layers of a file with names that original.py knows by diffusers' names."""
+    name, prefix = next((n, prefix) for n in names if (prefix := original_prefix(n)))
+    other = next((n for n in names if original_prefix(n) != prefix), None)
     if other is not None:
+        beside = f"{WHOSE[prefix]} names ({prefix}...)"
+        if other.startswith(prefix):
+            # kohya's of a UNet: beside hundreds of them it is the name that is odd.
+            other, beside = name, f"{shown(other)}, which is a UNet's"
         raise AssetError(
-            f"{file}: cannot be read as a LoRA: unexpected tensor {shown(other)} beside ComfyUI's "
-            f"names ({COMFYUI}...)"
+            f"{file}: cannot be read as a LoRA: unexpected tensor {shown(other)} beside {beside}"
         )
-    renamed = comfyui.in_diffusers(layers, file)
+    renamed = original.in_diffusers(layers, prefix, file)
     # Whose names its patterns mean, is not known.
     pattern = next((p for p in ("rank_pattern", "alpha_pattern") if options.get(p)), None)
     if pattern is not None and renamed.keys() != layers.keys():
         raise AssetError(
-            f"{file}: the layers have ComfyUI's names, for which {pattern} of its configuration "
-            "cannot be read",
-            hint=f"alphas are read from tensors {COMFYUI}....alpha",
+            f"{file}: the layers have {WHOSE[prefix]} names, for which {pattern} of its "
+            "configuration cannot be read",
+            hint=f"alphas are read from tensors {prefix}....alpha",
         )
     return renamed
 

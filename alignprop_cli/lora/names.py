@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from pathlib import Path
-
-from alignprop_cli.errors import AssetError
 
 NETWORKS = ("unet.", "transformer.")
 """What diffusers puts before the names of the network's layers: its name in the pipeline."""
@@ -15,10 +12,13 @@ PEFT = "base_model.model."
 """What PEFT puts there."""
 
 KOHYA = "lora_unet_"
-"""What kohya's trainer puts before the names of a U-Net's layers."""
+"""What kohya's trainers put before the names of a network's layers, which have _ for dots."""
 
 COMFYUI = "diffusion_model."
 """What ComfyUI puts before the names of a network's layers, mostly those of the original code."""
+
+WHOSE = {COMFYUI: "ComfyUI's", KOHYA: "kohya's"}
+"""Whose names they are, for messages."""
 
 # Old versions of diffusers put the LoRA into the attention processors.
 _OLD = re.compile(r"\.processor\.(to_q|to_k|to_v|to_out)_lora\.(down|up)\.weight$")
@@ -68,11 +68,22 @@ def network_of(names: Iterable[str]) -> str:
     for name in names:
         if name.startswith(NETWORKS):
             return next(prefix for prefix in NETWORKS if name.startswith(prefix))
-        # ComfyUI's names are read of transformers alone.
         peft = name.startswith(PEFT) and is_transformers(name.removeprefix(PEFT))
-        if peft or name.startswith(COMFYUI):
+        if peft or original_prefix(name) is not None:
             return NETWORKS[1]
     return NETWORKS[0]
+
+
+def original_prefix(name: str) -> str | None:
+    """Return what is before a name that original.py knows; None before other names.
+
+    These are ComfyUI's, and kohya's where they are no UNet's: both are read of transformers alone.
+    """
+    if name.startswith(COMFYUI):
+        return COMFYUI
+    if name.startswith(KOHYA) and _in_unet(name.removeprefix(KOHYA).split(".")[0]) is None:
+        return KOHYA
+    return None
 
 
 def is_transformers(layer: str) -> bool:
@@ -95,10 +106,10 @@ def present(name: str) -> str:
     return _OLD.sub(rename, name)
 
 
-def layer_of(name: str, file: Path) -> str | None:
+def layer_of(name: str) -> str | None:
     """Return the layer's name in the network from its name in the file; None if it is unknown.
 
-    Of one with ComfyUI's name it is the name there, which comfyui.py knows more about.
+    Of one with an `original_prefix` it is the name behind that.
     """
     if len(name) > _LONGEST_LAYER:
         return None
@@ -111,17 +122,20 @@ def layer_of(name: str, file: Path) -> str | None:
     if name.startswith(COMFYUI):
         return name.removeprefix(COMFYUI)
     if name.startswith(KOHYA):
-        flat = _present_flat(name.removeprefix(KOHYA))
-        # Split into the known words of a UNet's names: there is one way only, so the renaming can
-        # be undone. What does not split belongs to another network.
-        words = _WORD.findall(flat)
-        if "_".join(words) == flat and words[0] in _FIRST_WORDS:
-            return ".".join(words)
-        raise AssetError(
-            f"{file}: unexpected layer {name}: it is not named as diffusers names a UNet's layers",
-            hint="kohya's trainer names those of other networks so, which are not supported",
-        )
+        flat = name.removeprefix(KOHYA)
+        return None if "." in flat else _in_unet(flat) or flat
     return None
+
+
+def _in_unet(flat: str) -> str | None:
+    """Return the name in a UNet of a layer with kohya's name; None if it is of no UNet."""
+    flat = _present_flat(flat)
+    # Split into the known words of a UNet's names: there is one way only, so the renaming can be
+    # undone. What does not split belongs to another network.
+    words = _WORD.findall(flat)
+    if not words or "_".join(words) != flat or words[0] not in _FIRST_WORDS:
+        return None
+    return ".".join(words)
 
 
 def _present_flat(flat: str) -> str:

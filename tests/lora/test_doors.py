@@ -245,8 +245,9 @@ def test_every_format_is_the_same_lora_through_all_doors(
     check(started(file), base, deltas)
 
 
-def test_comfyuis_names_of_a_transformer_are_the_same_lora_through_all_doors(
-    run: Any, tmp_path: Path
+@pytest.mark.parametrize(("start", "dot"), [("diffusion_model.", "."), ("lora_unet_", "_")])
+def test_the_originals_names_of_a_transformer_are_the_same_lora_through_all_doors(
+    run: Any, tmp_path: Path, start: str, dot: str
 ) -> None:
     # Layers of the original code of Stable Diffusion 3, of the embedded flow's width.
     shapes = {
@@ -258,11 +259,12 @@ def test_comfyuis_names_of_a_transformer_are_the_same_lora_through_all_doors(
     for number, (name, (out, inputs)) in enumerate(shapes.items()):
         down = 0.3 * randn(number, 2, inputs, dtype=torch.float32)
         up = 0.3 * randn(90 + number, out, 2, dtype=torch.float32)
-        state[f"diffusion_model.{name}.lora_down.weight"] = down
-        state[f"diffusion_model.{name}.lora_up.weight"] = up
-        state[f"diffusion_model.{name}.alpha"] = torch.tensor(3.0)
+        layer = f"{start}{name.replace('.', dot)}"
+        state[f"{layer}.lora_down.weight"] = down
+        state[f"{layer}.lora_up.weight"] = up
+        state[f"{layer}.alpha"] = torch.tensor(3.0)
         whole[name] = 3.0 / 2 * up.double() @ down.double()
-    file = tmp_path / "comfyui.safetensors"
+    file = tmp_path / "original.safetensors"
     save_file(state, file)
     fused, forward, modulation = whole.values()
     parts = zip("qkv", fused.split(96), strict=True)

@@ -141,6 +141,7 @@ def test_kohyas_format_is_read_with_its_alphas_and_without_the_text_encoder(tmp_
     save_file(state, tmp_path / "kohya.safetensors")
     found = adapter.read(tmp_path / "kohya.safetensors")
     (name,) = found.layers
+    assert found.prefix == "unet."
     assert name == "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     # alpha / rank B A = 1/4 x 4 x 2.0 x 0.5
     torch.testing.assert_close(found.layers[name].delta(), torch.ones(5, 6, dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""LoRA files with ComfyUI's names are the update that they are in the original code's layers.
+"""LoRA files with ComfyUI's or kohya's names are the update that they are in the original's layers.
 
 What becomes of that update in diffusers is told by diffusers' converters of whole models, which
 turn the original code's weights into those of its own classes.
@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from alignprop_cli.errors import AlignPropError, AssetError, ConfigError
-from alignprop_cli.lora import comfyui, files
+from alignprop_cli.lora import files, names, original
 from alignprop_cli.lora import layers as lora
 from alignprop_cli.lora.factors import Factors
 from alignprop_cli.models.families import ARCHITECTURES
@@ -225,25 +225,35 @@ def layers_of(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {n.removesuffix(ends): w for n, w in weights.items() if n.endswith(ends) and w.ndim > 1}
 
 
-# The spelling of the factors, and which layers have an alpha.
+def comfyuis(name: str) -> str:
+    return f"diffusion_model.{name}"
+
+
+def kohyas(name: str) -> str:
+    return f"lora_unet_{name.replace('.', '_')}"
+
+
+# The spelling of the layers and of the factors, and which layers have an alpha.
 SPELLINGS = {
-    "A and B": (("lora_A", "lora_B"), None),
-    "A and B with alpha": (("lora_A", "lora_B"), 1),
-    "down and up with alpha": (("lora_down", "lora_up"), 1),
-    "an alpha for every second": (("lora_down", "lora_up"), 2),
-    "the name of an adapter": (("lora_A.default", "lora_B.default"), None),
+    "A and B": (comfyuis, ("lora_A", "lora_B"), None),
+    "A and B with alpha": (comfyuis, ("lora_A", "lora_B"), 1),
+    "down and up with alpha": (comfyuis, ("lora_down", "lora_up"), 1),
+    "an alpha for every second": (comfyuis, ("lora_down", "lora_up"), 2),
+    "the name of an adapter": (comfyuis, ("lora_A.default", "lora_B.default"), None),
+    "kohya's": (kohyas, ("lora_down", "lora_up"), 1),
+    "kohya's with an alpha for every second": (kohyas, ("lora_down", "lora_up"), 2),
 }
 
 
 def written(case: Case, spelling: str, place: Path) -> tuple[Path, dict[str, Tensor]]:
     """Write a file with a LoRA of every layer, and return what it adds to diffusers' weights."""
-    (a, b), every = SPELLINGS[spelling]
+    spelled, (a, b), every = SPELLINGS[spelling]
     state: dict[str, Tensor] = {}
     updates = Whole()
     for number, (name, shape) in enumerate(case.shapes.items()):
         rank = 1 + number % 4
         down, up = pair(shape, rank, number)
-        layer = f"diffusion_model.{name}"
+        layer = spelled(name)
         state |= {f"{layer}.{a}.weight": down, f"{layer}.{b}.weight": up}
         scaling = 1.0
         if every and number % every == 0:
@@ -251,7 +261,7 @@ def written(case: Case, spelling: str, place: Path) -> tuple[Path, dict[str, Ten
             state[f"{layer}.alpha"] = torch.tensor(alpha)
             scaling = alpha / rank
         updates[f"{name}.weight"] = scaling * product(down, up)
-    file = place / "comfyui.safetensors"
+    file = place / "original.safetensors"
     save_file(state, file)
     return file, layers_of(case.convert(updates))
 
@@ -336,30 +346,73 @@ def test_a_file_that_is_read_can_be_written_and_read_again(case: Case, tmp_path:
 
 # --- Beside diffusers' converters of LoRA files, for what these do rightly ---
 
-# The pipeline, the layers and the widths (out, in), the spelling of the factors, and alpha.
+A_B, DOWN_UP = ("lora_A", "lora_B"), ("lora_down", "lora_up")
+# The pipeline, the layers and the widths (out, in), the spelling of the layers and of the factors,
+# and alpha.
 CONVERTED = {
     "zimage": (
         "ZImagePipeline",
         {"layers.3.attention.to_q": (8, 12), "context_refiner.0.feed_forward.w1": (5, 12)},
-        ("lora_A", "lora_B"),
+        comfyuis,
+        A_B,
         2.0,
     ),
     "flux2": (
         "Flux2KleinPipeline",
         {"double_blocks.0.txt_attn.qkv": (36, 12), "single_blocks.0.linear1": (108, 12)},
-        ("lora_A", "lora_B"),
+        comfyuis,
+        A_B,
         None,
     ),
     "flux2 with diffusers' names": (
         "Flux2KleinPipeline",
         {"transformer_blocks.0.attn.to_q": (12, 12)},
-        ("lora_A", "lora_B"),
+        comfyuis,
+        A_B,
         None,
     ),
     "flux1": (
         "FluxPipeline",
         {"double_blocks.0.img_attn.qkv": (36, 12), "double_blocks.7.img_mlp.2": (12, 48)},
-        ("lora_down", "lora_up"),
+        comfyuis,
+        DOWN_UP,
+        2.0,
+    ),
+    # Without the last layer, whose alpha diffusers drops, and linear1, which is 3072 wide there.
+    "flux1 of kohya": (
+        "FluxPipeline",
+        {
+            "double_blocks.3.txt_attn.qkv": (36, 12),
+            "double_blocks.18.img_mod.lin": (72, 12),
+            "single_blocks.37.linear2": (12, 60),
+            "single_blocks.0.modulation.lin": (36, 12),
+        },
+        kohyas,
+        DOWN_UP,
+        2.0,
+    ),
+    "flux2 of kohya": (
+        "Flux2KleinPipeline",
+        {
+            "double_blocks.0.img_attn.qkv": (36, 12),
+            "double_blocks.4.txt_mlp.2": (12, 36),
+            "single_blocks.11.linear1": (108, 12),
+            "time_in.in_layer": (12, 4),
+        },
+        kohyas,
+        DOWN_UP,
+        2.0,
+    ),
+    "zimage of kohya": (
+        "ZImagePipeline",
+        {
+            "layers.3.attention.to_q": (8, 12),
+            "layers.3.attention.to_out.0": (12, 8),
+            "noise_refiner.1.adaLN_modulation.0": (48, 12),
+            "context_refiner.0.feed_forward.w1": (5, 12),
+        },
+        kohyas,
+        DOWN_UP,
         2.0,
     ),
 }
@@ -367,14 +420,14 @@ CONVERTED = {
 
 @pytest.mark.parametrize("name", CONVERTED)
 def test_it_is_what_diffusers_makes_of_the_file(name: str, tmp_path: Path) -> None:
-    kind, layers, (a, b), alpha = CONVERTED[name]
+    kind, layers, spelled, (a, b), alpha = CONVERTED[name]
     state: dict[str, Tensor] = {}
     for number, (layer, shape) in enumerate(layers.items()):
         down, up = pair(shape, 4, number)
-        state[f"diffusion_model.{layer}.{a}.weight"] = down
-        state[f"diffusion_model.{layer}.{b}.weight"] = up
+        state[f"{spelled(layer)}.{a}.weight"] = down
+        state[f"{spelled(layer)}.{b}.weight"] = up
         if alpha is not None:
-            state[f"diffusion_model.{layer}.alpha"] = torch.tensor(alpha)
+            state[f"{spelled(layer)}.alpha"] = torch.tensor(alpha)
     given, made = tmp_path / "given.safetensors", tmp_path / "made.safetensors"
     save_file(state, given)
     theirs = getattr(diffusers, kind).lora_state_dict(given)
@@ -397,8 +450,15 @@ def of(name: str, *shape: int) -> dict[str, Tensor]:
     }
 
 
+def of_kohya(name: str, *shape: int) -> dict[str, Tensor]:
+    down, up = pair(shape, 2, 1)
+    return {f"lora_unet_{name}.lora_down.weight": down, f"lora_unet_{name}.lora_up.weight": up}
+
+
 QKV = of("double_blocks.0.img_attn.qkv", 24, 8)
 Z = of("layers.0.attention.qkv", 24, 8)
+K_QKV = of_kohya("double_blocks_0_img_attn_qkv", 24, 8)
+K_Z = of_kohya("layers_0_attention_qkv", 24, 8)
 REFUSED: dict[str, tuple[dict[str, Tensor], str]] = {
     "a layer of nobody": (
         QKV | of("double_blocks.0.img_attn.to_q", 8, 8),
@@ -469,6 +529,84 @@ REFUSED: dict[str, tuple[dict[str, Tensor], str]] = {
         QKV | {"diffusion_model.double_blocks.0.img_attn.qkv.dora_scale": torch.ones(24, 1)},
         r"is a DoRA in kohya's format",
     ),
+    "a layer of nobody in kohya's": (
+        K_QKV | of_kohya("double_blocks_0_img_attn_q", 8, 8),
+        r"unexpected layer lora_unet_double_blocks_0_img_attn_q of shape \(8, 8\), which is no "
+        r"layer of FLUX\.1 or FLUX\.2",
+    ),
+    "three that are not as wide as their input in kohya's": (
+        of_kohya("joint_blocks_0_x_block_attn_qkv", 24, 9),
+        r"lora_unet_joint_blocks_0_x_block_attn_qkv of shape \(24, 9\), which is no layer of Sta",
+    ),
+    "no number in kohya's": (
+        K_QKV | of_kohya("double_blocks_img_attn_qkv", 24, 8),
+        "unexpected layer lora_unet_double_blocks_img_attn_qkv of",
+    ),
+    "another network's in kohya's": (
+        K_Z | of_kohya("img_in", 8, 8),
+        "unexpected layer lora_unet_img_in of",
+    ),
+    "the same twice in kohya's": (
+        K_Z | of_kohya("layers_0_attention_to_k", 8, 8),
+        r"two layers for layers\.0\.attention\.to_k: lora_unet_layers_0_attention_qkv and "
+        "lora_unet_layers_0_attention_to_k",
+    ),
+    "two networks in kohya's": (
+        K_QKV | K_Z,
+        r"have kohya's names, of several networks \(lora_unet_double_blocks_0_img_attn_qkv, ",
+    ),
+    "two of one name in kohya's": (
+        of_kohya("double_blocks_0_img_mlp_0", 32, 8) | of_kohya("double_blocks_0_txt_mlp_0", 48, 8),
+        r"lora_unet_double_blocks_0_img_mlp_0 is of FLUX\.1, "
+        r"lora_unet_double_blocks_0_txt_mlp_0 of FLUX\.2",
+    ),
+    "either of two in kohya's": (
+        K_QKV | of_kohya("time_in_in_layer", 8, 4),
+        r"have kohya's names, and nothing shows whether it is of FLUX\.1 or of FLUX\.2",
+    ),
+    # There the dots of diffusers' names would have to be guessed.
+    "diffusers' names in kohya's": (
+        of_kohya("transformer_blocks_0_attn_to_q", 8, 8),
+        r"of a network that is not known here \(lora_unet_transformer_blocks_0_attn_to_q\)",
+    ),
+    "dots in kohya's": (
+        K_QKV | of_kohya("double_blocks.1.img_attn.qkv", 24, 8),
+        r"unexpected tensor lora_unet_double_blocks\.1\.img_attn\.qkv\.lora_down\.weight",
+    ),
+    "nothing in kohya's": (
+        K_QKV | of_kohya("", 8, 8),
+        r"unexpected layer lora_unet_ of shape \(8, 8\), which is no layer of FLUX",
+    ),
+    "a UNet's beside kohya's": (
+        K_QKV | of_kohya("up_blocks_0_resnets_0_conv1", 8, 8),
+        r"unexpected tensor lora_unet_double_blocks_0_img_attn_qkv\.lora_down\.weight beside "
+        r"lora_unet_up_blocks_0_resnets_0_conv1\.lora_down\.weight, which is a UNet's",
+    ),
+    "ComfyUI's beside kohya's": (
+        K_Z | of("layers.1.attention.qkv", 24, 8),
+        r"unexpected tensor lora_unet_layers_0_attention_qkv\.lora_down\.weight beside ComfyUI's "
+        r"names \(diffusion_model\.\.\.\.\)",
+    ),
+    "diffusers' beside kohya's": (
+        K_Z | {f"transformer.x.{n}.weight": torch.ones(2, 2) for n in ("lora_A", "lora_B")},
+        r"unexpected tensor transformer\.x\.lora_A\.weight beside kohya's names \(lora_unet_\.",
+    ),
+    "parts of which each has its own factors": (
+        {
+            f"lora_unet_double_blocks_0_img_attn_qkv.{half}.{part}.weight": torch.ones(shape)
+            for part in range(3)
+            for half, shape in {"lora_down": (2, 8), "lora_up": (8, 2)}.items()
+        },
+        r"has two tensors for layer double_blocks_0_img_attn_qkv: .*\.lora_down\.0\.weight and ",
+    ),
+    "kohya's DoRA in kohya's": (
+        K_QKV | {"lora_unet_double_blocks_0_img_attn_qkv.dora_scale": torch.ones(24, 1)},
+        r"is a DoRA in kohya's format",
+    ),
+    "a LoKr in kohya's": (
+        {f"lora_unet_double_blocks_0_img_attn_qkv.lokr_w{n}": torch.ones(2, 2) for n in (1, 2)},
+        "is a LoKr",
+    ),
     "differences": (
         QKV | {"diffusion_model.double_blocks.0.img_attn.qkv.diff_b": torch.ones(24)},
         "is a file of whole weight differences",
@@ -497,6 +635,9 @@ def test_a_configuration_with_patterns_of_other_names_is_refused(tmp_path: Path)
     save_file(Z, file, metadata={"lora_adapter_metadata": patterned})
     with pytest.raises(AssetError, match="alpha_pattern of its configuration cannot be read"):
         files.read(file)
+    save_file(K_Z, file, metadata={"lora_adapter_metadata": patterned})
+    with pytest.raises(AssetError, match="have kohya's names, for which alpha_pattern of its"):
+        files.read(file)
     # Of names that stay as they are, it means what it says.
     same = of("layers.0.attention.to_q", 8, 8) | of("layers.0.attention.to_k", 8, 8)
     save_file(same, file, metadata={"lora_adapter_metadata": patterned})
@@ -505,26 +646,66 @@ def test_a_configuration_with_patterns_of_other_names_is_refused(tmp_path: Path)
     assert alphas == {"to_q": 4.0, "to_k": 6.0}
 
 
-def test_layers_of_text_encoders_are_left_out_and_counted(tmp_path: Path) -> None:
-    text = "text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1"
-    state = QKV | {
-        f"{text}.lora_down.weight": torch.ones(2, 4),
-        f"{text}.lora_up.weight": torch.ones(4, 2),
-        f"{text}.alpha": torch.tensor(1.0),
-    }
+@pytest.mark.parametrize(
+    ("state", "texts"),
+    [
+        (QKV, ["text_encoders.clip_l.transformer.text_model.encoder.layers.0.mlp.fc1"]),
+        (
+            K_QKV,
+            [
+                "lora_te1_text_model_encoder_layers_0_mlp_fc1",
+                "lora_te2_text_model_encoder_layers_0_mlp_fc1",
+                "lora_te3_encoder_block_0_layer_0_SelfAttention_q",
+            ],
+        ),
+    ],
+    ids=["ComfyUI's", "kohya's"],
+)
+def test_layers_of_text_encoders_are_left_out_and_counted(
+    state: dict[str, Tensor], texts: list[str], tmp_path: Path
+) -> None:
+    state = dict(state)
+    for text in texts:
+        state |= {
+            f"{text}.lora_down.weight": torch.ones(2, 4),
+            f"{text}.lora_up.weight": torch.ones(4, 2),
+            f"{text}.alpha": torch.tensor(1.0),
+        }
     save_file(state, tmp_path / "a.safetensors")
     found = files.read(tmp_path / "a.safetensors")
-    assert found.left_out == 1
+    assert found.prefix == "transformer."
+    assert found.left_out == len(texts)
     assert len(found.layers) == 3
+
+
+def test_names_differ_without_their_dots_too() -> None:
+    tables = [table for networks in original._NETWORKS.values() for table in networks.values()]
+    every = {name for table in tables for name in table}
+    blocks = {name for name, networks in original._NETWORKS.items() if networks}
+    whole: set[str] = set()
+    for name in every:
+        first, _, rest = name.partition(".")
+        if first in blocks:
+            whole |= {f"{first}.{number}.{rest}" for number in (0, 1, 2, 10, 21, 102)}
+        else:
+            whole.add(name)
+    assert len(whole) > 300
+    assert len({name.replace(".", "_") for name in whole}) == len(whole)
+    for name in whole:
+        flat = name.replace(".", "_")
+        assert original._dotted(flat) == name
+        # Nor is one the name of a layer of a UNet.
+        assert names.layer_of(f"lora_unet_{flat}") == flat
+        assert names.network_of([f"lora_unet_{flat}.lora_down.weight"]) == "transformer."
 
 
 # --- In the sizes of what is published ---
 
 KINDS = {
-    "FluxTransformer2DModel": comfyui._FLUX1,
-    "Flux2Transformer2DModel": comfyui._FLUX2,
-    "SD3Transformer2DModel": comfyui._SD3,
-    "ZImageTransformer2DModel": comfyui._ZIMAGE,
+    "FluxTransformer2DModel": original._FLUX1,
+    "Flux2Transformer2DModel": original._FLUX2,
+    "SD3Transformer2DModel": original._SD3,
+    "ZImageTransformer2DModel": original._ZIMAGE,
 }
 # Some have the same configuration.
 CONFIGS = {

@@ -1,4 +1,6 @@
-"""From the layers of ComfyUI's LoRA files, named as in the original code, to those of diffusers.
+"""From the layers of transformers, named as in the original code, to those of diffusers.
+
+ComfyUI's files have these names, and kohya's, with _ for every dot.
 
 Where the original code has one matrix and diffusers several, or its rows in another order, the rows
 are told apart: each row of B A is that row of B times A. So every part has all of A and its rows of
@@ -21,7 +23,7 @@ import torch
 
 from alignprop_cli.errors import AssetError
 from alignprop_cli.lora.factors import Factors, Layers
-from alignprop_cli.lora.names import COMFYUI, is_transformers
+from alignprop_cli.lora.names import KOHYA, WHOSE, is_transformers
 from alignprop_cli.lora.settings import shown
 
 
@@ -185,26 +187,38 @@ _NETWORKS: dict[str, _Tables] = {
     **dict.fromkeys(("transformer_blocks", "single_transformer_blocks"), _AS_HERE),
 }
 _NUMBERED = re.compile(rf"({'|'.join(_NETWORKS)})\.([0-9]+)\.(.+)")
+# The same for kohya's names, of the tables alone: their names differ without the dots too.
+_FLAT_NUMBERED = re.compile(rf"({'|'.join(n for n, t in _NETWORKS.items() if t)})_([0-9]+)_(.+)")
+_DOTTED = {
+    name.replace(".", "_"): name
+    for tables in _NETWORKS.values()
+    for table in tables.values()
+    for name in table
+}
 
 
-def in_diffusers(layers: Layers, file: Path) -> dict[str, Factors]:
-    """Return the layers of a file with ComfyUI's names by diffusers' names.
+def in_diffusers(layers: Layers, prefix: str, file: Path) -> dict[str, Factors]:
+    """Return the layers of a file with ComfyUI's or kohya's names by diffusers' names.
 
     Args:
-        layers: By the names in the file, without `COMFYUI`.
+        layers: By the names in the file, without the prefix.
+        prefix: `COMFYUI` or `KOHYA`.
         file: For messages.
 
     Raises:
         AssetError: If the network is not known or cannot be told, or has no such layer.
     """
+    if prefix == KOHYA:
+        layers = {_dotted(name): factors for name, factors in layers.items()}
     # 1. Of which network.
     found = [_NETWORKS[first] for n in layers if (first := n.split(".")[0]) in _NETWORKS]
     if not found or any(tables is not found[0] for tables in found):
-        some = shown(", ".join(f"{COMFYUI}{name}" for name in sorted(layers)))
+        some = shown(", ".join(_in_file(name, prefix) for name in sorted(layers)))
         what = "several networks" if found else "a network that is not known here"
+        unets = "Stable Diffusion 1.x, 2.x, SDXL, " if prefix == KOHYA else ""
         raise AssetError(
-            f"{file}: the layers have ComfyUI's names, of {what} ({some})",
-            hint="files of FLUX.1, FLUX.2, Stable Diffusion 3 and Z-Image are read",
+            f"{file}: the layers have {WHOSE[prefix]} names, of {what} ({some})",
+            hint=f"files of {unets}FLUX.1, FLUX.2, Stable Diffusion 3 and Z-Image are read",
         )
     # 2. Names and shapes say which of those that share names.
     tables = found[0]
@@ -213,23 +227,41 @@ def in_diffusers(layers: Layers, file: Path) -> dict[str, Factors]:
     if not tables:
         nowhere = [n for n in layers if not is_transformers(n)]
     if nowhere:
+        layer = shown(_in_file(nowhere[0], prefix))
         raise AssetError(
-            f"{file}: cannot be read as a LoRA: unexpected layer {shown(COMFYUI + nowhere[0])} of "
-            f"shape {layers[nowhere[0]].shape}, which is no layer of "
+            f"{file}: cannot be read as a LoRA: unexpected layer {layer} of shape "
+            f"{layers[nowhere[0]].shape}, which is no layer of "
             f"{' or '.join(tables) or 'a transformer in diffusers'}"
         )
     if not tables:
         return dict(layers)
-    made = [_renamed(layers, table, file) for kind, table in tables.items() if not misfits[kind]]
+    fitting = [table for kind, table in tables.items() if not misfits[kind]]
+    made = [_renamed(layers, table, prefix, file) for table in fitting]
     # 3. Where nothing tells them apart, it must make no difference.
     if not made or any(one.keys() != made[0].keys() for one in made):
         first, second = tables
         why = f"nothing shows whether it is of {first} or of {second}"
         if not made:
-            one, other = (shown(COMFYUI + min(misfits[kind])) for kind in (second, first))
+            odd = (min(misfits[kind]) for kind in (second, first))
+            one, other = (shown(_in_file(name, prefix)) for name in odd)
             why = f"{one} is of {first}, {other} of {second}"
-        raise AssetError(f"{file}: the layers have ComfyUI's names, and {why}")
+        raise AssetError(f"{file}: the layers have {WHOSE[prefix]} names, and {why}")
     return made[0]
+
+
+def _dotted(flat: str) -> str:
+    """Return kohya's name of a layer with its dots; what no table has, keeps its _."""
+    found = _FLAT_NUMBERED.fullmatch(flat)
+    if found is None:
+        return _DOTTED.get(flat, flat)
+    block, number, rest = found.groups()
+    known = _DOTTED.get(f"{block}_{rest}", f"{block}.{rest}")
+    return f"{block}.{number}.{known.removeprefix(f'{block}.')}"
+
+
+def _in_file(name: str, prefix: str) -> str:
+    """Return the name of a layer as it is in the file."""
+    return prefix + (name.replace(".", "_") if prefix == KOHYA else name)
 
 
 def _place(name: str, table: dict[str, _Place]) -> tuple[_Place | None, str]:
@@ -246,7 +278,9 @@ def _misfits(layers: Layers, table: dict[str, _Place]) -> set[str]:
     return {n for n, place in places.items() if place is None or not place.fits(layers[n])}
 
 
-def _renamed(layers: Layers, table: dict[str, _Place], file: Path) -> dict[str, Factors]:
+def _renamed(
+    layers: Layers, table: dict[str, _Place], prefix: str, file: Path
+) -> dict[str, Factors]:
     made: dict[str, Factors] = {}
     origin: dict[str, str] = {}
     for name, factors in layers.items():
@@ -255,8 +289,7 @@ def _renamed(layers: Layers, table: dict[str, _Place], file: Path) -> dict[str, 
         for pattern, part in zip(place.names, place.parts(factors), strict=True):
             new = pattern.format(number)
             if new in made:
-                raise AssetError(
-                    f"{file}: has two layers for {new}: {COMFYUI}{origin[new]} and {COMFYUI}{name}"
-                )
+                both = " and ".join(_in_file(n, prefix) for n in (origin[new], name))
+                raise AssetError(f"{file}: has two layers for {new}: {both}")
             made[new], origin[new] = part, name
     return made
