@@ -28,7 +28,8 @@ from alignprop_cli.parsing import write_yaml
 
 EMBEDDED_MODELS = ("tiny", "tiny-flow", "tiny-fewstep")
 """Ids of the models inside the package, which all draw the prompts of one language."""
-
+EMBEDDED_ALIGNERS = ("tiny", "tiny-resnet")
+"""Names of the image-text models inside the package, which know that language."""
 
 PYTHON = "python:"
 """How the name of a reward begins that is a Python object, given by a caller; no file names it."""

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from alignprop_cli.config import presets
-from alignprop_cli.config.schema import PYTHON, Config
+from alignprop_cli.config.schema import EMBEDDED_ALIGNERS, PYTHON, Config
 from alignprop_cli.errors import ConfigError, Problem
 
 _TRACKING = ("tracking.log_with", "tracking.project", "tracking.run_name", "tracking.tags")
@@ -195,6 +195,8 @@ def _rewards(config: Config, shipped: ShippedNames, keys: Collection[str]) -> It
                     yield _Named((*path, option), value, why)
             elif option in places:
                 allowed = shipped.prompts if option == "prompts" else ()
+                if option == "model" and places[option] in EMBEDDED_ALIGNERS:
+                    allowed = EMBEDDED_ALIGNERS
                 if value not in (None, places[option], *allowed):
                     why = f"{_shown(value)} is not shipped with alignprop"
                     yield _Named((*path, option), value, why)

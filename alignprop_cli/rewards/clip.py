@@ -20,8 +20,9 @@ from alignprop_cli.prompts import for_tokenizer
 from alignprop_cli.rewards.base import without_autocast
 from alignprop_cli.rewards.frozen import CosineReward, MetaReward, unit
 
-TINY = Path(__file__).parent.parent / "tiny" / "aligner"
-"""The embedded image-text model, in open_clip's format."""
+_TINY = Path(__file__).parent.parent / "tiny"
+EMBEDDED = {"tiny": _TINY / "aligner", "tiny-resnet": _TINY / "aligner_resnet"}
+"""Folders of the embedded image-text models, in open_clip's format."""
 
 Fit = Callable[[Tensor, int], Tensor]
 """From images (B, 3, H, W) of any size to (B, 3, size, size)."""
@@ -74,8 +75,8 @@ class ClipReward(OpenClipReward):
     The features of a prompt are computed once and cached.
 
     Args:
-        model: `tiny`, a folder with open_clip_config.json, a name that open_clip knows (ViT-B-32),
-            or hf-hub:OWNER/NAME.
+        model: `tiny` or `tiny-resnet`, a folder with open_clip_config.json, a name that open_clip
+            knows (ViT-B-32), or hf-hub:OWNER/NAME.
         pretrained: For a name: open_clip's tag of the weights (such as openai), or a file.
 
     Raises:
@@ -168,7 +169,7 @@ def open_clip_on_meta(
     """
     # 1. Its configuration, from a folder or from open_clip's own list.
     config: Any = None
-    path = TINY if model == "tiny" else user_path(model, option)
+    path = _folder(model, option)
     if path.is_dir():
         with loading(option, model):
             config = read_json(read_text(path / "open_clip_config.json", option))
@@ -225,6 +226,11 @@ def _features(model: Any, inputs: Tensor, dtype: torch.dtype) -> Tensor:
         return unit(model.encode_image(inputs.to(dtype)))
 
 
+def _folder(model: str, option: str) -> Path:
+    """Return the folder that a model's name is, which need not exist."""
+    return EMBEDDED[model] if model in EMBEDDED else user_path(model, option)
+
+
 def _size(visual: Any) -> int:
     """Return the side of the square images that a network reads."""
     size = visual.image_size
@@ -234,13 +240,13 @@ def _size(visual: Any) -> int:
 def model_name(model: str, option: str) -> str:
     """Return a model's name in open_clip's own notation."""
     # A folder comes first, since its name could also be that of a model.
-    path = TINY if model == "tiny" else user_path(model, option)
+    path = _folder(model, option)
     if path.is_dir():
         return f"local-dir:{path}"
     # What looks like a path but is none must not reach open_clip, which would call it a model name.
-    if model == "tiny" or model.startswith((".", "/", "~")):
+    if model in EMBEDDED or model.startswith((".", "/", "~")):
         raise AssetError(f"{option}: no such folder: {path}")
     if ":" in model or model in open_clip.list_models():
         return model
-    nearest = did_you_mean(model, open_clip.list_models())
+    nearest = did_you_mean(model, [*EMBEDDED, *open_clip.list_models()])
     raise ConfigError(f"{option}: open_clip knows no model '{model}'.{nearest}")

@@ -373,6 +373,7 @@ def test_what_is_shipped_and_numbers_need_no_typing() -> None:
             header = {"model": {"id": model}, "eval": {"prompts": prompts}, "reward": names}
             assert recorded.build(header=header).reward.keys() == names.keys()
     free = {"remove": {"object": "a dog"}, "clip_choice": {"prompts": "dogs", "alike": ["a"]}}
+    free |= {name: {"model": "tiny-resnet"} for name in ("clip", "clip_count")}
     assert recorded.build(header={"reward": free}).reward.keys() == free.keys()
 
 

@@ -13,8 +13,7 @@ from safetensors import safe_open
 from transformers import CLIPTokenizer
 
 from alignprop_cli.models.families import TINY
-from alignprop_cli.rewards.clip import TINY as ALIGNER
-from alignprop_cli.rewards.clip import ClipReward
+from alignprop_cli.rewards.clip import EMBEDDED, ClipReward
 from alignprop_cli.tiny import language as data
 from alignprop_cli.tiny.checker import check
 from alignprop_cli.tiny.make.aligner import neighbours
@@ -34,7 +33,7 @@ def samples():
 
 
 def test_all_weights_are_half_precision_and_together_at_most_12_megabytes() -> None:
-    files = [*TINY.rglob("*.safetensors"), *ALIGNER.rglob("*.safetensors")]
+    files = [*TINY.rglob("*.safetensors"), *EMBEDDED["tiny"].rglob("*.safetensors")]
     assert len(files) == 4
     assert sum(file.stat().st_size for file in files) <= 12e6
     for file in files:
@@ -87,7 +86,7 @@ def test_the_reward_of_wrong_drawings_is_clearly_lower() -> None:
 
 def test_both_tokenizers_agree_and_every_word_is_one_token() -> None:
     ours = CLIPTokenizer.from_pretrained(TINY / "tokenizer")
-    theirs = open_clip.get_tokenizer(f"local-dir:{ALIGNER}")
+    theirs = open_clip.get_tokenizer(f"local-dir:{EMBEDDED['tiny']}")
     prompts = data.heldout_prompts()[:20]
     ids = ours(prompts, padding="max_length", max_length=16, return_tensors="pt").input_ids
     assert torch.equal(ids, theirs(prompts))

@@ -16,6 +16,7 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -85,17 +86,21 @@ def neighbours(scene: Scene) -> dict[str, list[Scene]]:
     }
 
 
-def save(model: torch.nn.Module, directory: Path) -> None:
+def save(model: torch.nn.Module, directory: Path, config: dict[str, Any] = CONFIG) -> None:
     """Write a folder that open_clip loads as local-dir:DIRECTORY, weights in float16."""
     tokenizer.save(directory)
-    (directory / "open_clip_config.json").write_text(json.dumps(CONFIG, indent=2) + "\n")
-    state = {name: value.half().contiguous() for name, value in model.state_dict().items()}
+    (directory / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    state = {
+        # All but the counters of batch norms.
+        name: (value.half() if value.is_floating_point() else value).contiguous()
+        for name, value in model.state_dict().items()
+    }
     save_file(state, directory / "open_clip_model.safetensors", metadata={"format": "pt"})
 
 
-def new_model() -> open_clip.CLIP:
-    """Return an untrained model of 0.7 M parameters."""
-    settings = CONFIG["model_cfg"]
+def new_model(config: dict[str, Any] = CONFIG) -> open_clip.CLIP:
+    """Return an untrained model, of 0.7 M parameters by default."""
+    settings = config["model_cfg"]
     text = {k: v for k, v in settings["text_cfg"].items() if k != "hf_tokenizer_name"}
     return open_clip.CLIP(settings["embed_dim"], settings["vision_cfg"], text)
 
@@ -123,8 +128,7 @@ def autoencoded(
 def generated(pipeline: StableDiffusionPipeline, work: Path) -> tuple[Tensor, Tensor, Tensor]:
     """Sample images of training prompts, and read with the checker what they show.
 
-    The checker does not read sizes, so the size of the prompt is taken as that of the image. Images
-    without objects, with more than four, or of a scene that is held out are left out.
+    Images without objects, with more than four, or of a scene that is held out are left out.
 
     Returns:
         Images, shape (N, 3, 48, 48), uint8; the numbers of the prompts that they show and of the
@@ -151,14 +155,10 @@ def generated(pipeline: StableDiffusionPipeline, work: Path) -> tuple[Tensor, Te
         ).images
         images = np.rint(sampled * 255.0).astype(np.uint8)  # (B, 48, 48, 3)
         for i, image in zip(chosen, images, strict=True):
-            read = look(image)
-            if not 1 <= read.count <= 4:
-                continue
-            size = data.parse(prompts[i]).size
-            scene = Scene(read.count, size, read.colour, read.shape, read.background)
-            if scene.prompt in number:
+            shown = shown_prompt(image, prompts[i])
+            if shown in number:
                 parts.append(image)
-                seen.append(number[scene.prompt])
+                seen.append(number[shown])
                 asked.append(i)
     kept = {
         "images": torch.from_numpy(np.stack(parts)).permute(0, 3, 1, 2).contiguous(),
@@ -167,6 +167,18 @@ def generated(pipeline: StableDiffusionPipeline, work: Path) -> tuple[Tensor, Te
     }
     torch.save(kept, file)
     return kept["images"], kept["seen"], kept["asked"]
+
+
+def shown_prompt(image: np.ndarray, asked: str) -> str:
+    """Return the prompt of what the checker sees in an image, with the size that was asked for.
+
+    The checker does not read sizes. Without objects, or with more than four, the text is empty.
+    """
+    read = look(image)
+    if not 1 <= read.count <= 4:
+        return ""
+    size = data.parse(asked).size
+    return Scene(read.count, size, read.colour, read.shape, read.background).prompt
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -205,11 +217,11 @@ def train(
     coded = DRAWINGS + AUTOENCODED
     sources = [(0, DRAWINGS, 4), (DRAWINGS, coded, 4), (coded, len(everything), 2)]
     tokens = open_tokens(work, prompts)
-    close = _close(prompts)
+    close = close_prompts(prompts)
     started, losses = time.perf_counter(), []
     while step < steps:
         for group in optimizer.param_groups:
-            group["lr"] = _learning_rate(step, steps)
+            group["lr"] = learning_rate(step, steps)
         # 3. A batch, as a function of the step, so that a resumed run sees the same batches.
         generator = torch.Generator().manual_seed(step)
         pick = torch.cat(
@@ -220,7 +232,7 @@ def train(
         )
         images = augment(everything[pick].float() / 255.0, generator).to(device)
         chosen_now, wrong_now = numbers[pick.numpy()], wrong[pick.numpy()]
-        texts, target = _candidates(chosen_now, wrong_now, close, step)
+        texts, target = candidates(chosen_now, wrong_now, close, step)
         # 4. The loss of CLIP from images to texts, with texts that differ in one word.
         visual = model.encode_image((images - 0.5) / 0.25, normalize=True)
         textual = model.encode_text(tokens[texts].to(device), normalize=True)
@@ -262,7 +274,7 @@ def _all_images(
     )
 
 
-def _learning_rate(step: int, steps: int) -> float:
+def learning_rate(step: int, steps: int) -> float:
     """Return the rate of a step: it rises over 100 steps, then falls to zero as a half cosine."""
     warm = min(1.0, (step + 1) / 100)
     return LEARNING_RATE * warm * (0.5 + 0.5 * math.cos(math.pi * step / steps))
@@ -276,7 +288,7 @@ def open_tokens(work: Path, prompts: list[str]) -> Tensor:
     ).input_ids
 
 
-def _close(prompts: list[str]) -> list[list[list[int]]]:
+def close_prompts(prompts: list[str]) -> list[list[list[int]]]:
     """Return, for each prompt and attribute, the numbers of the prompts that differ in it alone."""
     number = {prompt: i for i, prompt in enumerate(prompts)}
     result: list[list[list[int]]] = []
@@ -286,7 +298,7 @@ def _close(prompts: list[str]) -> list[list[list[int]]]:
     return result
 
 
-def _candidates(
+def candidates(
     numbers: np.ndarray, wrong: np.ndarray, close: list[list[list[int]]], step: int
 ) -> tuple[Tensor, Tensor]:
     """Return the numbers of the texts of a batch, and for each image which of them is its own.

@@ -1,8 +1,8 @@
 """Train the embedded model from scratch: `python -m alignprop_cli.tiny.make.build --work DIR`.
 
-There are five stages: autoencoder, unet, aligner, flow, fewstep. Each prints its metrics and can
-be resumed. Then `finish` writes card.json with the metrics of the written weights. Users and tests
-never run this.
+There are six stages: autoencoder, unet, aligner, flow, fewstep, resnet. Each prints its metrics
+and can be resumed. Then `finish` writes card.json with the metrics of the written weights. Users
+and tests never run this.
 """
 
 from __future__ import annotations
@@ -25,11 +25,18 @@ from diffusers import (
 from PIL import Image
 
 from alignprop_cli.tiny import language as data
-from alignprop_cli.tiny.make import aligner, autoencoder, fewstep, flow, tokenizer, unet
+from alignprop_cli.tiny.make import aligner, autoencoder, fewstep, flow, resnet, tokenizer, unet
 
 HERE = Path(__file__).parent.parent
 # How long each takes: README.md next to the weights.
-STEPS = {"autoencoder": 3000, "unet": 2300, "aligner": 3000, "flow": 10_000, "fewstep": 3000}
+STEPS = {
+    "autoencoder": 3000,
+    "unet": 2300,
+    "aligner": 3000,
+    "flow": 10_000,
+    "fewstep": 3000,
+    "resnet": 2500,
+}
 GUIDANCE_SCALE = 3.0
 FEWSTEP = "fewstep"
 """Name of the variant of the weights, in the folder of the flow model."""
@@ -74,9 +81,16 @@ def main() -> None:
         folder = arguments.output / "flow" / "transformer"
         network.to("cpu", torch.float16).save_pretrained(folder, variant=FEWSTEP)
         forget_origin(folder / "config.json")
+        (work / "few.pt").unlink(missing_ok=True)
+    if stage in ("resnet", "all"):
+        few = load_flow(arguments.output, device, FEWSTEP)
+        first = load_aligner(arguments.output / "aligner")
+        model = resnet.train(first, few, work, device, STEPS["resnet"])
+        aligner.save(model, arguments.output / "aligner_resnet", resnet.CONFIG)
     if stage in ("finish", "all"):
         write_card(arguments.output, work)
         write_flow_card(arguments.output)
+        write_resnet_card(arguments.output, work)
 
 
 def load_autoencoder(work: Path, device: torch.device) -> AutoencoderKL:
@@ -102,6 +116,11 @@ def load_flow(
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
+
+
+def load_aligner(directory: Path) -> open_clip.CLIP:
+    """Load an image-text model that was written, as users do."""
+    return open_clip.create_model(f"local-dir:{directory}", precision="fp32").eval()
 
 
 def save_pipeline(pipeline: DiffusionPipeline, words: Path, directory: Path) -> None:
@@ -131,7 +150,7 @@ def write_card(output: Path, work: Path) -> None:
     """Measure the written weights, and write card.json and the sheet of samples."""
     # Loaded from the files, so that the metrics are those of the weights in half precision.
     pipeline = load_pipeline(output, torch.device("cpu"))
-    model = open_clip.create_model(f"local-dir:{output / 'aligner'}", precision="fp32").eval()
+    model = load_aligner(output / "aligner")
     files = [
         *(output / "pipeline").rglob("*.safetensors"),
         *(output / "aligner").glob("*.safetensors"),
@@ -203,6 +222,26 @@ def write_flow_card(output: Path) -> None:
         unet.samples(fewstep.few_calls(few), 10, guidance_scale=0.0, seed=100)[0],
     ]
     _save_sheet(np.concatenate(images), output / "flow_samples.png")
+
+
+def write_resnet_card(output: Path, work: Path) -> None:
+    """Measure the second image-text model beside the first one, for card.json."""
+    few = load_flow(output, torch.device("cpu"), FEWSTEP)
+    models = {name: load_aligner(output / name) for name in ("aligner", "aligner_resnet")}
+    weights = output / "aligner_resnet" / "open_clip_model.safetensors"
+    _update_card(
+        output,
+        resnet={
+            "weights_megabytes": round(weights.stat().st_size / 1e6, 2),
+            "parameters": sum(p.numel() for p in models["aligner_resnet"].parameters()),
+            "steps": STEPS["resnet"],
+            "few_step_images": 2 * _CARD_SAMPLES,
+            "what_is_seen_first": {
+                name: resnet.measure(model, few, work, 2 * _CARD_SAMPLES)
+                for name, model in models.items()
+            },
+        },
+    )
 
 
 def _update_card(output: Path, **entries: Any) -> None:
