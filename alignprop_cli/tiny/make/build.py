@@ -120,7 +120,9 @@ def load_flow(
 
 def load_aligner(directory: Path) -> open_clip.CLIP:
     """Load an image-text model that was written, as users do."""
-    return open_clip.create_model(f"local-dir:{directory}", precision="fp32").eval()
+    model = open_clip.create_model(f"local-dir:{directory}", precision="fp32")
+    assert isinstance(model, open_clip.CLIP)
+    return model.eval()
 
 
 def save_pipeline(pipeline: DiffusionPipeline, words: Path, directory: Path) -> None:
