@@ -72,3 +72,28 @@ def test_the_embedded_names_are_those_of_the_configuration() -> None:
     assert tuple(EMBEDDED) == EMBEDDED_ALIGNERS
     with pytest.raises(ConfigError, match="Did you mean 'tiny-resnet'"):
         ClipReward("tiny-resnt")
+
+
+@pytest.mark.long
+def test_its_training_changes_the_images_side_alone_and_is_resumed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, count in {"GENERATED": 64, "DRAWINGS": 64, "AUTOENCODED": 32}.items():
+        monkeypatch.setattr(resnet, name, count)
+    few = build.load_flow(TINY.parent, CPU, build.FEWSTEP)
+    first = build.load_aligner(EMBEDDED["tiny"])
+    start = resnet.new_model(first).state_dict()
+    states = []
+    # In one go, and with a break after the first batch.
+    for folder, stops in (("whole", [2]), ("parts", [1, 2])):
+        work = tmp_path / folder
+        work.mkdir()
+        for stop in stops:
+            monkeypatch.setattr(resnet.aligner, "learning_rate", lambda step, steps: 1e-3)
+            model = resnet.train(first, few, work, CPU, stop)
+        states.append(model.state_dict())
+    changed = {name for name, value in states[0].items() if not torch.equal(value, start[name])}
+    assert changed
+    assert all(name.startswith("visual.") for name in changed)
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name

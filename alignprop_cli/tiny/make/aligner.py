@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -126,43 +127,58 @@ def autoencoded(
 
 
 def generated(pipeline: StableDiffusionPipeline, work: Path) -> tuple[Tensor, Tensor, Tensor]:
-    """Sample images of training prompts, and read with the checker what they show.
+    """Sample images of training prompts; see `seen`."""
+    return seen(lambda: _samples(pipeline), work / "generated.pt")
 
-    Images without objects, with more than four, or of a scene that is held out are left out.
 
-    Returns:
-        Images, shape (N, 3, 48, 48), uint8; the numbers of the prompts that they show and of the
-        prompts that they were sampled from, each (N,). Cached in a file.
-    """
-    file = work / "generated.pt"
-    if file.is_file():
-        kept = torch.load(file, weights_only=True)
-        return kept["images"], kept["seen"], kept["asked"]
+def _samples(pipeline: StableDiffusionPipeline) -> Iterator[tuple[np.ndarray, list[str]]]:
+    """Yield batches of images (B, 48, 48, 3), uint8, and of their prompts."""
     prompts = data.train_prompts()
-    number = {prompt: i for i, prompt in enumerate(prompts)}
     rng = np.random.default_rng(7)
-    parts: list[np.ndarray] = []
-    seen, asked = [], []
     for start in range(0, GENERATED, _SAMPLED_AT_A_TIME):
-        chosen = [int(i) for i in rng.integers(len(prompts), size=_SAMPLED_AT_A_TIME)]
+        chosen = [prompts[int(i)] for i in rng.integers(len(prompts), size=_SAMPLED_AT_A_TIME)]
         sampled = pipeline(
-            [prompts[i] for i in chosen],
+            chosen,
             num_inference_steps=_SAMPLING_STEPS,
             # Weak guidance gives more wrong images, strong guidance more right ones.
             guidance_scale=float(rng.uniform(1.5, 4.0)),
             generator=torch.Generator().manual_seed(start),
             output_type="np",
         ).images
-        images = np.rint(sampled * 255.0).astype(np.uint8)  # (B, 48, 48, 3)
-        for i, image in zip(chosen, images, strict=True):
-            shown = shown_prompt(image, prompts[i])
-            if shown in number:
+        yield np.rint(sampled * 255.0).astype(np.uint8), chosen
+
+
+def seen(
+    batches: Callable[[], Iterable[tuple[np.ndarray, list[str]]]], file: Path
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Read with the checker what generated images of training prompts show.
+
+    Images without objects, with more than four, or of a scene that is held out are left out.
+
+    Args:
+        batches: Samples images (B, 48, 48, 3), uint8, with their prompts.
+        file: Where the result is cached.
+
+    Returns:
+        Images, shape (N, 3, 48, 48), uint8; the numbers of the prompts that they show and of the
+        prompts that they were sampled from, each (N,).
+    """
+    if file.is_file():
+        kept = torch.load(file, weights_only=True)
+        return kept["images"], kept["seen"], kept["asked"]
+    number = {prompt: i for i, prompt in enumerate(data.train_prompts())}
+    parts: list[np.ndarray] = []
+    shown, asked = [], []
+    for images, prompts in batches():
+        for image, prompt in zip(images, prompts, strict=True):
+            text = shown_prompt(image, prompt)
+            if text in number:
                 parts.append(image)
-                seen.append(number[shown])
-                asked.append(i)
+                shown.append(number[text])
+                asked.append(number[prompt])
     kept = {
         "images": torch.from_numpy(np.stack(parts)).permute(0, 3, 1, 2).contiguous(),
-        "seen": torch.tensor(seen),
+        "seen": torch.tensor(shown),
         "asked": torch.tensor(asked),
     }
     torch.save(kept, file)
@@ -266,10 +282,10 @@ def _all_images(
     """
     drawings, chosen = data.draw_many(data.train_prompts(), DRAWINGS, seed=5)
     coded = autoencoded(pipeline, drawings[:AUTOENCODED], device)
-    samples, seen, asked = generated(pipeline, work)
+    samples, shown, asked = generated(pipeline, work)
     return (
         torch.cat([torch.from_numpy(drawings).permute(0, 3, 1, 2), coded, samples]),
-        np.concatenate([chosen, chosen[:AUTOENCODED], seen.numpy()]),
+        np.concatenate([chosen, chosen[:AUTOENCODED], shown.numpy()]),
         np.concatenate([chosen, chosen[:AUTOENCODED], asked.numpy()]),
     )
 

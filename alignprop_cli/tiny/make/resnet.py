@@ -9,6 +9,7 @@ different means are hard to please by anything but what both were taught to see.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,7 +68,7 @@ def new_model(first: open_clip.CLIP) -> open_clip.CLIP:
 def samples(
     pipeline: StableDiffusion3Pipeline, prompts: list[str], count: int, seed: int
 ) -> Iterator[tuple[np.ndarray, list[str]]]:
-    """Sample the few-step flow: batches of images (B, 48, 48, 3), uint8, and of their prompts."""
+    """Yield batches of images (B, 48, 48, 3), uint8, of the few-step flow, and of their prompts."""
     pipeline.transformer.set_attn_processor(CountedPadding(T5_LENGTH))
     sample = few_calls(short(pipeline))
     rng = np.random.default_rng(seed)
@@ -79,38 +80,6 @@ def samples(
         if start % (32 * _SAMPLED_AT_A_TIME) == 0:
             print(f"resnet image {start} of {count}", flush=True)
         yield np.rint(images * 255.0).astype(np.uint8), chosen
-
-
-@torch.no_grad()
-def generated(pipeline: StableDiffusion3Pipeline, work: Path) -> tuple[Tensor, Tensor, Tensor]:
-    """Sample images of training prompts with the few-step flow, as `aligner.generated`.
-
-    Returns:
-        Images, shape (N, 3, 48, 48), uint8; the numbers of the prompts that they show and of the
-        prompts that they were sampled from, each (N,). Cached in a file.
-    """
-    file = work / "few.pt"
-    if file.is_file():
-        kept = torch.load(file, weights_only=True)
-        return kept["images"], kept["seen"], kept["asked"]
-    prompts = data.train_prompts()
-    number = {prompt: i for i, prompt in enumerate(prompts)}
-    parts: list[np.ndarray] = []
-    seen, asked = [], []
-    for images, chosen in samples(pipeline, prompts, GENERATED, seed=4):
-        for image, prompt in zip(images, chosen, strict=True):
-            shown = aligner.shown_prompt(image, prompt)
-            if shown in number:
-                parts.append(image)
-                seen.append(number[shown])
-                asked.append(number[prompt])
-    kept = {
-        "images": torch.from_numpy(np.stack(parts)).permute(0, 3, 1, 2).contiguous(),
-        "seen": torch.tensor(seen),
-        "asked": torch.tensor(asked),
-    }
-    torch.save(kept, file)
-    return kept["images"], kept["seen"], kept["asked"]
 
 
 def moved(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -203,12 +172,13 @@ def _all_images(
     pipeline: StableDiffusion3Pipeline, work: Path, device: torch.device
 ) -> tuple[Tensor, np.ndarray, np.ndarray]:
     """Return images, and the numbers of what they show and were made from, as the aligner's."""
-    samples, seen, asked = generated(pipeline, work)
+    batches = functools.partial(samples, pipeline, data.train_prompts(), GENERATED, seed=4)
+    images, shown, asked = aligner.seen(batches, work / "few.pt")
     drawings, chosen = data.draw_many(data.train_prompts(), DRAWINGS, seed=5)
     coded = aligner.autoencoded(pipeline, drawings[:AUTOENCODED], device)
     return (
-        torch.cat([torch.from_numpy(drawings).permute(0, 3, 1, 2), coded, samples]),
-        np.concatenate([chosen, chosen[:AUTOENCODED], seen.numpy()]),
+        torch.cat([torch.from_numpy(drawings).permute(0, 3, 1, 2), coded, images]),
+        np.concatenate([chosen, chosen[:AUTOENCODED], shown.numpy()]),
         np.concatenate([chosen, chosen[:AUTOENCODED], asked.numpy()]),
     )
 
