@@ -127,12 +127,9 @@ def train(
     # 2. All images, and the features of all prompts.
     everything, numbers, wrong = _all_images(pipeline, work, device)
     coded = DRAWINGS + AUTOENCODED
+    # First image, end, and how many eighths of a batch.
+    sources = [(0, DRAWINGS, 1), (DRAWINGS, coded, 1), (coded, len(everything), 6)]
     eighth = aligner.BATCH // 8
-    sources = [
-        (0, DRAWINGS, eighth),
-        (DRAWINGS, coded, eighth),
-        (coded, len(everything), 6 * eighth),
-    ]
     prompts = data.train_prompts()
     texts_of = _texts(model, work, prompts, device)
     close = aligner.close_prompts(prompts)
@@ -144,7 +141,7 @@ def train(
         # 3. A batch, as a function of the step, so that a resumed run sees the same batches.
         generator = torch.Generator().manual_seed(step)
         pick = torch.cat(
-            [torch.randint(start, end, (n,), generator=generator) for start, end, n in sources]
+            [torch.randint(a, b, (n * eighth,), generator=generator) for a, b, n in sources]
         )
         images = moved(everything[pick].float() / 255.0, generator).to(device)
         chosen = numbers[pick.numpy()], wrong[pick.numpy()]
@@ -159,10 +156,8 @@ def train(
         losses.append(loss.item())
         step += 1
         if step % 100 == 0:
-            seconds = time.perf_counter() - started
-            print(
-                f"resnet step {step} loss {np.mean(losses[-100:]):.4f} {seconds:.0f} s", flush=True
-            )
+            said = f"loss {np.mean(losses[-100:]):.4f} {time.perf_counter() - started:.0f} s"
+            print(f"resnet step {step} {said}", flush=True)
         if step % 500 == 0 or step == steps:
             checkpoint.save(work / "resnet.pt", step, **state)
     return model.eval()
