@@ -261,6 +261,20 @@ def test_what_was_measured_before_is_judged_by_what_counts_now(tmp_path: Path) -
     assert not [note for note in notes if "gone" in note]
 
 
+def resumed(folder: Path, lines: list[dict[str, Any]], step: int, **sections: Any) -> Any:
+    """Return a run at a step, as the guard sees it, with these lines of metrics.jsonl."""
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
+    return SimpleNamespace(
+        config=parse({"reward": {"redness": {}}, "eval": {"rewards": {"clip": {}}}, **sections}),
+        folder=folder,
+        accelerator=SimpleNamespace(is_main_process=True),
+        console=SimpleNamespace(note=lambda text: None),
+        trainer=SimpleNamespace(
+            step_number=step, mixture=SimpleNamespace(members=(), names=("redness",))
+        ),
+    )
+
+
 @pytest.mark.parametrize(
     ("steps", "enabled", "goes_on", "summary", "stops"),
     [
@@ -289,21 +303,12 @@ def test_a_run_killed_after_the_guards_verdict_ends_as_that_had_said(
         }
         for step, merit, alarms in measured
     ]
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
     state = checkpoint.State(2, 2, {"p.step": torch.zeros(())})
     checkpoint.save(
         tmp_path, state, lambda made: save_file({"p": torch.ones(1)}, made / LORA_FILE), name=BEST
     )
     sections = {"train": {"steps": steps}, "guard": {"enabled": enabled}}
-    run = SimpleNamespace(
-        config=parse({"reward": {"redness": {}}, "eval": {"rewards": {"clip": {}}}, **sections}),
-        folder=tmp_path,
-        accelerator=SimpleNamespace(is_main_process=True),
-        console=SimpleNamespace(note=lambda text: None),
-        trainer=SimpleNamespace(
-            step_number=6, mixture=SimpleNamespace(members=(), names=("redness",))
-        ),
-    )
+    run = resumed(tmp_path, lines, 6, **sections)
     base = {name: Quantity(np.full(8, 0.5), 1.0) for name in ("clip", "redness")}
     if summary is not None:
         (tmp_path / "summary.json").write_text(json.dumps({"steps": summary}))
@@ -321,16 +326,7 @@ def test_a_run_resumed_after_its_last_measurement_tells_of_that_at_its_end(tmp_p
     said = {"alarms": ["clip"], "merit": -0.2, "changes": {}}
     lines = [{"step": 6, "held_out": {"clip": -0.2, "redness": 0.9}, "guard": said}]
     lines.append({"step": 7})
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in lines))
-    run = SimpleNamespace(
-        config=parse({"reward": {"redness": {}}, "eval": {"rewards": {"clip": {}}}}),
-        folder=tmp_path,
-        accelerator=SimpleNamespace(is_main_process=True),
-        console=SimpleNamespace(note=lambda text: None),
-        trainer=SimpleNamespace(
-            step_number=7, mixture=SimpleNamespace(members=(), names=("redness",))
-        ),
-    )
+    run = resumed(tmp_path, lines, 7)
     base = {name: Quantity(np.full(8, 0.5), 1.0) for name in ("clip", "redness")}
     guard = Guard(cast("Any", SimpleNamespace(base=base)))
     guard.before_training(cast("Any", run))
