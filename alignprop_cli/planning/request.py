@@ -114,7 +114,7 @@ def _advice(config: Config) -> dict[str, str]:
         advice["network"] = "gradient.detach_uncond: true (another gradient)"
     if config.model.vae_tile_size is None:
         advice["decoder"] = "model.vae_tile_size: 256 (images change a little)"
-    elif config.model.decoder == taesd.FULL:
+    elif config.model.decoder == taesd.FULL and families.find(config.model)[0].taesd is not None:
         advice["decoder"] = "model.decoder: taesd (approximate, in training alone)"
     if config.model.quantize == "none":
         advice["network weights"] = "model.quantize: int8 (images change a little)"

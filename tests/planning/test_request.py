@@ -292,3 +292,18 @@ def test_a_plan_is_said_with_where_its_memory_goes() -> None:
         "memory: 5.00 of 12.00 GiB (--gpu-memory): decoder 3.00, network weights 2.00"
     )
     assert said[2].startswith("work: 4 TFLOP a step and process, 2.00 x what it takes with nothing")
+
+
+@pytest.mark.parametrize(
+    ("model", "has_one"),
+    [
+        ("stable-diffusion-v1-5/stable-diffusion-v1-5", True),
+        ("black-forest-labs/FLUX.2-klein-4B", False),
+    ],
+)
+def test_only_models_that_have_a_small_decoder_are_advised_to_take_it(
+    model: str, has_one: bool
+) -> None:
+    values = {"model": {"id": model, "vae_tile_size": 256}, "reward": {"brightness": {}}}
+    said = planning.plan_request(parse(values), processes=1).advice
+    assert ("decoder" in said) == has_one
