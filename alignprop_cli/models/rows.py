@@ -120,9 +120,22 @@ FAMILIES: dict[str, Family] = {
             load_parts=_from("zimage", "load_parts"),
             on_meta=_from("zimage", "on_meta"),
             guidance_origin="text",
-            stack=_from("zimage", "stack"),
+            stack=_from("qwen", "stack"),
             spacings=("linear",),
             taesd="madebyollin/taef1",
+        ),
+        Family(
+            name="Qwen-Image",
+            pipeline_class="QwenImagePipeline",
+            lora_prefix="transformer.",
+            # Those of diffusers' trainer; the prompt's own projections are not among them.
+            target_modules=("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
+            load_text_encoders=_from("qwen_image", "load_text_encoders"),
+            load_parts=_from("qwen_image", "load_parts"),
+            on_meta=_from("qwen_image", "on_meta"),
+            guidance_rescale=_from("qwen_image", "rescale_to_text"),
+            stack=_from("qwen", "stack"),
+            spacings=("linear",),
         ),
     )
 }
