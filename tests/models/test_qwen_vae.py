@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from alignprop_cli.errors import ConfigError
 from alignprop_cli.models import components
 from alignprop_cli.models.base import Source
 from alignprop_cli.models.qwen_vae import VAE, QwenDecoder, check_vae
+from alignprop_cli.planning import meter
 from tests.factories import randn
 from tests.flow_models import small_qwen_vae
 
@@ -33,7 +35,7 @@ def vae() -> Any:
 
 @pytest.fixture
 def decoder(vae: Any) -> QwenDecoder:
-    return QwenDecoder(vae, None, "name")
+    return QwenDecoder(deepcopy(vae), None, "name")
 
 
 def by_diffusers(vae: Any, latents: Tensor) -> Tensor:
@@ -87,6 +89,21 @@ def test_the_decoders_parameters_are_those_that_get_a_gradient(decoder: QwenDeco
     assert {id(p) for p in decoder.parameters()} == used
 
 
+def test_less_is_stored_than_by_diffusers_which_sees_the_zeros_before_the_frame(
+    vae: Any, decoder: QwenDecoder
+) -> None:
+    stored: list[int] = []
+    for module, decode in ((vae, lambda x: by_diffusers(vae, x)), (decoder.module, decoder.decode)):
+        with meter.SavedBytes(module.parameters()) as saved:
+            images = decode(randn(1, *SHAPE).requires_grad_())
+        assert images.requires_grad
+        stored.append(saved.total)
+        saved.release()
+    assert stored[1] < 0.8 * stored[0]
+    # The names of the weights stay.
+    assert decoder.module.state_dict().keys() == vae.state_dict().keys()
+
+
 def test_recomputed_blocks_give_the_same_images_and_gradient(decoder: QwenDecoder) -> None:
     latents = randn(1, *SHAPE).requires_grad_()
     found: list[Tensor] = []
@@ -101,7 +118,7 @@ def test_recomputed_blocks_give_the_same_images_and_gradient(decoder: QwenDecode
 def test_tiles_are_those_of_diffusers(vae: Any) -> None:
     latents, config = randn(1, 1, 4, 12, 20), vae.config
     (whole, in_tiles, small) = (
-        QwenDecoder(vae, size, "name").decode(latents[..., :8] if size == 16 else latents)
+        QwenDecoder(deepcopy(vae), size, "name").decode(latents[..., :8] if size == 16 else latents)
         for size in (None, 16, 40)
     )
     assert torch.equal(small, whole)  # a single tile
