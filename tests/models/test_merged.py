@@ -158,7 +158,7 @@ def test_a_merged_flow_draws_the_images_of_base_and_lora(name: str, tmp_path: Pa
     base = build(tmp_path / "base")
     pipeline = kind.from_pretrained(base)
     family, _ = find(ModelConfig(id=str(base)))
-    ends = ("to_q", "to_v", "to_qkv_mlp_proj")
+    ends = ("to_q", "to_k", "to_v", "to_qkv_mlp_proj")
     layers = layers_of(pipeline, ends)
     assert len(layers) >= 5
     adapter = written(tmp_path / "lora", layers, family.lora_prefix)
