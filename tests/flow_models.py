@@ -13,11 +13,14 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     ZImagePipeline,
@@ -28,6 +31,8 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2TokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -92,6 +97,22 @@ def small_vae(**options: Any) -> AutoencoderKL:
         }
     )
     return made
+
+
+def small_qwen_vae(**options: Any) -> AutoencoderKLQwenImage:
+    """Return Qwen-Image's autoencoder of 4 channels whose latents are half as wide as the image."""
+    return AutoencoderKLQwenImage(
+        **{
+            "base_dim": 8,
+            "z_dim": 4,
+            "dim_mult": [1, 2],
+            "num_res_blocks": 1,
+            "temperal_downsample": [True],
+            "latents_mean": [-0.8, 0.1, 1.5, -0.2],
+            "latents_std": [2.8, 1.5, 1.2, 2.0],
+            **options,
+        }
+    )
 
 
 def small_sd3(path: Path, *, t5: bool = True, seed: int = 0, **overrides: Any) -> Path:
@@ -379,6 +400,66 @@ def small_zimage(path: Path, *, seed: int = 0, **overrides: Any) -> Path:
     return path
 
 
+def small_qwen_image(path: Path, *, seed: int = 0, **overrides: Any) -> Path:
+    """Write a QwenImagePipeline with random weights: latents (4, 8, 8), images 16 x 16.
+
+    The pipeline's own default size is 256 x 256.
+
+    Args:
+        path: Folder to write.
+        seed: Of the weights.
+        **overrides: Options of the transformer, with `scheduler_` or `vae_` before those of others.
+
+    Returns:
+        The folder.
+    """
+    network: dict[str, Any] = {
+        "in_channels": 16,
+        "out_channels": 4,
+        "num_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 24,
+        "axes_dims_rope": (4, 6, 6),
+    }
+    scheduler: dict[str, Any] = {
+        "use_dynamic_shifting": True,
+        "base_image_seq_len": 4,
+        "max_image_seq_len": 40,
+        "max_shift": 0.9,
+        "shift_terminal": 0.02,
+    }
+    vae: dict[str, Any] = {}
+    parts = {"scheduler_": scheduler, "vae_": vae}
+    for key, value in overrides.items():
+        prefix = next((prefix for prefix in parts if key.startswith(prefix)), "")
+        parts.get(prefix, network)[key.removeprefix(prefix)] = value
+
+    def make() -> QwenImagePipeline:
+        words = qwen_tokenizer(path / "tokenizer")
+        text = {
+            "vocab_size": len(words),
+            "hidden_size": 24,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 2]},
+        }
+        vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16}
+        config = Qwen2_5_VLConfig(text_config=text, vision_config=vision | {"out_hidden_size": 24})
+        return QwenImagePipeline(
+            transformer=lively(QwenImageTransformer2DModel(**network)),
+            scheduler=FlowMatchEulerDiscreteScheduler(**scheduler),
+            vae=small_qwen_vae(**vae),
+            text_encoder=Qwen2_5_VLForConditionalGeneration(config),
+            tokenizer=words,
+        )
+
+    _seeded(seed, make).save_pretrained(path)
+    return path
+
+
 def _seeded(seed: int, builder: Callable[[], Any]) -> Any:
     """Run a builder that takes its random weights from the global generator, and put that back."""
     with torch.random.fork_rng(devices=[]):
@@ -396,9 +477,17 @@ def lively(network: Any) -> Any:
 
 def as_given(pipeline: Any, noise: torch.Tensor) -> torch.Tensor:
     """Return noise (B, C, h, w) in the form in which a pipeline takes it as `latents`."""
-    if isinstance(pipeline, FluxPipeline):
+    if isinstance(pipeline, FluxPipeline | QwenImagePipeline):
         return pipeline._pack_latents(noise, *noise.shape)
     return noise
+
+
+def scale_of(pipeline: Any, scale: float, images: int = 1) -> dict[str, Any]:
+    """Return the arguments with which a pipeline is guided, its negative prompt empty."""
+    if isinstance(pipeline, QwenImagePipeline):
+        # Without a negative prompt it does not guide; it has another name for the scale.
+        return {"true_cfg_scale": scale, "negative_prompt": [""] * images}
+    return {"guidance_scale": scale}
 
 
 def randn_like_latents(shape: tuple[int, ...], seed: int = 3) -> torch.Tensor:

@@ -46,6 +46,7 @@ _ARCHITECTURES = {
     "flux.2-klein-base-9b": _KLEIN_9B,
     "z-image-turbo": "Z-Image",
     "z-image": "Z-Image",
+    "qwen-image": "Qwen-Image",
 }
 # Of any other model the layers show it: a U-Net by the width of the text embeddings that it attends
 # to, a transformer by a part of a name that no other family has. The first match counts.

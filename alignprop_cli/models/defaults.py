@@ -33,6 +33,7 @@ _PUBLISHED = {
     "z-image-turbo": (8, 0.0),
     # The example of its page, as others repeat it; the pipeline's default is 5.
     "z-image": (50, 4.0),
+    "qwen-image": (50, 4.0),
 }
 # Of models that their own model_index.json calls distilled, by the class of their pipeline.
 _DISTILLED = {"Flux2KleinPipeline": (4, 1.0)}

@@ -29,5 +29,6 @@ PUBLISHED = {
     "black-forest-labs/FLUX.2-klein-base-9B": "flux.2-klein-base-9b",
     "Tongyi-MAI/Z-Image-Turbo": "z-image-turbo",
     "Tongyi-MAI/Z-Image": "z-image",
+    "Qwen/Qwen-Image": "qwen-image",
 }
 """Hub ids whose configurations are shipped, and their folder in `ARCHITECTURES`."""

@@ -64,6 +64,7 @@ _BASE: Mapping[str, Licence] = {
     "flux.2-klein-base-9b": _FLUX_2,
     "z-image-turbo": _APACHE,
     "z-image": _APACHE,
+    "qwen-image": _APACHE,
 }
 
 _AS_HPS = "glossy, overdetailed images; variety goes down"
