@@ -89,7 +89,7 @@ class LoraConfig(Section):
     alpha: PositiveFloat | None = Field(
         default=None, description="Numerator of the scaling; null is rank."
     )
-    # Null, since layers have different names in every family (models/families.py).
+    # Null, since layers have different names in every family (models/rows.py).
     target_modules: Annotated[tuple[Text, ...], Field(min_length=1)] | Text | None = Field(
         default=None,
         description="Layers of the network that get a LoRA: a list of endings of their names, "

@@ -1,6 +1,6 @@
 """The contract of a family of base models: text encoders, network and decoder.
 
-A family is one file in this folder and one row of families.py. Nothing outside models/ and
+A family is one file in this folder and one row of rows.py. Nothing outside models/ and
 lora/files.py knows its name. The parts are separate because they need not be on the device
 together: text encoders are loaded, used and dropped before the network is loaded.
 """
