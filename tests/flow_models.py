@@ -13,6 +13,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
@@ -92,6 +93,22 @@ def small_vae(**options: Any) -> AutoencoderKL:
         }
     )
     return made
+
+
+def small_qwen_vae(**options: Any) -> AutoencoderKLQwenImage:
+    """Return Qwen-Image's autoencoder of 4 channels whose latents are half as wide as the image."""
+    return AutoencoderKLQwenImage(
+        **{
+            "base_dim": 8,
+            "z_dim": 4,
+            "dim_mult": [1, 2],
+            "num_res_blocks": 1,
+            "temperal_downsample": [True],
+            "latents_mean": [-0.8, 0.1, 1.5, -0.2],
+            "latents_std": [2.8, 1.5, 1.2, 2.0],
+            **options,
+        }
+    )
 
 
 def small_sd3(path: Path, *, t5: bool = True, seed: int = 0, **overrides: Any) -> Path:
