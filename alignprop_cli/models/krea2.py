@@ -35,6 +35,12 @@ LAYERS = (2, 5, 8, 11, 14, 17, 20, 23, 26, 29, 32, 35)
 # Of the text, of the image's rows and of its columns.
 _THREE: Rule = (lambda value: list_of(SIZE)[0](value) and len(value) == 3, "three whole numbers")
 
+# Without a number it has 32 layers.
+_TEXT: Rule = (
+    lambda value: isinstance(value, dict) and SIZE[0](value.get("num_hidden_layers", 32)),
+    "an object whose num_hidden_layers is a whole number",
+)
+
 _RULES = {
     "scheduler": SCHEDULER,
     "transformer": PartRules(
@@ -53,7 +59,9 @@ _RULES = {
         },
     ),
     "vae": VAE,
-    "text_encoder": PartRules(("Qwen3VLModel", "Qwen3VLForConditionalGeneration")),
+    "text_encoder": PartRules(
+        ("Qwen3VLModel", "Qwen3VLForConditionalGeneration"), {"text_config": _TEXT}
+    ),
     "tokenizer": PartRules(("Qwen2TokenizerFast", "Qwen2Tokenizer"), file="tokenizer_config.json"),
 }
 
@@ -233,11 +241,13 @@ def _check(source: Source) -> tuple[tuple[int, ...], bool]:
                 f"{components.shown(index[key])}"
             )
     layers = tuple(index.get("text_encoder_select_layers") or LAYERS)
-    read = (components.read_object(source.path / "transformer" / "config.json") or {}).get(
-        "num_text_layers", len(LAYERS)
-    )
-    text = components.read_object(source.path / "text_encoder" / "config.json") or {}
-    there = (text.get("text_config") or {}).get("num_hidden_layers", max(layers))
+    network = components.read_object(source.path / "transformer" / "config.json")
+    text = components.read_object(source.path / "text_encoder" / "config.json")
+    # Of a part that is not there loading says so; of a key, the libraries' own value.
+    read = len(layers) if network is None else network.get("num_text_layers", len(LAYERS))
+    there = max(layers)
+    if text is not None:
+        there = text.get("text_config", {}).get("num_hidden_layers", 32)
     if len(layers) != read or max(layers) > there:
         raise ConfigError(
             f"model.id: {source.path / components.INDEX}: text_encoder_select_layers: expected "

@@ -10,7 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import Flux2KleinPipeline, FluxPipeline, StableDiffusion3Pipeline, ZImagePipeline
+from diffusers import (
+    Flux2KleinPipeline,
+    FluxPipeline,
+    Krea2Pipeline,
+    StableDiffusion3Pipeline,
+    ZImagePipeline,
+)
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -27,7 +33,14 @@ from alignprop_cli.models.families import open_model, sampler
 from alignprop_cli.planning.window import with_window
 from alignprop_cli.rewards.mixture import build_mixture
 from tests.factories import fill_lora_b
-from tests.flow_models import as_given, small_flux1, small_klein, small_sd3, small_zimage
+from tests.flow_models import (
+    as_given,
+    small_flux1,
+    small_klein,
+    small_krea2,
+    small_sd3,
+    small_zimage,
+)
 
 CPU = torch.device("cpu")
 CASES: dict[str, tuple[Callable[..., Path], Any]] = {
@@ -35,16 +48,19 @@ CASES: dict[str, tuple[Callable[..., Path], Any]] = {
     "klein": (small_klein, Flux2KleinPipeline),
     "flux1": (small_flux1, FluxPipeline),
     "zimage": (small_zimage, ZImagePipeline),
+    "krea2": (small_krea2, Krea2Pipeline),
 }
 
 # What ComfyUI's key maps hold for these networks (comfy/lora.py and comfy/utils.py of commit
-# 17358c8, model_lora_keys_unet: mmdit_to_diffusers, flux_to_diffusers and z_image_to_diffusers).
+# 17358c8, model_lora_keys_unet: mmdit_to_diffusers, flux_to_diffusers, z_image_to_diffusers,
+# krea2_to_diffusers).
 COMFYUI = {
     "sd3": r"transformer\.transformer_blocks\.\d+\.attn2?\.(to_[qkv]|to_out\.0)"
     r"|transformer\.transformer_blocks\.\d+\.attn\.(add_[qkv]_proj|to_add_out)",
     "klein": r"transformer\.transformer_blocks\.\d+\.attn\.(to_[qkv]|to_out\.0)"
     r"|transformer\.single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)",
     "zimage": r"transformer\.layers\.\d+\.attention\.(to_[qkv]|to_out\.0)",
+    "krea2": r"transformer\.transformer_blocks\.\d+\.attn\.(to_[qkv]|to_gate|to_out\.0)",
     "flux1": r"transformer\.transformer_blocks\.\d+\.attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj)"
     r"|transformer\.transformer_blocks\.\d+\.(attn\.to_add_out|ff(_context)?\.net\.(0\.proj|2))"
     r"|transformer\.single_transformer_blocks\.\d+\.attn\.to_[qkv]",
@@ -175,7 +191,13 @@ def test_two_steps_resumed_to_three_give_the_image_of_plain_diffusers(
 def test_a_lora_of_another_family_is_refused(
     run: Callable[..., tuple[int, str, str]], folder: Path, name: str, tmp_path: Path
 ) -> None:
-    other = {"sd3": "klein", "klein": "flux1", "flux1": "klein", "zimage": "sd3"}[name]
+    other = {
+        "sd3": "klein",
+        "klein": "flux1",
+        "flux1": "klein",
+        "zimage": "sd3",
+        "krea2": "zimage",
+    }[name]
     theirs = CASES[other][0](tmp_path / "other")
     model = open_model(ModelConfig(id=str(theirs)), [], CPU)
     network = model.network.module

@@ -924,6 +924,12 @@ def test_half_a_download_is_reported(
             {"axes_dims_rope": [8, 8]},
             "axes_dims_rope: expected three whole numbers",
         ),
+        (
+            "krea2",
+            "text_encoder/config.json",
+            {"text_config": None},
+            "text_config: expected an object",
+        ),
         ("krea2", "vae/config.json", {"input_channels": 4}, "input_channels: expected 3, got 4"),
         *(
             ("flux1", "model_index.json", {"_class_name": name}, f"is a {name}; supported: ")
