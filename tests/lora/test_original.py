@@ -357,6 +357,16 @@ CONVERTED = {
         A_B,
         2.0,
     ),
+    "krea2": (
+        "Krea2Pipeline",
+        {"blocks.3.attn.wq": (8, 12), "blocks.12.attn.wo": (12, 12), "blocks.3.mlp.up": (40, 12)}
+        | {"txtfusion.refiner_blocks.1.attn.gate": (12, 12), "txtfusion.projector": (1, 12)}
+        | {"txtfusion.layerwise_blocks.0.mlp.down": (12, 5), "tproj.1": (72, 12)}
+        | {"first": (12, 4), "last.linear": (4, 12), "txtmlp.3": (12, 12), "tmlp.0": (12, 8)},
+        comfyuis,
+        A_B,
+        None,
+    ),
     "flux2": (
         "Flux2KleinPipeline",
         {"double_blocks.0.txt_attn.qkv": (36, 12), "single_blocks.0.linear1": (108, 12)},
@@ -706,6 +716,7 @@ KINDS = {
     "Flux2Transformer2DModel": original._FLUX2,
     "SD3Transformer2DModel": original._SD3,
     "ZImageTransformer2DModel": original._ZIMAGE,
+    "Krea2Transformer2DModel": original._KREA2,
 }
 # Some have the same configuration.
 CONFIGS = {
