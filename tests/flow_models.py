@@ -19,6 +19,8 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    Krea2Pipeline,
+    Krea2Transformer2DModel,
     QwenImagePipeline,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
@@ -37,6 +39,8 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
+    Qwen3VLConfig,
+    Qwen3VLModel,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -460,6 +464,94 @@ def small_qwen_image(path: Path, *, seed: int = 0, **overrides: Any) -> Path:
     return path
 
 
+def krea2_tokenizer(path: Path) -> Qwen2TokenizerFast:
+    """Write a tokenizer of bytes that makes as many tokens of Krea 2's template as the real one."""
+    empty: Any = Krea2Pipeline(**dict.fromkeys(_KREA2_PARTS))  # type: ignore[arg-type]
+    prefix, most = empty.prompt_template_encode_prefix, empty.prompt_template_encode_start_idx
+    words = qwen_tokenizer(path)
+    # One token for what is too much of the first sentence.
+    start, surplus = prefix.index("Describe"), len(words(prefix).input_ids) - most + 1
+    words.add_tokens([prefix[start : start + surplus], "assistant"])
+    return words
+
+
+_KREA2_PARTS = ("scheduler", "vae", "text_encoder", "tokenizer", "transformer")
+
+
+def small_krea2(path: Path, *, seed: int = 0, **overrides: Any) -> Path:
+    """Write a Krea2Pipeline with random weights: latents (4, 8, 8), images 64 x 64.
+
+    As Krea 2 Raw it was not distilled. The pipeline's own default size is 1024 x 1024.
+
+    Args:
+        path: Folder to write.
+        seed: Of the weights.
+        **overrides: Options of the transformer, with `scheduler_`, `vae_`, `encoder_` or
+            `pipeline_` before those of others.
+
+    Returns:
+        The folder.
+    """
+    network: dict[str, Any] = {
+        "in_channels": 16,
+        "num_layers": 3,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 48,
+        "timestep_embed_dim": 32,
+        "text_hidden_dim": 24,
+        "num_text_layers": 3,
+        "text_num_attention_heads": 2,
+        "text_num_key_value_heads": 2,
+        "text_intermediate_size": 32,
+        "num_layerwise_text_blocks": 1,
+        "num_refiner_text_blocks": 1,
+        "axes_dims_rope": (4, 6, 6),
+    }
+    scheduler: dict[str, Any] = {
+        "use_dynamic_shifting": True,
+        "base_image_seq_len": 4,
+        "max_image_seq_len": 100,
+    }
+    vae: dict[str, Any] = {"dim_mult": [1, 1, 1, 1], "temperal_downsample": [False, True, True]}
+    text: dict[str, Any] = {"num_hidden_layers": 6}
+    pipeline: dict[str, Any] = {"text_encoder_select_layers": (1, 3, 6)}
+    parts = {"scheduler_": scheduler, "vae_": vae, "encoder_": text, "pipeline_": pipeline}
+    for key, value in overrides.items():
+        prefix = next((prefix for prefix in parts if key.startswith(prefix)), "")
+        parts.get(prefix, network)[key.removeprefix(prefix)] = value
+
+    def make() -> Krea2Pipeline:
+        words = krea2_tokenizer(path / "tokenizer")
+        size: dict[str, Any] = {"hidden_size": 24, "intermediate_size": 32}
+        heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 12}
+        vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1}
+        config = Qwen3VLConfig(
+            text_config={"vocab_size": len(words), **size, **heads, **text},
+            vision_config={**vision, "out_hidden_size": 24, "num_position_embeddings": 16},
+        )
+        transformer = lively(Krea2Transformer2DModel(**network))
+        # Norms and modulations, which are zeros when made.
+        for name, parameter in transformer.named_parameters():
+            if name.endswith(("scale_shift_table", "norm.weight", "norm1.weight", "norm2.weight")):
+                parameter.data.normal_(std=0.1)
+            # The network multiplies the time by 1000, so its rounding in bfloat16 is not small.
+            if name.startswith("time_") and parameter.ndim > 1:
+                parameter.data.mul_(0.5)
+        return Krea2Pipeline(
+            transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(**scheduler),
+            vae=small_qwen_vae(**vae),
+            text_encoder=Qwen3VLModel(config),
+            tokenizer=words,
+            **pipeline,
+        )
+
+    _seeded(seed, make).save_pretrained(path)
+    return path
+
+
 def _seeded(seed: int, builder: Callable[[], Any]) -> Any:
     """Run a builder that takes its random weights from the global generator, and put that back."""
     with torch.random.fork_rng(devices=[]):
@@ -477,7 +569,7 @@ def lively(network: Any) -> Any:
 
 def as_given(pipeline: Any, noise: torch.Tensor) -> torch.Tensor:
     """Return noise (B, C, h, w) in the form in which a pipeline takes it as `latents`."""
-    if isinstance(pipeline, FluxPipeline | QwenImagePipeline):
+    if isinstance(pipeline, FluxPipeline | Krea2Pipeline | QwenImagePipeline):
         return pipeline._pack_latents(noise, *noise.shape)
     return noise
 

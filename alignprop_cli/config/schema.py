@@ -130,7 +130,7 @@ class SampleConfig(Section):
         default=7.5,
         ge=0.0,
         description="Classifier-free guidance, as the model's pipeline counts it; at most 1 (for "
-        "Z-Image 0) means none and halves the cost.",
+        "Z-Image and Krea 2: 0) means none and halves the cost.",
     )
     true_guidance_scale: float = Field(
         default=1.0,

@@ -137,6 +137,20 @@ FAMILIES: dict[str, Family] = {
             stack=_from("qwen", "stack"),
             spacings=("linear",),
         ),
+        Family(
+            name="Krea 2",
+            pipeline_class="Krea2Pipeline",
+            lora_prefix="transformer.",
+            # Endings of names would also mean the text fusion, whose blocks would then store what
+            # they make of 12 states of every token.
+            target_modules=r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_gate|to_out\.0)",
+            load_text_encoders=_from("krea2", "load_text_encoders"),
+            load_parts=_from("krea2", "load_parts"),
+            on_meta=_from("krea2", "on_meta"),
+            guidance_origin="text",
+            stack=_from("qwen", "stack"),
+            spacings=("linear",),
+        ),
     )
 }
 """All families, by the class of their pipeline in diffusers."""

@@ -13,6 +13,7 @@ import torch
 from diffusers import (
     Flux2KleinPipeline,
     FluxPipeline,
+    Krea2Pipeline,
     QwenImagePipeline,
     StableDiffusion3Pipeline,
     ZImagePipeline,
@@ -38,6 +39,7 @@ from tests.flow_models import (
     scale_of,
     small_flux1,
     small_klein,
+    small_krea2,
     small_qwen_image,
     small_sd3,
     small_zimage,
@@ -50,10 +52,12 @@ CASES: dict[str, tuple[Callable[..., Path], Any]] = {
     "flux1": (small_flux1, FluxPipeline),
     "zimage": (small_zimage, ZImagePipeline),
     "qwen": (small_qwen_image, QwenImagePipeline),
+    "krea2": (small_krea2, Krea2Pipeline),
 }
 
 # What ComfyUI's key maps hold for these networks (comfy/lora.py and comfy/utils.py of commit
-# 17358c8, model_lora_keys_unet: mmdit_to_diffusers, flux_to_diffusers and z_image_to_diffusers).
+# 17358c8, model_lora_keys_unet: mmdit_to_diffusers, flux_to_diffusers, z_image_to_diffusers,
+# krea2_to_diffusers).
 COMFYUI = {
     "sd3": r"transformer\.transformer_blocks\.\d+\.attn2?\.(to_[qkv]|to_out\.0)"
     r"|transformer\.transformer_blocks\.\d+\.attn\.(add_[qkv]_proj|to_add_out)",
@@ -61,6 +65,7 @@ COMFYUI = {
     r"|transformer\.single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)",
     "qwen": r"transformer\.transformer_blocks\.\d+\.attn\.(to_[qkv]|to_out\.0)",
     "zimage": r"transformer\.layers\.\d+\.attention\.(to_[qkv]|to_out\.0)",
+    "krea2": r"transformer\.transformer_blocks\.\d+\.attn\.(to_[qkv]|to_gate|to_out\.0)",
     "flux1": r"transformer\.transformer_blocks\.\d+\.attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj)"
     r"|transformer\.transformer_blocks\.\d+\.(attn\.to_add_out|ff(_context)?\.net\.(0\.proj|2))"
     r"|transformer\.single_transformer_blocks\.\d+\.attn\.to_[qkv]",
@@ -191,7 +196,8 @@ def test_two_steps_resumed_to_three_give_the_image_of_plain_diffusers(
 def test_a_lora_of_another_family_is_refused(
     run: Callable[..., tuple[int, str, str]], folder: Path, name: str, tmp_path: Path
 ) -> None:
-    other = {"sd3": "klein", "klein": "flux1", "flux1": "klein"}.get(name, "sd3")
+    others = {"sd3": "klein", "klein": "flux1", "flux1": "klein", "krea2": "zimage"}
+    other = others.get(name, "sd3")
     theirs = CASES[other][0](tmp_path / "other")
     model = open_model(ModelConfig(id=str(theirs)), [], CPU)
     network = model.network.module

@@ -17,6 +17,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     FluxPipeline,
+    Krea2Pipeline,
     QwenImagePipeline,
     StableDiffusion3Pipeline,
     ZImagePipeline,
@@ -45,6 +46,7 @@ from tests.flow_models import (
     scale_of,
     small_flux1,
     small_klein,
+    small_krea2,
     small_qwen_image,
     small_schnell,
     small_sd3,
@@ -85,7 +87,8 @@ KLEIN = Case(small_klein, Flux2KleinPipeline, ((32, 32), (16, 36)), 2 * 4 + 3 * 
 ZIMAGE = Case(small_zimage, ZImagePipeline, ((64, 64), (32, 80)), 3 * 4, unguided=0.0)
 FLUX1 = Case(small_flux1, FluxPipeline, ((16, 16), (8, 20)), 2 * 12 + 3 * 3)
 QWEN = Case(small_qwen_image, QwenImagePipeline, ((16, 16), (8, 20)), 2 * 4)
-CASES = {"sd3": SD3, "klein": KLEIN, "flux1": FLUX1, "zimage": ZIMAGE, "qwen": QWEN}
+KREA2 = Case(small_krea2, Krea2Pipeline, ((64, 64), (32, 80)), 3 * 5, unguided=0.0)
+CASES = {"sd3": SD3, "klein": KLEIN, "flux1": FLUX1, "zimage": ZIMAGE, "qwen": QWEN, "krea2": KREA2}
 
 
 @pytest.fixture(scope="module", params=sorted(CASES))
@@ -138,6 +141,11 @@ def klein(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def zimage(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_zimage(tmp_path_factory.mktemp("zimage") / "model")
+
+
+@pytest.fixture(scope="module")
+def krea2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_krea2(tmp_path_factory.mktemp("krea2") / "model")
 
 
 @pytest.fixture(scope="module")
@@ -224,11 +232,13 @@ def draw_with_diffusers(
         callback_on_step_end=keep,
         **{**scale_of(pipeline, guidance, len(PROMPTS)), **options},
     ).images
-    # The pipelines of FLUX and Qwen-Image pack them: (B, h w, C).
+    # The pipelines of FLUX, Qwen-Image and Krea 2 pack them: (B, h w, C).
     latents = kept[-1]
     if isinstance(pipeline, FluxPipeline | QwenImagePipeline):
         latents = pipeline._unpack_latents(latents, *size, pipeline.vae_scale_factor)
         latents = latents.view(start.shape)  # without the number of the frame
+    elif isinstance(pipeline, Krea2Pipeline):
+        latents = pipeline._unpack_latents(latents, *size).squeeze(2)
     elif latents.ndim == 3:
         latents = latents.transpose(1, 2).reshape(start.shape)
     return latents, images
@@ -697,6 +707,8 @@ def test_saturated_pixels_have_the_gradient_that_leads_back(case: Case, fresh: M
         ("Tongyi-MAI/Z-Image-Turbo", 6.155, 0.0, (16, 64, 64)),
         ("Tongyi-MAI/Z-Image", 6.155, 0.0, (16, 64, 64)),
         ("Qwen/Qwen-Image", 20.430, 0.0, (16, 64, 64)),
+        ("krea/Krea-2-Raw", 12.82, 0.0, (16, 64, 64)),
+        ("krea/Krea-2-Turbo", 12.82, 0.0, (16, 64, 64)),
     ],
 )
 def test_published_architectures_have_their_known_sizes(
@@ -713,7 +725,7 @@ def test_published_architectures_have_their_known_sizes(
     assert network.latent_shape(512, 512) == shape
     assert made.image_size(shape) == (512, 512)
     assert made.image_size(network.latent_shape(None, None)) == (1024, 1024)
-    distilled = "klein" in name and "base" not in name
+    distilled = ("klein" in name and "base" not in name) or name == "krea/Krea-2-Turbo"
     assert find(ModelConfig(id=name))[0].guides is not distilled
 
 
@@ -795,6 +807,10 @@ def changed(folder: Path, place: Path, file: str, **values: Any) -> Path:
         ("zimage", "transformer"),
         ("zimage", "vae"),
         ("zimage", "scheduler"),
+        *(
+            ("krea2", part)
+            for part in ("text_encoder", "tokenizer", "transformer", "vae", "scheduler")
+        ),
         ("flux1", "text_encoder"),
         ("flux1", "text_encoder_2"),
         ("flux1", "transformer"),
@@ -905,6 +921,50 @@ def test_half_a_download_is_reported(
             {"_class_name": "UniPCMultistepScheduler"},
             "_class_name: expected FlowMatchEulerDiscreteScheduler, got UniPC",
         ),
+        (
+            "krea2",
+            "model_index.json",
+            {"_class_name": "Krea2EditPipeline"},
+            "is a Krea2EditPipeline;",
+        ),
+        ("krea2", "model_index.json", {"patch_size": 4}, "patch_size: expected 2, got 4"),
+        (
+            "krea2",
+            "model_index.json",
+            {"is_distilled": "yes"},
+            "is_distilled: expected True or False",
+        ),
+        (
+            "krea2",
+            "model_index.json",
+            {"text_encoder_select_layers": [1, 3]},
+            "text_encoder_select_layers: expected 3 numbers of at most 6, got [1, 3]",
+        ),
+        (
+            "krea2",
+            "model_index.json",
+            {"text_encoder_select_layers": [1, 3, 7]},
+            "text_encoder_select_layers: expected 3 numbers of at most 6, got [1, 3, 7]",
+        ),
+        (
+            "krea2",
+            "model_index.json",
+            {"text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"]},
+            "text_encoder: Qwen2_5_VLForConditionalGeneration is not supported",
+        ),
+        (
+            "krea2",
+            "transformer/config.json",
+            {"axes_dims_rope": [8, 8]},
+            "axes_dims_rope: expected three whole numbers",
+        ),
+        (
+            "krea2",
+            "text_encoder/config.json",
+            {"text_config": None},
+            "text_config: expected an object",
+        ),
+        ("krea2", "vae/config.json", {"input_channels": 4}, "input_channels: expected 3, got 4"),
         *(
             ("flux1", "model_index.json", {"_class_name": name}, f"is a {name}; supported: ")
             for name in ("FluxFillPipeline", "FluxControlPipeline", "FluxKontextPipeline")
@@ -975,6 +1035,7 @@ def test_what_is_not_supported_is_refused_alike_for_a_run_and_its_plan(
         (small_sd3, {"in_channels": 17}),
         (small_klein, {"in_channels": 20}),
         (small_zimage, {"in_channels": 17}),
+        (small_krea2, {"in_channels": 20}),
         # As FLUX.1-Fill and FLUX.1-Canny are.
         (small_flux1, {"in_channels": 96, "out_channels": 32}),
         # As the network of the inpainting ControlNet reads them.
@@ -994,7 +1055,7 @@ def test_a_network_that_takes_more_than_latents_is_refused(
 
 
 def test_text_encoders_of_another_model_are_refused(
-    sd3: Path, klein: Path, zimage: Path, qwen: Path, tmp_path: Path
+    sd3: Path, klein: Path, zimage: Path, qwen: Path, krea2: Path, tmp_path: Path
 ) -> None:
     file = "transformer/config.json"
     copy = changed(sd3, tmp_path / "sd3", file, pooled_projection_dim=24)
@@ -1008,6 +1069,9 @@ def test_text_encoders_of_another_model_are_refused(
         load(copy)
     copy = changed(qwen, tmp_path / "qwen", file, joint_attention_dim=30)
     with pytest.raises(ConfigError, match=r"joint_attention_dim: .* of width 30, .* have 24"):
+        load(copy)
+    copy = changed(krea2, tmp_path / "krea2", file, text_hidden_dim=30)
+    with pytest.raises(ConfigError, match=r"text_hidden_dim: .* of width 30, .* have 24"):
         load(copy)
 
 
@@ -1068,7 +1132,7 @@ def test_a_model_that_exists_as_a_modular_pipeline_only_is_refused(tmp_path: Pat
 
 
 def test_sizes_that_the_network_cannot_sample_name_the_nearest(
-    sd3: Path, klein: Path, flux1: Path, zimage: Path, qwen: Path
+    sd3: Path, klein: Path, flux1: Path, zimage: Path, qwen: Path, krea2: Path
 ) -> None:
     shape_of = load(sd3, ()).network.latent_shape
     with pytest.raises(ConfigError, match=r"sample\.width: 18 is not a multiple of 4.*nearest: 16"):
@@ -1096,6 +1160,10 @@ def test_sizes_that_the_network_cannot_sample_name_the_nearest(
     assert shape_of(most, 4) == (4, most // 2, 2)
     with pytest.raises(ConfigError, match=rf"sample\.height: {most + 4} is more than the {most} "):
         shape_of(most + 4, 4)
+    shape_of = load(krea2, ()).network.latent_shape
+    with pytest.raises(ConfigError, match=r"sample\.width: 40 is not a multiple of 16.*: 32"):
+        shape_of(64, 40)
+    assert shape_of(None, 1040) == (4, 128, 130)
 
 
 def test_linear_spacing_is_refused_for_a_diffusion_model(tmp_path: Path) -> None:
@@ -1107,7 +1175,7 @@ def test_linear_spacing_is_refused_for_a_diffusion_model(tmp_path: Path) -> None
 def test_the_published_flows_are_those_whose_index_names_a_flow() -> None:
     flows = {
         *("StableDiffusion3Pipeline", "FluxPipeline", "Flux2KleinPipeline"),
-        *("ZImagePipeline", "QwenImagePipeline"),
+        *("ZImagePipeline", "QwenImagePipeline", "Krea2Pipeline"),
     }
     named = {name for name in PUBLISHED if find(ModelConfig(id=name))[0].pipeline_class in flows}
-    assert len(named) == 13
+    assert len(named) == 15

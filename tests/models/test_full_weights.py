@@ -21,6 +21,7 @@ from tests.factories import small_pipeline
 from tests.flow_models import (
     small_flux1,
     small_klein,
+    small_krea2,
     small_qwen_image,
     small_sd3,
     small_zimage,
@@ -34,6 +35,7 @@ FAMILIES: dict[str, tuple[Callable[..., Path], str]] = {
     "flux1": (small_flux1, "transformer"),
     "zimage": (small_zimage, "transformer"),
     "qwen": (small_qwen_image, "transformer"),
+    "krea2": (small_krea2, "transformer"),
 }
 # As the libraries write it into config.json.
 METHODS: dict[str, dict[str, Any]] = {

@@ -13,6 +13,7 @@ import torch
 from diffusers import (
     Flux2KleinPipeline,
     FluxPipeline,
+    Krea2Pipeline,
     QwenImagePipeline,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -36,6 +37,7 @@ from tests.flow_models import (
     scale_of,
     small_flux1,
     small_klein,
+    small_krea2,
     small_qwen_image,
     small_sd3,
     small_zimage,
@@ -57,6 +59,7 @@ FLOWS: dict[str, tuple[Callable[..., Path], Any, tuple[int, ...]]] = {
     "klein": (small_klein, Flux2KleinPipeline, (1, 16, 8, 8)),
     "zimage": (small_zimage, ZImagePipeline, (1, 8, 8, 8)),
     "qwen": (small_qwen_image, QwenImagePipeline, (1, 4, 8, 8)),
+    "krea2": (small_krea2, Krea2Pipeline, (1, 4, 8, 8)),
 }
 
 
@@ -166,7 +169,7 @@ def test_a_merged_flow_draws_the_images_of_base_and_lora(name: str, tmp_path: Pa
     merged.save_folder(ModelConfig(id=str(base)), adapter, tmp_path / "out")
     found = kind.from_pretrained(tmp_path / "out")
     check_same(found, pipeline, but="transformer")
-    side = {"klein": 32, "zimage": 64}.get(name, 16)
+    side = {"klein": 32, "zimage": 64, "krea2": 64}.get(name, 16)
     latents = randn_like_latents(shape)
     size = {"height": side, "width": side}
     before = image(pipeline, latents, **size)

@@ -75,6 +75,16 @@ SEEN: dict[str, tuple[str, dict[str, Any]]] = {
         | {"base_shift": 0.5, "max_shift": 0.9, "shift": 1.0, "shift_terminal": 0.02}
         | {"use_dynamic_shifting": True, "time_shift_type": "exponential"},
     ),
+    # No page seen: both are gated. Raw's as trainers quote it, Turbo's as the tests of a port do.
+    **dict.fromkeys(
+        ("krea-2-raw", "krea-2-turbo"),
+        (
+            "FlowMatchEulerDiscreteScheduler",
+            {**_FLOW, "max_image_seq_len": 6400, "base_shift": 0.5, "max_shift": 1.15, "shift": 1.0}
+            | {"shift_terminal": None, "use_dynamic_shifting": True}
+            | {"time_shift_type": "exponential"},
+        ),
+    ),
     # huggingface.co/stabilityai/sdxl-turbo, commit 647e47a
     "sdxl-turbo": (
         "EulerAncestralDiscreteScheduler",

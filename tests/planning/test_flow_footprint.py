@@ -21,6 +21,7 @@ from alignprop_cli.training.trainer import Trainer
 from tests.flow_models import (
     small_flux1,
     small_klein,
+    small_krea2,
     small_qwen_image,
     small_sd3,
     small_zimage,
@@ -58,6 +59,9 @@ BUILD: dict[str, Callable[..., Path]] = {
     "qwen": lambda folder: small_qwen_image(
         folder, attention_head_dim=32, axes_dims_rope=(8, 12, 12)
     ),
+    "krea2": lambda folder: small_krea2(
+        folder, attention_head_dim=32, axes_dims_rope=(8, 12, 12), num_layers=2
+    ),
     "flux1": lambda folder: small_flux1(
         folder,
         attention_head_dim=32,
@@ -89,8 +93,8 @@ def test_the_bytes_that_a_real_step_stores_are_the_predicted_ones(
             "train": {"prompts": "shapes", "batch_size": 8},
         }
     )
-    # Z-Image and Qwen-Image read prompts as long as they are, and are planned for the longest.
-    prompt = 20 * PROMPT if family in ("zimage", "qwen") else PROMPT
+    # These read prompts as long as they are, and are planned for the longest.
+    prompt = 20 * PROMPT if family in ("zimage", "qwen", "krea2") else PROMPT
     found = planning.measure(chosen, "cpu")
     levels: list[Level] = ["none", "block", "call"]
     stored: dict[Level, int] = {}
