@@ -13,11 +13,16 @@ import torch
 from diffusers import (
     AutoencoderKL,
     AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    Krea2Pipeline,
+    Krea2Transformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     ZImagePipeline,
@@ -28,10 +33,14 @@ from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2TokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
     Qwen3Model,
+    Qwen3VLConfig,
+    Qwen3VLModel,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -92,6 +101,22 @@ def small_vae(**options: Any) -> AutoencoderKL:
         }
     )
     return made
+
+
+def small_qwen_vae(**options: Any) -> AutoencoderKLQwenImage:
+    """Return Qwen-Image's autoencoder of 4 channels whose latents are half as wide as the image."""
+    return AutoencoderKLQwenImage(
+        **{
+            "base_dim": 8,
+            "z_dim": 4,
+            "dim_mult": [1, 2],
+            "num_res_blocks": 1,
+            "temperal_downsample": [True],
+            "latents_mean": [-0.8, 0.1, 1.5, -0.2],
+            "latents_std": [2.8, 1.5, 1.2, 2.0],
+            **options,
+        }
+    )
 
 
 def small_sd3(path: Path, *, t5: bool = True, seed: int = 0, **overrides: Any) -> Path:
@@ -379,6 +404,154 @@ def small_zimage(path: Path, *, seed: int = 0, **overrides: Any) -> Path:
     return path
 
 
+def small_qwen_image(path: Path, *, seed: int = 0, **overrides: Any) -> Path:
+    """Write a QwenImagePipeline with random weights: latents (4, 8, 8), images 16 x 16.
+
+    The pipeline's own default size is 256 x 256.
+
+    Args:
+        path: Folder to write.
+        seed: Of the weights.
+        **overrides: Options of the transformer, with `scheduler_` or `vae_` before those of others.
+
+    Returns:
+        The folder.
+    """
+    network: dict[str, Any] = {
+        "in_channels": 16,
+        "out_channels": 4,
+        "num_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 24,
+        "axes_dims_rope": (4, 6, 6),
+    }
+    scheduler: dict[str, Any] = {
+        "use_dynamic_shifting": True,
+        "base_image_seq_len": 4,
+        "max_image_seq_len": 40,
+        "max_shift": 0.9,
+        "shift_terminal": 0.02,
+    }
+    vae: dict[str, Any] = {}
+    parts = {"scheduler_": scheduler, "vae_": vae}
+    for key, value in overrides.items():
+        prefix = next((prefix for prefix in parts if key.startswith(prefix)), "")
+        parts.get(prefix, network)[key.removeprefix(prefix)] = value
+
+    def make() -> QwenImagePipeline:
+        words = qwen_tokenizer(path / "tokenizer")
+        text = {
+            "vocab_size": len(words),
+            "hidden_size": 24,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 2, 2]},
+        }
+        vision = {"depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16}
+        config = Qwen2_5_VLConfig(text_config=text, vision_config=vision | {"out_hidden_size": 24})
+        return QwenImagePipeline(
+            transformer=lively(QwenImageTransformer2DModel(**network)),
+            scheduler=FlowMatchEulerDiscreteScheduler(**scheduler),
+            vae=small_qwen_vae(**vae),
+            text_encoder=Qwen2_5_VLForConditionalGeneration(config),
+            tokenizer=words,
+        )
+
+    _seeded(seed, make).save_pretrained(path)
+    return path
+
+
+def krea2_tokenizer(path: Path) -> Qwen2TokenizerFast:
+    """Write a tokenizer of bytes that makes as many tokens of Krea 2's template as the real one."""
+    empty: Any = Krea2Pipeline(**dict.fromkeys(_KREA2_PARTS))  # type: ignore[arg-type]
+    prefix, most = empty.prompt_template_encode_prefix, empty.prompt_template_encode_start_idx
+    words = qwen_tokenizer(path)
+    # One token for what is too much of the first sentence.
+    start, surplus = prefix.index("Describe"), len(words(prefix).input_ids) - most + 1
+    words.add_tokens([prefix[start : start + surplus], "assistant"])
+    return words
+
+
+_KREA2_PARTS = ("scheduler", "vae", "text_encoder", "tokenizer", "transformer")
+
+
+def small_krea2(path: Path, *, seed: int = 0, **overrides: Any) -> Path:
+    """Write a Krea2Pipeline with random weights: latents (4, 8, 8), images 64 x 64.
+
+    As Krea 2 Raw it was not distilled. The pipeline's own default size is 1024 x 1024.
+
+    Args:
+        path: Folder to write.
+        seed: Of the weights.
+        **overrides: Options of the transformer, with `scheduler_`, `vae_`, `encoder_` or
+            `pipeline_` before those of others.
+
+    Returns:
+        The folder.
+    """
+    network: dict[str, Any] = {
+        "in_channels": 16,
+        "num_layers": 3,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "intermediate_size": 48,
+        "timestep_embed_dim": 32,
+        "text_hidden_dim": 24,
+        "num_text_layers": 3,
+        "text_num_attention_heads": 2,
+        "text_num_key_value_heads": 2,
+        "text_intermediate_size": 32,
+        "num_layerwise_text_blocks": 1,
+        "num_refiner_text_blocks": 1,
+        "axes_dims_rope": (4, 6, 6),
+    }
+    scheduler: dict[str, Any] = {
+        "use_dynamic_shifting": True,
+        "base_image_seq_len": 4,
+        "max_image_seq_len": 100,
+    }
+    vae: dict[str, Any] = {"dim_mult": [1, 1, 1, 1], "temperal_downsample": [False, True, True]}
+    text: dict[str, Any] = {"num_hidden_layers": 6}
+    pipeline: dict[str, Any] = {"text_encoder_select_layers": (1, 3, 6)}
+    parts = {"scheduler_": scheduler, "vae_": vae, "encoder_": text, "pipeline_": pipeline}
+    for key, value in overrides.items():
+        prefix = next((prefix for prefix in parts if key.startswith(prefix)), "")
+        parts.get(prefix, network)[key.removeprefix(prefix)] = value
+
+    def make() -> Krea2Pipeline:
+        words = krea2_tokenizer(path / "tokenizer")
+        size: dict[str, Any] = {"hidden_size": 24, "intermediate_size": 32}
+        heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 12}
+        vision = {"depth": 1, "hidden_size": 8, "intermediate_size": 8, "num_heads": 1}
+        config = Qwen3VLConfig(
+            text_config={"vocab_size": len(words), **size, **heads, **text},
+            vision_config={**vision, "out_hidden_size": 24, "num_position_embeddings": 16},
+        )
+        transformer = lively(Krea2Transformer2DModel(**network))
+        # Norms and modulations, which are zeros when made.
+        for name, parameter in transformer.named_parameters():
+            if name.endswith(("scale_shift_table", "norm.weight", "norm1.weight", "norm2.weight")):
+                parameter.data.normal_(std=0.1)
+            # The network multiplies the time by 1000, so its rounding in bfloat16 is not small.
+            if name.startswith("time_") and parameter.ndim > 1:
+                parameter.data.mul_(0.5)
+        return Krea2Pipeline(
+            transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(**scheduler),
+            vae=small_qwen_vae(**vae),
+            text_encoder=Qwen3VLModel(config),
+            tokenizer=words,
+            **pipeline,
+        )
+
+    _seeded(seed, make).save_pretrained(path)
+    return path
+
+
 def _seeded(seed: int, builder: Callable[[], Any]) -> Any:
     """Run a builder that takes its random weights from the global generator, and put that back."""
     with torch.random.fork_rng(devices=[]):
@@ -396,9 +569,17 @@ def lively(network: Any) -> Any:
 
 def as_given(pipeline: Any, noise: torch.Tensor) -> torch.Tensor:
     """Return noise (B, C, h, w) in the form in which a pipeline takes it as `latents`."""
-    if isinstance(pipeline, FluxPipeline):
+    if isinstance(pipeline, FluxPipeline | Krea2Pipeline | QwenImagePipeline):
         return pipeline._pack_latents(noise, *noise.shape)
     return noise
+
+
+def scale_of(pipeline: Any, scale: float, images: int = 1) -> dict[str, Any]:
+    """Return the arguments with which a pipeline is guided, its negative prompt empty."""
+    if isinstance(pipeline, QwenImagePipeline):
+        # Without a negative prompt it does not guide; it has another name for the scale.
+        return {"true_cfg_scale": scale, "negative_prompt": [""] * images}
+    return {"guidance_scale": scale}
 
 
 def randn_like_latents(shape: tuple[int, ...], seed: int = 3) -> torch.Tensor:

@@ -51,7 +51,7 @@ LAYER = {
 }
 
 # What each layer may import of the package, besides itself; downwards alone. Nobody imports tiny:
-# what is wanted of it is named in a registry (prompts.BUILT_IN, models/families.py).
+# what is wanted of it is named in a registry (prompts.BUILT_IN, models/rows.py).
 _PARTS = {"errors", "outside", "story", "config", "ground", "parts"}
 MAY_IMPORT = {
     # In functions alone: `import alignprop_cli` loads nothing.
@@ -131,7 +131,7 @@ MAX_HELP_SECONDS = 0.6
 MAY_LOAD_CODE = {
     "import_module": {
         "alignprop_cli/evaluation/compare.py",
-        "alignprop_cli/models/families.py",
+        "alignprop_cli/models/rows.py",
         "alignprop_cli/prompts.py",
         "alignprop_cli/rewards/registry.py",
         "alignprop_cli/scoring/rows.py",

@@ -89,7 +89,7 @@ class LoraConfig(Section):
     alpha: PositiveFloat | None = Field(
         default=None, description="Numerator of the scaling; null is rank."
     )
-    # Null, since layers have different names in every family (models/families.py).
+    # Null, since layers have different names in every family (models/rows.py).
     target_modules: Annotated[tuple[Text, ...], Field(min_length=1)] | Text | None = Field(
         default=None,
         description="Layers of the network that get a LoRA: a list of endings of their names, "
@@ -130,7 +130,7 @@ class SampleConfig(Section):
         default=7.5,
         ge=0.0,
         description="Classifier-free guidance, as the model's pipeline counts it; at most 1 (for "
-        "Z-Image 0) means none and halves the cost.",
+        "Z-Image and Krea 2: 0) means none and halves the cost.",
     )
     true_guidance_scale: float = Field(
         default=1.0,

@@ -46,6 +46,9 @@ _ARCHITECTURES = {
     "flux.2-klein-base-9b": _KLEIN_9B,
     "z-image-turbo": "Z-Image",
     "z-image": "Z-Image",
+    "qwen-image": "Qwen-Image",
+    "krea-2-raw": "Krea-2",
+    "krea-2-turbo": "Krea-2",
 }
 # Of any other model the layers show it: a U-Net by the width of the text embeddings that it attends
 # to, a transformer by a part of a name that no other family has. The first match counts.
@@ -54,6 +57,7 @@ _BY_NAME = {
     ".attn.to_qkv_mlp_proj": "Flux.2",
     "single_transformer_blocks.": "flux-1",
     ".attention.to_": "Z-Image",
+    ".attn.to_gate": "Krea-2",
     ".attn2.": "stable-diffusion-3",
 }
 _UNKNOWN = "unknown"

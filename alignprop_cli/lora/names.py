@@ -40,6 +40,9 @@ _TRANSFORMER_WORDS |= {"time_guidance_embed", "single_stream_modulation", "cap_e
 _TRANSFORMER_WORDS |= {"double_stream_modulation_img", "double_stream_modulation_txt", "layers"}
 _TRANSFORMER_WORDS |= {"noise_refiner", "context_refiner", "t_embedder", "all_x_embedder"}
 _TRANSFORMER_WORDS |= {"all_final_layer"}
+# Of Krea 2, and the first two of Qwen-Image.
+_TRANSFORMER_WORDS |= {"img_in", "txt_in", "time_embed", "time_mod_proj", "text_fusion"}
+_TRANSFORMER_WORDS |= {"final_layer"}
 
 # The original code numbers the blocks of a network with two layers a level through, downsamplers
 # and upsamplers among them. kohya's trainer names the layers of Stable Diffusion XL so.

@@ -173,10 +173,36 @@ for _block in _ZIMAGE_BLOCKS:
         *("feed_forward.w1", "feed_forward.w2", "feed_forward.w3", "adaLN_modulation.0"),
     ):
         _ZIMAGE[f"{_block}.{_name}"] = _one(f"{_block}.{{}}.{_name}")
+# Every layer is one of diffusers. The names are those of ComfyUI's map (comfy/utils.py,
+# krea2_to_diffusers) and of diffusers' converter of LoRA files.
+_KREA2 = {
+    "first": _one("img_in"),
+    "tmlp.0": _one("time_embed.linear_1"),
+    "tmlp.2": _one("time_embed.linear_2"),
+    "tproj.1": _one("time_mod_proj"),
+    "txtmlp.1": _one("txt_in.linear_1"),
+    "txtmlp.3": _one("txt_in.linear_2"),
+    "txtfusion.projector": _one("text_fusion.projector"),
+    "last.linear": _one("final_layer.linear"),
+}
+_KREA2_BLOCKS = {
+    "blocks": "transformer_blocks",
+    "txtfusion.layerwise_blocks": "text_fusion.layerwise_blocks",
+    "txtfusion.refiner_blocks": "text_fusion.refiner_blocks",
+}
+for _block, _here in _KREA2_BLOCKS.items():
+    for _name, _layer in (
+        *(("attn.wq", "to_q"), ("attn.wk", "to_k"), ("attn.wv", "to_v")),
+        *(("attn.gate", "to_gate"), ("attn.wo", "to_out.0")),
+    ):
+        _KREA2[f"{_block}.{_name}"] = _one(f"{_here}.{{}}.attn.{_layer}")
+    for _name in ("gate", "up", "down"):
+        _KREA2[f"{_block}.mlp.{_name}"] = _one(f"{_here}.{{}}.ff.{_name}")
 
 _Tables = dict[str, dict[str, _Place]]
 _FLUXES: _Tables = {"FLUX.1": _FLUX1, "FLUX.2": _FLUX2}
 _ZIMAGES: _Tables = {"Z-Image": _ZIMAGE}
+_KREA2S: _Tables = {"Krea 2": _KREA2}
 # Diffusers' names, of any network that has them.
 _AS_HERE: _Tables = {}
 # Of which networks a file may be, by the names of its blocks.
@@ -184,11 +210,13 @@ _NETWORKS: dict[str, _Tables] = {
     **dict.fromkeys(("double_blocks", "single_blocks"), _FLUXES),
     "joint_blocks": {"Stable Diffusion 3": _SD3},
     **dict.fromkeys(_ZIMAGE_BLOCKS, _ZIMAGES),
+    **dict.fromkeys(_KREA2_BLOCKS, _KREA2S),
     **dict.fromkeys(("transformer_blocks", "single_transformer_blocks"), _AS_HERE),
 }
 _NUMBERED = re.compile(rf"({'|'.join(_NETWORKS)})\.([0-9]+)\.(.+)")
 # The same for kohya's names, of the tables alone: their names differ without the dots too.
-_FLAT_NUMBERED = re.compile(rf"({'|'.join(n for n, t in _NETWORKS.items() if t)})_([0-9]+)_(.+)")
+_FLAT_BLOCKS = {name.replace(".", "_"): name for name, tables in _NETWORKS.items() if tables}
+_FLAT_NUMBERED = re.compile(rf"({'|'.join(_FLAT_BLOCKS)})_([0-9]+)_(.+)")
 _DOTTED = {
     name.replace(".", "_"): name
     for tables in _NETWORKS.values()
@@ -218,7 +246,7 @@ def in_diffusers(layers: Layers, prefix: str, file: Path) -> dict[str, Factors]:
         unets = "Stable Diffusion 1.x, 2.x, SDXL, " if prefix == KOHYA else ""
         raise AssetError(
             f"{file}: the layers have {WHOSE[prefix]} names, of {what} ({some})",
-            hint=f"files of {unets}FLUX.1, FLUX.2, Stable Diffusion 3 and Z-Image are read",
+            hint=f"files of {unets}FLUX.1, FLUX.2, Stable Diffusion 3, Z-Image and Krea 2 are read",
         )
     # 2. Names and shapes say which of those that share names.
     tables = found[0]
@@ -255,7 +283,8 @@ def _dotted(flat: str) -> str:
     if found is None:
         return _DOTTED.get(flat, flat)
     block, number, rest = found.groups()
-    known = _DOTTED.get(f"{block}_{rest}", f"{block}.{rest}")
+    known = _DOTTED.get(f"{block}_{rest}", f"{_FLAT_BLOCKS[block]}.{rest}")
+    block = _FLAT_BLOCKS[block]
     return f"{block}.{number}.{known.removeprefix(f'{block}.')}"
 
 

@@ -1,6 +1,6 @@
 """The contract of a family of base models: text encoders, network and decoder.
 
-A family is one file in this folder and one row of families.py. Nothing outside models/ and
+A family is one file in this folder and one row of rows.py. Nothing outside models/ and
 lora/files.py knows its name. The parts are separate because they need not be on the device
 together: text encoders are loaded, used and dropped before the network is loaded.
 """
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from alignprop_cli.config.schema import ModelConfig
-from alignprop_cli.guidance import Conditioning, Embeds, Guidance
+from alignprop_cli.guidance import Conditioning, Embeds, Guidance, Rescale
 from alignprop_cli.schedule import NoiseSchedule
 
 
@@ -178,6 +178,7 @@ class Family:
         load_parts: Loads network and decoder on a device, frozen.
         on_meta: Builds network and decoder without weights, from configuration files alone.
         guidance_origin: As `guidance.Guidance.origin`.
+        guidance_rescale: As `guidance.Guidance.rescale`.
         stack: Makes a batch of the embeddings of several prompts.
         schedulers: Values of `sample.scheduler` besides `model` that its networks can have.
         spacings: The same for `sample.spacing`.
@@ -198,6 +199,7 @@ class Family:
     load_parts: Callable[[Source, torch.device], Parts]
     on_meta: Callable[[Source], MetaModel]
     guidance_origin: Literal["uncond", "text"] = "uncond"
+    guidance_rescale: Rescale | None = None
     stack: Callable[[Sequence[Embeds]], Embeds] = stack
     schedulers: tuple[str, ...] = ()
     spacings: tuple[str, ...] = ()

@@ -172,8 +172,13 @@ def network_on_meta(source: Source, name: str, kind: Any) -> Any:
     """
     with loading.explained(source.config, source.path), torch.device("meta"):
         network = kind.from_config(kind.load_config(source.path, subfolder=name))
-    # diffusers' own `to` warns about modules that stay in float32; there are none here.
-    return quantize_part(freeze(torch.nn.Module.to(network, source.dtype)), source, name)
+    # diffusers' own `to` warns about the modules that stay in float32 where it loads them.
+    network = freeze(torch.nn.Module.to(network, source.dtype))
+    kept = set(getattr(network, "_keep_in_fp32_modules", None) or ())
+    for path, parameter in network.named_parameters():
+        if kept & set(path.split(".")):
+            parameter.data = parameter.data.float()
+    return quantize_part(network, source, name)
 
 
 def load_config(source: Source, name: str, file: str = "config.json") -> dict[str, Any]:

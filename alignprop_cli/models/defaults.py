@@ -33,9 +33,12 @@ _PUBLISHED = {
     "z-image-turbo": (8, 0.0),
     # The example of its page, as others repeat it; the pipeline's default is 5.
     "z-image": (50, 4.0),
+    "qwen-image": (50, 4.0),
+    "krea-2-raw": (28, 4.5),
+    "krea-2-turbo": (8, 0.0),
 }
 # Of models that their own model_index.json calls distilled, by the class of their pipeline.
-_DISTILLED = {"Flux2KleinPipeline": (4, 1.0)}
+_DISTILLED = {"Flux2KleinPipeline": (4, 1.0), "Krea2Pipeline": (8, 0.0)}
 
 
 def own_sampling(config: ModelConfig) -> tuple[int, float] | None:

@@ -1,14 +1,12 @@
-"""One row per family of base models, and how a model of any of them is found and opened."""
+"""How a model of any family is found and opened."""
 
 from __future__ import annotations
 
 import gc
 import hashlib
-import importlib
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,6 +18,7 @@ from alignprop_cli.models.base import Family, Model, Sampler, Source
 from alignprop_cli.models.embeddings import EmbedsCache, budget
 from alignprop_cli.models.guiding import guidance_of, takes_scale
 from alignprop_cli.models.published import ARCHITECTURES, PUBLISHED
+from alignprop_cli.models.rows import FAMILIES
 from alignprop_cli.parsing import ParseError, read_json
 from alignprop_cli.paths import read_text, user_path
 from alignprop_cli.prompts import cut_note
@@ -39,125 +38,6 @@ _EMBEDDED: dict[str, tuple[Path, str | None]] = {
 """Folder of each of `EMBEDDED_MODELS`, and the variant of its weights."""
 
 _MODULAR = "modular_model_index.json"
-
-
-def _from(module: str, name: str) -> Callable[..., Any]:
-    """Return a stand-in for a function of a family's file, imported when it is first called."""
-    # The file imports diffusers, which takes seconds; looking up a row does not need it.
-
-    def call(*arguments: Any) -> Any:
-        function = getattr(importlib.import_module(f"alignprop_cli.models.{module}"), name)
-        return function(*arguments)
-
-    return call
-
-
-# As `schedulers.SCHEDULERS`, and diffusers' `timestep_spacing`.
-_SCHEDULERS = ("ddim", "euler", "euler_ancestral", "lcm")
-_SPACINGS = ("leading", "trailing", "linspace")
-
-_STABLE_DIFFUSION = Family(
-    name="Stable Diffusion 1.x and 2.x",
-    pipeline_class="StableDiffusionPipeline",
-    lora_prefix="unet.",
-    target_modules=("to_q", "to_k", "to_v", "to_out.0"),
-    load_text_encoders=_from("unet", "load_text_encoders"),
-    load_parts=_from("unet", "load_parts"),
-    on_meta=_from("unet", "on_meta"),
-    schedulers=_SCHEDULERS,
-    spacings=_SPACINGS,
-    single_files=True,
-    taesd="madebyollin/taesd",
-)
-
-FAMILIES: dict[str, Family] = {
-    family.pipeline_class: family
-    for family in (
-        _STABLE_DIFFUSION,
-        # The same parts in a pipeline of another name.
-        replace(
-            _STABLE_DIFFUSION,
-            name="latent consistency models of Stable Diffusion 1.x",
-            pipeline_class="LatentConsistencyModelPipeline",
-        ),
-        Family(
-            name="Stable Diffusion XL",
-            pipeline_class="StableDiffusionXLPipeline",
-            lora_prefix="unet.",
-            target_modules=("to_q", "to_k", "to_v", "to_out.0"),
-            load_text_encoders=_from("sdxl", "load_text_encoders"),
-            load_parts=_from("sdxl", "load_parts"),
-            on_meta=_from("sdxl", "on_meta"),
-            schedulers=_SCHEDULERS,
-            spacings=_SPACINGS,
-            single_files=True,
-            taesd="madebyollin/taesdxl",
-        ),
-        Family(
-            name="Stable Diffusion 3 and 3.5",
-            pipeline_class="StableDiffusion3Pipeline",
-            lora_prefix="transformer.",
-            target_modules=(
-                *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
-                *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
-            ),
-            load_text_encoders=_from("sd3", "load_text_encoders"),
-            load_parts=_from("sd3", "load_parts"),
-            on_meta=_from("sd3", "on_meta"),
-            spacings=("linear",),
-            taesd="madebyollin/taesd3",
-            t5="optional",
-        ),
-        Family(
-            name="FLUX.1",
-            pipeline_class="FluxPipeline",
-            lora_prefix="transformer.",
-            # Those of diffusers' trainer and of Flow-GRPO (arXiv:2505.05470) on FLUX.1-dev. The
-            # first three are in the single blocks too.
-            target_modules=(
-                *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
-                *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
-                *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
-            ),
-            load_text_encoders=_from("flux1", "load_text_encoders"),
-            load_parts=_from("flux1", "load_parts"),
-            on_meta=_from("flux1", "on_meta"),
-            spacings=("linear",),
-            taesd="madebyollin/taef1",
-            true_guidance=True,
-            t5="needed",
-        ),
-        Family(
-            name="FLUX.2-klein",
-            pipeline_class="Flux2KleinPipeline",
-            lora_prefix="transformer.",
-            # Names of attention layers alone would miss the single blocks, most of the network; and
-            # in the dual blocks to_out is a list of layers.
-            target_modules=r"transformer_blocks\.\d+\.attn\.(to_q|to_k|to_v|to_out\.0)"
-            r"|single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)",
-            load_text_encoders=_from("flux2", "load_text_encoders"),
-            load_parts=_from("flux2", "load_parts"),
-            on_meta=_from("flux2", "on_meta"),
-            spacings=("linear",),
-        ),
-        Family(
-            name="Z-Image",
-            pipeline_class="ZImagePipeline",
-            lora_prefix="transformer.",
-            # Endings of names would also mean the refiners, which prepare noise and text for the
-            # layers.
-            target_modules=r"layers\.\d+\.attention\.(to_q|to_k|to_v|to_out\.0)",
-            load_text_encoders=_from("zimage", "load_text_encoders"),
-            load_parts=_from("zimage", "load_parts"),
-            on_meta=_from("zimage", "on_meta"),
-            guidance_origin="text",
-            stack=_from("zimage", "stack"),
-            spacings=("linear",),
-            taesd="madebyollin/taef1",
-        ),
-    )
-}
-"""All families, by the class of their pipeline in diffusers."""
 
 
 def register(family: Family) -> None:

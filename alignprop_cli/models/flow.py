@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
 
 from alignprop_cli.errors import ConfigError
+from alignprop_cli.models.base import Source
 from alignprop_cli.models.components import PartRules, recompute
 from alignprop_cli.models.rules import NOTHING, either, number, one_of, whole
 from alignprop_cli.schedule import NoiseSchedule, flow_schedule
@@ -155,3 +157,33 @@ class FlowTransformer:
 
 def _linear(steps: int) -> Any:
     return np.linspace(1.0, 1.0 / steps, steps)
+
+
+def patches_of(latents: Tensor) -> Tensor:
+    """Return latents in 2 x 2 patches: (B, C, 2 h, 2 w) -> (B, C, h, 2, w, 2)."""
+    return latents.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
+
+
+def packed(latents: Tensor) -> Tensor:
+    """Return 2 x 2 patches of latents as tokens: (B, C, 2 h, 2 w) -> (B, h w, 4 C)."""
+    return patches_of(latents).permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+
+
+def unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
+    """Undo `packed`: (B, h w, 4 C) -> (B, C, 2 h, 2 w)."""
+    patches = tokens.unflatten(2, (-1, 2, 2)).unflatten(1, (height, width))  # (B, h, w, C, 2, 2)
+    return patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+
+
+def refuse_float16(source: Source) -> None:
+    """Refuse float16 for a model that overflows in it.
+
+    Raises:
+        ConfigError: With the precisions that there are.
+    """
+    if source.dtype == torch.float16:
+        chosen = ", which `auto` is on this GPU" if source.config.dtype == "auto" else ""
+        raise ConfigError(
+            f"model.dtype: {source.config.id} overflows in float16{chosen}",
+            hint="set model.dtype: bfloat16, or float32",
+        )

@@ -15,7 +15,7 @@ from alignprop_cli.guidance import Conditioning, Embeds
 from alignprop_cli.models import components, loading
 from alignprop_cli.models.base import MetaModel, Parts, Source, meta_embeds
 from alignprop_cli.models.components import PartRules, check_widths
-from alignprop_cli.models.flow import SCHEDULER, FlowTransformer, Sizes
+from alignprop_cli.models.flow import SCHEDULER, FlowTransformer, Sizes, packed, unpacked
 from alignprop_cli.models.rules import NOTHING, SIZE, either, one_of
 from alignprop_cli.models.sd3 import VAE, linear_shift, padded_tokens, shifted_decoder
 from alignprop_cli.prompts import for_tokenizer
@@ -98,7 +98,7 @@ class Flux1Transformer(FlowTransformer):
         # The pipeline rounds the timestep to the precision of the latents, and then divides it.
         timesteps = torch.full((len(latents),), timestep, device=latents.device).to(dtype) / 1000
         flow: Tensor = self.module(
-            hidden_states=_packed(latents).to(dtype),
+            hidden_states=packed(latents).to(dtype),
             timestep=timesteps,
             guidance=embeds.tensors.get("guidance"),
             encoder_hidden_states=hidden,
@@ -107,19 +107,7 @@ class Flux1Transformer(FlowTransformer):
             img_ids=_places(height, width, latents.device),
             return_dict=False,
         )[0]
-        return _unpacked(flow, height, width).to(latents.dtype)
-
-
-def _packed(latents: Tensor) -> Tensor:
-    """Return patches as tokens: (B, C, 2 h, 2 w) -> (B, h w, 4 C)."""
-    patches = latents.unflatten(3, (-1, 2)).unflatten(2, (-1, 2))  # (B, C, h, 2, w, 2)
-    return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-
-
-def _unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
-    """Undo `_packed`: (B, h w, 4 C) -> (B, C, 2 h, 2 w)."""
-    patches = tokens.unflatten(2, (-1, 2, 2)).unflatten(1, (height, width))  # (B, h, w, C, 2, 2)
-    return patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+        return unpacked(flow, height, width).to(latents.dtype)
 
 
 def _places(height: int, width: int, device: torch.device) -> Tensor:

@@ -39,6 +39,7 @@ def guidance_of(config: SampleConfig, family: Family, network: object) -> Guidan
         scale=scale,
         interval=config.guidance_interval,
         origin=family.guidance_origin,
+        rescale=family.guidance_rescale,
         embedded=config.guidance_scale if embedded else None,
     )
     # 2. What needs two branches.

@@ -269,7 +269,9 @@ def _write_index(source: Path, folder: Path, network: str) -> None:
     index = components.read_object(source / components.INDEX) or {}
     # A hub id is downloaded without what is not used, such as the safety checker.
     for part, value in index.items():
-        if isinstance(value, list) and part != network and not (folder / part).is_dir():
+        # [library, class]; a list of numbers is a setting of the pipeline.
+        is_part = isinstance(value, list) and all(isinstance(one, str) for one in value)
+        if is_part and part != network and not (folder / part).is_dir():
             index[part] = [None, None]
     if index.get("safety_checker") == [None, None]:
         index["requires_safety_checker"] = False

@@ -29,5 +29,8 @@ PUBLISHED = {
     "black-forest-labs/FLUX.2-klein-base-9B": "flux.2-klein-base-9b",
     "Tongyi-MAI/Z-Image-Turbo": "z-image-turbo",
     "Tongyi-MAI/Z-Image": "z-image",
+    "Qwen/Qwen-Image": "qwen-image",
+    "krea/Krea-2-Raw": "krea-2-raw",
+    "krea/Krea-2-Turbo": "krea-2-turbo",
 }
 """Hub ids whose configurations are shipped, and their folder in `ARCHITECTURES`."""

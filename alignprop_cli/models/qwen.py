@@ -1,4 +1,4 @@
-"""Qwen3 as a text encoder: a prompt is a message to a chat model, whose answer nobody reads."""
+"""Qwen as a text encoder: a prompt is a message to a chat model, whose answer nobody reads."""
 
 from __future__ import annotations
 
@@ -61,3 +61,21 @@ class QwenText:
             add_generation_prompt=True,
             enable_thinking=self.thinking,
         )
+
+
+def stack(embeds: Sequence[Embeds]) -> Embeds:
+    """Return the batch of several prompts' embeddings, of different lengths.
+
+    Args:
+        embeds: Of B prompts, "hidden" of shape (n, ...) with n of its own.
+
+    Returns:
+        "hidden", shape (B, 512, ...), filled up with zeros, and "length", n of each, shape
+        (B,). All batches have the same width, so those of both branches of guidance fit each other.
+    """
+    rows = [each.tensors["hidden"] for each in embeds]
+    hidden = rows[0].new_zeros(len(rows), LENGTH, *rows[0].shape[1:])
+    for place, row in zip(hidden, rows, strict=True):
+        place[: len(row)] = row
+    lengths = torch.tensor([len(row) for row in rows], device=hidden.device)
+    return Embeds({"hidden": hidden, "length": lengths})

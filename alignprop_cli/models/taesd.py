@@ -163,6 +163,11 @@ def _place(config: ModelConfig, family: Family) -> str:
 
 def _values(config: ModelConfig, full: Decoder, place: str) -> Mapping[str, Any]:
     """Return the configuration of an autoencoder; of the published ones it need not be read."""
+    if not hasattr(full, "to_tiny"):
+        raise ConfigError(
+            f"{_OPTION}: no AutoencoderTiny reads the latents of {config.id}",
+            hint=f"leave it at {_ALTERNATIVE}",
+        )
     # They differ in the channels of the latents alone.
     if config.decoder == TAESD:
         return {"latent_channels": _autoencoder(full).latent_channels}

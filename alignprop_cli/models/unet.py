@@ -165,6 +165,25 @@ class UNet:
             self.module.disable_gradient_checkpointing()
 
 
+def check_tiles(tile_size: int, factor: int, model_id: str) -> None:
+    """Refuse tiles of which a quarter is not a whole number of latents.
+
+    Args:
+        tile_size: Pixels in a row of a tile.
+        factor: Width of an image in pixels divided by the width of its latents.
+        model_id: The model's id as the user gave it, for the message.
+
+    Raises:
+        ConfigError: With the nearest size.
+    """
+    unit = 4 * factor
+    if tile_size % unit:
+        raise ConfigError(
+            f"model.vae_tile_size: {tile_size} is not a multiple of {unit}, which {model_id} "
+            f"needs; nearest: {max(unit, round(tile_size / unit) * unit)}"
+        )
+
+
 class VaeDecoder:
     """The decoder; see `Decoder`.
 
@@ -183,13 +202,8 @@ class VaeDecoder:
         self.module.use_tiling = tile_size is not None
         if tile_size is None:
             return
-        # Tiles overlap by a quarter (diffusers' tile_overlap_factor), and in whole latents only.
-        unit = 4 * factor
-        if tile_size % unit:
-            raise ConfigError(
-                f"model.vae_tile_size: {tile_size} is not a multiple of {unit}, which {model_id} "
-                f"needs; nearest: {max(unit, round(tile_size / unit) * unit)}"
-            )
+        # Tiles overlap by a quarter: diffusers' tile_overlap_factor.
+        check_tiles(tile_size, factor, model_id)
         self.module.tile_sample_min_size = tile_size
         self.module.tile_latent_min_size = tile_size // factor
 

@@ -10,6 +10,8 @@ from typing import Any
 _ANY = "DiffusionPipeline"
 # It takes the embeddings of a negative prompt and not its text.
 _EMBEDS_ALONE = "Flux2KleinPipeline"
+# Its guidance scale is that of two branches, and has the name of FLUX.1's.
+_TRUE_SCALE = "QwenImagePipeline"
 
 
 def snippet(
@@ -43,6 +45,8 @@ def snippet(
     negative = sample.get("negative_prompt") or ""
     if sample.get("true_guidance_scale", 1.0) > 1.0:
         options["true_cfg_scale"] = sample["true_guidance_scale"]
+    if kind == _TRUE_SCALE and "guidance_scale" in options:
+        options["true_cfg_scale"] = options.pop("guidance_scale")
     # Without a negative prompt true_cfg_scale has no effect, so there an empty one is given too.
     if (negative or "true_cfg_scale" in options) and kind != _EMBEDS_ALONE:
         options["negative_prompt"] = negative

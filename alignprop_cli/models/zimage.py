@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from alignprop_cli.guidance import Conditioning, Embeds
 from alignprop_cli.models import components, loading
 from alignprop_cli.models.base import MetaModel, Parts, Source, meta_embeds
 from alignprop_cli.models.components import PartRules, check_widths
-from alignprop_cli.models.flow import SCHEDULER, FlowTransformer, Sizes
+from alignprop_cli.models.flow import SCHEDULER, FlowTransformer, Sizes, refuse_float16
 from alignprop_cli.models.qwen import LENGTH, QwenText
 from alignprop_cli.models.rules import NOTHING, SIZE, Rule, list_of, number, one_of
 from alignprop_cli.models.sd3 import VAE, linear_shift, shifted_decoder
@@ -74,24 +73,6 @@ class ZImageText(QwenText):
             use_cache=False,
         ).hidden_states
         return found[-2][is_token]  # (n, D), as long as the prompt is
-
-
-def stack(embeds: Sequence[Embeds]) -> Embeds:
-    """Return the batch of several prompts' embeddings, of different lengths.
-
-    Args:
-        embeds: Of B prompts, "hidden" of shape (n, D) with n of its own.
-
-    Returns:
-        "hidden", shape (B, 512, D), filled up with zeros, and "length", n of each, shape (B,). All
-        batches have the same width, so those of both branches of guidance fit each other.
-    """
-    rows = [each.tensors["hidden"] for each in embeds]
-    hidden = rows[0].new_zeros(len(rows), LENGTH, rows[0].shape[-1])
-    for place, row in zip(hidden, rows, strict=True):
-        place[: len(row)] = row
-    lengths = torch.tensor([len(row) for row in rows], device=hidden.device)
-    return Embeds({"hidden": hidden, "length": lengths})
 
 
 class ZImageTransformer(FlowTransformer):
@@ -176,12 +157,7 @@ def on_meta(source: Source) -> MetaModel:
 
 def _check(source: Source) -> None:
     """Refuse configurations that are not obeyed, and float16."""
-    if source.dtype == torch.float16:
-        chosen = ", which `auto` is on this GPU" if source.config.dtype == "auto" else ""
-        raise ConfigError(
-            f"model.dtype: {source.config.id} overflows in float16{chosen}",
-            hint="set model.dtype: bfloat16, or float32",
-        )
+    refuse_float16(source)
     components.check(source.path, _RULES)
     values = components.read_object(source.path / "transformer" / "config.json") or {}
     dim, heads, axes = (values.get(key) for key in ("dim", "n_heads", "axes_dims"))

@@ -115,7 +115,9 @@ def with_batches(model: MetaModel) -> tuple[MetaModel, tuple[int] | tuple[int, i
 
 def held(module: torch.nn.Module) -> list[Tensor]:
     """Return all that a module holds: buffers too, as those are what quantised weights are in."""
-    return [*module.parameters(), *module.buffers()]
+    # Complex numbers of positions are neither: a module that is cast would lose half of them.
+    plain = (t for part in module.modules() for t in vars(part).values() if isinstance(t, Tensor))
+    return [*module.parameters(), *module.buffers(), *plain]
 
 
 def _decode(

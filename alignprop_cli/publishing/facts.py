@@ -44,6 +44,7 @@ _OPENRAIL_PLUS = Licence("CreativeML OpenRAIL++-M", "openrail++")
 _STABILITY = Licence("Stability AI Community License", "other")
 _FLUX_1 = Licence("FLUX.1 [dev] Non-Commercial License", "other")
 _FLUX_2 = Licence("FLUX Non-Commercial License", "other")
+_KREA_2 = Licence("Krea 2 Community License", "other")
 _APACHE = Licence("Apache License 2.0", "apache-2.0")
 
 # By the name in `published.PUBLISHED`.
@@ -64,6 +65,9 @@ _BASE: Mapping[str, Licence] = {
     "flux.2-klein-base-9b": _FLUX_2,
     "z-image-turbo": _APACHE,
     "z-image": _APACHE,
+    "qwen-image": _APACHE,
+    "krea-2-raw": _KREA_2,
+    "krea-2-turbo": _KREA_2,
 }
 
 _AS_HPS = "glossy, overdetailed images; variety goes down"

@@ -41,7 +41,7 @@ PRESETS = (
     *("compressibility", "incompressibility", "count", "remove"),
     *("sdxl_hps", "sdxl_turbo_aesthetic", "lcm_aesthetic"),
     *("sd35_hps", "klein_hps", "klein_aesthetic", "flux_hps"),
-    "zimage_turbo_hps",
+    *("zimage_turbo_hps", "krea2_turbo_hps"),
 )
 PRESET_CARDS = (12, 16, 24, 48)
 
@@ -65,6 +65,7 @@ FLOWS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "Z-Image-Turbo, 512, all 8": ("zimage_turbo_hps", {}),
     "Z-Image-Turbo, 1024, all 8": ("zimage_turbo_hps", LARGE),
+    "Krea 2 Turbo, 512, all 8": ("krea2_turbo_hps", {}),
     "FLUX.1-dev, 512, last fifth of 25": ("flux_hps", {}),
     "FLUX.1-dev, 1024, last fifth of 25": ("flux_hps", LARGE),
     "FLUX.1-schnell, 512, all 4": ("flux_hps", SCHNELL),
@@ -73,6 +74,8 @@ FLOWS: dict[str, tuple[str, dict[str, Any]]] = {
     "FLUX.1-schnell in nf4, 512, all 4": ("flux_hps", {**SCHNELL, **NF4}),
     "Z-Image-Turbo in int8, 512, all 8": ("zimage_turbo_hps", INT8),
     "Z-Image-Turbo in nf4, 512, all 8": ("zimage_turbo_hps", NF4),
+    "Krea 2 Turbo in int8, 512, all 8": ("krea2_turbo_hps", INT8),
+    "Krea 2 Turbo in nf4, 512, all 8": ("krea2_turbo_hps", NF4),
     "FLUX.2-klein 4B in int8, 512, all 4": ("klein_hps", INT8),
     "FLUX.2-klein 4B in nf4, 512, all 4": ("klein_hps", NF4),
 }

@@ -10,7 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import Flux2KleinPipeline, FluxPipeline, StableDiffusion3Pipeline, ZImagePipeline
+from diffusers import (
+    Flux2KleinPipeline,
+    FluxPipeline,
+    Krea2Pipeline,
+    QwenImagePipeline,
+    StableDiffusion3Pipeline,
+    ZImagePipeline,
+)
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -27,7 +34,16 @@ from alignprop_cli.models.families import open_model, sampler
 from alignprop_cli.planning.window import with_window
 from alignprop_cli.rewards.mixture import build_mixture
 from tests.factories import fill_lora_b
-from tests.flow_models import as_given, small_flux1, small_klein, small_sd3, small_zimage
+from tests.flow_models import (
+    as_given,
+    scale_of,
+    small_flux1,
+    small_klein,
+    small_krea2,
+    small_qwen_image,
+    small_sd3,
+    small_zimage,
+)
 
 CPU = torch.device("cpu")
 CASES: dict[str, tuple[Callable[..., Path], Any]] = {
@@ -35,16 +51,21 @@ CASES: dict[str, tuple[Callable[..., Path], Any]] = {
     "klein": (small_klein, Flux2KleinPipeline),
     "flux1": (small_flux1, FluxPipeline),
     "zimage": (small_zimage, ZImagePipeline),
+    "qwen": (small_qwen_image, QwenImagePipeline),
+    "krea2": (small_krea2, Krea2Pipeline),
 }
 
 # What ComfyUI's key maps hold for these networks (comfy/lora.py and comfy/utils.py of commit
-# 17358c8, model_lora_keys_unet: mmdit_to_diffusers, flux_to_diffusers and z_image_to_diffusers).
+# 17358c8, model_lora_keys_unet: mmdit_to_diffusers, flux_to_diffusers, z_image_to_diffusers,
+# krea2_to_diffusers).
 COMFYUI = {
     "sd3": r"transformer\.transformer_blocks\.\d+\.attn2?\.(to_[qkv]|to_out\.0)"
     r"|transformer\.transformer_blocks\.\d+\.attn\.(add_[qkv]_proj|to_add_out)",
     "klein": r"transformer\.transformer_blocks\.\d+\.attn\.(to_[qkv]|to_out\.0)"
     r"|transformer\.single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)",
+    "qwen": r"transformer\.transformer_blocks\.\d+\.attn\.(to_[qkv]|to_out\.0)",
     "zimage": r"transformer\.layers\.\d+\.attention\.(to_[qkv]|to_out\.0)",
+    "krea2": r"transformer\.transformer_blocks\.\d+\.attn\.(to_[qkv]|to_gate|to_out\.0)",
     "flux1": r"transformer\.transformer_blocks\.\d+\.attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj)"
     r"|transformer\.transformer_blocks\.\d+\.(attn\.to_add_out|ff(_context)?\.net\.(0\.proj|2))"
     r"|transformer\.single_transformer_blocks\.\d+\.attn\.to_[qkv]",
@@ -158,7 +179,7 @@ def test_two_steps_resumed_to_three_give_the_image_of_plain_diffusers(
     image = pipeline(
         prompt="a small dog",
         num_inference_steps=2,
-        guidance_scale=2.0,
+        **scale_of(pipeline, 2.0),
         height=16,
         width=16,
         latents=as_given(pipeline, rng.image_noise(0, "eval_noise", [(0, 0)], shape)),
@@ -175,7 +196,8 @@ def test_two_steps_resumed_to_three_give_the_image_of_plain_diffusers(
 def test_a_lora_of_another_family_is_refused(
     run: Callable[..., tuple[int, str, str]], folder: Path, name: str, tmp_path: Path
 ) -> None:
-    other = {"sd3": "klein", "klein": "flux1", "flux1": "klein", "zimage": "sd3"}[name]
+    others = {"sd3": "klein", "klein": "flux1", "flux1": "klein", "krea2": "zimage"}
+    other = others.get(name, "sd3")
     theirs = CASES[other][0](tmp_path / "other")
     model = open_model(ModelConfig(id=str(theirs)), [], CPU)
     network = model.network.module

@@ -14,6 +14,8 @@ import torch
 from diffusers import (
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
+    Krea2Transformer2DModel,
+    QwenImageTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusionPipeline,
     UNet2DConditionModel,
@@ -716,6 +718,8 @@ def test_a_peft_file_of_a_transformer_is_read_and_belongs_to_one() -> None:
         FluxTransformer2DModel,
         Flux2Transformer2DModel,
         ZImageTransformer2DModel,
+        QwenImageTransformer2DModel,
+        Krea2Transformer2DModel,
     ],
 )
 def test_every_layer_of_a_transformer_is_known_by_its_name_in_a_peft_file(kind: Any) -> None:

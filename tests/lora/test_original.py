@@ -357,6 +357,16 @@ CONVERTED = {
         A_B,
         2.0,
     ),
+    "krea2": (
+        "Krea2Pipeline",
+        {"blocks.3.attn.wq": (8, 12), "blocks.12.attn.wo": (12, 12), "blocks.3.mlp.up": (40, 12)}
+        | {"txtfusion.refiner_blocks.1.attn.gate": (12, 12), "txtfusion.projector": (1, 12)}
+        | {"txtfusion.layerwise_blocks.0.mlp.down": (12, 5), "tproj.1": (72, 12)}
+        | {"first": (12, 4), "last.linear": (4, 12), "txtmlp.3": (12, 12), "tmlp.0": (12, 8)},
+        comfyuis,
+        A_B,
+        None,
+    ),
     "flux2": (
         "Flux2KleinPipeline",
         {"double_blocks.0.txt_attn.qkv": (36, 12), "single_blocks.0.linear1": (108, 12)},
@@ -490,8 +500,8 @@ REFUSED: dict[str, tuple[dict[str, Tensor], str]] = {
     "braces": (Z | of("layers.0.attention.{}", 8, 8), r"unexpected layer .*attention\.\{\}"),
     "another network's": (Z | of("img_in", 8, 8), r"unexpected layer diffusion_model\.img_in of"),
     "diffusers' names beside others": (
-        of("transformer_blocks.0.attn.to_q", 8, 8) | of("final_layer.linear", 8, 8),
-        r"final_layer\.linear of shape \(8, 8\), which is no layer of a transformer in diffusers",
+        of("transformer_blocks.0.attn.to_q", 8, 8) | of("vector_in.in_layer", 8, 8),
+        r"vector_in\.in_layer of shape \(8, 8\), which is no layer of a transformer in diffusers",
     ),
     "the same twice": (
         Z | of("layers.0.attention.to_k", 8, 8),
@@ -512,7 +522,12 @@ REFUSED: dict[str, tuple[dict[str, Tensor], str]] = {
         of("final_layer.linear", 8, 8),
         r"of a network that is not known here \(diffusion_model\.final_layer\.linear\)",
     ),
-    "a network that is not known": (of("blocks.0.self_attn.q", 8, 8), "not known here"),
+    "a network that is not known": (of("stages.0.self_attn.q", 8, 8), "not known here"),
+    # Wan's, whose blocks have the name of Krea 2's.
+    "a network with another's blocks": (
+        of("blocks.0.self_attn.q", 8, 8),
+        r"unexpected layer diffusion_model\.blocks\.0\.self_attn\.q of .* no layer of Krea 2",
+    ),
     "one factor alone": (
         QKV | {"diffusion_model.img_in.lora_A.weight": torch.ones(2, 4)},
         r"unexpected tensor diffusion_model\.img_in\.lora_A\.weight, which stands alone",
@@ -706,11 +721,13 @@ KINDS = {
     "Flux2Transformer2DModel": original._FLUX2,
     "SD3Transformer2DModel": original._SD3,
     "ZImageTransformer2DModel": original._ZIMAGE,
+    "Krea2Transformer2DModel": original._KREA2,
 }
-# Some have the same configuration.
+# Some have the same configuration. The original code of Qwen-Image has diffusers' names.
 CONFIGS = {
     file.read_text(): file.parts[-3]
     for file in sorted(ARCHITECTURES.glob("*/transformer/config.json"), reverse=True)
+    if file.parts[-3] != "qwen-image"
 }
 
 

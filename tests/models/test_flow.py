@@ -17,6 +17,8 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     Flux2KleinPipeline,
     FluxPipeline,
+    Krea2Pipeline,
+    QwenImagePipeline,
     StableDiffusion3Pipeline,
     ZImagePipeline,
 )
@@ -41,8 +43,11 @@ from alignprop_cli.schedule import NoiseSchedule
 from tests.factories import KeepsFloat64, fill_lora_b, randn, small_pipeline
 from tests.flow_models import (
     as_given,
+    scale_of,
     small_flux1,
     small_klein,
+    small_krea2,
+    small_qwen_image,
     small_schnell,
     small_sd3,
     small_zimage,
@@ -81,7 +86,9 @@ SD3 = Case(small_sd3, StableDiffusion3Pipeline, ((16, 16), (8, 20)), 3 * 8 - 1)
 KLEIN = Case(small_klein, Flux2KleinPipeline, ((32, 32), (16, 36)), 2 * 4 + 3 * 2)
 ZIMAGE = Case(small_zimage, ZImagePipeline, ((64, 64), (32, 80)), 3 * 4, unguided=0.0)
 FLUX1 = Case(small_flux1, FluxPipeline, ((16, 16), (8, 20)), 2 * 12 + 3 * 3)
-CASES = {"sd3": SD3, "klein": KLEIN, "flux1": FLUX1, "zimage": ZIMAGE}
+QWEN = Case(small_qwen_image, QwenImagePipeline, ((16, 16), (8, 20)), 2 * 4)
+KREA2 = Case(small_krea2, Krea2Pipeline, ((64, 64), (32, 80)), 3 * 5, unguided=0.0)
+CASES = {"sd3": SD3, "klein": KLEIN, "flux1": FLUX1, "zimage": ZIMAGE, "qwen": QWEN, "krea2": KREA2}
 
 
 @pytest.fixture(scope="module", params=sorted(CASES))
@@ -137,8 +144,18 @@ def zimage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def krea2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_krea2(tmp_path_factory.mktemp("krea2") / "model")
+
+
+@pytest.fixture(scope="module")
 def flux1(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return small_flux1(tmp_path_factory.mktemp("flux1") / "model")
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return small_qwen_image(tmp_path_factory.mktemp("qwen") / "model")
 
 
 def load(path: Path | str, prompts: tuple[str, ...] = (*PROMPTS, ""), **options: str) -> Model:
@@ -210,16 +227,18 @@ def draw_with_diffusers(
         height=size[0],
         width=size[1],
         num_inference_steps=steps,
-        guidance_scale=guidance,
         latents=as_given(pipeline, start),
         output_type="pt",
         callback_on_step_end=keep,
-        **options,
+        **{**scale_of(pipeline, guidance, len(PROMPTS)), **options},
     ).images
-    # The pipelines of FLUX pack them: (B, h w, C).
+    # The pipelines of FLUX, Qwen-Image and Krea 2 pack them: (B, h w, C).
     latents = kept[-1]
-    if isinstance(pipeline, FluxPipeline):
+    if isinstance(pipeline, FluxPipeline | QwenImagePipeline):
         latents = pipeline._unpack_latents(latents, *size, pipeline.vae_scale_factor)
+        latents = latents.view(start.shape)  # without the number of the frame
+    elif isinstance(pipeline, Krea2Pipeline):
+        latents = pipeline._unpack_latents(latents, *size).squeeze(2)
     elif latents.ndim == 3:
         latents = latents.transpose(1, 2).reshape(start.shape)
     return latents, images
@@ -249,9 +268,8 @@ def test_samples_equal_those_of_the_familys_own_pipeline(
 def test_the_default_size_is_that_of_the_pipeline(
     case: Case, model: Model, pipeline: Any, folder: Path
 ) -> None:
-    images = pipeline(
-        prompt="x", num_inference_steps=1, guidance_scale=case.unguided, output_type="pt"
-    ).images
+    guides = scale_of(pipeline, case.unguided)
+    images = pipeline(prompt="x", num_inference_steps=1, output_type="pt", **guides).images
     found = meta_model(ModelConfig(id=str(folder)), torch.float32)
     shape = model.network.latent_shape(None, None)
     assert found.image_size(shape) == tuple(images.shape[-2:])
@@ -346,7 +364,7 @@ def test_the_network_is_given_the_timesteps_of_the_pipeline_bit_for_bit_in_bfloa
         seen.append(options["timestep"] if "timestep" in options else arguments[1])
 
     size = case.sizes[0]
-    options = {"height": size[0], "width": size[1], "guidance_scale": case.unguided}
+    options = {"height": size[0], "width": size[1], **scale_of(half_pipeline, case.unguided)}
     with half_pipeline.transformer.register_forward_pre_hook(spy, with_kwargs=True):
         half_pipeline(prompt="x", num_inference_steps=7, output_type="latent", **options)
     theirs, seen = seen, []
@@ -397,7 +415,7 @@ def test_a_whole_chain_in_bfloat16_is_the_pipelines_but_for_its_rounding_of_the_
 
 
 def test_a_step_in_half_precision_has_no_nan(case: Case, folder: Path) -> None:
-    if case is ZIMAGE:
+    if case in (ZIMAGE, QWEN):
         with pytest.raises(ConfigError, match=r"model\.dtype: .* overflows in float16"):
             load(folder, dtype="float16")
         return
@@ -417,6 +435,27 @@ def test_a_step_in_half_precision_has_no_nan(case: Case, folder: Path) -> None:
     found = [p.grad for p in parameters if p.grad is not None]
     assert all(bool(tensor.isfinite().all()) for tensor in (images, *found))
     assert max(float(gradient.norm()) for gradient in found) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", ["float16", "auto"])
+@pytest.mark.parametrize("family", ["zimage", "qwen"])
+def test_float16_is_refused_for_a_run_and_its_plan(
+    family: str, dtype: str, request: pytest.FixtureRequest
+) -> None:
+    """It overflows in the published models, as they are in diffusers."""
+    folder = request.getfixturevalue(family)
+    config = ModelConfig(id=str(folder), dtype=dtype)  # type: ignore[arg-type]
+    # On an older GPU auto is float16.
+    source, (row, _) = Source(config, folder, torch.float16), find(config)
+    for refused in (
+        lambda: row.on_meta(source),
+        lambda: row.load_parts(source, CPU),
+        lambda: row.load_text_encoders(source, CPU),
+    ):
+        with pytest.raises(ConfigError, match=r"model\.dtype: .* overflows in float16") as caught:
+            refused()
+        assert "bfloat16" in (caught.value.hint or "")
+        assert ("`auto`" in caught.value.message) is (dtype == "auto")
 
 
 def test_guidance_is_off_outside_its_interval_in_sigma(case: Case, model: Model) -> None:
@@ -667,6 +706,9 @@ def test_saturated_pixels_have_the_gradient_that_leads_back(case: Case, fresh: M
         ("black-forest-labs/FLUX.2-klein-base-9B", 9.079, 0.0, (128, 32, 32)),
         ("Tongyi-MAI/Z-Image-Turbo", 6.155, 0.0, (16, 64, 64)),
         ("Tongyi-MAI/Z-Image", 6.155, 0.0, (16, 64, 64)),
+        ("Qwen/Qwen-Image", 20.430, 0.0, (16, 64, 64)),
+        ("krea/Krea-2-Raw", 12.82, 0.0, (16, 64, 64)),
+        ("krea/Krea-2-Turbo", 12.82, 0.0, (16, 64, 64)),
     ],
 )
 def test_published_architectures_have_their_known_sizes(
@@ -683,7 +725,7 @@ def test_published_architectures_have_their_known_sizes(
     assert network.latent_shape(512, 512) == shape
     assert made.image_size(shape) == (512, 512)
     assert made.image_size(network.latent_shape(None, None)) == (1024, 1024)
-    distilled = "klein" in name and "base" not in name
+    distilled = ("klein" in name and "base" not in name) or name == "krea/Krea-2-Turbo"
     assert find(ModelConfig(id=name))[0].guides is not distilled
 
 
@@ -765,9 +807,17 @@ def changed(folder: Path, place: Path, file: str, **values: Any) -> Path:
         ("zimage", "transformer"),
         ("zimage", "vae"),
         ("zimage", "scheduler"),
+        *(
+            ("krea2", part)
+            for part in ("text_encoder", "tokenizer", "transformer", "vae", "scheduler")
+        ),
         ("flux1", "text_encoder"),
         ("flux1", "text_encoder_2"),
         ("flux1", "transformer"),
+        ("qwen", "text_encoder"),
+        ("qwen", "tokenizer"),
+        ("qwen", "transformer"),
+        ("qwen", "vae"),
     ],
 )
 def test_a_missing_part_is_named(
@@ -871,6 +921,50 @@ def test_half_a_download_is_reported(
             {"_class_name": "UniPCMultistepScheduler"},
             "_class_name: expected FlowMatchEulerDiscreteScheduler, got UniPC",
         ),
+        (
+            "krea2",
+            "model_index.json",
+            {"_class_name": "Krea2EditPipeline"},
+            "is a Krea2EditPipeline;",
+        ),
+        ("krea2", "model_index.json", {"patch_size": 4}, "patch_size: expected 2, got 4"),
+        (
+            "krea2",
+            "model_index.json",
+            {"is_distilled": "yes"},
+            "is_distilled: expected True or False",
+        ),
+        (
+            "krea2",
+            "model_index.json",
+            {"text_encoder_select_layers": [1, 3]},
+            "text_encoder_select_layers: expected 3 numbers of at most 6, got [1, 3]",
+        ),
+        (
+            "krea2",
+            "model_index.json",
+            {"text_encoder_select_layers": [1, 3, 7]},
+            "text_encoder_select_layers: expected 3 numbers of at most 6, got [1, 3, 7]",
+        ),
+        (
+            "krea2",
+            "model_index.json",
+            {"text_encoder": ["transformers", "Qwen2_5_VLForConditionalGeneration"]},
+            "text_encoder: Qwen2_5_VLForConditionalGeneration is not supported",
+        ),
+        (
+            "krea2",
+            "transformer/config.json",
+            {"axes_dims_rope": [8, 8]},
+            "axes_dims_rope: expected three whole numbers",
+        ),
+        (
+            "krea2",
+            "text_encoder/config.json",
+            {"text_config": None},
+            "text_config: expected an object",
+        ),
+        ("krea2", "vae/config.json", {"input_channels": 4}, "input_channels: expected 3, got 4"),
         *(
             ("flux1", "model_index.json", {"_class_name": name}, f"is a {name}; supported: ")
             for name in ("FluxFillPipeline", "FluxControlPipeline", "FluxKontextPipeline")
@@ -883,6 +977,38 @@ def test_half_a_download_is_reported(
             "base_shift: expected a number",
         ),
         ("flux1", "vae/config.json", {"shift_factor": None}, "shift_factor: expected a number"),
+        *(
+            ("qwen", "model_index.json", {"_class_name": f"QwenImage{kind}"}, f"QwenImage{kind};")
+            for kind in (
+                *("EditPipeline", "EditPlusPipeline", "Img2ImgPipeline", "InpaintPipeline"),
+                *("ControlNetPipeline", "LayeredPipeline", "21Pipeline"),
+            )
+        ),
+        *(
+            ("qwen", "transformer/config.json", {key: True}, f"{key}: expected False, got True")
+            for key in (
+                *("guidance_embeds", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope"),
+            )
+        ),
+        ("qwen", "transformer/config.json", {"patch_size": 1}, "patch_size: expected 2, got 1"),
+        *(
+            ("qwen", "transformer/config.json", {"axes_dims_rope": axes}, "three even numbers")
+            for axes in ([4, 6, 8], [8, 8], [3, 5, 8])
+        ),
+        ("qwen", "vae/config.json", {"z_dim": 8}, "latents_mean: expected 8 values"),
+        ("qwen", "vae/config.json", {"input_channels": 4}, "input_channels: expected 3, got 4"),
+        (
+            "qwen",
+            "model_index.json",
+            {"vae": ["diffusers", "AutoencoderKLWan"]},
+            "vae: AutoencoderKLWan is not supported",
+        ),
+        (
+            "qwen",
+            "model_index.json",
+            {"text_encoder": ["transformers", "Qwen3VLForConditionalGeneration"]},
+            "text_encoder: Qwen3VLForConditionalGeneration is not supported",
+        ),
     ],
 )
 def test_what_is_not_supported_is_refused_alike_for_a_run_and_its_plan(
@@ -909,8 +1035,11 @@ def test_what_is_not_supported_is_refused_alike_for_a_run_and_its_plan(
         (small_sd3, {"in_channels": 17}),
         (small_klein, {"in_channels": 20}),
         (small_zimage, {"in_channels": 17}),
+        (small_krea2, {"in_channels": 20}),
         # As FLUX.1-Fill and FLUX.1-Canny are.
         (small_flux1, {"in_channels": 96, "out_channels": 32}),
+        # As the network of the inpainting ControlNet reads them.
+        (small_qwen_image, {"in_channels": 36}),
     ],
 )
 def test_a_network_that_takes_more_than_latents_is_refused(
@@ -926,7 +1055,7 @@ def test_a_network_that_takes_more_than_latents_is_refused(
 
 
 def test_text_encoders_of_another_model_are_refused(
-    sd3: Path, klein: Path, zimage: Path, tmp_path: Path
+    sd3: Path, klein: Path, zimage: Path, qwen: Path, krea2: Path, tmp_path: Path
 ) -> None:
     file = "transformer/config.json"
     copy = changed(sd3, tmp_path / "sd3", file, pooled_projection_dim=24)
@@ -937,6 +1066,12 @@ def test_text_encoders_of_another_model_are_refused(
         load(copy)
     copy = changed(zimage, tmp_path / "zimage", file, cap_feat_dim=30)
     with pytest.raises(ConfigError, match=r"cap_feat_dim: .* of width 30, .* have 24"):
+        load(copy)
+    copy = changed(qwen, tmp_path / "qwen", file, joint_attention_dim=30)
+    with pytest.raises(ConfigError, match=r"joint_attention_dim: .* of width 30, .* have 24"):
+        load(copy)
+    copy = changed(krea2, tmp_path / "krea2", file, text_hidden_dim=30)
+    with pytest.raises(ConfigError, match=r"text_hidden_dim: .* of width 30, .* have 24"):
         load(copy)
 
 
@@ -997,7 +1132,7 @@ def test_a_model_that_exists_as_a_modular_pipeline_only_is_refused(tmp_path: Pat
 
 
 def test_sizes_that_the_network_cannot_sample_name_the_nearest(
-    sd3: Path, klein: Path, flux1: Path, zimage: Path
+    sd3: Path, klein: Path, flux1: Path, zimage: Path, qwen: Path, krea2: Path
 ) -> None:
     shape_of = load(sd3, ()).network.latent_shape
     with pytest.raises(ConfigError, match=r"sample\.width: 18 is not a multiple of 4.*nearest: 16"):
@@ -1016,9 +1151,19 @@ def test_sizes_that_the_network_cannot_sample_name_the_nearest(
     assert shape_of(1024, 16) == (8, 128, 2)
     with pytest.raises(ConfigError, match=r"sample\.height: 1040 is more than the 1024 that"):
         shape_of(1040, 16)
-    shape_of = load(flux1, ()).network.latent_shape
-    with pytest.raises(ConfigError, match=r"sample\.width: 18 is not a multiple of 4"):
-        shape_of(16, 18)
+    for folder in (flux1, qwen):
+        shape_of = load(folder, ()).network.latent_shape
+        with pytest.raises(ConfigError, match=r"sample\.width: 18 is not a multiple of 4"):
+            shape_of(16, 18)
+    # 4096 positions, of which texts take up to 512 behind half of the longer side.
+    most = 2 * (4096 - 512) * 4
+    assert shape_of(most, 4) == (4, most // 2, 2)
+    with pytest.raises(ConfigError, match=rf"sample\.height: {most + 4} is more than the {most} "):
+        shape_of(most + 4, 4)
+    shape_of = load(krea2, ()).network.latent_shape
+    with pytest.raises(ConfigError, match=r"sample\.width: 40 is not a multiple of 16.*: 32"):
+        shape_of(64, 40)
+    assert shape_of(None, 1040) == (4, 128, 130)
 
 
 def test_linear_spacing_is_refused_for_a_diffusion_model(tmp_path: Path) -> None:
@@ -1030,7 +1175,7 @@ def test_linear_spacing_is_refused_for_a_diffusion_model(tmp_path: Path) -> None
 def test_the_published_flows_are_those_whose_index_names_a_flow() -> None:
     flows = {
         *("StableDiffusion3Pipeline", "FluxPipeline", "Flux2KleinPipeline"),
-        "ZImagePipeline",
+        *("ZImagePipeline", "QwenImagePipeline", "Krea2Pipeline"),
     }
     named = {name for name in PUBLISHED if find(ModelConfig(id=name))[0].pipeline_class in flows}
-    assert len(named) == 12
+    assert len(named) == 15

@@ -18,7 +18,14 @@ from alignprop_cli.models import full_weights
 from alignprop_cli.models.families import open_model
 from alignprop_cli.models.meta import meta_model
 from tests.factories import small_pipeline
-from tests.flow_models import small_flux1, small_klein, small_sd3, small_zimage
+from tests.flow_models import (
+    small_flux1,
+    small_klein,
+    small_krea2,
+    small_qwen_image,
+    small_sd3,
+    small_zimage,
+)
 
 CPU = torch.device("cpu")
 FAMILIES: dict[str, tuple[Callable[..., Path], str]] = {
@@ -27,6 +34,8 @@ FAMILIES: dict[str, tuple[Callable[..., Path], str]] = {
     "klein": (small_klein, "transformer"),
     "flux1": (small_flux1, "transformer"),
     "zimage": (small_zimage, "transformer"),
+    "qwen": (small_qwen_image, "transformer"),
+    "krea2": (small_krea2, "transformer"),
 }
 # As the libraries write it into config.json.
 METHODS: dict[str, dict[str, Any]] = {

@@ -13,6 +13,8 @@ import torch
 from diffusers import (
     Flux2KleinPipeline,
     FluxPipeline,
+    Krea2Pipeline,
+    QwenImagePipeline,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -32,8 +34,11 @@ from tests.factories import randn, small_pipeline, small_xl_pipeline
 from tests.flow_models import (
     as_given,
     randn_like_latents,
+    scale_of,
     small_flux1,
     small_klein,
+    small_krea2,
+    small_qwen_image,
     small_sd3,
     small_zimage,
 )
@@ -53,6 +58,8 @@ FLOWS: dict[str, tuple[Callable[..., Path], Any, tuple[int, ...]]] = {
     "flux1": (small_flux1, FluxPipeline, (1, 8, 8, 8)),
     "klein": (small_klein, Flux2KleinPipeline, (1, 16, 8, 8)),
     "zimage": (small_zimage, ZImagePipeline, (1, 8, 8, 8)),
+    "qwen": (small_qwen_image, QwenImagePipeline, (1, 4, 8, 8)),
+    "krea2": (small_krea2, Krea2Pipeline, (1, 4, 8, 8)),
 }
 
 
@@ -95,9 +102,9 @@ def image(pipeline: Any, latents: torch.Tensor, **options: Any) -> torch.Tensor:
     made = pipeline(
         prompt="a cat",
         num_inference_steps=2,
-        guidance_scale=2.0,
         latents=as_given(pipeline, latents),
         output_type="pt",
+        **scale_of(pipeline, 2.0),
         **options,
     )
     return made.images
@@ -154,7 +161,7 @@ def test_a_merged_flow_draws_the_images_of_base_and_lora(name: str, tmp_path: Pa
     base = build(tmp_path / "base")
     pipeline = kind.from_pretrained(base)
     family, _ = find(ModelConfig(id=str(base)))
-    ends = ("to_q", "to_v", "to_qkv_mlp_proj")
+    ends = ("to_q", "to_k", "to_v", "to_qkv_mlp_proj")
     layers = layers_of(pipeline, ends)
     assert len(layers) >= 5
     adapter = written(tmp_path / "lora", layers, family.lora_prefix)
@@ -162,7 +169,7 @@ def test_a_merged_flow_draws_the_images_of_base_and_lora(name: str, tmp_path: Pa
     merged.save_folder(ModelConfig(id=str(base)), adapter, tmp_path / "out")
     found = kind.from_pretrained(tmp_path / "out")
     check_same(found, pipeline, but="transformer")
-    side = {"klein": 32, "zimage": 64}.get(name, 16)
+    side = {"klein": 32, "zimage": 64, "krea2": 64}.get(name, 16)
     latents = randn_like_latents(shape)
     size = {"height": side, "width": side}
     before = image(pipeline, latents, **size)

@@ -67,6 +67,24 @@ SEEN: dict[str, tuple[str, dict[str, Any]]] = {
         "FlowMatchEulerDiscreteScheduler",
         {"num_train_timesteps": 1000, "shift": 6.0, "use_dynamic_shifting": False},
     ),
+    # Copies: github.com/bghira/SimpleTuner, bc8e6ab; the shifts also in
+    # github.com/kohya-ss/musubi-tuner, src/musubi_tuner/qwen_image/qwen_image_utils.py, 0b402d5.
+    "qwen-image": (
+        "FlowMatchEulerDiscreteScheduler",
+        {"num_train_timesteps": 1000, "base_image_seq_len": 256, "max_image_seq_len": 8192}
+        | {"base_shift": 0.5, "max_shift": 0.9, "shift": 1.0, "shift_terminal": 0.02}
+        | {"use_dynamic_shifting": True, "time_shift_type": "exponential"},
+    ),
+    # No page seen: both are gated. Raw's as trainers quote it, Turbo's as the tests of a port do.
+    **dict.fromkeys(
+        ("krea-2-raw", "krea-2-turbo"),
+        (
+            "FlowMatchEulerDiscreteScheduler",
+            {**_FLOW, "max_image_seq_len": 6400, "base_shift": 0.5, "max_shift": 1.15, "shift": 1.0}
+            | {"shift_terminal": None, "use_dynamic_shifting": True}
+            | {"time_shift_type": "exponential"},
+        ),
+    ),
     # huggingface.co/stabilityai/sdxl-turbo, commit 647e47a
     "sdxl-turbo": (
         "EulerAncestralDiscreteScheduler",

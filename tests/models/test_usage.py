@@ -40,7 +40,8 @@ def test_every_argument_is_one_of_diffusers_pipeline(kind: str) -> None:
         sample["true_guidance_scale"] = 2.0
     given = call_of(kind, sample)
     assert given.keys() <= inspect.signature(getattr(diffusers, kind).__call__).parameters.keys()
-    assert given.keys() >= {"prompt", *PLAIN}
+    scale = "true_cfg_scale" if kind == "QwenImagePipeline" else "guidance_scale"
+    assert given.keys() >= {"prompt", scale, *PLAIN} - ({"guidance_scale"} - {scale})
     shown = " ".join(map(ast.unparse, given.values()))
     assert (repr(sample["negative_prompt"]) in shown) is bool(sample["negative_prompt"])
 
@@ -51,6 +52,16 @@ def test_two_branches_of_flux1_need_a_negative_prompt_though_it_is_empty() -> No
     assert ast.literal_eval(given["negative_prompt"]) == ""
     assert ast.literal_eval(given["true_cfg_scale"]) == 3.0
     assert "negative_prompt" not in call_of("FluxPipeline", {**PLAIN, "negative_prompt": ""})
+
+
+def test_the_guidance_scale_of_qwen_image_has_another_name_and_needs_a_negative_prompt() -> None:
+    given = call_of("QwenImagePipeline", {**PLAIN, "negative_prompt": ""})
+    assert ast.literal_eval(given["true_cfg_scale"]) == 3.5
+    assert ast.literal_eval(given["negative_prompt"]) == ""
+    assert "guidance_scale" not in given
+    # Without guidance too, since the pipeline's own scale is 4.
+    given = call_of("QwenImagePipeline", {**PLAIN, "guidance_scale": 1.0, "negative_prompt": "x"})
+    assert ast.literal_eval(given["true_cfg_scale"]) == 1.0
 
 
 def test_a_negative_prompt_of_klein_is_encoded_by_its_pipeline() -> None:

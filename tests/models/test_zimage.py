@@ -14,11 +14,10 @@ from alignprop_cli.config.schema import ModelConfig, SampleConfig
 from alignprop_cli.errors import ConfigError
 from alignprop_cli.guidance import Conditioning, guided
 from alignprop_cli.lora import layers as lora
-from alignprop_cli.models.base import Model, Source
+from alignprop_cli.models.base import Model
 from alignprop_cli.models.families import FAMILIES, open_model, sampler
 from alignprop_cli.models.meta import meta_model
 from alignprop_cli.models.qwen import LENGTH
-from alignprop_cli.models.zimage import on_meta
 from alignprop_cli.prompts import PromptStream
 from alignprop_cli.sampling import sample
 from alignprop_cli.training.trial import Trial
@@ -127,24 +126,6 @@ def test_prompts_that_are_not_read_to_their_end_are_told(folder: Path) -> None:
     model = open_model(ModelConfig(id=str(folder)), ["x", LONG], CPU, said.append)
     assert any("1 of 2 prompts" in text for text in said)
     assert len(model.embeds[LONG].tensors["hidden"]) == LENGTH
-
-
-@pytest.mark.parametrize("dtype", ["float16", "auto"])
-def test_float16_is_refused_for_a_run_and_its_plan(folder: Path, dtype: str) -> None:
-    """It overflows in the published models, as they are in diffusers."""
-    config = ModelConfig(id=str(folder), dtype=dtype)  # type: ignore[arg-type]
-    # On an older GPU auto is float16.
-    source = Source(config, folder, torch.float16)
-    row = FAMILIES["ZImagePipeline"]
-    for refused in (
-        lambda: on_meta(source),
-        lambda: row.load_parts(source, CPU),
-        lambda: row.load_text_encoders(source, CPU),
-    ):
-        with pytest.raises(ConfigError, match=r"model\.dtype: .* overflows in float16") as caught:
-            refused()
-        assert "bfloat16" in (caught.value.hint or "")
-        assert ("`auto`" in caught.value.message) is (dtype == "auto")
 
 
 def test_the_refiners_get_no_lora(folder: Path) -> None:

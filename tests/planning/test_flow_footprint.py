@@ -16,8 +16,16 @@ from alignprop_cli.planning import meter
 from alignprop_cli.planning import request as planning
 from alignprop_cli.planning.choose import make_plan
 from alignprop_cli.planning.estimate import GIB, Budget, Level
+from alignprop_cli.planning.footprint import held
 from alignprop_cli.training.trainer import Trainer
-from tests.flow_models import small_flux1, small_klein, small_sd3, small_zimage
+from tests.flow_models import (
+    small_flux1,
+    small_klein,
+    small_krea2,
+    small_qwen_image,
+    small_sd3,
+    small_zimage,
+)
 from tests.planning.test_footprint import (
     PROMPT,
     expected_bytes,
@@ -48,6 +56,12 @@ BUILD: dict[str, Callable[..., Path]] = {
         num_single_layers=2,
     ),
     "zimage": lambda folder: small_zimage(folder, dim=64, axes_dims=[8, 12, 12], n_layers=2),
+    "qwen": lambda folder: small_qwen_image(
+        folder, attention_head_dim=32, axes_dims_rope=(8, 12, 12)
+    ),
+    "krea2": lambda folder: small_krea2(
+        folder, attention_head_dim=32, axes_dims_rope=(8, 12, 12), num_layers=2
+    ),
     "flux1": lambda folder: small_flux1(
         folder,
         attention_head_dim=32,
@@ -62,8 +76,7 @@ BUILD: dict[str, Callable[..., Path]] = {
 def there(made: Trainer) -> list[Tensor]:
     """Return what is in memory anyway."""
     model = made.model
-    buffers = (*model.network.module.buffers(), *model.decoder.module.buffers())
-    return [*weights_of(made), *buffers]
+    return [*weights_of(made), *held(model.network.module), *held(model.decoder.module)]
 
 
 @pytest.mark.parametrize("family", sorted(BUILD))
@@ -80,8 +93,8 @@ def test_the_bytes_that_a_real_step_stores_are_the_predicted_ones(
             "train": {"prompts": "shapes", "batch_size": 8},
         }
     )
-    # Z-Image reads prompts as long as they are, and is planned for the longest.
-    prompt = 20 * PROMPT if family == "zimage" else PROMPT
+    # These read prompts as long as they are, and are planned for the longest.
+    prompt = 20 * PROMPT if family in ("zimage", "qwen", "krea2") else PROMPT
     found = planning.measure(chosen, "cpu")
     levels: list[Level] = ["none", "block", "call"]
     stored: dict[Level, int] = {}
