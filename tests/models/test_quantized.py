@@ -224,8 +224,8 @@ def test_what_a_call_needs_is_counted_with_the_weights_that_it_unpacks(
         }
     )
     need, sampled = planning.measure(chosen, "cpu"), sampling.measure(chosen, CPU)
-    # Z-Image and Qwen-Image read prompts as long as they are, and are planned for the longest.
-    prompt = 600 * "a " if family in ("zimage", "qwen") else "a"
+    # These read prompts as long as they are, and are planned for the longest.
+    prompt = 600 * "a " if family in ("zimage", "qwen", "krea2") else "a"
     model = opened(folder, how, (prompt,))
     module, shape = model.network.module, model.network.latent_shape(32, 32)
     assert need.weights["network weights"] == size_of(module)
