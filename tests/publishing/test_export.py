@@ -155,7 +155,7 @@ def test_the_export_of_a_transformer_keeps_its_names_and_draws_the_same_images(
     state = load_file(done.path)
     assert set(state) == {f"transformer.{n}.lora_{half}.weight" for n in layers for half in "AB"}
     # 1. Images of base and LoRA: (alpha / rank) B A added to the weights by hand.
-    side = {"klein": 32, "zimage": 64}.get(name, 16)
+    side = {"klein": 32, "zimage": 64, "krea2": 64}.get(name, 16)
     options = {"height": side, "width": side}
     latents = randn_like_latents(shape)
     before = image(pipeline, latents, **options)
