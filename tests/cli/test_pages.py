@@ -99,6 +99,7 @@ def test_a_gallery_sorts_shows_its_pictures_and_runs_no_prompt(tmp_path, show):
     assert faults == []
 
 
+@pytest.mark.long
 def test_the_report_of_an_evaluation_sorts_and_shows_its_pictures(tmp_path, show):
     base = small_pipeline(tmp_path / "base")
     prompts = tmp_path / "prompts.txt"

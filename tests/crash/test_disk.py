@@ -81,6 +81,7 @@ def test_a_full_disk_is_said_and_with_room_the_run_goes_on_identically(
         same_end(place / "run", commands.run)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "name", [pytest.param("evaluate", marks=pytest.mark.slow), "soup", "score"]
 )

@@ -122,6 +122,7 @@ def everything_happens(done: list[str], keep: int | None) -> None:
         assert sum(re.search(f" {pattern}", line) is not None for line in done) == count, pattern
 
 
+@pytest.mark.long
 def test_a_run_killed_while_it_writes_goes_on_identically(commands: Commands, place: Path) -> None:
     train_killed(commands, place, None, lambda numbers: [numbers[0], numbers[-1]])
 

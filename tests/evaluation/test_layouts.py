@@ -206,6 +206,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["hpd", "hpd:photo"])
 def test_hpsv2_finds_every_image_by_the_number_of_its_prompt(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str

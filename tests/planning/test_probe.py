@@ -303,6 +303,7 @@ def test_a_device_that_holds_not_even_the_smallest_plan_says_so(footprint: Footp
         settled(made, footprint, budget, metered(made, limit=1.0))
 
 
+@pytest.mark.long
 def test_a_settled_plan_computes_the_same_step(footprint: Footprint) -> None:
     size = size_for(footprint, 4)
     budget = card(size)

@@ -46,6 +46,7 @@ def least(request: PlanRequest, footprint: Footprint) -> int:
     return high
 
 
+@pytest.mark.long
 def test_the_options_that_are_named_are_the_mildest_that_make_it_fit() -> None:
     chosen = config()
     request = planning.plan_request(chosen, 1)

@@ -213,6 +213,7 @@ def test_formats_that_are_read_whole_have_a_limit(tmp_path, monkeypatch):
         read_image(tmp_path / "a.webp")
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read as Linux counts it")
 @pytest.mark.filterwarnings("ignore:Image size:PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("mode", ["1", pytest.param("RGBA", marks=pytest.mark.slow)])

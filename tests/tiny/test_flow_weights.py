@@ -122,6 +122,7 @@ def test_the_weights_are_half_precision_and_add_at_most_6_megabytes_to_the_wheel
         assert kinds <= {"F16", "I64"}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("name", "entry"), [("tiny-flow", "flow"), ("tiny-fewstep", "fewstep")])
 def test_samples_are_as_right_as_the_card_says(name: str, entry: str) -> None:
     samples = json.loads((TINY.parent / "card.json").read_text())[entry]["samples"]

@@ -91,6 +91,7 @@ class Cut(Exception):
     """What ends a run half-way."""
 
 
+@pytest.mark.long
 def test_an_interrupted_training_resumes_with_the_same_weights(
     tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

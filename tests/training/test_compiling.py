@@ -67,6 +67,7 @@ def test_compiled_blocks_give_the_same_gradient() -> None:
     assert "compiled the network's blocks" in said[0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("policy", ["skip", "stop"])
 def test_a_trial_whose_rewards_are_nan_is_no_end_where_steps_are_skipped(policy: str) -> None:
     def broken(images: torch.Tensor, prompts: list[str]) -> torch.Tensor:

@@ -171,6 +171,7 @@ def with_kl(monkeypatch: pytest.MonkeyPatch, kl_weight: float, *, micro_batch: i
     return trainer
 
 
+@pytest.mark.long
 def test_dividing_a_step_changes_neither_its_gradient_nor_its_value(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -164,6 +164,7 @@ HALF_CONFIG: dict[str, dict[str, object]] = {
 }
 
 
+@pytest.mark.long
 def test_a_step_is_the_same_with_its_roll_out_replayed() -> None:
     plain, replayed = (make_trainer(small_config(**HALF_CONFIG)) for _ in range(2))
     replayed.replay.start(Again)
