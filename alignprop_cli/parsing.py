@@ -224,6 +224,13 @@ class _Dumper(yaml.SafeDumper):
     def ignore_aliases(self, data: Any) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride]
         return True
 
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        # In single quotes this line break of Unicode would be read back as a space.
+        style = '"' if "\x85" in data else None
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 # Source: YAML 1.2.2, section 10.3.2.
 _INTEGER = r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+"

@@ -159,3 +159,13 @@ def test_other_json_is_read_as_the_standard_library_reads_it(value: Any) -> None
 
 def test_a_pair_of_surrogates_is_one_character() -> None:
     assert read_json('"\\ud83d\\ude00"') == "\U0001f600" == read_yaml('"\\U0001f600"')
+
+
+@pytest.mark.parametrize("flow", [False, True])
+@pytest.mark.parametrize("mark", ["\x85", "\u2028", "\u2029", "\ufeff", "\xa0", "\n", "\r", "\t"])
+def test_a_text_with_a_line_break_of_unicode_is_read_back_unchanged(mark: str, flow: bool) -> None:
+    for text in (mark, f"{mark}a", f"a{mark}", f"a{mark}b"):
+        for value in (text, {text: None}, [text], {"k": text}):
+            written = write_yaml(value, flow=flow)
+            assert read_yaml(written) == value
+            assert yaml.safe_load(written) == value
