@@ -11,12 +11,12 @@ from torch import Tensor
 from transformers import Qwen2TokenizerFast, Qwen3VLModel
 
 from alignprop_cli.errors import ConfigError
-from alignprop_cli.guidance import Conditioning, Embeds
+from alignprop_cli.guidance import Embeds
 from alignprop_cli.models import components, loading
-from alignprop_cli.models.base import MetaModel, Parts, Source, meta_embeds
+from alignprop_cli.models.base import MetaModel, Parts, Source
 from alignprop_cli.models.components import PartRules, check_widths
 from alignprop_cli.models.flow import SCHEDULER, FlowTransformer, Sizes, packed, unpacked
-from alignprop_cli.models.qwen import LENGTH
+from alignprop_cli.models.qwen import LENGTH, longest_prompt, read_texts
 from alignprop_cli.models.qwen_vae import VAE, check_vae, qwen_decoder
 from alignprop_cli.models.rules import NOTHING, SIZE, Rule, either, list_of, number, one_of, whole
 from alignprop_cli.models.sd3 import linear_shift
@@ -132,20 +132,14 @@ class Krea2Transformer(FlowTransformer):
         height, width = latents.shape[2] // 2, latents.shape[3] // 2
         # 1. Texts up to the longest, since tokens that are masked in all rows change nothing. Those
         #    of a text all have the place 0, so it does not matter where the padding is.
-        lengths: list[int] = embeds.tensors["length"].tolist()  # sync point
-        longest = max(lengths)
-        hidden = embeds.tensors["hidden"][:, :longest]  # (B, n, layers, D)
-        is_token = None
-        if min(lengths) < longest:
-            numbers = torch.arange(longest, device=device)
-            is_token = numbers < embeds.tensors["length"][:, None]  # (B, n)
+        hidden, is_token = read_texts(embeds)  # (B, n, layers, D)
         # 2. The pipeline rounds the time in [0, 1] to the precision of the latents.
         times = torch.full((len(latents),), timestep, device=device) / self.num_train_timesteps
         flow: Tensor = self.module(
             hidden_states=packed(latents).to(dtype),
             encoder_hidden_states=hidden,
             timestep=times.to(dtype),
-            position_ids=_places(longest, height, width, device),
+            position_ids=_places(hidden.shape[1], height, width, device),
             encoder_attention_mask=is_token,
             return_dict=False,
         )[0]
@@ -218,10 +212,8 @@ def on_meta(source: Source) -> MetaModel:
     vae = components.network_on_meta(source, "vae", AutoencoderKLQwenImage)
     made = _parts(network, vae, source, distilled)
     width = network.config.text_hidden_dim
-    hidden = meta_embeds(source, hidden=(LENGTH, len(layers), width)).tensors
-    # The length is a real number: it is read in every call.
-    embeds = Embeds({**hidden, "length": torch.tensor([LENGTH], device="cpu")})
-    return MetaModel(made, Conditioning(embeds, embeds), made.network.sizes.image_size)
+    prompt = longest_prompt(source, len(layers), width)
+    return MetaModel(made, prompt, made.network.sizes.image_size)
 
 
 def _check(source: Source) -> tuple[tuple[int, ...], bool]:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from alignprop_cli.guidance import Embeds
+from alignprop_cli.guidance import Conditioning, Embeds
+from alignprop_cli.models.base import Source, meta_embeds
 from alignprop_cli.prompts import for_tokenizer
 
 LENGTH = 512
@@ -79,3 +80,32 @@ def stack(embeds: Sequence[Embeds]) -> Embeds:
         place[: len(row)] = row
     lengths = torch.tensor([len(row) for row in rows], device=hidden.device)
     return Embeds({"hidden": hidden, "length": lengths})
+
+
+def read_texts(embeds: Embeds) -> tuple[Tensor, Tensor | None]:
+    """Return the texts of a batch that `stack` made, as wide as the longest of them is.
+
+    Returns:
+        Hidden states, shape (B, n, ...), and which of the n are tokens, (B, n) in bool; None where
+        all are, since a mask would cost time.
+    """
+    lengths = embeds.tensors["length"]
+    counts: list[int] = lengths.tolist()  # sync point
+    longest = max(counts)
+    is_token = None
+    if min(counts) < longest:
+        is_token = torch.arange(longest, device=lengths.device) < lengths[:, None]
+    return embeds.tensors["hidden"][:, :longest], is_token
+
+
+def longest_prompt(source: Source, *width: int) -> Conditioning:
+    """Return both branches of the longest prompt, without values, to plan with.
+
+    Args:
+        source: Of the model.
+        width: What follows the number of tokens in the shape of "hidden".
+    """
+    hidden = meta_embeds(source, hidden=(LENGTH, *width)).tensors
+    # The length is a real number: the network reads it.
+    embeds = Embeds({**hidden, "length": torch.tensor([LENGTH], device="cpu")})
+    return Conditioning(embeds, embeds)

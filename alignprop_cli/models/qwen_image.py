@@ -11,9 +11,9 @@ from torch import Tensor
 from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2TokenizerFast
 
 from alignprop_cli.errors import ConfigError
-from alignprop_cli.guidance import Conditioning, Embeds
+from alignprop_cli.guidance import Embeds
 from alignprop_cli.models import components, loading
-from alignprop_cli.models.base import MetaModel, Parts, Source, meta_embeds
+from alignprop_cli.models.base import MetaModel, Parts, Source
 from alignprop_cli.models.components import PartRules, check_widths
 from alignprop_cli.models.flow import (
     SCHEDULER,
@@ -24,7 +24,7 @@ from alignprop_cli.models.flow import (
     refuse_float16,
     unpacked,
 )
-from alignprop_cli.models.qwen import LENGTH
+from alignprop_cli.models.qwen import LENGTH, longest_prompt, read_texts
 from alignprop_cli.models.qwen_vae import VAE, check_vae, qwen_decoder
 from alignprop_cli.models.rules import NOTHING, SIZE, either, list_of, one_of
 from alignprop_cli.models.sd3 import linear_shift
@@ -115,16 +115,10 @@ class QwenImageTransformer(FlowTransformer):
 
     def predict(self, latents: Tensor, timestep: float, embeds: Embeds) -> Tensor:
         """Call the network in its own precision, timesteps of 0 to 1000; see `Network`."""
-        dtype, lengths = self.dtype, embeds.tensors["length"]
+        dtype = self.dtype
         height, width = latents.shape[2] // 2, latents.shape[3] // 2
-        # 1. Texts are as wide as the longest of the batch. As in the pipeline a mask leaves out
-        #    what fills up the others, where there are any.
-        counts: list[int] = lengths.tolist()
-        longest = max(counts)
-        hidden = embeds.tensors["hidden"][:, :longest]
-        mask = None
-        if min(counts) < longest:
-            mask = torch.arange(longest, device=lengths.device) < lengths[:, None]
+        # 1. As in the pipeline a mask leaves out what fills up the shorter texts.
+        hidden, mask = read_texts(embeds)
         # 2. The pipeline rounds the timestep to the precision of the latents, and then divides it.
         timesteps = torch.full((len(latents),), timestep, device=latents.device).to(dtype) / 1000
         flow: Tensor = self.module(
@@ -208,10 +202,8 @@ def on_meta(source: Source) -> MetaModel:
     network = components.network_on_meta(source, "transformer", QwenImageTransformer2DModel)
     vae = components.network_on_meta(source, "vae", AutoencoderKLQwenImage)
     made = _parts(network, vae, source)
-    hidden = meta_embeds(source, hidden=(LENGTH, network.config.joint_attention_dim)).tensors
-    # The length is a real number: the network reads it.
-    embeds = Embeds({**hidden, "length": torch.tensor([LENGTH], device="cpu")})
-    return MetaModel(made, Conditioning(embeds, embeds), made.network.sizes.image_size)
+    prompt = longest_prompt(source, network.config.joint_attention_dim)
+    return MetaModel(made, prompt, made.network.sizes.image_size)
 
 
 def _check(source: Source) -> None:

@@ -11,12 +11,12 @@ from torch import Tensor
 from transformers import Qwen2TokenizerFast, Qwen3Model
 
 from alignprop_cli.errors import ConfigError
-from alignprop_cli.guidance import Conditioning, Embeds
+from alignprop_cli.guidance import Embeds
 from alignprop_cli.models import components, loading
-from alignprop_cli.models.base import MetaModel, Parts, Source, meta_embeds
+from alignprop_cli.models.base import MetaModel, Parts, Source
 from alignprop_cli.models.components import PartRules, check_widths
 from alignprop_cli.models.flow import SCHEDULER, FlowTransformer, Sizes, refuse_float16
-from alignprop_cli.models.qwen import LENGTH, QwenText
+from alignprop_cli.models.qwen import LENGTH, QwenText, longest_prompt
 from alignprop_cli.models.rules import NOTHING, SIZE, Rule, list_of, number, one_of
 from alignprop_cli.models.sd3 import VAE, linear_shift, shifted_decoder
 
@@ -149,10 +149,8 @@ def on_meta(source: Source) -> MetaModel:
     network = components.network_on_meta(source, "transformer", ZImageTransformer2DModel)
     vae = components.network_on_meta(source, "vae", AutoencoderKL)
     made = _parts(network, vae, source)
-    hidden = meta_embeds(source, hidden=(LENGTH, network.config.cap_feat_dim)).tensors
-    # The length is a real number: the network reads it.
-    embeds = Embeds({**hidden, "length": torch.tensor([LENGTH], device="cpu")})
-    return MetaModel(made, Conditioning(embeds, embeds), made.network.sizes.image_size)
+    prompt = longest_prompt(source, network.config.cap_feat_dim)
+    return MetaModel(made, prompt, made.network.sizes.image_size)
 
 
 def _check(source: Source) -> None:
