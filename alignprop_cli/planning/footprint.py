@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -20,8 +21,8 @@ from alignprop_cli.guidance import Conditioning, Embeds, guided
 from alignprop_cli.lora import dora
 from alignprop_cli.lora import layers as lora
 from alignprop_cli.models import quantized
-from alignprop_cli.models.base import Decoder, MetaModel, Sampler
-from alignprop_cli.planning import meter
+from alignprop_cli.models.base import Decoder, MetaModel, Network, Sampler
+from alignprop_cli.planning import meter, repeats
 from alignprop_cli.planning.estimate import Footprint, Level
 from alignprop_cli.planning.work import Affine, Work
 
@@ -55,14 +56,16 @@ def measure(
         detach_uncond: As in `guidance.guided`, of calls with gradient.
     """
     model, batches = with_batches(model)
-    network, own = model.parts.network, model.parts.decoder
+    network, own, module = model.parts.network, model.parts.decoder, model.parts.network.module
     shape = network.latent_shape(sampler.height, sampler.width)
     there, latents = there_anyway(model), 4 * math.prod(shape)  # bytes, in float32
-    trained = sum(p.numel() for p in lora.trainable(network.module))
-    counted = partial(count, shape=shape, there=there, device_type=device_type, batches=batches)
+    trained = sum(p.numel() for p in lora.trainable(module))
+    counted = partial(
+        count, shape=shape, there=there, device_type=device_type, batches=batches, network=module
+    )
 
     # 1. Calls without gradient, with the LoRA merged or cast as in training.
-    with lora.prepared(network.module) as merged:
+    with lora.prepared(module) as merged:
         plain = torch.no_grad()(merged.around(guided_call(model, sampler, shape)))
         rollout = counted(plain, has_grad=False)
 
@@ -70,22 +73,16 @@ def measure(
     #    LoRA's float32 gradients are the one thing whose size does not depend on the batch.
     denoise = guided_call(model, sampler, shape, detach_uncond=detach_uncond)
 
-    def by_level(*, has_grad: bool) -> dict[Level, Work]:
-        each: dict[bool, Work] = {}
-        for blocks in (True, False):  # last: nothing stays recomputed
-            network.recompute_blocks(blocks)
-            with lora.prepared(network.module):
-                each[blocks] = counted(denoise, has_grad=has_grad, fixed_backward=4 * trained)
-        whole = _recomputed_call(each[False], rollout, latents)
-        return {"none": each[False], "block": each[True], "call": whole}
+    by_level = partial(_by_level, network, rollout, latents)
+    graph = partial(counted, denoise, fixed_backward=4 * trained)
 
     return Footprint(
         weights={**weights, "merged LoRA": merged.bytes} if merged.bytes else weights,
         trained=trained,
         latents=latents,
         rollout=rollout,
-        first=by_level(has_grad=False),
-        call=by_level(has_grad=True),
+        first=by_level(partial(graph, has_grad=False)),
+        call=by_level(partial(graph, has_grad=True)),
         decoder={again: _decode(tiny or own, shape, device_type, again) for again in (False, True)},
         sampling_decoder=_decode(own, shape, device_type, False, has_grad=False),
         reward=reward,
@@ -156,6 +153,19 @@ def guided_call(
     return lambda latents: denoise(latents, step)
 
 
+def _by_level(
+    network: Network, rollout: Work, latents: int, counted: Callable[[], Work]
+) -> dict[Level, Work]:
+    """Count a network call with gradient, by what is recomputed of it."""
+    each: dict[bool, Work] = {}
+    for blocks in (True, False):  # last: nothing stays recomputed
+        network.recompute_blocks(blocks)
+        with lora.prepared(network.module):
+            each[blocks] = counted()
+    whole = _recomputed_call(each[False], rollout, latents)
+    return {"none": each[False], "block": each[True], "call": whole}
+
+
 def _recomputed_call(plain: Work, rollout: Work, latents: int) -> Work:
     """Return what a network call needs that is recomputed as a whole, from its two halves."""
     # Forward it is a call without gradient and stores its input alone. Backward it is run again as
@@ -181,6 +191,7 @@ def count(
     has_grad: bool = True,
     fixed_backward: float = 0.0,
     batches: tuple[int] | tuple[int, int] = (1,),
+    network: torch.nn.Module | None = None,
 ) -> Work:
     """Count a part of a step on the meta device.
 
@@ -192,12 +203,19 @@ def count(
         has_grad: Whether the input carries gradient.
         fixed_backward: Bytes of backward that do not grow with the batch, where one count is made.
         batches: B of each count. Two of them show which bytes do not grow with the batch.
+        network: One of diffusers' models, of whose equal blocks a few are run; None runs all.
     """
     there = list(there)
 
     def counted(images: int) -> meter.Cost:
         given = torch.zeros((images, *shape), device="meta", requires_grad=has_grad)
-        return meter.count(lambda: run(given), exclude=[*there, given], device_type=device_type)
+        with repeats.shortened(network) if network is not None else nullcontext({}) as times:
+            return meter.count(
+                lambda: run(given),
+                exclude=[*there, given],
+                device_type=device_type,
+                times=times,
+            )
 
     few, costs = batches[0], [counted(images) for images in batches]
     first, last = costs[0], costs[-1]

@@ -14,13 +14,14 @@ torch has a formula for operations, it is used here.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
@@ -58,10 +59,12 @@ class SavedBytes:
 
     Args:
         exclude: Tensors that exist anyway and are not counted: weights, inputs.
+        hold: Keep what was saved until `release`; otherwise what autograd lets go is not counted.
     """
 
-    def __init__(self, exclude: Iterable[Tensor] = ()) -> None:
+    def __init__(self, exclude: Iterable[Tensor] = (), *, hold: bool = True) -> None:
         self._excluded = {_storage(tensor) for tensor in exclude}
+        self._hold = hold
         self._seen: dict[int, tuple[int, Any]] = {}
         self._hooks = saved_tensors_hooks(self._pack, lambda tensor: tensor)
 
@@ -83,10 +86,12 @@ class SavedBytes:
 
     def _pack(self, tensor: Tensor) -> Tensor:
         number = _storage(tensor)
-        if number not in self._excluded:
+        if number not in self._excluded and number not in self._seen:
             storage = tensor.untyped_storage()
-            # Held, since the number is an address: a freed storage's may be given to another one.
-            self._seen[number] = (storage.nbytes(), storage)
+            self._seen[number] = (storage.nbytes(), storage if self._hold else None)
+            # The number is an address: a freed storage's may be given to another one.
+            if not self._hold:
+                weakref.finalize(storage, self._seen.pop, number, None)
         # Detached: an output saved by its own node would keep that node, and so itself, alive.
         return tensor.detach()
 
@@ -212,7 +217,11 @@ def fused_attention(device_type: str) -> Iterator[None]:
 
 
 def count(
-    run: Callable[[], Tensor], *, exclude: Iterable[Tensor] = (), device_type: str = "cpu"
+    run: Callable[[], Tensor],
+    *,
+    exclude: Iterable[Tensor] = (),
+    device_type: str = "cpu",
+    times: Mapping[nn.Module, int] | None = None,
 ) -> Cost:
     """Count one piece of work, forward and, where its result carries gradient, backward.
 
@@ -220,31 +229,97 @@ def count(
         run: The work; called once, and its result differentiated.
         exclude: Tensors that exist anyway and are not counted: weights, inputs.
         device_type: Device whose attention kernel is counted where the work is on the meta device.
+        times: Modules in the order of their calls, and how many times each counts (see `repeats`):
+            what is done from its call to the next one's, and the same of backward.
     """
     excluded = list(exclude)
     with fused_attention(device_type):
-        with Meter() as meter, SavedBytes(excluded) as kept:
-            result = run()
-        saved, forward, forward_flops = kept.total, meter.peak, meter.flops
-        forward_launches, meter.launches = meter.launches, 0
-        # SavedBytes holds the storages too; backward frees them step by step, and must be seen to.
-        kept.release()
-        meter.peak, meter.flops = meter.now, 0
+        with Meter() as meter, SavedBytes(excluded, hold=False) as kept:
+            tally = _Tally(meter, kept)
+            with tally.forward_of(times or {}):
+                result = run()
+        tally.cut()
+        saved, forward, forward_flops = tally.saved, tally.peak, tally.flops
+        forward_launches = tally.launches
+        tally.begin_backward()
         if result.requires_grad:
             with meter:
                 result.backward(torch.empty_like(result))
+        tally.cut()
     # Gradients of weights and input were counted, and must not stay for the next count.
     for tensor in excluded:
         tensor.grad = None
     return Cost(
         saved,
         forward,
-        meter.peak,
+        tally.peak,
         forward_flops,
-        meter.flops,
+        tally.flops,
         forward_launches,
-        meter.launches,
+        tally.launches,
     )
+
+
+class _Tally:
+    """Adds up the stretches of forward or backward, of which some count several times.
+
+    Attributes:
+        now, peak, saved, flops, launches: As in `Meter` and `SavedBytes`, of all stretches so far.
+    """
+
+    def __init__(self, meter: Meter, kept: SavedBytes) -> None:
+        self.now = self.peak = self.saved = self.flops = self.launches = 0
+        self._meter, self._kept = meter, kept
+        self._times, self._begun, self._saved = 1, meter.now, 0
+
+    def cut(self, times: int = 1) -> None:
+        """End a stretch, and begin one that counts as many times."""
+        meter, again = self._meter, self._times - 1
+        # What lives on after a stretch is there when it is run again.
+        change, peak = meter.now - self._begun, meter.peak - self._begun
+        self.peak = max(self.peak, self.now + peak + max(0, again * change))
+        self.now += self._times * change
+        self.saved += self._times * (self._kept.total - self._saved)
+        self.flops += self._times * meter.flops
+        self.launches += self._times * meter.launches
+        meter.peak, meter.flops, meter.launches = meter.now, 0, 0
+        self._times, self._begun, self._saved = times, meter.now, self._kept.total
+
+    def begin_backward(self) -> None:
+        """Count from here on what backward does, beside what is alive."""
+        self.now += self._meter.now - self._begun
+        self.peak, self.saved, self.flops, self.launches = self.now, 0, 0, 0
+        self._begun = self._meter.peak = self._meter.now
+
+    @contextmanager
+    def forward_of(self, times: Mapping[nn.Module, int]) -> Iterator[None]:
+        """Cut where these modules are called inside the block, and where backward leaves them."""
+        before = 1  # how many times what is called now counts, until the next module's call
+
+        def called(module: nn.Module, arguments: Any, options: dict[str, Any]) -> None:
+            nonlocal before
+            self.cut(times[module])
+            # The first of its inputs that has its gradient: what was called before comes next. Not
+            # the gradient of its result, which a module that is recomputed has none of here.
+            hook = _once(partial(self.cut, before))
+            for tensor in memo.tensors((*arguments, *options.values())):
+                if tensor.requires_grad:
+                    tensor.register_hook(hook)
+            before = times[module]
+
+        hooks = [m.register_forward_pre_hook(called, with_kwargs=True) for m in times]
+        try:
+            yield
+        finally:
+            # Before backward, which runs the modules again that are recomputed.
+            for each in hooks:
+                each.remove()
+
+
+def _once(run: Callable[[], None]) -> Callable[[Tensor], None]:
+    """Return a hook of a gradient that runs something when it is called first."""
+    waiting = [run]
+    return lambda _: waiting.pop()() if waiting else None
 
 
 def _storage(tensor: Tensor) -> int:

@@ -167,6 +167,7 @@ def measure(config: Config, device: torch.device) -> SamplingNeed:
         device_type=device.type,
         has_grad=False,
         batches=batches,
+        network=network.module,
     )
     decode = footprint.count(
         decoder.decode,

@@ -103,7 +103,7 @@ def test_the_bytes_that_a_real_step_stores_are_the_predicted_ones(
         plan = plan_of(2, level)
         made.apply_plan(plan)
         for k in (1, 2):
-            with meter.SavedBytes(there(made)) as kept:
+            with meter.SavedBytes(there(made), hold=False) as kept:
                 ends = path(made, 2, k)
             assert ends.requires_grad
             assert kept.total == pytest.approx(expected_bytes(found, plan, k), rel=0.02)
@@ -141,13 +141,13 @@ def test_a_plan_with_dora_is_never_too_small_and_at_most_2_percent_too_large(
     found = planning.measure(chosen, "cpu")
     made = trainer(plan_of(4), chosen)
     for images in (1, 2, 4):
-        with meter.SavedBytes(there(made)) as kept:
+        with meter.SavedBytes(there(made), hold=False) as kept:
             ends = path(made, images, 2)
         assert ends.requires_grad
         expected = expected_bytes(found, plan_of(images), 2)
         assert kept.total <= expected <= 1.02 * kept.total
     # Not all of it is proportional to the images.
-    assert 0.05 * found.call["none"].saved(1) < found.call["none"].saved.fixed
+    assert found.call["none"].saved.fixed > 0
 
 
 def test_buffers_count_as_weights(tmp_path: Path) -> None:

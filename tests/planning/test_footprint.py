@@ -179,7 +179,7 @@ def test_the_bytes_that_the_calls_of_a_real_step_store_are_the_predicted_ones(
 ) -> None:
     plan = plan_of(micro_batch, level)
     made = shared(plan_of(4, level))  # a path is as large as it is asked for
-    with meter.SavedBytes(weights_of(made)) as kept:
+    with meter.SavedBytes(weights_of(made), hold=False) as kept:
         ends = path(made, micro_batch, k)
     assert ends.requires_grad
     assert kept.total == pytest.approx(expected_bytes(predicted, plan, k), rel=0.01)

@@ -95,6 +95,42 @@ def test_a_counted_graph_is_freed_with_its_result() -> None:
     assert output() is None
 
 
+def test_what_autograd_lets_go_is_not_counted_unless_it_is_held() -> None:
+    given = torch.zeros(1000, requires_grad=True)
+
+    def run() -> Tensor:
+        given.sin().exp().detach()  # whose graph ends here
+        return given.exp()
+
+    with memory.SavedBytes() as kept:
+        result = run()
+    assert kept.total == 3 * 4000  # the input once, and two results
+    with memory.SavedBytes([given], hold=False) as kept:
+        result = run()
+    assert kept.total == 4000
+    del result
+    assert kept.total == 0
+
+
+def test_modules_that_count_several_times() -> None:
+    """Five blocks of which one counts for three, against seven blocks."""
+
+    def block() -> torch.nn.Sequential:
+        linear = torch.nn.Linear
+        return torch.nn.Sequential(linear(8, 64), torch.nn.GELU(), linear(64, 8))
+
+    def costs(blocks: int, times: list[int]) -> memory.Cost:
+        made = torch.nn.Sequential(*(block() for _ in range(blocks)))
+        given = torch.zeros(16, 8, requires_grad=True)
+        there = [*made.parameters(), given]
+        return memory.count(
+            lambda: made(given), exclude=there, times=dict(zip(made, times, strict=True))
+        )
+
+    assert costs(5, [1, 1, 3, 1, 1]) == costs(7, [1] * 7)
+    assert costs(5, [1] * 5) != costs(7, [1] * 7)
+
+
 def test_what_is_kept_is_counted_by_storage_and_without_what_was_there() -> None:
     weight = torch.ones(1000, requires_grad=True)
     given = torch.ones(1000)

@@ -1,0 +1,74 @@
+"""Networks that run the same block many times, shortened for counting.
+
+A transformer has up to sixty equal blocks in a row. Each needs the same memory and operations, so a
+few of them are run, and one of those counts for all that were left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import groupby
+from typing import Any
+
+from torch import nn
+
+# Of equal blocks in a row: the first, whose input carries gradient or not; one after it; the one
+# that counts for all that are left out; and the last, where backward begins.
+_KEPT = 4
+_COUNTED = 2
+
+_PLAIN = (int, float, bool, str, type(None))
+# Z-Image's blocks know which they are, and never read it.
+_PLACES = {"layer_id"}
+
+
+@contextmanager
+def shortened(network: nn.Module) -> Iterator[dict[nn.Module, int]]:
+    """Leave out all but four of many equal blocks in a row, inside the block.
+
+    Args:
+        network: One of diffusers' models, whose class says which of its blocks are repeated.
+
+    Yields:
+        How many times each of the blocks that are left counts.
+    """
+    model: Any = network
+    # Stable Diffusion 3 says it by the second name alone.
+    names = (
+        getattr(model, "_repeated_blocks", None) or getattr(model, "_no_split_modules", ()) or ()
+    )
+    lists = [part for part in network.modules() if isinstance(part, nn.ModuleList)]
+    whole = {row: list(row) for row in lists if any(type(b).__name__ in names for b in row)}
+    times: dict[nn.Module, int] = {}
+    try:
+        for row, blocks in whole.items():
+            kept: list[nn.Module] = []
+            for _, run in groupby(blocks, _kind):
+                equal = list(run)
+                left_out = max(0, len(equal) - _KEPT)
+                chosen = equal[: _KEPT - 1] + equal[_KEPT - 1 :][-1:]
+                times |= {block: 1 + left_out * (i == _COUNTED) for i, block in enumerate(chosen)}
+                kept += chosen
+            row._modules = {str(i): block for i, block in enumerate(kept)}
+        yield times
+    finally:
+        for row, blocks in whole.items():
+            row._modules = {str(i): block for i, block in enumerate(blocks)}
+
+
+def _kind(block: nn.Module) -> Any:
+    """Return what blocks have in common that need the same."""
+    parts = [
+        (path, type(part), [(k, v) for k, v in vars(part).items() if _decides(k, v)])
+        for path, part in block.named_modules()
+    ]
+    tensors = [
+        (path, t.shape, t.dtype, t.requires_grad)
+        for path, t in [*block.named_parameters(), *block.named_buffers()]
+    ]
+    return parts, tensors
+
+
+def _decides(name: str, value: object) -> bool:
+    return isinstance(value, _PLAIN) and name not in _PLACES
