@@ -39,6 +39,7 @@ class Footprint:
         uncounted: Names of the rewards whose need is unknown.
         sampling_decoder: From latents to samples, without gradient; None takes `decoder`.
         trained_each: Bytes of each LoRA parameter, its gradient and optimiser: with AdamW 4 x 4.
+        embeddings: Bytes of one image's prompt embeddings, both guidance branches.
     """
 
     weights: Mapping[str, int]
@@ -52,6 +53,7 @@ class Footprint:
     uncounted: tuple[str, ...] = ()
     sampling_decoder: Work | None = None
     trained_each: float = 16.0
+    embeddings: int = 0
 
 
 @dataclass(frozen=True)
@@ -245,6 +247,11 @@ def peak_parts(
             "stored calls": window.stored(i),
             "network": window.call(i).backward(m),
         }
+    # The embeddings of the images that are in the calls, which stay until they have gone back.
+    for name, moment in phases.items():
+        moment["embeddings"] = footprint.embeddings * (
+            division.rollout_batch if name == "roll-out" else m
+        )
     # The moments exclude each other, so the parts of the largest one alone are added.
     phase = max(phases.values(), key=lambda parts: sum(parts.values()))
     # What lives during the whole step, and the largest of the moments.

@@ -87,13 +87,25 @@ def measure(
         sampling_decoder=_decode(own, shape, device_type, False, has_grad=False),
         reward=reward,
         uncounted=uncounted,
+        embeddings=embedding_bytes(model, sampler),
     )
 
 
 def there_anyway(model: MetaModel) -> list[Tensor]:
     """Return what exists during every call: what the network holds, and the embeddings."""
-    embeds = [e for e in (model.conditioning.text, model.conditioning.negative) if e is not None]
-    return [*held(model.parts.network.module), *(t for e in embeds for t in e.tensors.values())]
+    return [*held(model.parts.network.module), *_embeddings(model)]
+
+
+def embedding_bytes(model: MetaModel, sampler: Sampler) -> int:
+    """Return the bytes of one image's embeddings, of both branches where there is guidance."""
+    text = model.conditioning.text
+    used = _embeddings(model) if sampler.guidance.enabled else text.tensors.values()
+    return sum(tensor[:1].numel() * tensor.element_size() for tensor in used)
+
+
+def _embeddings(model: MetaModel) -> list[Tensor]:
+    both = (model.conditioning.text, model.conditioning.negative)
+    return [t for embeds in both if embeds is not None for t in embeds.tensors.values()]
 
 
 def with_batches(model: MetaModel) -> tuple[MetaModel, tuple[int] | tuple[int, int]]:

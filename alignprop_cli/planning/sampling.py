@@ -129,11 +129,17 @@ def fitting_batch(footprint: Footprint, budget: Budget, wanted: int, *, held: fl
     """
     # A part whose blocks are recomputed stores next to nothing in forward, as without gradient.
     decoder = footprint.sampling_decoder or footprint.decoder[True]
-    parts = footprint.rollout, decoder, footprint.reward[True]
+    calls = _more(footprint.rollout.forward, footprint.embeddings)
+    parts = calls, decoder.forward, footprint.reward[True].forward
     held += sum(footprint.weights.values()) + footprint.trained_each * footprint.trained
     correction = expected_correction(budget.device_type)
     room = (budget.usable - correction(held)) / correction.factor
-    return max(1, min(wanted, *(_most(part.forward, room) for part in parts)))
+    return max(1, min(wanted, *(_most(part, room) for part in parts)))
+
+
+def _more(part: Affine, each: int) -> Affine:
+    """Return what a part needs if each image needs more bytes."""
+    return replace(part, each=part.each + each)
 
 
 def _most(part: Affine, room: float) -> int:
@@ -176,7 +182,8 @@ def measure(config: Config, device: torch.device) -> SamplingNeed:
         device_type=device.type,
         has_grad=False,
     )
-    parts = {"network": call.forward, "decoder": decode.forward}
+    calls = _more(call.forward, footprint.embedding_bytes(model, sampler))
+    parts = {"network": calls, "decoder": decode.forward}
     tensors = [*footprint.held(network.module), *footprint.held(decoder.module)]
     weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     # 2. The rewards, one after the other. Those whose need is unknown are left out.

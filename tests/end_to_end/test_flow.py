@@ -72,7 +72,16 @@ COMFYUI = {
 }
 
 
-@pytest.fixture(params=sorted(CASES))
+# The others take longer.
+SHORT = ("qwen", "zimage")
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(each, marks=() if each in SHORT else pytest.mark.long)
+        for each in sorted(CASES)
+    ]
+)
 def name(request: pytest.FixtureRequest) -> str:
     return request.param
 

@@ -99,6 +99,11 @@ def test_the_bytes_that_a_real_step_stores_are_the_predicted_ones(
     levels: list[Level] = ["none", "block", "call"]
     stored: dict[Level, int] = {}
     made = trainer(plan_of(2), chosen, prompt)
+    sampler = made.settings.sampler
+    negative = sampler.negative_prompt if sampler.guidance.enabled else None
+    branches = made.model.conditioning([prompt] * 2, negative)
+    embeds = [t for e in (branches.text, branches.negative) if e for t in e.tensors.values()]
+    assert 2 * found.embeddings == pytest.approx(sum(map(_size, embeds)), rel=0.02)
     for level in levels:
         plan = plan_of(2, level)
         made.apply_plan(plan)
@@ -148,6 +153,10 @@ def test_a_plan_with_dora_is_never_too_small_and_at_most_2_percent_too_large(
         assert kept.total <= expected <= 1.02 * kept.total
     # Not all of it is proportional to the images.
     assert found.call["none"].saved.fixed > 0
+
+
+def _size(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
 
 
 def test_buffers_count_as_weights(tmp_path: Path) -> None:

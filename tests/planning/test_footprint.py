@@ -308,6 +308,14 @@ def test_the_operations_of_a_real_step_are_the_predicted_ones(
     assert counted.flops == pytest.approx(4 * flops, rel=0.01)
 
 
+def test_the_embeddings_of_the_images_in_the_calls_are_planned(predicted: Footprint) -> None:
+    request = planning.plan_request(config(), 1)
+    larger = replace(predicted, embeddings=10**9)
+    for rollout_batch, micro_batch, most in ((4, 2, 4), (1, 2, 2)):
+        plan = plan_of(micro_batch, rollout_batch=rollout_batch)
+        assert peak_parts(larger, request, plan, 4)["embeddings"] == most * 10**9
+
+
 def test_the_published_architectures_have_their_known_sizes() -> None:
     """Parameter counts of the published checkpoints."""
     sizes = {

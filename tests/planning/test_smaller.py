@@ -86,6 +86,7 @@ def test_rewards_without_a_network_are_not_told_to_have_another_precision() -> N
         setup.check(asked, None)
 
 
+@pytest.mark.long
 def test_the_error_says_what_fits_before_what_else_could_be_tried() -> None:
     chosen = config()
     request = planning.plan_request(chosen, 1)

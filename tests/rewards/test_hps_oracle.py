@@ -93,6 +93,7 @@ def ask_the_package(arguments: Sequence[object]) -> list[list[list[float]]]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.long
 def test_scores_are_those_of_the_official_package(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -37,6 +37,7 @@ def test_it_reads_texts_as_the_first_one_does() -> None:
 
 
 @pytest.mark.long
+@pytest.mark.long
 def test_it_tells_what_few_step_images_show_more_often_than_the_first(tmp_path: Path) -> None:
     card = json.loads((TINY.parent / "card.json").read_text())["resnet"]
     assert card["few_step_images"] == 1000
