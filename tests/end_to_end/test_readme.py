@@ -25,7 +25,7 @@ PAGES = [
 SHORT = {
     "train": [
         "--steps=2",
-        "--set=sample.num_inference_steps=4",  # `tiny_unguided` goes through three of them
+        "--set=sample.num_inference_steps=4",  # `tiny_unguided` goes through all of its four
         "--set=gradient.k_max=2",
         "--set=train.batch_size=2",
         "--set=train.micro_batch=2",
