@@ -242,9 +242,10 @@ def test_what_a_call_needs_is_counted_with_the_weights_that_it_unpacks(
 
     # Of one image some copies are views.
     batches = {1: 0.03, 4: 0.02}
-    # What `evaluate` samples the base with.
+    # What `evaluate` samples the base with; there the embeddings are counted.
+    embeds = sum(t[0].numel() * t.element_size() for t in conditioning.text.tensors.values())
     for images, rel in batches.items():
-        plain = counted(images, has_grad=False).forward
+        plain = counted(images, has_grad=False).forward + images * embeds
         assert sampled.parts["network"](images) == pytest.approx(plain, rel=rel)
     lora.inject(module, rank=4, alpha=4, target_modules=model.family.target_modules, seed=0)
     for images, rel in batches.items():

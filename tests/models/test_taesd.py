@@ -252,7 +252,9 @@ def test_the_plan_counts_it_for_training_and_the_own_decoder_for_samples(tmp_pat
     assert found.sampling_decoder is not None
     assert found.sampling_decoder == full.sampling_decoder
     # So fewer samples may fit together than if both had the small decoder.
-    each = max(p.forward.each for p in (found.rollout, found.sampling_decoder, found.reward[True]))
+    calls = found.rollout.forward.each + found.embeddings
+    others = (found.sampling_decoder, found.reward[True])
+    each = max(calls, *(part.forward.each for part in others))
     for images in (1, 3):
         need = sum(found.weights.values()) + 16 * found.trained + images * each
         budget = Budget(int(need / 0.75) + 64 + 2**28, "cpu", "test")
