@@ -13,10 +13,10 @@ from typing import Any
 
 from torch import nn
 
-# Of equal blocks in a row: the first, whose input carries gradient or not; one after it; the one
-# that counts for all that are left out; and the last, where backward begins.
-_KEPT = 4
-_COUNTED = 2
+# Of equal blocks in a row: three until all streams carry gradient, where the LoRA begins in one of
+# them; the one that counts for all that are left out; and the last, where backward begins.
+_KEPT = 5
+_COUNTED = 3
 
 _PLAIN = (int, float, bool, str, type(None))
 # Z-Image's blocks know which they are, and never read it.
@@ -25,7 +25,7 @@ _PLACES = {"layer_id"}
 
 @contextmanager
 def shortened(network: nn.Module) -> Iterator[dict[nn.Module, int]]:
-    """Leave out all but four of many equal blocks in a row, inside the block.
+    """Leave out all but five of many equal blocks in a row, inside the block.
 
     Args:
         network: One of diffusers' models, whose class says which of its blocks are repeated.
@@ -70,5 +70,7 @@ def _kind(block: nn.Module) -> Any:
     return parts, tensors
 
 
-def _decides(name: str, value: object) -> bool:
-    return isinstance(value, _PLAIN) and name not in _PLACES
+def _decides(name: str, value: Any) -> bool:
+    # Scales of a LoRA are in a dictionary: of them 1 alone needs no product.
+    values = value.values() if isinstance(value, dict) else [value]
+    return all(isinstance(each, _PLAIN) for each in values) and name not in _PLACES

@@ -60,17 +60,25 @@ def test_a_few_blocks_count_for_all(name: str, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.long
 @pytest.mark.parametrize(
-    "changes",
+    ("name", "changes"),
     [
-        {"lora": {"dora": True}},
-        {"lora": {"target_modules": "all-linear"}, "gradient": {"detach_uncond": True}},
-        {"model": {"quantize": "int8"}, "sample": {"true_guidance_scale": 4.0}},
+        ("flux.1-dev", {"lora": {"dora": True}}),
+        (
+            "flux.1-dev",
+            {"lora": {"target_modules": "all-linear"}, "gradient": {"detach_uncond": True}},
+        ),
+        (
+            "flux.1-dev",
+            {"model": {"quantize": "int8"}, "sample": {"true_guidance_scale": 4.0}},
+        ),
+        # It begins in the texts' stream, and is in the image's a block later.
+        ("qwen-image", {"lora": {"target_modules": ["to_add_out"]}}),
     ],
 )
 def test_a_few_blocks_count_for_all_with(
-    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    name: str, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert_same(config("flux.1-dev", **changes), "cpu", monkeypatch)
+    assert_same(config(name, **changes), "cpu", monkeypatch)
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -83,8 +91,8 @@ def test_each_row_counts_as_many_times_as_it_has_blocks(name: str) -> None:
         counted: Counter[str] = Counter()
         for block, number in times.items():
             counted[type(block).__name__] += number
-        # Of which no more than four are run.
-        assert len(times) == sum(min(4, row) for row in ROWS[name])
+        # Of which no more than five are run.
+        assert len(times) == sum(min(5, row) for row in ROWS[name])
     assert sum(counted.values()) == sum(ROWS[name])
     assert [id(part) for part in network.modules()] == before
 
@@ -98,7 +106,7 @@ def test_of_a_unet_only_the_blocks_of_its_transformers_are_left_out() -> None:
         assert {type(block).__name__ for block in times} == {"BasicTransformerBlock"}
         # Two levels: of two blocks in five transformers, of ten in two, one and three.
         assert sum(times.values()) == 5 * 2 + 6 * 10
-        assert len(times) == 5 * 2 + 6 * 4
+        assert len(times) == 5 * 2 + 6 * 5
 
 
 class _Block(nn.Module):
@@ -117,15 +125,21 @@ class _Net(nn.Module):
 
 
 def test_blocks_that_differ_in_a_setting_are_not_taken_for_equal() -> None:
-    with repeats.shortened(_Net([1] * 6 + [2] * 7)) as times:
-        assert list(times.values()) == [1, 1, 3, 1, 1, 1, 4, 1]
+    with repeats.shortened(_Net([1] * 7 + [2] * 8)) as times:
+        assert list(times.values()) == [1, 1, 1, 3, 1, 1, 1, 1, 4, 1]
     with repeats.shortened(_Net(list(range(6)))) as times:
         assert list(times.values()) == [1] * 6
+    # As the layers of a LoRA hold their scales, by adapter.
+    network = _Net([1] * 14)
+    for block in network.blocks[7:]:
+        block.first.scaling = {"default": 2.0}
+    with repeats.shortened(network) as times:
+        assert list(times.values()) == [1, 1, 1, 3, 1] * 2
 
 
 def test_a_network_is_whole_again_after_an_error() -> None:
     network = _Net([1] * 9)
     with suppress(ValueError), repeats.shortened(network):
-        assert len(network.blocks) == 4
+        assert len(network.blocks) == 5
         raise ValueError
     assert len(network.blocks) == 9
