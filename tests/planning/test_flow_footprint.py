@@ -151,8 +151,11 @@ def test_a_plan_with_dora_is_never_too_small_and_at_most_2_percent_too_large(
         assert ends.requires_grad
         expected = expected_bytes(found, plan_of(images), 2)
         assert kept.total <= expected <= 1.02 * kept.total
-    # Not all of it is proportional to the images.
-    assert found.call["none"].saved.fixed > 0
+    # Not all of it is proportional to the images: the scale of every row of a weight, in float32.
+    network = made.model.network.module
+    rows = sum(p.numel() for name, p in network.named_parameters() if "magnitude" in name)
+    assert rows > 0
+    assert found.call["none"].saved.fixed >= 4 * rows
 
 
 def _size(tensor: torch.Tensor) -> int:
