@@ -71,6 +71,8 @@ def inject(
             convolutions.
     """
     network.requires_grad_(False)
+    # To plan with: there are no values to draw.
+    on_meta = all(parameter.is_meta for parameter in network.parameters())
     # Not left to peft, which keeps the short name in the header: other readers do not know it.
     is_short = target_modules == ALL_LINEAR
     named = _all_linear(network) if is_short else _as_peft_takes_it(target_modules)
@@ -78,26 +80,30 @@ def inject(
         r=rank,
         lora_alpha=whole(alpha),  # type: ignore[arg-type]
         target_modules=named,
-        init_lora_weights="gaussian",
+        init_lora_weights=False if on_meta else "gaussian",
         use_rslora=rslora,
         use_dora=dora,
     )
     try:
-        inject_adapter_in_model(config, network, adapter_name=ADAPTER)
+        inject_adapter_in_model(config, network, adapter_name=ADAPTER, low_cpu_mem_usage=on_meta)
     except (ValueError, re.error) as error:
         raise _no_targets(named, error) from error
     # diffusers reads this flag before it saves, switches or unloads adapters.
     network._hf_peft_config_loaded = True  # type: ignore[assignment]
     start_magnitudes(network)
-    # A's values are drawn again, keyed by the index of the parameter: peft draws them from the
-    # global generator, in the network's precision.
-    for index, (name, parameter) in enumerate(_named(network)):
-        parameter.data = parameter.data.float()
-        if ".lora_A." in name:
-            draw = rng.image_noise(seed, "lora", [(index,)], parameter.shape)[0]
-            parameter.data.copy_(draw / rank)
+    _draw(network, rank, seed)
     take_over(network)
     return trainable(network)
+
+
+def _draw(network: torch.nn.Module, rank: int, seed: int) -> None:
+    """Make the LoRA float32, and draw A's values anew, keyed by the index of the parameter."""
+    # peft draws them from the global generator, in the network's precision.
+    for index, (name, parameter) in enumerate(_named(network)):
+        parameter.data = parameter.data.float()
+        if ".lora_A." in name and not parameter.is_meta:
+            draw = rng.image_noise(seed, "lora", [(index,)], parameter.shape)[0]
+            parameter.data.copy_(draw / rank)
 
 
 def _all_linear(network: torch.nn.Module) -> list[str]:

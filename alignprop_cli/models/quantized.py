@@ -110,15 +110,18 @@ def pack(weight: Tensor, how: How) -> tuple[Tensor, Tensor]:
         For `int8` (out, in) and (out, 1), for `nf4` ((out x in) / 2, 1) and (out x in) / 64 of
         them, both rounded up. The scales are float32.
     """
+    count, empty = weight.numel(), weight.new_empty
+    if weight.is_meta and how == "int8":
+        scale = empty((len(weight), 1), dtype=torch.float32)
+        return empty(weight.shape, dtype=torch.int8), scale
+    if weight.is_meta:
+        scale = empty(math.ceil(count / BLOCK), dtype=torch.float32)
+        return empty((math.ceil(count / 2), 1), dtype=torch.uint8), scale
     if how == "int8":
         # No row of zeros may divide by 0.
         largest = weight.abs().amax(dim=1, keepdim=True).float()
         scale = (largest / 127.0).clamp_min(torch.finfo(torch.float32).tiny)
         return (weight.float() / scale).round_().to(torch.int8), scale
-    count = weight.numel()
-    if weight.is_meta:
-        packed = weight.new_empty((math.ceil(count / 2), 1), dtype=torch.uint8)
-        return packed, weight.new_empty(math.ceil(count / BLOCK), dtype=torch.float32)
     from bitsandbytes.functional import quantize_4bit  # pyright: ignore[reportMissingImports]
 
     packed, state = quantize_4bit(weight.contiguous(), blocksize=BLOCK, quant_type="nf4")

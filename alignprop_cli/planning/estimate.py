@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from alignprop_cli.planning.chain import Chain
-from alignprop_cli.planning.work import Work
+from alignprop_cli.planning.work import NO_WORK, Work
+
+Part = Literal["network", "decoder", "reward"]
+"""What a footprint is put together from, each counted without the others."""
 
 Level = Literal["none", "block", "call"]
 """What is recomputed of the network in backward: nothing, its blocks, or whole calls."""
@@ -54,6 +57,12 @@ class Footprint:
     sampling_decoder: Work | None = None
     trained_each: float = 16.0
     embeddings: int = 0
+
+
+NOTHING = Footprint(
+    weights={}, trained=0, latents=0, rollout=NO_WORK, first={}, call={}, decoder={}, reward={}
+)
+"""Before any part is counted."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ images there are: calls are counted twice.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -24,7 +24,7 @@ from alignprop_cli.models import quantized
 from alignprop_cli.models.base import Decoder, MetaModel, Network, Sampler
 from alignprop_cli.planning import meter, repeats
 from alignprop_cli.planning.estimate import Footprint, Level
-from alignprop_cli.planning.work import Affine, Work
+from alignprop_cli.planning.work import NO_WORK, Affine, Work
 
 # The batches of those two counts. Not 1, as what is a view of one image can be a copy of several. A
 # peak is the largest of several moments: between the two it is at most what their line says. No
@@ -32,36 +32,31 @@ from alignprop_cli.planning.work import Affine, Work
 _TWO_COUNTS = (2, 32)
 
 
-def measure(
+def with_calls(
+    found: Footprint,
     model: MetaModel,
     sampler: Sampler,
-    *,
     device_type: str,
-    weights: Mapping[str, int],
-    reward: Mapping[bool, Work],
-    uncounted: tuple[str, ...] = (),
-    tiny: Decoder | None = None,
+    *,
     detach_uncond: bool = False,
 ) -> Footprint:
-    """Count the parts of a step of a model with its LoRA.
+    """Return a footprint with the network's calls counted, and the weights merged for them.
 
     Args:
+        found: The footprint.
         model: With a LoRA in its network, on the meta device.
         sampler: Guidance and size of the images.
         device_type: Device whose attention kernel is counted.
-        weights: Bytes of frozen weights, by part.
-        reward: What the rewards need, by whether their blocks are recomputed.
-        uncounted: Names of the rewards that are not in `reward`.
-        tiny: What decodes the images that are rewarded; None is the model's own decoder.
         detach_uncond: As in `guidance.guided`, of calls with gradient.
     """
     model, batches = with_batches(model)
-    network, own, module = model.parts.network, model.parts.decoder, model.parts.network.module
+    network, module = model.parts.network, model.parts.network.module
     shape = network.latent_shape(sampler.height, sampler.width)
     there, latents = there_anyway(model), 4 * math.prod(shape)  # bytes, in float32
     trained = sum(p.numel() for p in lora.trainable(module))
+    rows = repeats.find_rows(module)
     counted = partial(
-        count, shape=shape, there=there, device_type=device_type, batches=batches, network=module
+        count, shape=shape, there=there, device_type=device_type, batches=batches, rows=rows
     )
 
     # 1. Calls without gradient, with the LoRA merged or cast as in training.
@@ -76,18 +71,50 @@ def measure(
     by_level = partial(_by_level, network, rollout, latents)
     graph = partial(counted, denoise, fixed_backward=4 * trained)
 
-    return Footprint(
-        weights={**weights, "merged LoRA": merged.bytes} if merged.bytes else weights,
+    weights = dict(found.weights)
+    if merged.bytes:
+        weights["merged LoRA"] = merged.bytes
+    return replace(
+        found,
+        weights=weights,
         trained=trained,
         latents=latents,
         rollout=rollout,
         first=by_level(partial(graph, has_grad=False)),
         call=by_level(partial(graph, has_grad=True)),
-        decoder={again: _decode(tiny or own, shape, device_type, again) for again in (False, True)},
-        sampling_decoder=_decode(own, shape, device_type, False, has_grad=False),
-        reward=reward,
-        uncounted=uncounted,
         embeddings=embedding_bytes(model, sampler),
+    )
+
+
+def with_decoder(
+    found: Footprint,
+    model: MetaModel,
+    sampler: Sampler,
+    device_type: str,
+    *,
+    tiny: Decoder | None,
+    decodes: bool,
+) -> Footprint:
+    """Return a footprint with the decoder counted.
+
+    Args:
+        found: The footprint.
+        model: On the meta device.
+        sampler: Size of the images.
+        device_type: Device whose attention kernel is counted.
+        tiny: What decodes the images that are rewarded; None is the model's own decoder.
+        decodes: Whether a step decodes images at all.
+    """
+    own, shape = model.parts.decoder, model.parts.network.latent_shape
+    latents = shape(sampler.height, sampler.width)
+
+    def decoder(again: bool) -> Work:
+        return _decode(tiny or own, latents, device_type, again) if decodes else NO_WORK
+
+    return replace(
+        found,
+        decoder={again: decoder(again) for again in (False, True)},
+        sampling_decoder=_decode(own, latents, device_type, False, has_grad=False),
     )
 
 
@@ -203,7 +230,7 @@ def count(
     has_grad: bool = True,
     fixed_backward: float = 0.0,
     batches: tuple[int] | tuple[int, int] = (1,),
-    network: torch.nn.Module | None = None,
+    rows: repeats.Rows | None = None,
 ) -> Work:
     """Count a part of a step on the meta device.
 
@@ -215,18 +242,18 @@ def count(
         has_grad: Whether the input carries gradient.
         fixed_backward: Bytes of backward that do not grow with the batch, where one count is made.
         batches: B of each count. Two of them show which bytes do not grow with the batch.
-        network: One of diffusers' models, of whose equal blocks a few are run; None runs all.
+        rows: Equal blocks, of which a few are run; None runs all.
     """
     there = list(there)
 
     def counted(images: int) -> meter.Cost:
         given = torch.zeros((images, *shape), device="meta", requires_grad=has_grad)
-        with repeats.shortened(network) if network is not None else nullcontext({}) as times:
+        with nullcontext() if rows is None else repeats.shortened(rows):
             return meter.count(
                 lambda: run(given),
                 exclude=[*there, given],
                 device_type=device_type,
-                times=times,
+                times=None if rows is None else rows.times,
             )
 
     few, costs = batches[0], [counted(images) for images in batches]

@@ -1,46 +1,61 @@
-"""What operators return on the meta device, computed once for each kind of input.
+"""What operators return on the meta device and how much they do, once for each kind of input.
 
 There most operators are torch's Python references, which take a quarter of a millisecond to find a
-shape. A network repeats the same few hundred kinds of call thousands of times.
+shape, and torch's formulas for operations take as long. A network repeats the same few hundred
+kinds of call thousands of times.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-# By operator and inputs: what it returned, as `_described`; None where that cannot be made again.
-_RETURNED: dict[Any, Any] = {}
+# By formula, operator and inputs: what it returned, as `_described` (None where that cannot be made
+# again), and its operations.
+_KNOWN: dict[Any, tuple[Any, int]] = {}
 
 # Stand for the first argument, which operators that work in place return, and for None, which there
 # is in place of gradients that nobody asked for.
 _FIRST, _NONE = "first argument", "none"
 
-_PLAIN = (int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout)
+_TENSORS = {Tensor, torch.nn.Parameter}
+_PLAIN = {
+    *(int, float, bool, str, type(None)),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+}
 
 
-def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def call(
+    func: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    formula: Callable[..., int] | None = None,
+) -> tuple[Any, int]:
     """Call an operator; on the meta device make what it has returned for such inputs before.
 
     Args:
         func: An overload of an operator.
         args: Its arguments.
         kwargs: Its named arguments.
+        formula: Its operations, from its arguments and `out_val`, its result; None counts none.
+
+    Returns:
+        Its result and its operations.
     """
-    key = None if func.is_view else _key(func, args, kwargs)
-    if key is None:
-        return func(*args, **kwargs)
-    if key not in _RETURNED:
-        result = func(*args, **kwargs)
+    key = None if func.is_view else _key(formula, func, args, kwargs)
+    described, flops = _KNOWN.get(key, (None, None))
+    if described is not None and flops is not None:
+        return _made(described, args), flops
+    result = func(*args, **kwargs)
+    if flops is None:
+        flops = 0 if formula is None else formula(*args, **kwargs, out_val=result)
         # Unless the operator has changed the shape of its input.
-        if key == _key(func, args, kwargs):
-            _RETURNED[key] = _described(result, args, kwargs)
-        return result
-    described = _RETURNED[key]
-    return func(*args, **kwargs) if described is None else _made(described, args)
+        if key is not None and key == _key(formula, func, args, kwargs):
+            _KNOWN[key] = _described(result, args, kwargs), flops
+    return result, flops
 
 
 def tensors(values: Iterable[Any]) -> Iterator[Tensor]:
@@ -52,10 +67,15 @@ def tensors(values: Iterable[Any]) -> Iterator[Tensor]:
             yield from tensors(cast(list[Any], value))
 
 
-def _key(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return what the shapes of the result depend on; None where there is more than we know."""
+def _key(formula: Any, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return what shapes and operations depend on; None where there is more than we know."""
     try:
-        return func, _kind(args), tuple((name, _kind(kwargs[name])) for name in sorted(kwargs))
+        return (
+            formula,
+            func,
+            _kind(args),
+            tuple((name, _kind(kwargs[name])) for name in sorted(kwargs)),
+        )
     except TypeError:
         return None
 
@@ -66,15 +86,14 @@ def _kind(value: Any) -> Any:
     Raises:
         TypeError: If that is not known, or it is a tensor with values.
     """
-    if isinstance(value, Tensor):
-        if value.device.type != "meta" or type(value) not in (Tensor, torch.nn.Parameter):
-            raise TypeError
+    kind = type(value)
+    if kind in _TENSORS and value.is_meta:
         return value.shape, value.stride(), value.dtype
-    if isinstance(value, (list, tuple)):
-        return tuple(_kind(each) for each in cast(list[Any], value))
-    if isinstance(value, (*_PLAIN, torch.memory_format)):
+    if kind in _PLAIN:
         # With its type: 1, 1.0 and True are equal, and give results of different types.
-        return type(value), value
+        return kind, value
+    if isinstance(value, (list, tuple)):
+        return tuple(map(_kind, cast(list[Any], value)))
     raise TypeError
 
 

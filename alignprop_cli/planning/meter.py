@@ -136,9 +136,8 @@ class Meter(TorchDispatchMode):
         # 2. The operator itself. Views and in-place results share a storage with an input and are
         #    no new memory.
         inputs = {_storage(tensor) for tensor in memo.tensors((*args, *kwargs.values()))}
-        result = memo.call(func, args, kwargs)
-        if formula is not None:
-            self.flops += formula(*args, **kwargs, out_val=result)
+        result, flops = memo.call(func, args, kwargs, formula)
+        self.flops += flops
         self.launches += not (func.is_view or packet in _NO_WORK)
         for tensor in memo.tensors((result,)):
             self._add(tensor, inputs)

@@ -6,8 +6,9 @@ few of them are run, and one of those counts for all that were left out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -23,15 +24,25 @@ _PLAIN = (int, float, bool, str, type(None))
 _PLACES = {"layer_id"}
 
 
-@contextmanager
-def shortened(network: nn.Module) -> Iterator[dict[nn.Module, int]]:
-    """Leave out all but five of many equal blocks in a row, inside the block.
+@dataclass(frozen=True)
+class Rows:
+    """The rows of equal blocks of a network.
 
     Args:
-        network: One of diffusers' models, whose class says which of its blocks are repeated.
+        kept: By list of blocks, those that are run.
+        times: How many times each of these counts.
+    """
 
-    Yields:
-        How many times each of the blocks that are left counts.
+    kept: Mapping[nn.ModuleList, Sequence[nn.Module]]
+    times: Mapping[nn.Module, int]
+
+
+def find_rows(network: nn.Module) -> Rows:
+    """Find out of which blocks five are enough.
+
+    Args:
+        network: One of diffusers' models, whose class says which of its blocks are repeated. With
+            its LoRA, if it gets one; recomputation and merging treat equal blocks alike.
     """
     model: Any = network
     # Stable Diffusion 3 says it by the second name alone.
@@ -39,19 +50,29 @@ def shortened(network: nn.Module) -> Iterator[dict[nn.Module, int]]:
         getattr(model, "_repeated_blocks", None) or getattr(model, "_no_split_modules", ()) or ()
     )
     lists = [part for part in network.modules() if isinstance(part, nn.ModuleList)]
-    whole = {row: list(row) for row in lists if any(type(b).__name__ in names for b in row)}
+    kept: dict[nn.ModuleList, list[nn.Module]] = {}
     times: dict[nn.Module, int] = {}
+    for row in lists:
+        if not any(type(block).__name__ in names for block in row):
+            continue
+        kept[row] = []
+        for _, run in groupby(row, _kind):
+            equal = list(run)
+            left_out = max(0, len(equal) - _KEPT)
+            chosen = equal[: _KEPT - 1] + equal[_KEPT - 1 :][-1:]
+            times |= {block: 1 + left_out * (i == _COUNTED) for i, block in enumerate(chosen)}
+            kept[row] += chosen
+    return Rows(kept, times)
+
+
+@contextmanager
+def shortened(rows: Rows) -> Iterator[None]:
+    """Leave out all but five of many equal blocks in a row, inside the block."""
+    whole = {row: list(row) for row in rows.kept}
     try:
-        for row, blocks in whole.items():
-            kept: list[nn.Module] = []
-            for _, run in groupby(blocks, _kind):
-                equal = list(run)
-                left_out = max(0, len(equal) - _KEPT)
-                chosen = equal[: _KEPT - 1] + equal[_KEPT - 1 :][-1:]
-                times |= {block: 1 + left_out * (i == _COUNTED) for i, block in enumerate(chosen)}
-                kept += chosen
-            row._modules = {str(i): block for i, block in enumerate(kept)}
-        yield times
+        for row, blocks in rows.kept.items():
+            row._modules = {str(i): block for i, block in enumerate(blocks)}
+        yield
     finally:
         for row, blocks in whole.items():
             row._modules = {str(i): block for i, block in enumerate(blocks)}

@@ -11,7 +11,7 @@ import torch
 from pydantic import ByteSize, TypeAdapter, ValidationError
 
 from alignprop_cli.config.gradient import GradientConfig
-from alignprop_cli.config.schema import Config, RewardConfig
+from alignprop_cli.config.schema import Config
 from alignprop_cli.device import resolve_dtype
 from alignprop_cli.errors import ConfigError
 from alignprop_cli.estimators import (
@@ -30,9 +30,10 @@ from alignprop_cli.estimators import (
 from alignprop_cli.lora import layers as lora
 from alignprop_cli.lora.files import Adapter
 from alignprop_cli.models import families, taesd
+from alignprop_cli.models.base import Decoder, MetaModel, Sampler
 from alignprop_cli.models.meta import meta_model
 from alignprop_cli.planning import footprint
-from alignprop_cli.planning.estimate import GIB, Budget, Footprint
+from alignprop_cli.planning.estimate import GIB, NOTHING, Budget, Footprint, Part
 from alignprop_cli.planning.plan import Plan, PlanRequest
 from alignprop_cli.planning.speed import Times
 from alignprop_cli.planning.trained import bytes_each
@@ -53,6 +54,9 @@ _ESTIMATORS: Mapping[str, Callable[[GradientConfig], Estimator]] = {
         gradient.calls, gradient.late_bias, gradient.rescale, **_span(gradient)
     ),
 }
+
+# Weights of other parts than the network.
+_OTHER_WEIGHTS = "decoder weights", "reward weights"
 
 # The option that shortens the longest path, for the hint when no plan fits.
 _FEWER_CALLS = {
@@ -123,7 +127,14 @@ def _advice(config: Config) -> dict[str, str]:
     return advice
 
 
-def measure(config: Config, device_type: str, initial: Adapter | None = None) -> Footprint:
+def measure(
+    config: Config,
+    device_type: str,
+    initial: Adapter | None = None,
+    *,
+    base: Footprint = NOTHING,
+    part: Part | None = None,
+) -> Footprint:
     """Count what the parts of a step need, on the meta device.
 
     Args:
@@ -131,6 +142,8 @@ def measure(config: Config, device_type: str, initial: Adapter | None = None) ->
         device_type: Device that it will run on: `cuda` or `cpu`.
         initial: The LoRA that is trained further, whose layers and ranks count instead of those of
             the configuration; None for a fresh one.
+        base: What is known of the other parts.
+        part: What is counted; None counts all.
 
     Raises:
         AssetError: If the configuration of the model or of a reward's network cannot be read or
@@ -138,43 +151,63 @@ def measure(config: Config, device_type: str, initial: Adapter | None = None) ->
         ConfigError: If the model is not supported, cannot sample images of this size, or has not
             the layers of `initial`.
     """
-    # 1. The model with the LoRA that will be trained, whose values (and so the seed) do not matter.
-    #    The text encoders are not counted: they are dropped before the network is loaded.
     family, _ = families.find(config.model)
     dtype = dtype_on(config.model.dtype, device_type)
     model = meta_model(config.model, dtype)
     sampler = families.sampler(config.sample, family, model.parts.network)
-    network, decoder = model.parts.network.module, model.parts.decoder
-    tiny = taesd.on_meta(config.model, family, decoder, dtype)
-    network_bytes = _bytes(network)  # before the LoRA, whose weights are counted with the optimiser
-    _put_lora(network, config, initial, family.target_modules)
+    found = base
+    if part in ("network", None):
+        usual = family.target_modules
+        found = _with_network(found, config, model, sampler, device_type, initial, usual)
+    if part in ("decoder", None):
+        tiny = taesd.on_meta(config.model, family, model.parts.decoder, dtype)
+        found = _with_decoder(found, config, model, sampler, device_type, tiny)
+    if part in ("reward", None):
+        shape = model.parts.network.latent_shape(sampler.height, sampler.width)
+        found = _with_rewards(found, config, model.image_size(shape), shape, device_type)
+    return found
 
-    # 2. The rewards, for images of this size.
-    shape = model.parts.network.latent_shape(sampler.height, sampler.width)
-    image_size = model.image_size(shape)
-    reward, weights, uncounted = _rewards(config.reward, image_size, shape, device_type)
-    numels = [parameter.numel() for parameter in lora.trainable(network)]
-    averaged = config.train.ema_decay is not None
-    found = footprint.measure(
-        model,
-        sampler,
-        device_type=device_type,
-        weights={
-            "network weights": network_bytes,
-            "decoder weights": _bytes(decoder.module) + (_bytes(tiny.module) if tiny else 0),
-            "reward weights": weights + _held_out_bytes(config),
-        },
-        reward=reward,
-        uncounted=uncounted,
-        tiny=tiny,
-        detach_uncond=config.gradient.detach_uncond,
+
+def _with_network(
+    found: Footprint,
+    config: Config,
+    model: MetaModel,
+    sampler: Sampler,
+    device_type: str,
+    initial: Adapter | None,
+    usual: Sequence[str] | str,
+) -> Footprint:
+    """Return a footprint with the network counted, with the LoRA that will be trained."""
+    # Its values (and so the seed) do not matter. The text encoders are not counted: they are
+    # dropped before the network is loaded.
+    module = model.parts.network.module
+    others = {key: size for key, size in found.weights.items() if key in _OTHER_WEIGHTS}
+    # Before the LoRA, whose weights are counted with the optimiser.
+    found = replace(found, weights={"network weights": _bytes(module), **others})
+    _put_lora(module, config, initial, usual)
+    found = footprint.with_calls(
+        found, model, sampler, device_type, detach_uncond=config.gradient.detach_uncond
     )
+    numels = [parameter.numel() for parameter in lora.trainable(module)]
+    averaged = config.train.ema_decay is not None
     each = bytes_each(config.train.optimizer, numels, averaged=averaged)
-    # 3. Nothing is decoded in a step where all rewards take latents.
-    nothing = footprint.add()
+    return replace(found, trained_each=each)
+
+
+def _with_decoder(
+    found: Footprint,
+    config: Config,
+    model: MetaModel,
+    sampler: Sampler,
+    device_type: str,
+    tiny: Decoder | None,
+) -> Footprint:
+    """Return a footprint with the decoder counted."""
+    weights = _bytes(model.parts.decoder.module) + (_bytes(tiny.module) if tiny else 0)
+    found = replace(found, weights={**found.weights, "decoder weights": weights})
+    # Nothing is decoded in a step where all rewards take latents.
     decodes = not all(registry.takes_latents(name) for name in config.reward)
-    decoder = found.decoder if decodes else {False: nothing, True: nothing}
-    return replace(found, trained_each=each, decoder=decoder)
+    return footprint.with_decoder(found, model, sampler, device_type, tiny=tiny, decodes=decodes)
 
 
 def _put_lora(
@@ -211,24 +244,22 @@ def _bytes(module: torch.nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in footprint.held(module))
 
 
-def _rewards(
-    rewards: Mapping[str, RewardConfig],
+def _with_rewards(
+    found: Footprint,
+    config: Config,
     image_size: tuple[int, int],
     latent_shape: tuple[int, int, int],
     device_type: str,
-) -> tuple[dict[bool, Work], int, tuple[str, ...]]:
-    """Return what the rewards need, the bytes of their weights, and the names of uncounted ones.
-
-    What they need is by whether their blocks are recomputed.
-    """
+) -> Footprint:
+    """Return a footprint with the rewards counted, by whether their blocks are recomputed."""
     parts: dict[bool, list[Work]] = {False: [], True: []}
-    weights = 0
+    weights = _held_out_bytes(config)
     uncounted: list[str] = []
-    for name, config in rewards.items():
-        dtype: torch.dtype = getattr(torch, config.dtype)
+    for name, chosen in config.reward.items():
+        dtype: torch.dtype = getattr(torch, chosen.dtype)
         for recompute in (False, True):
             # Built twice, since recomputation cannot be switched off again.
-            reward = registry.on_meta(name, config.options, dtype)
+            reward = registry.on_meta(name, chosen.options, dtype)
             if reward is None:
                 uncounted.append(name)
                 break
@@ -241,7 +272,8 @@ def _rewards(
             parts[recompute].append(work)
     # Their graphs are all alive until the mixture's loss goes back, so their needs add up.
     total = {recompute: footprint.add(*works) for recompute, works in parts.items()}
-    return total, weights, tuple(uncounted)
+    weights_of = {**found.weights, "reward weights": weights}
+    return replace(found, weights=weights_of, reward=total, uncounted=tuple(uncounted))
 
 
 def _held_out_bytes(config: Config) -> int:

@@ -18,7 +18,7 @@ from alignprop_cli.device import available, resolve_dtype
 from alignprop_cli.errors import RunError
 from alignprop_cli.models import families
 from alignprop_cli.models.meta import meta_model
-from alignprop_cli.planning import footprint
+from alignprop_cli.planning import footprint, repeats
 from alignprop_cli.planning.estimate import GIB, Budget, Footprint, expected_correction
 from alignprop_cli.planning.work import Affine
 from alignprop_cli.rewards import registry
@@ -173,7 +173,7 @@ def measure(config: Config, device: torch.device) -> SamplingNeed:
         device_type=device.type,
         has_grad=False,
         batches=batches,
-        network=network.module,
+        rows=repeats.find_rows(network.module),
     )
     decode = footprint.count(
         decoder.decode,

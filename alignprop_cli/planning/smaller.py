@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from alignprop_cli.config.schema import Config
 from alignprop_cli.errors import AlignPropError, RunError
 from alignprop_cli.models import families, taesd
 from alignprop_cli.planning.choose import fits_at_all
-from alignprop_cli.planning.estimate import Budget, Footprint
+from alignprop_cli.planning.estimate import Budget, Footprint, Part
 from alignprop_cli.planning.plan import PlanRequest
 from alignprop_cli.rewards import registry
 
@@ -28,7 +28,7 @@ class _Option:
         values: What is set, by dotted key.
     """
 
-    part: Literal["network", "decoder", "reward"]
+    part: Part
     values: Mapping[str, Any]
 
     @property
@@ -42,7 +42,7 @@ def explained(
     request: PlanRequest,
     footprint: Footprint,
     budget: Budget,
-    measure: Callable[[Config, str], Footprint],
+    measure: Callable[..., Footprint],
 ) -> RunError:
     """Return the error that no plan fits, with the options that would make one fit.
 
@@ -52,7 +52,7 @@ def explained(
         request: Made from it.
         footprint: The same.
         budget: The memory that is too small.
-        measure: `request.measure`, which counts a configuration for a type of device.
+        measure: `request.measure`, perhaps with the LoRA that is trained further.
     """
     found = fitting(config, request, footprint, budget, measure)
     if found is None:
@@ -69,7 +69,7 @@ def fitting(
     request: PlanRequest,
     footprint: Footprint,
     budget: Budget,
-    measure: Callable[[Config, str], Footprint],
+    measure: Callable[..., Footprint],
 ) -> tuple[str, Footprint] | None:
     """Return the fewest options with which a plan fits, those first that change least.
 
@@ -83,7 +83,7 @@ def fitting(
         together: Footprint | None = footprint
         for option in chosen:
             if option.flags not in counted:
-                counted[option.flags] = _counted(config, option, budget, measure)
+                counted[option.flags] = _counted(config, option, footprint, budget, measure)
             part = counted[option.flags]
             together = None if together is None or part is None else _with(together, part, option)
         if together is not None and fits_at_all(request, together, budget):
@@ -128,12 +128,14 @@ def _combinations(options: Sequence[_Option]) -> list[tuple[_Option, ...]]:
 def _counted(
     config: Config,
     option: _Option,
+    base: Footprint,
     budget: Budget,
-    measure: Callable[[Config, str], Footprint],
+    measure: Callable[..., Footprint],
 ) -> Footprint | None:
     """Return the footprint with an option alone; None where the model cannot have it."""
     try:
-        return measure(_changed(config, option.values), budget.device_type)
+        changed = _changed(config, option.values)
+        return measure(changed, budget.device_type, base=base, part=option.part)
     except AlignPropError:  # such as a size of tiles that is no multiple of the autoencoder's
         return None
 

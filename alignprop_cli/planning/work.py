@@ -42,3 +42,7 @@ class Work:
     def launches(self) -> int:
         """Return the operators that are launched, forward and backward."""
         return self.forward_launches + self.backward_launches
+
+
+NO_WORK = Work(*[Affine(0.0, 0.0)] * 3, forward_flops=0.0, backward_flops=0.0)
+"""What a part needs that is left out."""

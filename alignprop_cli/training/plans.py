@@ -113,7 +113,7 @@ def _saying_what_fits(
     request: PlanRequest,
     footprint: Footprint,
     budget: Budget,
-    measure: Callable[[Config, str], Footprint],
+    measure: Callable[..., Footprint],
 ) -> Iterator[None]:
     """Add what would make a plan fit to the error that none does."""
     try:

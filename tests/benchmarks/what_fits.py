@@ -119,7 +119,7 @@ def print_presets() -> None:
         request = planning.plan_request(config, processes=1)
         budget = Budget(card * GIB, "cuda", "a card")
         footprint = measure(config, "cuda")
-        found = smaller.fitting(config, request, footprint, budget, measure)
+        found = smaller.fitting(config, request, footprint, budget, planning.measure)
         flags, cell = "nothing", "-"
         if found is not None:
             flags, cell = f"`{found[0]}`", cells(config, found[1], [card])

@@ -46,23 +46,25 @@ def test_a_remembered_result_is_of_the_same_kind_and_has_its_own_memory(name: st
     func, arguments = CALLS[name]
     args = arguments()
     expected = kinds(func(*args))
-    first, second, third = (memo.call(func, args, {}) for _ in range(3))
+    first, second, third = (memo.call(func, args, {})[0] for _ in range(3))
     assert kinds(first) == kinds(second) == kinds(third) == expected
     one, other = (each[0] if isinstance(each, tuple) else each for each in (second, third))
     assert one.untyped_storage()._cdata != other.untyped_storage()._cdata
 
 
 def test_of_equal_numbers_each_has_its_own_result() -> None:
-    results = [memo.call(_ATEN.mul.Scalar, (empty(2, dtype=torch.int64), n), {}) for n in (2, 2.0)]
+    results = [
+        memo.call(_ATEN.mul.Scalar, (empty(2, dtype=torch.int64), n), {})[0] for n in (2, 2.0)
+    ]
     assert [result.dtype for result in results * 2] == [torch.int64, torch.float32] * 2
-    again = memo.call(_ATEN.mul.Scalar, (empty(2, dtype=torch.int64), 2.0), {})
+    again = memo.call(_ATEN.mul.Scalar, (empty(2, dtype=torch.int64), 2.0), {})[0]
     assert again.dtype == torch.float32
 
 
 def test_in_place_it_is_the_input_and_what_changes_its_shape_is_done_every_time() -> None:
     for _ in range(2):
         into = empty(3, 4)
-        assert memo.call(_ATEN.add_.Tensor, (into, empty(3, 4)), {}) is into
+        assert memo.call(_ATEN.add_.Tensor, (into, empty(3, 4)), {})[0] is into
         turned = empty(3, 4)
         memo.call(_ATEN.t_.default, (turned,), {})
         assert turned.shape == (4, 3)
@@ -71,16 +73,44 @@ def test_in_place_it_is_the_input_and_what_changes_its_shape_is_done_every_time(
 def test_values_are_computed_every_time() -> None:
     for number in (1.0, 2.0):
         given = torch.full((2,), number)
-        assert memo.call(_ATEN.mul.Tensor, (given, given), {}).tolist() == [number**2] * 2
+        assert memo.call(_ATEN.mul.Tensor, (given, given), {})[0].tolist() == [number**2] * 2
 
 
 def test_views_and_wrong_shapes_are_those_of_the_operator() -> None:
     for _ in range(2):
         given = empty(3, 4)
-        view = memo.call(_ATEN.transpose.int, (given, 0, 1), {})
+        view = memo.call(_ATEN.transpose.int, (given, 0, 1), {})[0]
         assert view.untyped_storage()._cdata == given.untyped_storage()._cdata
         with pytest.raises(RuntimeError, match="same reduction dim"):
             memo.call(_ATEN.mm.default, (empty(3, 4), empty(5, 6)), {})
+
+
+def test_operations_are_those_of_the_formula_also_of_one_that_came_later() -> None:
+    asked: list[Any] = []
+
+    def formula(first: Tensor, second: Tensor, *, out_val: Tensor) -> int:
+        asked.append(out_val.shape)
+        return 2 * first.shape[0] * first.shape[1] * second.shape[1]
+
+    def product(rows: int, formula: Callable[..., int] | None) -> int:
+        given = empty(rows, 7).t().contiguous().t()  # no other test has such strides
+        return memo.call(_ATEN.mm.default, (given, empty(7, 2)), {}, formula)[1]
+
+    assert [product(3, each) for each in (None, formula, formula)] == [0, 84, 84]
+    assert [product(4, each) for each in (formula, formula)] == [112, 112]
+    assert asked == [(3, 2), (4, 2)]
+    # With values nothing is remembered.
+    for _ in range(2):
+        values = torch.ones(3, 7), torch.ones(7, 2)
+        assert memo.call(_ATEN.mm.default, values, {}, formula)[1] == 84
+    assert len(asked) == 4
+
+
+def unremembered(
+    func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], formula: Any
+) -> tuple[Any, int]:
+    result = func(*args, **kwargs)
+    return result, 0 if formula is None else formula(*args, **kwargs, out_val=result)
 
 
 def test_counts_are_those_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +123,7 @@ def test_counts_are_those_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
         return meter.count(lambda: network(given).square(), exclude=[*network.parameters(), given])
 
     with monkeypatch.context() as patch:
-        patch.setattr(memo, "call", lambda func, args, kwargs: func(*args, **kwargs))
+        patch.setattr(memo, "call", unremembered)
         plain = counted()
     assert plain.forward_flops > 0
     assert plain.saved > 0

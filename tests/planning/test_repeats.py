@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -40,14 +39,9 @@ def config(name: str, **changes: Any) -> Config:
     return Config.model_validate({"model": model, "reward": {"brightness": {}}, **changes})
 
 
-@contextmanager
-def whole(_: nn.Module) -> Iterator[dict[nn.Module, int]]:
-    yield {}
-
-
 def assert_same(chosen: Config, device_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     short = request.measure(chosen, device_type)
-    monkeypatch.setattr(repeats, "shortened", whole)
+    monkeypatch.setattr(repeats, "find_rows", lambda network: repeats.Rows({}, {}))
     full = request.measure(chosen, device_type)
     assert short == full
     assert short.call["block"].backward_flops > short.call["none"].backward_flops > 0
@@ -85,14 +79,15 @@ def test_a_few_blocks_count_for_all_with(
 def test_each_row_counts_as_many_times_as_it_has_blocks(name: str) -> None:
     network = meta_model(config(name).model, torch.float32).parts.network.module
     before = [id(part) for part in network.modules()]
-    with repeats.shortened(network) as times:
+    rows = repeats.find_rows(network)
+    with repeats.shortened(rows):
         left = set(network.modules())
-        assert all(block in left for block in times)
+        assert all(block in left for block in rows.times)
         counted: Counter[str] = Counter()
-        for block, number in times.items():
+        for block, number in rows.times.items():
             counted[type(block).__name__] += number
         # Of which no more than five are run.
-        assert len(times) == sum(min(5, row) for row in ROWS[name])
+        assert len(rows.times) == sum(min(5, row) for row in ROWS[name])
     assert sum(counted.values()) == sum(ROWS[name])
     assert [id(part) for part in network.modules()] == before
 
@@ -100,13 +95,14 @@ def test_each_row_counts_as_many_times_as_it_has_blocks(name: str) -> None:
 def test_of_a_unet_only_the_blocks_of_its_transformers_are_left_out() -> None:
     network = meta_model(config("sdxl").model, torch.float32).parts.network.module
     resnets = [part for part in network.modules() if type(part).__name__ == "ResnetBlock2D"]
-    with repeats.shortened(network) as times:
+    rows = repeats.find_rows(network)
+    with repeats.shortened(rows):
         left = set(network.modules())
-        assert all(resnet in left for resnet in resnets)
-        assert {type(block).__name__ for block in times} == {"BasicTransformerBlock"}
-        # Two levels: of two blocks in five transformers, of ten in two, one and three.
-        assert sum(times.values()) == 5 * 2 + 6 * 10
-        assert len(times) == 5 * 2 + 6 * 5
+    assert all(resnet in left for resnet in resnets)
+    assert {type(block).__name__ for block in rows.times} == {"BasicTransformerBlock"}
+    # Two levels: of two blocks in five transformers, of ten in two, one and three.
+    assert sum(rows.times.values()) == 5 * 2 + 6 * 10
+    assert len(rows.times) == 5 * 2 + 6 * 5
 
 
 class _Block(nn.Module):
@@ -125,21 +121,21 @@ class _Net(nn.Module):
 
 
 def test_blocks_that_differ_in_a_setting_are_not_taken_for_equal() -> None:
-    with repeats.shortened(_Net([1] * 7 + [2] * 8)) as times:
-        assert list(times.values()) == [1, 1, 1, 3, 1, 1, 1, 1, 4, 1]
-    with repeats.shortened(_Net(list(range(6)))) as times:
-        assert list(times.values()) == [1] * 6
+    def times(network: _Net) -> list[int]:
+        return list(repeats.find_rows(network).times.values())
+
+    assert times(_Net([1] * 7 + [2] * 8)) == [1, 1, 1, 3, 1, 1, 1, 1, 4, 1]
+    assert times(_Net(list(range(6)))) == [1] * 6
     # As the layers of a LoRA hold their scales, by adapter.
     network = _Net([1] * 14)
     for block in network.blocks[7:]:
         block.first.scaling = {"default": 2.0}
-    with repeats.shortened(network) as times:
-        assert list(times.values()) == [1, 1, 1, 3, 1] * 2
+    assert times(network) == [1, 1, 1, 3, 1] * 2
 
 
 def test_a_network_is_whole_again_after_an_error() -> None:
     network = _Net([1] * 9)
-    with suppress(ValueError), repeats.shortened(network):
+    with suppress(ValueError), repeats.shortened(repeats.find_rows(network)):
         assert len(network.blocks) == 5
         raise ValueError
     assert len(network.blocks) == 9

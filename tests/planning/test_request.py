@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from accelerate import Accelerator
 
 from alignprop_cli.calls import LastCalls
 from alignprop_cli.config import presets
-from alignprop_cli.config.schema import Config, RewardConfig
+from alignprop_cli.config.schema import Config
 from alignprop_cli.config.validation import parse
 from alignprop_cli.errors import ConfigError, RunError
 from alignprop_cli.estimators import (
@@ -34,7 +35,7 @@ from alignprop_cli.lora.factors import Factors
 from alignprop_cli.lora.files import Adapter
 from alignprop_cli.models.meta import meta_model
 from alignprop_cli.planning import request as planning
-from alignprop_cli.planning.estimate import GIB, Budget, Estimate
+from alignprop_cli.planning.estimate import GIB, NOTHING, Budget, Estimate
 from alignprop_cli.planning.plan import Plan
 from alignprop_cli.planning.window import describe, with_window
 from alignprop_cli.planning.work import Work
@@ -110,13 +111,23 @@ def test_every_preset_can_be_planned_for(name: str) -> None:
     assert request.estimator.problems(request.num_inference_steps) == []
 
 
+def counted(
+    rewards: Mapping[str, Any], image_size: tuple[int, int], device_type: str
+) -> tuple[Mapping[bool, Work], int, tuple[str, ...]]:
+    """Return what rewards need, the bytes of their weights, and the names of uncounted ones."""
+    latents = (4, image_size[0] // 8, image_size[1] // 8)
+    chosen = Config.model_validate({"reward": rewards})
+    found = planning._with_rewards(NOTHING, chosen, image_size, latents, device_type)
+    return found.reward, found.weights["reward weights"], found.uncounted
+
+
 def test_a_reward_that_is_not_known_before_it_is_loaded_is_said_not_to_be_counted(
     tmp_path: Any,
 ) -> None:
     mine = tmp_path / "mine.py"
     mine.write_text("def best(images, prompts):\n    return images.mean((1, 2, 3))\n")
-    members = {f"{mine}:best": RewardConfig(), "brightness": RewardConfig()}
-    works, weights, uncounted = planning._rewards(members, (16, 16), (4, 2, 2), "cpu")
+    members: dict[str, Any] = {f"{mine}:best": {}, "brightness": {}}
+    works, weights, uncounted = counted(members, (16, 16), "cpu")
     assert uncounted == (f"{mine}:best",)
     assert weights == 0
     # Luma keeps nothing of the image's size but is made of it.
@@ -132,17 +143,15 @@ WITHOUT_NETWORK = (
 
 @pytest.mark.parametrize("name", WITHOUT_NETWORK)
 def test_every_reward_without_a_network_can_be_counted(name: str) -> None:
-    works, weights, uncounted = planning._rewards(
-        {name: RewardConfig()}, (32, 16), (4, 4, 2), "cuda"
-    )
+    works, weights, uncounted = counted({name: {}}, (32, 16), "cuda")
     assert (weights, uncounted) == (0, ())
     assert works[False].forward(1) > 0.0
     assert works[True].forward(2) == 2 * works[False].forward(1)
 
 
 def test_the_weights_of_a_reward_are_counted_in_its_precision() -> None:
-    members = {"clip": RewardConfig(dtype="bfloat16"), "brightness": RewardConfig()}
-    works, weights, uncounted = planning._rewards(members, (32, 32), (4, 4, 4), "cpu")
+    members: dict[str, Any] = {"clip": {"dtype": "bfloat16"}, "brightness": {}}
+    works, weights, uncounted = counted(members, (32, 32), "cpu")
     assert uncounted == ()
     assert weights == 2 * registry.parameters("clip", {}) > 0
     # Its blocks are recomputed in the second one.

@@ -28,11 +28,11 @@ def config(*flags: str) -> Config:
 _counted: dict[str, Footprint] = {}
 
 
-def measure(config: Config, device_type: str = "cuda") -> Footprint:
+def measure(config: Config) -> Footprint:
     """Count a configuration once."""
     key = config.model_dump_json()
     if key not in _counted:
-        _counted[key] = planning.measure(config, device_type)
+        _counted[key] = planning.measure(config, "cuda")
     return _counted[key]
 
 
@@ -66,7 +66,7 @@ def test_the_options_that_are_named_are_the_mildest_that_make_it_fit() -> None:
     ):
         budget = Budget(memory, "cuda", "a card")
         assert not fits_at_all(request, base, budget)
-        found = smaller.fitting(chosen, request, base, budget, measure)
+        found = smaller.fitting(chosen, request, base, budget, planning.measure)
         assert found is not None
         assert found[0] == " ".join(f"--set {flag}" for flag in expected)
         # Options are counted one by one and put together: as if they were counted together.
@@ -98,7 +98,7 @@ def test_the_error_says_what_fits_before_what_else_could_be_tried() -> None:
             make_plan(
                 request, footprint=base, budget=budget, correction=expected_correction("cuda")
             )
-        return smaller.explained(raised.value, chosen, request, base, budget, measure)
+        return smaller.explained(raised.value, chosen, request, base, budget, planning.measure)
 
     said = error(least(request, measure(config("model.quantize=int8"))))
     assert said.message.startswith("no plan fits")

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from alignprop_cli.commands.importing import large_imports
 from alignprop_cli.commands.layouts import with_layout
 from alignprop_cli.commands.output import EVALUATION, claimed
 from alignprop_cli.commands.settings import for_evaluation
@@ -92,7 +93,8 @@ def evaluate(
             targets[0], first, preset, config, sets=sets, reward=reward, flags=flags
         )
         # Imports torch, so only now.
-        from alignprop_cli.evaluation.run import run_evaluation, variants
+        with large_imports():
+            from alignprop_cli.evaluation.run import run_evaluation, variants
 
         compared = variants(located, chosen.strengths, chosen.base_until)
         publish = of_evaluation(export, located, chosen, resolved.model, folder)

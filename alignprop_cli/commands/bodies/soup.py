@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from alignprop_cli.commands import settings
+from alignprop_cli.commands.importing import large_imports
 from alignprop_cli.commands.output import EVALUATION, claimed
 from alignprop_cli.commands.sharing import of_soup
 from alignprop_cli.console import Console
@@ -69,7 +70,8 @@ def soup(
     _refuse_unused(asked, read_kinds(export), reward=reward, images=images, model=model, set=sets)
 
     # Imports torch, so only now.
-    from alignprop_cli.lora.soup import prepare
+    with large_imports():
+        from alignprop_cli.lora.soup import prepare
 
     # 2. The members are read and checked, and the configuration they record; nothing is written.
     made = prepare(names, coefficients, shares, output, recipe)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alignprop_cli.commands import cards, settings
+from alignprop_cli.commands.importing import large_imports
 from alignprop_cli.commands.listing import show
 from alignprop_cli.commands.sharing import of_training
 from alignprop_cli.console import Console
@@ -84,11 +85,13 @@ def train(
     # A resumed run keeps its name, whatever file it was once started with.
     name = run_name(preset, config) if run is None else run.name
     if dry_run:
-        from alignprop_cli.training.plans import describe
+        with large_imports():
+            from alignprop_cli.training.plans import describe
 
         return describe(resolved, console, name=name, resume=run, back_to=checkpoint, **planned)
-    from alignprop_cli.training.resume import refuse_stopped
-    from alignprop_cli.training.run import run_training
+    with large_imports():
+        from alignprop_cli.training.resume import refuse_stopped
+        from alignprop_cli.training.run import run_training
 
     publish = of_training(resolved, export, push_to_hub)
     try:
