@@ -103,6 +103,29 @@ class Planned(TypedDict):
     config: Annotated[dict[str, Any], Field(description="As in alignprop.config/1.")]
 
 
+@closed
+class PlannedCard(TypedDict):
+    """The plan for cards of one memory."""
+
+    plan: PlanShown | None  # type: ignore[valid-type]
+    budget: strict(Budget)  # type: ignore[valid-type]
+    times: strict(Times) | None  # type: ignore[valid-type]
+    options: Annotated[
+        str | None, Field(description="With which it is planned, as none fits without them.")
+    ]
+
+
+@closed
+class Compared(TypedDict):
+    """`train --dry-run` with several `--gpu-memory`."""
+
+    schema: Literal["alignprop.plans/1"]
+    plans: list[PlannedCard]
+    uncounted: Annotated[list[str], Field(description="What the estimate does not know.")]
+    embeddings: Embeddings
+    config: Annotated[dict[str, Any], Field(description="As in alignprop.config/1.")]
+
+
 PairedShown = strict(Paired)
 
 
@@ -304,7 +327,7 @@ class Scored(TypedDict):
     images: NotRequired[list[Row]]
 
 
-PRINTED = (Presets, Shown, Planned, Trained, Evaluated, Souped, Scored)
+PRINTED = (Presets, Shown, Planned, Compared, Trained, Evaluated, Souped, Scored)
 
 
 def schemas() -> dict[str, dict[str, Any]]:

@@ -1,13 +1,10 @@
-"""The plan of a run: for this machine, or in a dry run for cards that need not be here."""
+"""The plan of a run on this machine, at first by what is counted, then by what is measured."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -15,119 +12,20 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from alignprop_cli.config.schema import Config, dump
-from alignprop_cli.console import Console
-from alignprop_cli.device import available, hold_memory, make_accelerator, release_cached
-from alignprop_cli.errors import RunError
-from alignprop_cli.models import families, taesd
-from alignprop_cli.planning import embeddings, smaller, window
+from alignprop_cli.config.schema import Config
+from alignprop_cli.device import available, hold_memory, release_cached
 from alignprop_cli.planning import request as planning
 from alignprop_cli.planning.choose import make_plan
 from alignprop_cli.planning.estimate import Budget, Footprint, expected_correction
 from alignprop_cli.planning.plan import Plan, PlanRequest
 from alignprop_cli.planning.probe import measure_times, settle
 from alignprop_cli.planning.sampling import fitting_batch
-from alignprop_cli.planning.speed import CARDS, Times, assumed, card_for, find_card
-from alignprop_cli.training import folders, setup
+from alignprop_cli.planning.speed import Times, assumed, card_for
+from alignprop_cli.training import setup
 from alignprop_cli.training.callbacks import Run
 from alignprop_cli.training.compiling import compile_network
-from alignprop_cli.training.resume import choose
 from alignprop_cli.training.trial import Trial
 from alignprop_cli.training.tuning import choose_layout, replay_rollout
-
-
-def describe(
-    config: Config,
-    console: Console,
-    *,
-    name: str,
-    resume: Path | None,
-    back_to: str | None = None,
-    gpu_memory: str | None = None,
-    gpu: str | None = None,
-    gpus: int | None = None,
-) -> None:
-    """Print the plan and the complete configuration of a run without doing it.
-
-    Makes the same checks as a real run, except those that need the weights.
-
-    Args:
-        config: The complete configuration.
-        console: For the result.
-        name: Name of the run, used if `output.dir` is not set.
-        resume: The run to resume; None plans a new one.
-        back_to: The checkpoint to resume it from, as in `run_training`.
-        gpu_memory: Memory of the cards to plan for, such as 12GB; None is that of `gpu`, or of this
-            machine where that is None too.
-        gpu: Name of the cards, whose speed is assumed; None assumes one of that memory.
-        gpus: Number of these cards.
-    """
-    # 1. The checks, with nothing written.
-    accelerator = make_accelerator()
-    setup.check(config, resume)
-    if resume is None:
-        folders.new_run(config.output.dir, name)
-    else:
-        choose(resume, back_to, setup.settled(config), console.warn)
-    config = window.with_window(config)
-    # 2. The plan, from shapes alone: neither the weights nor the cards have to be here.
-    card, gpu_memory = _card(gpu, gpu_memory)
-    budget = budget_here(accelerator, config, gpu_memory)
-    measure = partial(planning.measure, initial=setup.initial_lora(config, resume))
-    footprint = measure(config, budget.device_type)
-    request = planning.plan_request(config, gpus or accelerator.num_processes)
-    times = _assumed(footprint, budget, card)
-    with _saying_what_fits(config, request, footprint, budget, measure):
-        plan = _first_plan(request, footprint, budget, times)
-    prompts, each = embeddings.count(config, budget.device_type)
-    values = {
-        "plan": asdict(plan)
-        | {"accumulation": plan.accumulation, "images_per_hour": plan.images_per_hour},
-        "budget": asdict(budget),
-        "times": None if times is None else asdict(times),
-        "uncounted": list(footprint.uncounted),
-        "embeddings": {"prompts": prompts, "bytes": prompts * each},
-        "config": config.model_dump(mode="json"),
-    }
-    lines = [dump(config).rstrip(), "", *planning.describe(plan, budget, times)]
-    if (said := taesd.describe(config.model, families.find(config.model)[0])) is not None:
-        lines.append(said)
-    lines += _window(config, request, console)
-    lines.append(embeddings.describe(prompts, each))
-    lines += [f"not counted: {', '.join(footprint.uncounted)}"] if footprint.uncounted else []
-    console.result("alignprop.plan/1", values, [*lines, "nothing was done (--dry-run)"])
-
-
-def _card(gpu: str | None, gpu_memory: str | None) -> tuple[str | None, str | None]:
-    """Return the name of the card and its memory where one of them is given; else None for both."""
-    if gpu is not None:
-        card = find_card(gpu)
-        return card, f"{CARDS[card].memory}GB" if gpu_memory is None else gpu_memory
-    known = gpu_memory is not None
-    return card_for(planning.parse_memory(gpu_memory)) if known else None, gpu_memory
-
-
-@contextmanager
-def _saying_what_fits(
-    config: Config,
-    request: PlanRequest,
-    footprint: Footprint,
-    budget: Budget,
-    measure: Callable[..., Footprint],
-) -> Iterator[None]:
-    """Add what would make a plan fit to the error that none does."""
-    try:
-        yield
-    except RunError as error:
-        raise smaller.explained(error, config, request, footprint, budget, measure) from error
-
-
-def _window(config: Config, request: PlanRequest, console: Console) -> list[str]:
-    """Return the line about the window's share of the path, and warn where it is small."""
-    said, warning = window.describe(window.schedule_of(config), request.estimator)
-    if warning is not None:
-        console.warn(warning)
-    return [] if said is None else [f"window: {said}"]
 
 
 def plan_here(
@@ -139,11 +37,11 @@ def plan_here(
     if request.is_open or config.train.memory_limit is not None:
         initial = setup.initial_lora(config, resume)
         footprint = planning.measure(config, budget.device_type, initial)
-    times = None if footprint is None else _assumed(footprint, budget)
-    return _first_plan(request, footprint, budget, times), footprint
+    times = None if footprint is None else assumed_times(footprint, budget)
+    return first_plan(request, footprint, budget, times), footprint
 
 
-def _first_plan(
+def first_plan(
     request: PlanRequest, footprint: Footprint | None, budget: Budget, times: Times | None
 ) -> Plan:
     """Return the plan to begin with, before anything is measured."""
@@ -153,7 +51,7 @@ def _first_plan(
     )
 
 
-def _assumed(footprint: Footprint, budget: Budget, card: str | None = None) -> Times | None:
+def assumed_times(footprint: Footprint, budget: Budget, card: str | None = None) -> Times | None:
     """Return the pace that is assumed of a GPU before it is measured; None elsewhere."""
     # On the CPU small batches lose nothing, and a plan must not depend on a timing: it rounds.
     if budget.device_type != "cuda":
@@ -176,7 +74,7 @@ def try_out(run: Run, request: PlanRequest, footprint: Footprint | None, budget:
         times = measure_times(trial, plan.share)
         if plan.checkpoint_reward:  # it cannot be switched off again
             request = replace(request, checkpoint_reward=True)
-        trial.apply_plan(_first_plan(request, footprint, budget, times))
+        trial.apply_plan(first_plan(request, footprint, budget, times))
         settle(trial, request, footprint, budget, times=times)
         release_cached(run.accelerator.device)
         run.console.note(

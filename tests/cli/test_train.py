@@ -420,13 +420,18 @@ def test_a_plan_is_made_for_cards_that_are_not_here(run) -> None:
     advised = ("reward.aesthetic.dtype=bfloat16", "sample.height=256", "sample.width=256")
     code, _, _ = run(*dry, "--gpu-memory", "4GB", *(f"--set={advice}" for advice in advised))
     assert code == 0
-    for wrong in (("--gpu-memory", "much"), ("--gpus", 2), ("--gpu", "rtx1")):
+    several = ("--gpu-memory", "8GB,12GB")
+    for wrong in (
+        *(("--gpu-memory", "much"), ("--gpu-memory", "8GB,"), (*several, "--gpu", "rtx4090")),
+        *(("--gpus", 2), ("--gpu", "rtx1")),
+    ):
         code, _, err = run(*dry, *wrong)
         assert code == 2
         assert wrong[0] in err
-    code, _, err = run("--preset", "tiny", "--gpu-memory", "12GB")
-    assert code == 2
-    assert "--dry-run" in err
+    for memory in (("--gpu-memory", "12GB"), several):
+        code, _, err = run("--preset", "tiny", *memory)
+        assert code == 2
+        assert "--dry-run" in err
 
 
 def test_presets_are_listed_and_shown(run) -> None:

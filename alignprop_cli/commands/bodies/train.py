@@ -53,7 +53,7 @@ def train(
         resume: The run to resume, or `auto`.
         checkpoint: Of the run to resume.
         dry_run: Whether to plan only.
-        gpu_memory: Memory to plan for.
+        gpu_memory: Memory to plan for; several, separated by commas, in a dry run.
         gpu: Card to plan for.
         gpus: How many of them.
         show_preset: Whether to print the configuration only.
@@ -86,7 +86,7 @@ def train(
     name = run_name(preset, config) if run is None else run.name
     if dry_run:
         with large_imports():
-            from alignprop_cli.training.plans import describe
+            from alignprop_cli.training.dry_run import describe
 
         return describe(resolved, console, name=name, resume=run, back_to=checkpoint, **planned)
     with large_imports():
