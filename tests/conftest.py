@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
 import os
 import socket
 import sys
@@ -62,8 +63,15 @@ _FIRST = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with what takes longest; pytest-xdist by itself begins with the files of most tests."""
+    """Begin with what takes longest, and skip what needs a package that is not there."""
+    # pytest-xdist by itself begins with the files of most tests.
     items.sort(key=lambda item: not item.nodeid.startswith(_FIRST))
+    for item in items:
+        for mark in item.iter_markers("extra"):
+            package, extra = mark.args
+            if importlib.util.find_spec(package) is None:
+                reason = f"{package} is not installed (pip install 'alignprop[{extra}]')"
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 _frozen = 0  # modules

@@ -86,6 +86,7 @@ def check_images(out: Path, sibling: Path, run: Path, kind: Any, sample: dict[st
             assert np.abs(written.astype(float) - image).max() <= 1  # a rounding apart
 
 
+@pytest.mark.long
 def test_a_lora_of_a_base_model_is_sampled_as_the_distilled_one_is(
     evaluate: Run, tmp_path: Path
 ) -> None:
@@ -118,6 +119,7 @@ def test_a_lora_of_a_base_model_is_sampled_as_the_distilled_one_is(
     assert found == values["sample"] | {"num_inference_steps": 2, "spacing": "linear"}
 
 
+@pytest.mark.long
 def test_steps_and_guidance_that_nothing_tells_are_asked_for(evaluate: Run, tmp_path: Path) -> None:
     base = small_xl_pipeline(tmp_path / "base")
     # As SDXL-Turbo is published: nothing in its files says how many steps it takes.

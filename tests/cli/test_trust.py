@@ -263,6 +263,7 @@ def test_a_run_with_code_is_resumed_and_evaluated_by_naming_it(run) -> None:
     assert run("evaluate", "r", *words, "--images", 1)[0] == 0
 
 
+@pytest.mark.long
 def test_resume_auto_takes_what_the_line_names_for_a_new_run_as_named(run) -> None:
     Path("mine.yaml").write_text("extends: tiny\nreward: {'../evil.py:R': {file: x}}\n")
     line = ("train", "--config", "mine.yaml", *FAST[1:], "--resume", "auto")
@@ -272,6 +273,7 @@ def test_resume_auto_takes_what_the_line_names_for_a_new_run_as_named(run) -> No
     assert run("train", "--resume", "auto", "--steps", 3, "-q")[0] == 2
 
 
+@pytest.mark.long
 def test_a_prompt_file_of_a_run_has_to_be_named_to_go_on(run) -> None:
     prompts = ("--set", "train.prompts=../prompts.txt")
     assert run("train", *FAST, "--output", "r", *prompts)[0] == 0

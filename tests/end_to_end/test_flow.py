@@ -73,7 +73,7 @@ COMFYUI = {
 
 
 # The others take longer.
-SHORT = ("qwen", "zimage")
+SHORT = ("zimage",)
 
 
 @pytest.fixture(
@@ -224,6 +224,7 @@ def test_a_lora_of_another_family_is_refused(
     assert "this LoRA does not belong to model" in err
 
 
+@pytest.mark.long
 def test_a_run_from_a_file_with_an_alpha_is_resumed_as_if_it_had_not_stopped(
     run: Callable[..., tuple[int, str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

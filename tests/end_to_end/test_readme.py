@@ -57,7 +57,7 @@ def is_example(words: list[str]) -> bool:
 
 
 # Of so many commands, or such long ones, that they take longest; what they do has tests.
-MANY = ("commands.md", "contributing.md", "README.md")
+MANY = ("commands.md", "contributing.md", "memory.md", "rewards.md", "README.md")
 RUN = [page for page in PAGES if commands(page)]
 
 

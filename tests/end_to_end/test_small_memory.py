@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from collections.abc import Callable
@@ -28,10 +27,7 @@ FAST = (
 )
 Run = Callable[..., tuple[int, str, str]]
 
-needs_bitsandbytes = pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None,
-    reason="bitsandbytes is not installed (pip install 'alignprop[quantize]')",
-)
+needs_bitsandbytes = pytest.mark.extra("bitsandbytes", "quantize")
 
 
 @pytest.fixture
@@ -54,6 +50,7 @@ def rewards(folder: Path) -> list[float]:
     return [json.loads(line)["rewards"]["brightness"]["mean"] for line in lines]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["int8", pytest.param("nf4", marks=needs_bitsandbytes)])
 def test_a_quantised_base_is_trained_and_evaluated_as_it_was_trained(run: Run, how: str) -> None:
     given = [*FAST, f"--set=model.quantize={how}"]

@@ -38,6 +38,7 @@ def test_what_has_failed_once_holds(
     assert example.says in ended.err
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_random_inputs_end_as_documented(
     warm: Warm, made: assets.Assets, tmp_path: Path, domain: str

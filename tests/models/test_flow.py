@@ -265,6 +265,7 @@ def test_samples_equal_those_of_the_familys_own_pipeline(
         assert float((ours[0] - draw(model, size, 2.0)[0]).abs().max()) > 1e-2
 
 
+@pytest.mark.long
 def test_the_default_size_is_that_of_the_pipeline(
     case: Case, model: Model, pipeline: Any, folder: Path
 ) -> None:

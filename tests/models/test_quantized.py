@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -50,10 +49,7 @@ NF4 = torch.tensor(
     ]
 )
 
-needs_bitsandbytes = pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None,
-    reason="bitsandbytes is not installed (pip install 'alignprop[quantize]')",
-)
+needs_bitsandbytes = pytest.mark.extra("bitsandbytes", "quantize")
 HOW = ["int8", pytest.param("nf4", marks=needs_bitsandbytes)]
 
 
@@ -207,7 +203,8 @@ def test_the_plan_counts_the_bytes_that_are_held(family: str, how: How, tmp_path
 @pytest.mark.parametrize(
     ("family", "how"),
     [
-        *((name, "int8") for name in sorted(FLOWS)),
+        ("klein", "int8"),
+        *(pytest.param(n, "int8", marks=pytest.mark.long) for n in sorted(FLOWS) if n != "klein"),
         pytest.param("klein", "nf4", marks=needs_bitsandbytes),
     ],
 )

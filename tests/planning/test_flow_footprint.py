@@ -79,7 +79,14 @@ def there(made: Trainer) -> list[Tensor]:
     return [*weights_of(made), *held(model.network.module), *held(model.decoder.module)]
 
 
-@pytest.mark.parametrize("family", sorted(BUILD))
+# One of each kind of network; the others take longer.
+QUICK = ("sd", "klein", "zimage")
+FAMILIES = [
+    pytest.param(name, marks=() if name in QUICK else pytest.mark.long) for name in sorted(BUILD)
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_the_bytes_that_a_real_step_stores_are_the_predicted_ones(
     family: str, tmp_path: Path
 ) -> None:
@@ -127,6 +134,7 @@ def test_the_bytes_that_a_real_step_stores_are_the_predicted_ones(
     assert kept.total == pytest.approx(sum(p.saved(2) for p in parts), rel=0.02)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["sd", "flux1"])
 def test_a_plan_with_dora_is_never_too_small_and_at_most_2_percent_too_large(
     family: str, tmp_path: Path

@@ -225,6 +225,7 @@ def test_a_device_as_estimated_keeps_the_plan(footprint: Footprint) -> None:
     assert replace(plan, estimate=first.estimate) == first
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("micro_batch", [4, 1])
 def test_a_device_that_needs_more_gets_a_plan_that_it_holds(
     footprint: Footprint, micro_batch: int
@@ -296,6 +297,7 @@ def test_a_device_that_needs_far_more_than_estimated_gets_a_plan_too(
     assert found.peak > 0.85 * size
 
 
+@pytest.mark.long
 def test_a_device_that_holds_not_even_the_smallest_plan_says_so(footprint: Footprint) -> None:
     budget = card(size_for(footprint, 4))
     made = ready(budget, footprint)

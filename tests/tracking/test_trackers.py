@@ -33,7 +33,7 @@ PATIENT = 600.0  # seconds; more than any tracker needs to import and write
 
 
 def needs(name: str) -> pytest.MarkDecorator:
-    return pytest.mark.skipif(name not in INSTALLED, reason=f"{name} is not installed")
+    return pytest.mark.extra(name, name)
 
 
 def offline(place: Path, patch: pytest.MonkeyPatch) -> None:

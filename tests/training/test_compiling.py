@@ -135,6 +135,7 @@ def test_all_sizes_of_blocks_are_compiled_and_evaluation_is_not(
     assert compiled_blocks(trainer) > 0
 
 
+@pytest.mark.long
 def test_what_cannot_be_compiled_runs_as_it_is_and_says_so() -> None:
     def broken(graph: Any, inputs: Any) -> Any:
         raise RuntimeError("no compiler here\nand more of it")

@@ -118,6 +118,7 @@ def test_a_run_made_to_hack_is_stopped_in_time_and_without_the_guard_it_collapse
     assert changes(end, "pixel_diversity")["now"] < changes(end, "pixel_diversity")["base"] / 2
 
 
+@pytest.mark.long
 def test_the_best_checkpoint_is_whole_survives_keep_last_and_has_a_name(
     stopped: Ended, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -144,6 +145,7 @@ def test_the_best_checkpoint_is_whole_survives_keep_last_and_has_a_name(
     assert (tmp_path / "e" / "curve.png").is_file()
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_resumed_run_remembers_and_one_that_goes_back_repeats_itself(
     stopped: Ended, tmp_path: Path

@@ -35,9 +35,7 @@ SHAPES = {"a.lora_A": (8, 600), "a.lora_B": (600, 8), "b.lora_A": (4, 30), "b.lo
 
 
 def needs(package: str, name: str) -> Any:
-    missing = importlib.util.find_spec(package) is None
-    reason = f"{package} is not installed (pip install 'alignprop[optimizers]')"
-    return pytest.param(name, marks=pytest.mark.skipif(missing, reason=reason))
+    return pytest.param(name, marks=pytest.mark.extra(package, "optimizers"))
 
 
 KINDS = ["adamw", needs("bitsandbytes", "adamw8bit"), needs("prodigyopt", "prodigy")]

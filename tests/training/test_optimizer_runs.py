@@ -40,6 +40,7 @@ def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.
     return call
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_run_is_the_one_that_was_not_stopped_bit_for_bit(kind: str, run: Command) -> None:
     shared = (

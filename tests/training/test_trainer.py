@@ -490,6 +490,7 @@ def test_three_batches_divide_the_same_step(method: str, monkeypatch: pytest.Mon
         assert relative_difference(gradient(division(*batches)), whole) < 1e-12
 
 
+@pytest.mark.long
 def test_the_default_group_gives_one_gradient_on_any_machine() -> None:
     """In float32. (With the network of `clip` a few images have gradients 60 times the others', and
     rounding then reaches 3e-5; that it is rounding the float64 test above shows.)
