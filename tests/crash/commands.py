@@ -166,7 +166,7 @@ def same_end(run: Path, undisturbed: Path, keep: int | None = None) -> None:
     """Assert that a run ended as the one that nothing disturbed."""
     name = f"step-{STEPS:06d}"
     ours, theirs = (lasting(folder / "checkpoints" / name) for folder in (run, undisturbed))
-    assert ours.keys() == theirs.keys()
+    assert ours.keys() == theirs.keys(), ours.keys() ^ theirs.keys()
     for file, data in theirs.items():
         assert ours[file] == data, file
     assert metrics(run) == metrics(undisturbed)

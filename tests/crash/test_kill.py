@@ -165,7 +165,8 @@ def killed_at_random(commands: Commands, place: Path, times: int, seed: int) -> 
     """Kill a run again and again at random moments until it is done."""
     rng = random.Random(seed)
     started = time.monotonic()
-    commands(*TO_RUN, cwd=place)
+    done = commands(*TO_RUN, cwd=place)
+    assert done.code == 0, done.err
     longest = time.monotonic() - started
     undisturbed = place / "run"
     kills, here = 0, place / "killed"
