@@ -12,7 +12,7 @@ from contextlib import contextmanager
 def large_imports() -> Iterator[None]:
     """Import inside the block in three quarters of the time.
 
-    These libraries make half a million objects that stay until the process ends. Python's collector
+    These libraries make almost a million objects that stay until the process ends. The collector
     goes through them again and again while they are made, now and then later, and once more at the
     end. Here it is off, and afterwards it leaves them alone. Does nothing where torch has been
     imported before: what was made since then could be garbage.
