@@ -65,6 +65,12 @@ def chosen(text: str) -> tuple[str, list[str]]:
     return text, [f"gradient.{option}" for option in (f"method={method}", *options)]
 
 
+def base(arguments: argparse.Namespace) -> dict[str, str]:
+    """Return where the configuration comes from, as `presets.resolve` takes it."""
+    given = arguments.preset
+    return {"config" if given.endswith(".yaml") else "preset": given}
+
+
 # 1. Gradients
 
 
@@ -145,7 +151,7 @@ def gradients(arguments: argparse.Namespace, report: Report) -> None:
         for name in (FULL, *(m for m in arguments.methods if m != FULL)):
             _, options = chosen(name)
             config = presets.resolve(
-                preset=arguments.preset,
+                **base(arguments),
                 assignments=[*arguments.set, *options],
                 flags={"train.seed": seed},
             )
@@ -186,14 +192,15 @@ def program(*args: str) -> None:
 
 def trained(arguments: argparse.Namespace, name: str, seed: int, steps: int) -> Path:
     """Return the run folder of a method and seed, trained to at least so many steps."""
-    folder = arguments.keep / f"{arguments.preset}-{name}-s{seed}"
+    folder = arguments.keep / f"{Path(arguments.preset).stem}-{name}-s{seed}"
     if not folder.is_dir():
         _, options = chosen(name)
         # A constant rate, so that a longer run has the shorter one's checkpoints.
         settings = [*options, f"train.seed={seed}", "train.lr_decay_steps=null"]
         settings += [f"output.save_every={STRIDE}", "output.keep_last=null", "eval.every=0"]
         settings += ["eval.images=8", *arguments.set]
-        options = [f"--preset={arguments.preset}", *(f"--set={each}" for each in settings)]
+        options = [f"--{kind}={given}" for kind, given in base(arguments).items()]
+        options += [f"--set={each}" for each in settings]
         program("train", *options, f"--output={folder}", f"--steps={steps}", "--quiet")
     elif not (folder / "checkpoints" / f"step-{steps:06d}").is_dir():
         program("train", f"--resume={folder}", f"--steps={steps}", "--quiet")
@@ -203,7 +210,7 @@ def trained(arguments: argparse.Namespace, name: str, seed: int, steps: int) -> 
 def step_seconds(arguments: argparse.Namespace, name: str) -> float:
     """Return the CPU time of a step, the median of three; other programs hardly change it."""
     _, options = chosen(name)
-    config = presets.resolve(preset=arguments.preset, assignments=[*arguments.set, *options])
+    config = presets.resolve(**base(arguments), assignments=[*arguments.set, *options])
     prompts = load_prompts(config.train.prompts)
     trainer = building.build_trainer(config, building.open_parts(config, prompts))
     times = list[float]()
@@ -219,7 +226,7 @@ def judged(
     arguments: argparse.Namespace, seed: int, checkpoints: Sequence[Path]
 ) -> list[dict[str, float]]:
     """Return tuned minus base of every metric for each of these checkpoints."""
-    output = arguments.keep / f"{arguments.preset}-s{seed}-evaluation"
+    output = arguments.keep / f"{Path(arguments.preset).stem}-s{seed}-evaluation"
     # One call for all, so that the base model is sampled once.
     program(
         *("evaluate", *map(str, checkpoints), f"--output={output}", "--overwrite", "--quiet"),
@@ -237,7 +244,7 @@ def judged(
 
 
 def training(arguments: argparse.Namespace, report: Report) -> None:
-    config = presets.resolve(preset=arguments.preset)
+    config = presets.resolve(**base(arguments))
     own, steps = config.gradient.method, arguments.steps or config.train.steps
     if steps % STRIDE:
         raise SystemExit(f"--steps: expected a multiple of {STRIDE}")
@@ -281,7 +288,7 @@ def costs(arguments: argparse.Namespace, report: Report) -> None:
     report.add("| method | calls with gradient | seconds a step | GiB | plan |", "|---" * 5 + "|")
     for name in arguments.methods:
         _, options = chosen(name)
-        config = presets.resolve(preset=arguments.preset, assignments=[*arguments.set, *options])
+        config = presets.resolve(**base(arguments), assignments=[*arguments.set, *options])
         prompts = load_prompts(config.train.prompts)
         # An estimator changes nothing about model and rewards.
         parts = building.open_parts(config, prompts) if parts is None else parts
@@ -304,7 +311,7 @@ def main() -> None:
     for function, images in ((gradients, 256), (training, 500), (costs, 0)):
         kind = kinds.add_parser(function.__name__)
         kind.set_defaults(measure=function)
-        kind.add_argument("--preset", default="tiny")
+        kind.add_argument("--preset", default="tiny", help="or a file, such as flow.yaml")
         kind.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
         kind.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD[,K=V]")
         kind.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

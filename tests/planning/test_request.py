@@ -206,7 +206,10 @@ def test_a_dry_run_for_a_card_keeps_to_the_limit_of_the_configuration() -> None:
 @pytest.mark.parametrize(
     ("assignments", "told"),
     [
-        (("gradient.method=sparse",), r"gradient\.span: 0\.75 to 1\.0 are 1 .* sparse draws 3"),
+        (
+            ("gradient.method=sparse", "gradient.calls=3"),
+            r"gradient\.span: 0\.75 to 1\.0 are 1 .* sparse draws 3",
+        ),
         (("gradient.method=random_k", "gradient.k_min=2"), r"2 is more than gradient\.k_max \(1\)"),
     ],
 )
