@@ -65,8 +65,9 @@ def write_card(folder: Path, card: Card, images: Path | None = None) -> Path:
     Returns:
         The file.
     """
-    # What a process left that was killed while it wrote the card.
-    sweep(folder, CARD)
+    # What a process left that was killed while it wrote the card. This one holds the lock of the
+    # run or of the soup, so that nobody else writes it now.
+    sweep(folder, CARD, is_ours=True)
     write_text(folder / CARD, card.text("THIS-FOLDER", _relative(images, folder)))
     return folder / CARD
 

@@ -13,6 +13,7 @@ from markdown_it import MarkdownIt
 from alignprop_cli.config import presets
 from alignprop_cli.models.published import PUBLISHED
 from alignprop_cli.publishing import card, facts, shared
+from alignprop_cli.publishing.results import write_card
 from alignprop_cli.rewards.catalogue import SHIPPED
 
 ROOT = Path(__file__).parents[2]
@@ -75,6 +76,15 @@ def test_a_card_says_what_was_trained_and_measured() -> None:
         "arXiv:2310.03739",
     ):
         assert expected in made.text, expected
+
+
+def test_what_a_killed_process_has_left_of_a_card_is_removed_at_once(tmp_path: Path) -> None:
+    """Also where the run is resumed in the same minute; files of other names stay."""
+    for name in (".README.md-12.unfinished", ".notes.md-12.unfinished"):
+        (tmp_path / name).write_text("half")
+    written = write_card(tmp_path, of("tiny"))
+    assert written.read_text().startswith("---")
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".notes.md-12.unfinished", "README.md"]
 
 
 def test_of_a_local_model_only_the_name_is_told() -> None:
