@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from alignprop_cli.commands.importing import large_imports
 from alignprop_cli.commands.options import (
     DebugOption,
     JsonOption,
@@ -76,7 +77,8 @@ def score(
       alignprop score "out/**/*.png" --reward hps --prompt "a cat" --output scores.csv --resume
     """
     # Only now, so that --help is quick.
-    from alignprop_cli.commands.bodies import score as body
+    with large_imports():
+        from alignprop_cli.commands.bodies import score as body
     from alignprop_cli.console import Console
 
     body.score(

@@ -43,6 +43,7 @@ def explained(
     footprint: Footprint,
     budget: Budget,
     measure: Callable[..., Footprint],
+    counted: dict[str, Footprint | None] | None = None,
 ) -> RunError:
     """Return the error that no plan fits, with the options that would make one fit.
 
@@ -53,8 +54,9 @@ def explained(
         footprint: The same.
         budget: The memory that is too small.
         measure: `request.measure`, perhaps with the LoRA that is trained further.
+        counted: What has been counted for other budgets, which is not counted again; gets more.
     """
-    found = fitting(config, request, footprint, budget, measure)
+    found = fitting(config, request, footprint, budget, measure, counted)
     if found is None:
         return error
     flags, _ = found
@@ -70,6 +72,7 @@ def fitting(
     footprint: Footprint,
     budget: Budget,
     measure: Callable[..., Footprint],
+    counted: dict[str, Footprint | None] | None = None,
 ) -> tuple[str, Footprint] | None:
     """Return the fewest options with which a plan fits, those first that change least.
 
@@ -78,7 +81,7 @@ def fitting(
     Returns:
         What to type, and what is counted with it; None where nothing helps.
     """
-    counted: dict[str, Footprint | None] = {}
+    counted = {} if counted is None else counted
     for chosen in _combinations(list(_options(config, footprint))):
         together: Footprint | None = footprint
         for option in chosen:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from alignprop_cli.models import families, taesd
 from alignprop_cli.planning import embeddings, smaller, window
 from alignprop_cli.planning import request as planning
 from alignprop_cli.planning.choose import fits_at_all
-from alignprop_cli.planning.estimate import GIB, Budget, Footprint, Part
+from alignprop_cli.planning.estimate import GIB, Budget, Footprint
 from alignprop_cli.planning.plan import Plan, PlanRequest
 from alignprop_cli.planning.speed import CARDS, Times, card_for, find_card
 from alignprop_cli.training import folders, setup
@@ -66,7 +66,7 @@ def describe(
     names, sizes = zip(*(_card(gpu, size) for size in gpu_memory or (None,)), strict=True)
     budgets = [budget_here(accelerator, config, size) for size in sizes]
     device_type = budgets[0].device_type
-    measure = _remembering(partial(planning.measure, initial=setup.initial_lora(config, resume)))
+    measure = partial(planning.measure, initial=setup.initial_lora(config, resume))
     footprint = measure(config, device_type)
     request = planning.plan_request(config, gpus or accelerator.num_processes)
 
@@ -113,13 +113,14 @@ class _Step:
         config: The complete configuration.
         request: Made from it.
         footprint: The same.
-        measure: As `smaller.explained` takes it.
+        measure: As `smaller.explained` takes it, and so is `counted`.
     """
 
     config: Config
     request: PlanRequest
     footprint: Footprint
     measure: Callable[..., Footprint]
+    counted: dict[str, Footprint | None] = field(default_factory=dict[str, Footprint | None])
 
     def plan(
         self, budget: Budget, card: str | None, footprint: Footprint | None = None
@@ -134,8 +135,7 @@ class _Step:
         try:
             return _Planned(first_plan(self.request, footprint, budget, times), budget, times)
         except RunError as error:
-            given = self.config, self.request, footprint, budget, self.measure
-            raise smaller.explained(error, *given) from error
+            raise smaller.explained(error, *self._for(budget)) from error
 
     def compared(
         self, cards: Sequence[tuple[Budget, str | None]]
@@ -152,8 +152,7 @@ class _Step:
         for budget, card in cards:
             options, footprint = None, self.footprint
             if not fits_at_all(self.request, footprint, budget):
-                given = self.config, self.request, footprint, budget, self.measure
-                options, footprint = smaller.fitting(*given) or (None, None)
+                options, footprint = smaller.fitting(*self._for(budget)) or (None, None)
             start = f"{budget.bytes / GIB:.4g} GiB ({card}): "
             if footprint is None:
                 none = {"plan": None, "budget": asdict(budget), "times": None}
@@ -162,11 +161,16 @@ class _Step:
                 continue
             planned = self.plan(budget, card, footprint)
             plans.append({**planned.values, "options": options})
-            with_ = "" if options is None else f"with {options}: "
-            lines.append(start + with_ + planned.plan.describe())
+            changed = "" if options is None else f"with {options}: "
+            lines.append(start + changed + planned.plan.describe())
         if not any(plan["plan"] for plan in plans):
             self.plan(*max(cards, key=lambda card: card[0].bytes))
         return {"plans": plans}, lines
+
+    def _for(self, budget: Budget) -> tuple[Any, ...]:
+        """Return what `smaller` takes."""
+        given = self.config, self.request, self.footprint, budget
+        return *given, self.measure, self.counted
 
     def notes(self, device_type: str, console: Console) -> tuple[dict[str, Any], list[str]]:
         """Return what is the same for all cards; warn where the window's share is small."""
@@ -185,19 +189,6 @@ class _Step:
         lines += [] if said is None else [f"window: {said}"]
         lines.append(embeddings.describe(prompts, each))
         return values, lines + ([f"not counted: {', '.join(uncounted)}"] if uncounted else [])
-
-
-def _remembering(measure: Callable[..., Footprint]) -> Callable[..., Footprint]:
-    """Return `measure` so that what would help several cards is counted once."""
-    known: dict[tuple[str, Part | None], Footprint] = {}
-
-    def once(config: Config, device_type: str, part: Part | None = None, **base: Any) -> Footprint:
-        key = config.model_dump_json(), part
-        if key not in known:
-            known[key] = measure(config, device_type, part=part, **base)
-        return known[key]
-
-    return once
 
 
 def _card(gpu: str | None, size: str | None) -> tuple[str | None, str | None]:

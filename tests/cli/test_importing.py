@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -47,3 +49,26 @@ with large_imports():
 print(gc.isenabled())
 """
     assert answers(code) == ["True", "False", "False"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["train", "--preset=tiny", "--dry-run", "--reward=brightness"],
+        ["evaluate", "nowhere"],
+        ["soup", "nowhere", "base"],
+        ["score", "nowhere.png", "--reward=brightness"],
+    ],
+    ids=lambda args: args[0],
+)
+def test_every_command_imports_so(args: list[str]) -> None:
+    code = f"""
+from alignprop_cli.cli import main
+try:
+    main({args})
+except SystemExit:
+    print()
+print(gc.isenabled(), gc.get_freeze_count() > 50_000)
+"""
+    assert answers(code)[-2:] == ["True", "True"]

@@ -87,7 +87,7 @@ def test_where_none_fits_the_error_is_of_the_largest(described: Described) -> No
 
 
 def test_people_read_a_line_for_each(
-    described: Described, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    described: Described, capsys: pytest.CaptureFixture[str]
 ) -> None:
     dry_run.describe(
         config(), Console(), name="r", resume=None, gpu_memory=["1KB", "8GB", "80GB"], gpus=2

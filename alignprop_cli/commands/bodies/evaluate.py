@@ -92,9 +92,8 @@ def evaluate(
         resolved = for_evaluation(
             targets[0], first, preset, config, sets=sets, reward=reward, flags=flags
         )
-        # Imports torch, so only now.
-        with large_imports():
-            from alignprop_cli.evaluation.run import run_evaluation, variants
+        # Imports diffusers, so only now.
+        from alignprop_cli.evaluation.run import run_evaluation, variants
 
         compared = variants(located, chosen.strengths, chosen.base_until)
         publish = of_evaluation(export, located, chosen, resolved.model, folder)
@@ -104,7 +103,8 @@ def evaluate(
 
 def _locate(targets: Sequence[str], checkpoint: str | None, ema: bool) -> list[Located]:
     """Return the LoRAs that the targets name; none for the base model alone."""
-    from alignprop_cli.lora import files
+    with large_imports():
+        from alignprop_cli.lora import files
 
     # Everything is compared with the base model, so it cannot be one of several targets.
     if BASE in targets and (len(targets) > 1 or ema):

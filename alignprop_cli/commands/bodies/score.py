@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from alignprop_cli.commands import measuring
-from alignprop_cli.commands.importing import large_imports
 from alignprop_cli.console import Console
 from alignprop_cli.errors import RunError
 from alignprop_cli.paths import user_path
@@ -54,10 +53,9 @@ def score(
         AlignPropError: Whatever is wrong with the options, the files or the rewards.
     """
     # Imports torch, so only now.
-    with large_imports():
-        from alignprop_cli.device import make_accelerator
-        from alignprop_cli.scoring import files, report, run
-        from alignprop_cli.scoring.captions import PromptFinder
+    from alignprop_cli.device import make_accelerator
+    from alignprop_cli.scoring import files, report, run
+    from alignprop_cli.scoring.captions import PromptFinder
 
     # 1. Options that contradict each other, and the images: quick, and most mistakes are here.
     with measuring.destination(
